@@ -1,0 +1,292 @@
+"""What a recipe may say: frozen, closed models, the only home of defaults.
+
+A variant is a class here with its own ``kind``, a function where it is used and a ``case`` that calls it.
+This module imports pydantic alone, so that schema and validation need no torch.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+"""A name that is also safe as one path component."""
+
+BuiltinSource = Literal["python", "prose", "c", "web"]
+
+
+class Closed(BaseModel):
+    """Refuses unknown keys and changes; a string under a field is its documentation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+# --- data ---------------------------------------------------------------------------------------------
+
+
+class InstalledText(Closed):
+    """Text that every machine with the package installed already has; each source is a category."""
+
+    kind: Literal["installed"]
+    sources: Annotated[tuple[BuiltinSource, ...], Field(min_length=2)] = ("python", "prose", "c", "web")
+    """``python``: the standard library's code without docstrings and comments; ``prose``: English of docstrings
+    and documentation; ``c``: C and C++ headers of installed packages; ``web``: JavaScript of installed front ends."""
+    megabytes: PositiveFloat = 3.0
+    """Upper bound on the text taken of each category, in 10^6 bytes."""
+
+
+class TextFolders(Closed):
+    """Folders of UTF-8 text files; each file is a document, each folder a category."""
+
+    kind: Literal["folders"]
+    categories: Annotated[dict[Name, Path], Field(min_length=2)]
+    """Category to folder. Relative paths start at the recipe's folder."""
+    pattern: str = "**/*"
+    """Glob below each folder."""
+
+
+class JsonLines(Closed):
+    """One JSON object a line; a field names the category."""
+
+    kind: Literal["jsonl"]
+    path: Path
+    """The file, or one compressed with xz or gzip. A relative path starts at the recipe's folder."""
+    text: str = "text"
+    """The field that holds the document."""
+    category: str = "category"
+    """The field that holds the category."""
+
+
+Source = Annotated[InstalledText | TextFolders | JsonLines, Field(discriminator="kind")]
+
+
+class TextData(Closed):
+    """Documents in categories, cut into rows of tokens of a byte-level BPE trained on the train split."""
+
+    kind: Literal["text"]
+    source: Source
+    vocabulary: Annotated[int, Field(ge=257, le=65_000)] = 1024
+    """Tokens of the byte-level BPE, the 256 bytes and the end-of-document token included."""
+    length: Annotated[int, Field(ge=8)] = 128
+    """Tokens a row."""
+    validation: Fraction = 0.05
+    """Share of each category's bytes, by whole documents."""
+    test: Fraction = 0.1
+    """Share of each category's bytes, by whole documents."""
+
+
+class DigitsData(Closed):
+    """scikit-learn's 1,797 handwritten digits, 8x8 intensities in 0..1; the ten digits are the categories."""
+
+    kind: Literal["digits"]
+    validation: Fraction = 0.15
+    """Share of the images."""
+    test: Fraction = 0.25
+    """Share of the images."""
+
+
+Data = Annotated[TextData | DigitsData, Field(discriminator="kind")]
+
+# --- model --------------------------------------------------------------------------------------------
+
+
+class LlamaModel(Closed):
+    """A LlamaForCausalLM from scratch (RMSNorm, rotary positions, SwiGLU)."""
+
+    kind: Literal["llama"]
+    hidden: PositiveInt = 96
+    layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    ffn: PositiveInt = 384
+    """FFN neurons a layer."""
+    tie_embeddings: bool = True
+
+    @model_validator(mode="after")
+    def _heads_divide_hidden(self) -> Self:
+        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
+            raise ValueError(
+                f"hidden {self.hidden} over {self.heads} heads must give an even whole number of dimensions a head"
+            )
+        return self
+
+
+class AutoencoderModel(Closed):
+    """An MLP autoencoder: input - hidden - code - hidden - input, ReLU, one logit a pixel."""
+
+    kind: Literal["autoencoder"]
+    hidden: PositiveInt = 256
+    """Hidden units of the encoder, and of the decoder."""
+    code: PositiveInt = 16
+    """Dimensions of the code; never split."""
+
+
+Model = Annotated[LlamaModel | AutoencoderModel, Field(discriminator="kind")]
+
+# --- the loop -----------------------------------------------------------------------------------------
+
+
+class Training(Closed):
+    """AdamW with linear warm-up and cosine decay over the whole run; a cut never re-warms it."""
+
+    steps: PositiveInt
+    """Optimizer steps of the whole run; the dense twin gets the same."""
+    rows: PositiveInt = 16
+    """Rows (token windows or examples) a step over all workers, categories in equal shares."""
+    learning_rate: PositiveFloat = 3e-3
+    final_learning_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """Fraction of ``learning_rate`` that is left at the last step."""
+    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """Fraction of all steps."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """On matrices only."""
+    clip: PositiveFloat = 1.0
+    """Largest norm of the whole gradient."""
+
+
+class Attribution(Closed):
+    """One pass over rows of the train split that measures every unit against every category."""
+
+    score: Literal["fisher", "absolute"] = "fisher"
+    """What chooses sets of units: ``fisher`` = 1/2 E[(g a)^2] with labels sampled from the model,
+    ``absolute`` = E|g a|. Both unsigned; nats."""
+    rows: PositiveInt = 64
+    """Rows of each category."""
+    rows_at_once: PositiveInt = 16
+    """Rows of one forward pass over all workers."""
+
+
+class Compensation(Closed):
+    """Closed-form least squares for the kept units' output weights at a cut."""
+
+    ridge: PositiveFloat = 0.01
+    """Pull towards the weights before the cut, as a fraction of the mean second moment of a unit's activation."""
+
+
+class Partition(Closed):
+    """How units find their owners."""
+
+    budget: Literal["knapsack", "equal"] = "knapsack"
+    """How a round's separation is shared out over sites: by least rise of J, or the same everywhere."""
+    multiple: PositiveInt = 8
+    """Every expert's width in a site is a multiple of this many units."""
+    min_units: Annotated[int, Field(ge=0)] = 8
+    """Fewest units an expert owns in a site."""
+    min_core: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Least fraction of a site that stays with the root, the shared core."""
+    compensation: Compensation | None = Compensation()
+    """``null`` cuts without correction."""
+
+
+class Round(Closed):
+    """One train -> attribute -> partition -> prune -> recover -> evaluate."""
+
+    train: Annotated[int, Field(ge=0)]
+    """Steps before the cut."""
+    recover: Annotated[int, Field(ge=0)]
+    """Steps after the cut, before it is judged."""
+    branching: Annotated[int, Field(ge=2)] = 2
+    """Children that every leaf with several categories is split into (fewer where it has fewer categories)."""
+    separation: Fraction
+    """1 - the mean active fraction of units that this round cuts down to; deeper each round."""
+
+
+class Budget(Closed):
+    """When a round is kept."""
+
+    tax: PositiveFloat
+    """Largest mean tax over categories on validation data at the end of a round, in nats per token or example."""
+
+
+class Evaluation(Closed):
+    """How much held-out data is read."""
+
+    validation_rows: PositiveInt = 32
+    """Rows of each category, at the end of each round."""
+    test_rows: PositiveInt = 128
+    """Rows of each category, at the end of the run (fewer where the split holds fewer)."""
+    rows_at_once: PositiveInt = 32
+    """Rows of one forward pass over all workers."""
+
+
+class Checkpoints(Closed):
+    """Written at every phase boundary and every so many steps."""
+
+    every: PositiveInt = 250
+    """Steps of one arm."""
+    keep: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+
+
+class Cluster(Closed):
+    """What the run asks of Ray."""
+
+    workers: PositiveInt = 1
+    """Training processes; they share each step's rows."""
+    threads: PositiveInt = 2
+    """CPU cores, and torch threads, of each worker."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """How often Ray restarts the workers from the last checkpoint after one of them died."""
+
+
+class Tracking(Closed):
+    """What goes to MLflow."""
+
+    experiment: str = "moeify"
+    every: PositiveInt = 10
+    """Steps between two points of a curve."""
+
+
+class RunConfig(Closed):
+    """One complete description of a run."""
+
+    name: Name
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    data: Data
+    model: Model
+    training: Training
+    attribution: Attribution = Attribution()
+    partition: Partition = Partition()
+    rounds: Annotated[tuple[Round, ...], Field(min_length=1)]
+    budget: Budget | None = None
+    """``null`` keeps every round whatever its tax."""
+    evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
+    cluster: Cluster = Cluster()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _rounds_fit(self) -> Self:
+        spent = sum(r.train + r.recover for r in self.rounds)
+        if spent > self.training.steps:
+            raise ValueError(
+                f"rounds take {spent} steps (train + recover of each) but training.steps is {self.training.steps}; "
+                f"raise training.steps or shorten the rounds"
+            )
+        separations = [r.separation for r in self.rounds]
+        if any(b <= a for a, b in zip(separations, separations[1:], strict=False)):
+            raise ValueError(f"rounds.separation must rise from round to round, got {separations}")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> Self:
+        for path, rows in (
+            ("training.rows", self.training.rows),
+            ("attribution.rows_at_once", self.attribution.rows_at_once),
+            ("evaluation.rows_at_once", self.evaluation.rows_at_once),
+        ):
+            if rows % self.cluster.workers:
+                raise ValueError(
+                    f"{path} is {rows}, which {self.cluster.workers} workers cannot share equally; "
+                    f"make it a multiple of cluster.workers"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _model_fits_data(self) -> Self:
+        wanted = {"text": "llama", "digits": "autoencoder"}[self.data.kind]
+        if self.model.kind != wanted:
+            raise ValueError(
+                f"data.kind {self.data.kind!r} needs model.kind {wanted!r}, got {self.model.kind!r}"
+            )
+        return self

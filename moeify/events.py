@@ -1,0 +1,148 @@
+"""What the loop says while it runs. One event, one fact; the journal, the terminal and MLflow are its readers.
+
+Every event has an ``id`` that is the same in a resumed run, so that a reader can tell what it has already seen.
+"""
+
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Arm = Literal["dense", "split", "random"]
+"""``dense``: the dense twin; ``split``: attribution chooses the owners; ``random``: the same tree and widths, drawn owners."""
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    id: str
+    """Unique within the run and the same each time the run is repeated."""
+    time: float
+    """Seconds since the epoch."""
+
+
+class Started(_Event):
+    """The run's plan. Said once, by the first attempt."""
+
+    kind: Literal["started"] = "started"
+    categories: tuple[str, ...]
+    unit: Literal["token", "example"]
+    steps: int
+    """Optimizer steps of every arm."""
+    parameters: int
+    """Of the dense network."""
+    sites: dict[str, int]
+    """Site -> units."""
+    rounds: int
+
+
+class Phase(_Event):
+    """A phase begins."""
+
+    kind: Literal["phase"] = "phase"
+    phase: Literal["prepare", "train", "attribute", "partition", "recover", "evaluate", "finish", "test"]
+    round: int
+    """From 1; 0 before the first round."""
+    note: str = ""
+
+
+class Step(_Event):
+    """Training has come this far."""
+
+    kind: Literal["step"] = "step"
+    arm: Arm
+    round: int
+    step: int
+    """Optimizer steps this arm has taken, of ``Started.steps``."""
+    work: float
+    """Fraction 0..1 of the run's training work (all arms) that is done."""
+    loss: dict[str, float]
+    """Category -> nats per unit on this step's rows."""
+    learning_rate: float
+    units_per_second: float
+    """Tokens or examples."""
+
+
+class Evaluated(_Event):
+    """Losses on held-out data."""
+
+    kind: Literal["evaluated"] = "evaluated"
+    arm: Arm
+    round: int
+    step: int
+    moment: Literal["before_cut", "after_cut", "recovered", "test"]
+    split: Literal["validation", "test"]
+    loss: dict[str, float]
+    """Category -> nats per unit."""
+
+
+class RoundEnded(_Event):
+    """A round was kept or rolled back."""
+
+    kind: Literal["round"] = "round"
+    round: int
+    step: int
+    separation: float
+    """1 - mean active fraction of units, of what this round cut."""
+    tax: float
+    """Mean over categories of the nats above the dense twin on validation data, after recovery."""
+    tax_by_category: dict[str, float]
+    tax_random: float
+    """Mean tax of the random split of equal sizes."""
+    predicted: float
+    """J of the cut: nats per unit that the kept units cannot make up for, before retraining."""
+    predicted_random: float
+    """J of a random cut of equal sizes on the same network."""
+    accepted: bool
+    seconds: float
+    tree: dict[str, Any]
+    """Nested: name, categories, units, children."""
+
+
+class Artifact(_Event):
+    """A file in the run's folder is ready."""
+
+    kind: Literal["artifact"] = "artifact"
+    path: str
+    """Relative to the run's folder."""
+    round: int | None = None
+    """The round that it belongs to; None: the whole run."""
+
+
+class Finished(_Event):
+    """The run's result; see ``moeify.result``."""
+
+    kind: Literal["finished"] = "finished"
+    seconds: float
+
+
+class Failed(_Event):
+    """An attempt ended early."""
+
+    kind: Literal["failed"] = "failed"
+    reason: str
+    """One line."""
+
+
+Event = Annotated[
+    Started | Phase | Step | Evaluated | RoundEnded | Artifact | Finished | Failed,
+    Field(discriminator="kind"),
+]
+
+
+class Tracker(Protocol):
+    """Takes events. Never raises for reasons of its own: a run does not die because tracking is away."""
+
+    def emit(self, event: Event) -> None:
+        """Take one event; an ``id`` that was taken before is ignored."""
+        ...
+
+
+class MemoryTracker:
+    """Keeps events in a list: for notebooks and tests."""
+
+    def __init__(self) -> None:
+        self.events: dict[str, Event] = {}
+
+    def emit(self, event: Event) -> None:
+        """Take one event; an ``id`` that was taken before is ignored."""
+        self.events.setdefault(event.id, event)

@@ -1,0 +1,78 @@
+"""The port between the loop and what is learned: data in categories, a loss in nats, a network to build.
+
+The loop sees nothing else of a task, so it does not know whether it trains a language model or an autoencoder.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, Self
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+HeldOut = Literal["validation", "test"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows in category order: ``categories`` never falls from one row to the next."""
+
+    inputs: Tensor
+    """What the network takes; rows first."""
+    targets: Tensor
+    """What the loss compares with; rows first."""
+    categories: Int[Tensor, " rows"]
+    """Index into the task's categories."""
+    ids: Int[Tensor, " rows"]
+    """The row's number in its stream: the same however rows are shared out over workers."""
+
+    def shard(self, rank: int, size: int) -> Self:
+        """Return every ``size``-th row from ``rank`` on: still in category order."""
+        part = slice(rank, None, size)
+        return type(self)(self.inputs[part], self.targets[part], self.categories[part], self.ids[part])
+
+
+class Task(Protocol):
+    """Data, network and loss of one kind of problem. Everything is a pure function of the recipe and the arguments."""
+
+    categories: tuple[str, ...]
+    """In the recipe's order."""
+    unit: Literal["token", "example"]
+    """What a loss in nats is counted by."""
+    units_per_row: int
+    """Tokens (or examples) whose loss one row adds up."""
+
+    def build(self) -> nn.Module:
+        """Return a freshly initialised dense network, the same bits each time."""
+        ...
+
+    def train_batch(self, step: int) -> Batch:
+        """Return the rows of one optimizer step, categories in equal shares; the same for the same ``step``."""
+        ...
+
+    def probe_batches(self, round_: int, rows: int, rows_at_once: int) -> Iterator[Batch]:
+        """Yield ``rows`` train rows of each category, ``rows_at_once`` at a time, for attribution."""
+        ...
+
+    def held_out_batches(self, split: HeldOut, rows: int, rows_at_once: int) -> Iterator[Batch]:
+        """Yield up to ``rows`` rows of each category of a held-out split, always the same ones.
+
+        Every batch has ``rows_at_once`` rows but the last, which may have fewer.
+        """
+        ...
+
+    def nats(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " rows"]:
+        """Return each row's summed negative log-likelihood in nats."""
+        ...
+
+    def sample(self, outputs: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Draw targets from the model's own predictive distribution (for the Fisher information), one seed a row."""
+        ...
+
+    def bits_per_byte(self, loss: dict[str, float], split: HeldOut) -> dict[str, float] | None:
+        """Turn test losses in nats per token into bits per byte of text; None where bytes mean nothing."""
+        ...
+
+    def assets(self) -> dict[str, Any]:
+        """Return what an export needs besides the network (for text: the tokenizer's files, name -> bytes)."""
+        ...

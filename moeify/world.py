@@ -1,0 +1,66 @@
+"""The port to the other workers: one process alone, or a torch.distributed group."""
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class World(Protocol):
+    """What the SPMD loop asks of its group. Every rank calls every collective in the same order."""
+
+    rank: int
+    size: int
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor, in place, by its sum over ranks."""
+        ...
+
+    def share(self, value: T) -> T:
+        """Return rank 0's value on every rank; a barrier."""
+        ...
+
+
+class Solo:
+    """One process: every collective is the identity."""
+
+    rank = 0
+    size = 1
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Leave the tensors as they are."""
+
+    def share(self, value: T) -> T:
+        """Return the value."""
+        return value
+
+
+class Group:
+    """The default process group of torch.distributed.
+
+    Sums travel as one flat buffer for each dtype, in the order given: the result depends on the world size and
+    on nothing else, so that a resumed run adds up the same way as an undisturbed one.
+    """
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor, in place, by its sum over ranks."""
+        for dtype in dict.fromkeys(t.dtype for t in tensors):
+            same = [t for t in tensors if t.dtype == dtype]
+            flat = torch.cat([t.reshape(-1) for t in same])
+            dist.all_reduce(flat)
+            for tensor, total in zip(same, flat.split([t.numel() for t in same]), strict=True):
+                tensor.copy_(total.view_as(tensor))
+
+    def share(self, value: T) -> T:
+        """Return rank 0's value on every rank; a barrier."""
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]

@@ -1,0 +1,1 @@
+"""Put a run together and run it: command line, Ray, MLflow, shipped recipes."""
