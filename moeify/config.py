@@ -4,6 +4,7 @@ A variant is a class here with its own ``kind``, a function where it is used and
 This module imports pydantic alone, so that schema and validation need no torch.
 """
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -264,7 +265,7 @@ class RunConfig(Closed):
                 f"raise training.steps or shorten the rounds"
             )
         separations = [r.separation for r in self.rounds]
-        if any(b <= a for a, b in zip(separations, separations[1:], strict=False)):
+        if any(b <= a for a, b in itertools.pairwise(separations)):
             raise ValueError(f"rounds.separation must rise from round to round, got {separations}")
         return self
 
@@ -286,7 +287,5 @@ class RunConfig(Closed):
     def _model_fits_data(self) -> Self:
         wanted = {"text": "llama", "digits": "autoencoder"}[self.data.kind]
         if self.model.kind != wanted:
-            raise ValueError(
-                f"data.kind {self.data.kind!r} needs model.kind {wanted!r}, got {self.model.kind!r}"
-            )
+            raise ValueError(f"data.kind {self.data.kind!r} needs model.kind {wanted!r}, got {self.model.kind!r}")
         return self
