@@ -5,6 +5,7 @@ This module imports pydantic alone, so that schema and validation need no torch.
 """
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -20,7 +21,7 @@ BuiltinSource = Literal["python", "prose", "c", "web"]
 class Closed(BaseModel):
     """Refuses unknown keys and changes; a string under a field is its documentation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 # --- data ---------------------------------------------------------------------------------------------
@@ -107,7 +108,8 @@ class LlamaModel(Closed):
     def _heads_divide_hidden(self) -> Self:
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
             raise ValueError(
-                f"hidden {self.hidden} over {self.heads} heads must give an even whole number of dimensions a head"
+                f"heads: got {self.heads}, wanted a divisor of hidden, {self.hidden}, "
+                f"that leaves an even number of dimensions a head"
             )
         return self
 
@@ -257,35 +259,49 @@ class RunConfig(Closed):
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
-    def _rounds_fit(self) -> Self:
+    def _parts_fit(self) -> Self:
+        if misfits := [
+            *self._data_misfits(),
+            *self._model_misfits(),
+            *self._rounds_misfits(),
+            *self._rows_misfits(),
+        ]:
+            raise ValueError("\n".join(misfits))
+        return self
+
+    def _data_misfits(self) -> Iterator[str]:
+        held_out = self.data.validation + self.data.test
+        if held_out >= 1.0:
+            yield f"data: got validation + test {held_out:g}, wanted less than 1, so that something is left to train on"
+        if self.data.kind == "text" and self.data.source.kind == "installed":
+            sources = self.data.source.sources
+            if len(set(sources)) < len(sources):
+                yield f"data.source.sources: got {list(sources)}, wanted each source once"
+
+    def _model_misfits(self) -> Iterator[str]:
+        wanted = {"text": "llama", "digits": "autoencoder"}[self.data.kind]
+        if self.model.kind != wanted:
+            yield f"model.kind: got {self.model.kind!r}, wanted {wanted!r}, which data.kind {self.data.kind!r} needs"
+
+    def _rounds_misfits(self) -> Iterator[str]:
         spent = sum(r.train + r.recover for r in self.rounds)
         if spent > self.training.steps:
-            raise ValueError(
-                f"rounds take {spent} steps (train + recover of each) but training.steps is {self.training.steps}; "
-                f"raise training.steps or shorten the rounds"
+            yield (
+                f"rounds: got {spent} steps (train + recover of each), wanted at most training.steps, "
+                f"{self.training.steps}; raise training.steps or shorten the rounds"
             )
         separations = [r.separation for r in self.rounds]
         if any(b <= a for a, b in itertools.pairwise(separations)):
-            raise ValueError(f"rounds.separation must rise from round to round, got {separations}")
-        return self
+            yield f"rounds: got separation {separations}, wanted it to rise from round to round"
 
-    @model_validator(mode="after")
-    def _rows_fit(self) -> Self:
+    def _rows_misfits(self) -> Iterator[str]:
         for path, rows in (
             ("training.rows", self.training.rows),
             ("attribution.rows_at_once", self.attribution.rows_at_once),
             ("evaluation.rows_at_once", self.evaluation.rows_at_once),
         ):
             if rows % self.cluster.workers:
-                raise ValueError(
-                    f"{path} is {rows}, which {self.cluster.workers} workers cannot share equally; "
-                    f"make it a multiple of cluster.workers"
+                yield (
+                    f"{path}: got {rows}, which {self.cluster.workers} workers cannot share equally, "
+                    f"wanted a multiple of cluster.workers"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _model_fits_data(self) -> Self:
-        wanted = {"text": "llama", "digits": "autoencoder"}[self.data.kind]
-        if self.model.kind != wanted:
-            raise ValueError(f"data.kind {self.data.kind!r} needs model.kind {wanted!r}, got {self.model.kind!r}")
-        return self

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 Arm = Literal["dense", "split", "random"]
-"""``dense``: the dense twin; ``split``: attribution chooses the owners; ``random``: the same tree and widths, drawn owners."""
+"""``dense``: the dense twin; ``split``: owners by attribution; ``random``: same tree and widths, owners drawn."""
 
 
 class _Event(BaseModel):

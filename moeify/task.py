@@ -5,7 +5,7 @@ The loop sees nothing else of a task, so it does not know whether it trains a la
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self
+from typing import Literal, Protocol, Self
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ HeldOut = Literal["validation", "test"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows in category order: ``categories`` never falls from one row to the next."""
+    """Rows in category order as tasks make them: ``categories`` never falls from one row to the next."""
 
     inputs: Tensor
     """What the network takes; rows first."""
@@ -27,9 +27,13 @@ class Batch:
     """The row's number in its stream: the same however rows are shared out over workers."""
 
     def shard(self, rank: int, size: int) -> Self:
-        """Return every ``size``-th row from ``rank`` on: still in category order."""
+        """Return every ``size``-th row from ``rank`` on, in the same order."""
         part = slice(rank, None, size)
         return type(self)(self.inputs[part], self.targets[part], self.categories[part], self.ids[part])
+
+    def take(self, rows: Int[Tensor, " some"]) -> Self:
+        """Return these rows, in this order."""
+        return type(self)(self.inputs[rows], self.targets[rows], self.categories[rows], self.ids[rows])
 
 
 class Task(Protocol):
@@ -73,6 +77,6 @@ class Task(Protocol):
         """Turn test losses in nats per token into bits per byte of text; None where bytes mean nothing."""
         ...
 
-    def assets(self) -> dict[str, Any]:
-        """Return what an export needs besides the network (for text: the tokenizer's files, name -> bytes)."""
+    def assets(self) -> dict[str, bytes]:
+        """Return what an export needs besides the network (for text: the tokenizer's files), by file name."""
         ...

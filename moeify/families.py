@@ -1,0 +1,98 @@
+"""Adapters: where the units of each supported network live, and how to describe and rebuild it.
+
+One case a family. A family is told by the name of its class, so that no model library is imported to ask.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeify.units import FfnUnits, UnitSpace, check, linear
+
+
+def unit_space(network: nn.Module) -> UnitSpace:
+    """Return the sites of a network's units; ValueError for a network without an adapter."""
+    match type(network).__name__:
+        case "LlamaForCausalLM":
+            return check(network, [_llama_ffn(network, i) for i in range(network.config.num_hidden_layers)])  # type: ignore[union-attr]
+        case "Autoencoder":
+            return check(network, [_feed_forward(network, name) for name in ("encoder", "decoder")])
+        case other:
+            raise ValueError(
+                f"no adapter for {other}; it needs a case in moeify.families that names the Linear layers of each site"
+            )
+
+
+def describe(network: nn.Module) -> dict[str, Any]:
+    """Return plain data from which ``rebuild`` makes a network of the same shape."""
+    match type(network).__name__:
+        case "LlamaForCausalLM":
+            return {"family": "llama", "config": network.config.to_dict()}  # type: ignore[union-attr, operator]
+        case "Autoencoder":
+            up, down = linear(network, "encoder.up"), linear(network, "encoder.down")
+            return {
+                "family": "autoencoder",
+                "inputs": up.in_features,
+                "hidden": up.out_features,
+                "code": down.out_features,
+            }
+        case other:
+            raise ValueError(f"no adapter for {other}; it needs a case in moeify.families")
+
+
+def rebuild(description: dict[str, Any]) -> nn.Module:
+    """Return an untrained network of the described shape."""
+    match description.get("family"):
+        case "llama":
+            from transformers import LlamaConfig, LlamaForCausalLM
+
+            network: nn.Module = LlamaForCausalLM(LlamaConfig(**description["config"]))
+            return network
+        case "autoencoder":
+            from moeify.models import Autoencoder
+
+            return Autoencoder(description["inputs"], description["hidden"], description["code"])
+        case other:
+            raise ValueError(f"unknown network family {other!r}; this version rebuilds 'llama' and 'autoencoder'")
+
+
+def with_units(description: dict[str, Any], units: int) -> dict[str, Any]:
+    """Return the description of the same network with another number of units in every site."""
+    match description.get("family"):
+        case "llama":
+            return {**description, "config": {**description["config"], "intermediate_size": units}}
+        case "autoencoder":
+            return {**description, "hidden": units}
+        case other:
+            raise ValueError(f"unknown network family {other!r}")
+
+
+def example_inputs(network: nn.Module, rows: int, seed: int) -> Tensor:
+    """Return random rows of valid input, as long as the network takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    description = describe(network)
+    match description["family"]:
+        case "llama":
+            shape = (rows, min(64, description["config"]["max_position_embeddings"]))
+            return torch.randint(description["config"]["vocab_size"], shape, generator=generator)
+        case _:
+            return torch.rand(rows, description["inputs"], generator=generator)
+
+
+def _llama_ffn(network: nn.Module, layer: int) -> FfnUnits:
+    module = f"model.layers.{layer}.mlp"
+    up = linear(network, f"{module}.up_proj")
+    if network.config.hidden_act != "silu":  # type: ignore[union-attr]
+        raise ValueError(f"hidden_act is {network.config.hidden_act!r}; the llama adapter knows 'silu'")  # type: ignore[union-attr]
+    bias = up.bias is not None
+    return FfnUnits(
+        f"layers.{layer}.ffn", module, "gate_proj", "up_proj", "down_proj", "silu", up.out_features, bias, bias
+    )
+
+
+def _feed_forward(network: nn.Module, module: str) -> FfnUnits:
+    up = linear(network, f"{module}.up")
+    return FfnUnits(
+        f"{module}.hidden", module, None, "up", "down", "relu", up.out_features, up_bias=up.bias is not None
+    )

@@ -1,0 +1,216 @@
+"""Iterative MoE-ification: train -> attribute -> partition -> prune -> recover -> evaluate, deeper each round.
+
+Every worker runs this one function. It knows no Ray, no MLflow, no file format and no kind of model: a ``Task`` gives
+data, loss and network, a ``World`` the other workers, a ``Store`` keeps checkpoints, a ``Tracker`` takes events.
+
+Three arms run side by side on the same data in the same order: the dense twin, the split model, and the control that is
+split at random into the same tree and widths. Up to the first cut they are one and the same, so only one is trained.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from attribution.measure import measure
+from attribution.table import AttributionTable
+from moeify.config import RunConfig
+from moeify.evaluation import held_out_loss, own_other, tax
+from moeify.events import Arm, MemoryTracker, Tracker
+from moeify.plan import PlannedPhase, check_reachable, plan
+from moeify.propose import NothingToSplitError, Proposal, propose, shuffled
+from moeify.report import Reporter
+from moeify.result import Result
+from moeify.split_model import SplitModel
+from moeify.state import State
+from moeify.store import MemoryStore, Store
+from moeify.surgery import compensate_sites, permute
+from moeify.task import Task
+from moeify.training import Contestant, Progress, train
+from moeify.units import output_weight
+from moeify.world import Solo, World
+
+SPLIT_ARMS: tuple[Arm, ...] = ("split", "random")
+Moment = Literal["before_cut", "after_cut", "recovered", "test"]
+
+
+def run(
+    config: RunConfig,
+    task: Task,
+    *,
+    world: World | None = None,
+    store: Store | None = None,
+    tracker: Tracker | None = None,
+) -> Result:
+    """Run the recipe, from the store's newest checkpoint where there is one, and return what came out.
+
+    Raises ValueError, before any training, for separations that the rounds cannot reach.
+    """
+    return _Loop(config, task, world or Solo(), store or MemoryStore(), tracker or MemoryTracker()).run()
+
+
+class _Loop:
+    """One worker's view of a run."""
+
+    def __init__(self, config: RunConfig, task: Task, world: World, store: Store, tracker: Tracker) -> None:
+        check_reachable(config, len(task.categories))
+        self.config = config
+        self.task = task
+        self.world = world
+        self.store = store
+        self.say = Reporter(config, store, tracker, speaks=world.rank == 0)
+        self.state = self._begin()
+        self.began = time.time() - self.state.seconds
+
+    def run(self) -> Result:
+        """Go down the plan from where the state stands."""
+        for phase in plan(self.config)[self.state.done :]:
+            match phase.kind:
+                case "train" | "recover" | "finish":
+                    self._train(phase)
+                case "cut":
+                    self._cut(phase)
+                case "judge":
+                    self._judge(phase)
+            self.state.done += 1
+            self._checkpoint()
+        return self._test()
+
+    def _begin(self) -> State:
+        """Return the newest checkpoint's state, the same one on every rank, or a fresh one."""
+        found = self.world.share(self.store.newest() if self.world.rank == 0 else None)
+        state = State.load(self.store, found.name, self.config) if found else State.fresh(self.config, self.task)
+        self.say.started(self.task, state.arms["dense"].model)
+        if found:
+            self.say.resumed(found.name, found.damaged)
+        return state
+
+    def _train(self, phase: PlannedPhase) -> None:
+        """Train every arm up to the phase's step, with a checkpoint every so many steps."""
+        self.say.phase(phase.kind, phase.round)
+        every = self.config.checkpoints.every
+        for arm, contestant in self.state.arms.items():
+
+            def report(contestant: Contestant, progress: Progress, arm: Arm = arm) -> None:
+                self.say.step(arm, phase.round, self.state, contestant, progress)
+
+            while contestant.step < phase.until:
+                stop = min(phase.until, contestant.step - contestant.step % every + every)
+                train(contestant, self.task, self.world, self.config.training, stop, self.config.tracking.every, report)
+                if contestant.step < phase.until:
+                    self._checkpoint()
+
+    def _cut(self, phase: PlannedPhase) -> None:
+        """Attribute, partition, prune and compensate: the split arm by attribution, the control at random."""
+        before = self.state.name
+        self._fork()
+        split, random = self.state.arms["split"].model, self.state.arms["random"].model
+        self._evaluate(phase, "before_cut", SPLIT_ARMS)
+        self.say.phase("attribute", phase.round)
+        table, random_table = self._measure(split, phase.round), self._measure(random, phase.round)
+        self.say.phase("partition", phase.round)
+        partition, rounds = self.config.partition, list(self.config.rounds[phase.round - 1 :])
+        reached = split.partition.separation
+        step = self.state.step_scale * (rounds[0].separation - reached)
+        rounds[0] = rounds[0].model_copy(update={"separation": reached + step})
+        try:
+            proposal = propose(
+                split.partition, table, _weights(split), partition, rounds, self.config.attribution.score
+            )
+        except NothingToSplitError as reason:
+            return self.say.phase("partition", phase.round, str(reason))
+        blind = shuffled(split.partition, proposal, table, _weights(split), self.config.seed)
+        control = shuffled(random.partition, proposal, random_table, _weights(random), self.config.seed)
+        self.state.undo, self.state.predicted = before, (proposal.predicted, blind.predicted)
+        self._apply(self.state.arms["split"], proposal, table)
+        self._apply(self.state.arms["random"], control, random_table)
+        self.say.cut(phase.round, proposal, table)
+        self._evaluate(phase, "after_cut", SPLIT_ARMS)
+        return None
+
+    def _apply(self, contestant: Contestant, proposal: Proposal, table: AttributionTable) -> None:
+        """Correct the kept output weights, put the units into tree order and route by the new partition."""
+        model, compensation = contestant.model, self.config.partition.compensation
+        if compensation:
+            compensate_sites(model.network, model.space, table, proposal, compensation.ridge)
+        permute(model.network, contestant.optimizer, model.space, proposal.order)
+        model.repartition(proposal.partition)
+
+    def _judge(self, phase: PlannedPhase) -> None:
+        """Hold the round against the dense twin: keep it while the tax is within the budget, else roll back."""
+        losses = self._evaluate(phase, "recovered", tuple(self.state.arms))
+        if self.state.undo is None:
+            return
+        taxes = {arm: tax(losses[arm], losses["dense"]) for arm in SPLIT_ARMS}
+        accepted = self.config.budget is None or taxes["split"]["mean"] <= self.config.budget.tax
+        partition = self.state.arms["split"].model.partition
+        record = self.say.judged(phase, partition, self.state.predicted, taxes, accepted)
+        self.state.rounds.append(record)
+        if accepted:
+            self.state.step_scale = 1.0
+        else:
+            self.state.roll_back(self.store, self.config)
+            self.state.step_scale /= 2
+        self.state.undo = None
+
+    def _test(self) -> Result:
+        """Read the test split, once, when all training is over."""
+        self.say.phase("test", len(self.config.rounds))
+        last = plan(self.config)[-1]
+        losses = self._evaluate(last, "test", tuple(self.state.arms))
+        split = self.state.arms["split"].model
+        bits = {arm: self.task.bits_per_byte(loss, "test") for arm, loss in losses.items()}
+        return Result(
+            categories=self.task.categories,
+            unit=self.task.unit,
+            tree=split.partition.nested(),
+            active_fraction={**split.partition.active_fraction, "mean": 1.0 - split.partition.separation},
+            rounds=tuple(self.state.rounds),
+            test_loss=losses,
+            bits_per_byte={arm: each for arm, each in bits.items() if each is not None} or None,
+            own_other=own_other(split, self.task, self.world, self.config.evaluation, losses["split"]),
+            tax=tax(losses["split"], losses["dense"]),
+            tax_random=tax(losses["random"], losses["dense"]),
+            steps=self.config.training.steps,
+            seconds=time.time() - self.began,
+        )
+
+    def _fork(self) -> None:
+        """Let the split arms start from where the dense twin stands, at the first cut."""
+        for arm in SPLIT_ARMS:
+            if arm not in self.state.arms:
+                self.state.fork(arm, self.config, self.task)
+
+    def _measure(self, model: SplitModel, round_: int) -> AttributionTable:
+        """Return the attribution of every unit to every category, of all workers' rows together."""
+        asked = self.config.attribution
+        batches = self.task.probe_batches(round_, asked.rows, asked.rows_at_once)
+        mine = (batch.shard(self.world.rank, self.world.size) for batch in batches)
+        with model.masked():
+            table = measure(
+                model, model.network, model.space.readers, mine, self.task.nats, self.task.sample,
+                self.task.categories, seed=self.config.seed,
+            )  # fmt: skip
+        self.world.sum(table.tensors())
+        return table
+
+    def _evaluate(self, phase: PlannedPhase, moment: Moment, arms: Sequence[Arm]) -> dict[Arm, dict[str, float]]:
+        self.say.phase("evaluate", phase.round)
+        losses: dict[Arm, dict[str, float]] = {}
+        for arm in arms:
+            model, split = self.state.arms[arm].model, "test" if moment == "test" else "validation"
+            losses[arm] = held_out_loss(model, self.task, self.world, self.config.evaluation, split)
+            self.say.evaluated(arm, phase, moment, losses[arm])
+        return losses
+
+    def _checkpoint(self) -> None:
+        """Publish the state; no worker goes on before it is safe."""
+        self.state.seconds = time.time() - self.began
+        if self.world.rank == 0:
+            self.state.save(self.store)
+        self.world.share(None)
+
+
+def _weights(model: SplitModel) -> Mapping[str, Tensor]:
+    return {site.name: output_weight(model.network, site).detach() for site in model.space.sites}

@@ -1,0 +1,269 @@
+"""From attribution to a cut: which categories part, how wide each expert is in each site, which unit goes where.
+
+For each leaf with several categories: group them by affinity; for each site the curve J(expert width) from exact
+assignments; a knapsack over all sites spends the round's separation where it costs least; the assignment at the
+chosen width names the owners. Everything is deterministic in the reduced table, so every rank gets the same answer.
+
+Axes: U units of a site, L units that a leaf owns in it, B bins (the K children, then the leaf itself), C categories.
+"""
+
+import bisect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from attribution.affinity import group, profile_affinity
+from attribution.moments import schur_residual
+from attribution.table import AttributionTable, Score
+from moeify.assignment import assign
+from moeify.config import Partition as PartitionConfig
+from moeify.config import Round
+from moeify.knapsack import Curve, cheapest
+from moeify.partition import Partition
+
+Groups = Mapping[int, Sequence[tuple[str, ...]]]
+"""Leaf (its index in the tree) -> the groups of categories that part."""
+
+
+class NothingToSplitError(ValueError):
+    """No leaf is left that could be divided further."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A cut: the partition it leads to, and the new order of each site's units."""
+
+    partition: Partition
+    order: Mapping[str, Int[Tensor, " units"]]
+    """``order[site][i]`` is the present place of the unit that comes to place i."""
+    groups: Groups
+    predicted: float
+    """J of the cut, nats per unit (token or example) averaged over categories by their share of the data."""
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """One leaf in one site at one expert width."""
+
+    width: int
+    owner_L: Int[np.ndarray, " leaf_units"]
+    """Bin of each unit the leaf owned: child k, or K for the leaf itself."""
+    predicted: float
+
+
+def propose(
+    partition: Partition,
+    table: AttributionTable,
+    weights: Mapping[str, Float[Tensor, "dim units"]],
+    config: PartitionConfig,
+    rounds: Sequence[Round],
+    score: Score,
+) -> Proposal:
+    """Choose the first of ``rounds`` to come: split every leaf that has several categories.
+
+    ``rounds`` are this round and those after it, whose experts need room as well. ``weights`` holds each site's output
+    weights. Raises NothingToSplitError where every leaf serves one category, ValueError where the separation cannot
+    be reached.
+    """
+    groups = choose_groups(partition, table, rounds[0].branching, score)
+    choices = {
+        (site, leaf): _choices(partition, table, weights[site], config, rounds, score, site, leaf, parts)
+        for site in partition.widths
+        for leaf, parts in groups.items()
+    }
+    chosen = _spend(partition, config, rounds[0].separation, groups, choices)
+    owners = {key: choice.owner_L for key, choice in chosen.items()}
+    return _proposal(partition, groups, owners, sum(choice.predicted for choice in chosen.values()))
+
+
+def shuffled(
+    partition: Partition,
+    proposal: Proposal,
+    table: AttributionTable,
+    weights: Mapping[str, Float[Tensor, "dim units"]],
+    seed: int,
+) -> Proposal:
+    """Return a cut to the proposal's tree and widths with owners drawn at random: the control of every result.
+
+    ``partition`` (same tree and widths as the one the proposal cuts), ``table`` and ``weights`` are those of the
+    network that is to be cut at random.
+    """
+    generator = np.random.default_rng([seed, len(partition.tree.nodes)])
+    new = proposal.partition
+    owners: dict[tuple[str, int], np.ndarray] = {}
+    predicted = 0.0
+    for site in partition.widths:
+        for leaf, parts in proposal.groups.items():
+            place = new.tree.index(partition.tree.nodes[leaf].name)
+            nodes = [*new.tree.children(place), place]
+            bins = np.repeat(np.arange(len(nodes)), [new.widths[site][node] for node in nodes])
+            owners[site, leaf] = generator.permutation(bins)
+            predicted += _residual(partition, table, weights[site], site, leaf, parts, owners[site, leaf])
+    return _proposal(partition, proposal.groups, owners, predicted)
+
+
+def choose_groups(partition: Partition, table: AttributionTable, branching: int, score: Score) -> Groups:
+    """Return leaf -> groups of its categories: those whose attribution profiles agree most stay together."""
+    tree = partition.tree
+    affinity_CC = profile_affinity(table, score)
+    found = {}
+    for leaf in tree.leaves:
+        categories = tree.nodes[leaf].categories
+        if len(categories) > 1:
+            rows = torch.tensor([table.categories.index(c) for c in categories])
+            parts = group(affinity_CC[rows][:, rows], min(branching, len(categories)), balanced=True)
+            found[leaf] = [tuple(categories[i] for i in part) for part in parts]
+    if not found:
+        raise NothingToSplitError("every leaf serves one category; nothing is left to split")
+    return found
+
+
+def _choices(
+    partition: Partition,
+    table: AttributionTable,
+    weight_DU: Tensor,
+    config: PartitionConfig,
+    rounds: Sequence[Round],
+    score: Score,
+    site: str,
+    leaf: int,
+    parts: Sequence[Sequence[str]],
+) -> list[_Choice]:
+    """Return what each expert width would cost, from the narrowest allowed to the widest there is room for."""
+    width, children = partition.widths[site][leaf], len(parts)
+    kept_back = math.ceil(config.min_core * width) if leaf == 0 else 0
+    widest = (width - kept_back) // children // config.multiple * config.multiple
+    need = max(_need(len(part), rounds[1:], config) for part in parts)
+    if widest < need:
+        raise ValueError(
+            f"expert {partition.tree.nodes[leaf].name!r} owns {width} units of site {site!r}, too few for {children} "
+            f"children of {need} (partition.min_units, room for later rounds); lower partition.min_units, "
+            f"partition.multiple or the separation of earlier rounds"
+        )
+    value_LB = _values(partition, table, score, site, leaf, parts)
+    found = []
+    for each in sorted({need, *range(max(need, config.multiple), widest + 1, config.multiple)}):
+        capacity = np.array([*[each] * children, width - each * children])
+        owner_L = assign(value_LB, capacity).owner
+        found.append(_Choice(each, owner_L, _residual(partition, table, weight_DU, site, leaf, parts, owner_L)))
+    return found
+
+
+def _need(categories: int, later: Sequence[Round], config: PartitionConfig) -> int:
+    """Return the fewest units an expert of so many categories needs, its own later children included."""
+    if categories > 1 and later:
+        children = min(later[0].branching, categories)
+        return children * _need(-(-categories // children), later[1:], config)
+    return -(-config.min_units // config.multiple) * config.multiple
+
+
+def _values(
+    partition: Partition, table: AttributionTable, score: Score, site: str, leaf: int, parts: Sequence[Sequence[str]]
+) -> Float[np.ndarray, "leaf_units bins"]:
+    """Return the attribution mass that stays active if a unit goes to a bin, in nats."""
+    score_UC = table.score(site, score) * (table.counts / table.counts.sum())
+    start = partition.starts(site)[leaf]
+    mine_LC = score_UC[start : start + partition.widths[site][leaf]]
+    columns = [mine_LC[:, [table.categories.index(c) for c in part]].sum(1) for part in parts]
+    return torch.stack([*columns, torch.stack(columns).sum(0)], dim=1).numpy()
+
+
+def _residual(
+    partition: Partition,
+    table: AttributionTable,
+    weight_DU: Tensor,
+    site: str,
+    leaf: int,
+    parts: Sequence[Sequence[str]],
+    owner_L: np.ndarray,
+) -> float:
+    """Return the Schur residual J of one leaf's split in one site, nats per unit over all data."""
+    shares = table.counts / table.counts.sum()
+    inputs_CUU, curvature_CDD = table.second_moment(site), table.curvature(site)
+    start = partition.starts(site)[leaf]
+    owner = torch.from_numpy(owner_L)
+    total = 0.0
+    for bin_, part in enumerate(parts):
+        for category in part:
+            removed_U: Bool[Tensor, " units"] = torch.zeros(partition.units(site), dtype=torch.bool)
+            removed_U[start : start + len(owner)] = (owner != bin_) & (owner != len(parts))
+            kept_U = partition.active(site, category) & ~removed_U
+            c = table.categories.index(category)
+            residual = schur_residual(inputs_CUU[c], curvature_CDD[c], weight_DU.t().double(), kept_U, removed_U)
+            total += shares[c].item() * residual
+    return total
+
+
+def _spend(
+    partition: Partition,
+    config: PartitionConfig,
+    separation: float,
+    groups: Groups,
+    choices: Mapping[tuple[str, int], list[_Choice]],
+) -> dict[tuple[str, int], _Choice]:
+    """Choose one width for each site and leaf so that the separation is reached at the least rise of J."""
+    categories = partition.tree.categories
+    total = len(categories) * sum(partition.units(site) for site in partition.widths)
+    active = sum(partition.active_units(category) for category in categories)
+    wanted = math.ceil(active - (1.0 - separation) * total - 1e-9)
+    saved = {  # active units, added up over categories, that each choice spares
+        (site, leaf): [len(partition.tree.nodes[leaf].categories) * (len(groups[leaf]) - 1) * o.width for o in options]
+        for (site, leaf), options in choices.items()
+    }
+    most = sum(savings[-1] for savings in saved.values())
+    if wanted > most:
+        raise ValueError(
+            f"separation {separation:.3f} cannot be reached in this round, at most "
+            f"{1 - (active - most) / total:.3f}; lower the round's separation or "
+            f"partition.min_core, or raise the separation of the round before"
+        )
+    match config.budget:
+        case "knapsack":
+            curves = [
+                Curve(tuple(s - savings[0] for s in savings), tuple(o.predicted for o in choices[key]))
+                for key, savings in saved.items()
+            ]
+            picks = cheapest(curves, max(0, wanted - sum(savings[0] for savings in saved.values())))
+        case "equal":
+            picks = _same_share(partition, wanted, saved, choices)
+    return {key: options[pick] for (key, options), pick in zip(choices.items(), picks, strict=True)}
+
+
+def _same_share(
+    partition: Partition,
+    wanted: int,
+    saved: Mapping[tuple[str, int], list[int]],
+    choices: Mapping[tuple[str, int], list[_Choice]],
+) -> list[int]:
+    """Return the choices of the smallest expert share of a site, the same in all sites, that spares enough."""
+    shares = {key: [o.width / partition.units(key[0]) for o in options] for key, options in choices.items()}
+    picks: list[int] = []
+    for least in sorted({share for options in shares.values() for share in options}):
+        picks = [min(bisect.bisect_left(options, least), len(options) - 1) for options in shares.values()]
+        if sum(savings[pick] for savings, pick in zip(saved.values(), picks, strict=True)) >= wanted:
+            break
+    return picks
+
+
+def _proposal(
+    partition: Partition, groups: Groups, owners: Mapping[tuple[str, int], np.ndarray], predicted: float
+) -> Proposal:
+    """Put the units of every split leaf into tree order: those it keeps, then each child's, each in present order."""
+    widths, order = {}, {}
+    for site in partition.widths:
+        places: list[np.ndarray] = []
+        for old, (start, width) in enumerate(zip(partition.starts(site), partition.widths[site], strict=True)):
+            present = np.arange(start, start + width)
+            if old in groups:
+                bins = [len(groups[old]), *range(len(groups[old]))]
+                places += [present[owners[site, old] == bin_] for bin_ in bins]
+            else:
+                places.append(present)
+        widths[site] = tuple(len(place) for place in places)
+        order[site] = torch.from_numpy(np.concatenate(places))
+    return Proposal(Partition(partition.tree.split(groups), widths), order, groups, predicted)

@@ -1,0 +1,154 @@
+"""What the loop says, put into events: ids that a repeated run repeats, times, and only on rank 0."""
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Literal
+
+from attribution.table import AttributionTable
+from moeify.config import RunConfig
+from moeify.events import Arm, Artifact, Evaluated, Phase, RoundEnded, Started, Step, Tracker
+from moeify.partition import Partition
+from moeify.plan import PlannedPhase, training_work
+from moeify.propose import Proposal
+from moeify.split_model import SplitModel
+from moeify.state import State
+from moeify.store import Store
+from moeify.task import Task
+from moeify.training import Contestant, Progress
+
+
+class Reporter:
+    """Turns what happened into events and files."""
+
+    def __init__(self, config: RunConfig, store: Store, tracker: Tracker, *, speaks: bool) -> None:
+        self.config = config
+        self.store = store
+        self.tracker = tracker
+        self.speaks = speaks
+        """Whether this worker is the one that reports; the others stay silent."""
+        self._round_began = time.time()
+
+    def started(self, task: Task, model: SplitModel) -> None:
+        """Say what is going to happen, and keep what an export needs besides the network."""
+        if not self.speaks:
+            return
+        self.tracker.emit(
+            Started(
+                id="started",
+                time=time.time(),
+                categories=task.categories,
+                unit=task.unit,
+                steps=self.config.training.steps,
+                parameters=sum(p.numel() for p in model.parameters()),
+                sites={site.name: site.units for site in model.space.sites},
+                rounds=len(self.config.rounds),
+            )
+        )
+        for name, content in task.assets().items():
+            self.store.put(f"assets/{name}", content)
+
+    def resumed(self, name: str, damaged: tuple[str, ...]) -> None:
+        """Say where an interrupted run goes on; this event alone is new each time."""
+        if self.speaks:
+            now = time.time()
+            note = "; ".join([*damaged, f"going on from checkpoint {name}"])
+            self.tracker.emit(Phase(id=f"resumed/{name}/{now}", time=now, phase="prepare", round=0, note=note))
+
+    def phase(
+        self,
+        phase: Literal["train", "attribute", "partition", "recover", "evaluate", "finish", "test"],
+        round_: int,
+        note: str = "",
+    ) -> None:
+        """Say that a phase begins, or what became of it."""
+        if phase == "train":
+            self._round_began = time.time()
+        if self.speaks:
+            mark = f"phase/{round_}/{phase}" + ("/note" if note else "")
+            self.tracker.emit(Phase(id=mark, time=time.time(), phase=phase, round=round_, note=note))
+
+    def step(self, arm: Arm, round_: int, state: State, contestant: Contestant, progress: Progress) -> None:
+        """Say how far an arm's training has come."""
+        if not self.speaks:
+            return
+        alone = self.config.rounds[0].train
+        spent = sum(c.step - (0 if a == "dense" else alone) for a, c in state.arms.items())
+        self.tracker.emit(
+            Step(
+                id=f"step/{arm}/{contestant.step}",
+                time=time.time(),
+                arm=arm,
+                round=round_,
+                step=contestant.step,
+                work=spent / training_work(self.config),
+                loss=progress.loss,
+                learning_rate=progress.learning_rate,
+                units_per_second=progress.units_per_second,
+            )
+        )
+
+    def evaluated(
+        self,
+        arm: Arm,
+        phase: PlannedPhase,
+        moment: Literal["before_cut", "after_cut", "recovered", "test"],
+        loss: dict[str, float],
+    ) -> None:
+        """Say an arm's losses on held-out data."""
+        if self.speaks:
+            split: Literal["validation", "test"] = "test" if moment == "test" else "validation"
+            self.tracker.emit(
+                Evaluated(
+                    id=f"evaluated/{arm}/{phase.round}/{moment}",
+                    time=time.time(),
+                    arm=arm,
+                    round=phase.round,
+                    step=phase.until,
+                    moment=moment,
+                    split=split,
+                    loss=loss,
+                )
+            )
+
+    def cut(self, round_: int, proposal: Proposal, table: AttributionTable) -> None:
+        """Keep the round's partition and attribution, units in their new order."""
+        if not self.speaks:
+            return
+        score = self.config.attribution.score
+        content = json.dumps({**proposal.partition.as_json(), "tree": proposal.partition.nested()}, indent=1)
+        scores = {site: table.score(site, score)[order].float() for site, order in proposal.order.items()}
+        metadata = {"categories": json.dumps(table.categories), "score": score, "unit": "nats"}
+        self.store.put(f"rounds/{round_}/partition.json", content.encode())
+        self.store.put_tensors(f"rounds/{round_}/attribution.safetensors", scores, metadata)
+        for name in ("partition.json", "attribution.safetensors"):
+            path = f"rounds/{round_}/{name}"
+            self.tracker.emit(Artifact(id=f"artifact/{path}", time=time.time(), path=path, round=round_))
+
+    def judged(
+        self,
+        phase: PlannedPhase,
+        partition: Partition,
+        predicted: tuple[float, float],
+        taxes: Mapping[Arm, Mapping[str, float]],
+        accepted: bool,
+    ) -> RoundEnded:
+        """Say how a round ended, and return its record."""
+        record = RoundEnded(
+            id=f"round/{phase.round}",
+            time=time.time(),
+            round=phase.round,
+            step=phase.until,
+            separation=partition.separation,
+            tax=taxes["split"]["mean"],
+            tax_by_category={c: nats for c, nats in taxes["split"].items() if c != "mean"},
+            tax_random=taxes["random"]["mean"],
+            predicted=predicted[0],
+            predicted_random=predicted[1],
+            accepted=accepted,
+            seconds=time.time() - self._round_began,
+            tree=partition.nested(),
+        )
+        if self.speaks:
+            self.tracker.emit(record)
+        return record

@@ -1,0 +1,41 @@
+"""What a run ends with: one file of numbers that a reader needs no other file to understand."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
+from moeify.events import Arm, RoundEnded
+
+MEAN = "mean"
+"""The key that stands beside the categories for their unweighted mean."""
+
+
+class Result(BaseModel):
+    """Held-out figures of the three arms, and the tree that the split arm ended with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="constants")
+
+    categories: tuple[str, ...]
+    """In the recipe's order."""
+    unit: Literal["token", "example"]
+    """What a loss in nats is counted by."""
+    tree: dict[str, Any]
+    """Nested: name, categories, units (owned by that node, over all sites), children."""
+    active_fraction: dict[str, float]
+    """Category -> units on its route over all units, 0..1; and ``mean``."""
+    rounds: tuple[RoundEnded, ...]
+    """Every round, those that were rolled back included."""
+    test_loss: dict[Arm, dict[str, float]]
+    """Arm -> category -> nats per unit on test data."""
+    bits_per_byte: dict[Arm, dict[str, float]] | None
+    """Arm -> category -> bits per byte of text on test data; None where bytes mean nothing."""
+    own_other: dict[str, dict[str, float]]
+    """Category -> expert -> rise of the category's test loss, in nats per unit, when that expert is ablated."""
+    tax: dict[str, float]
+    """Category -> nats per unit of the split model above the dense twin on test data; and ``mean``."""
+    tax_random: dict[str, float]
+    """The same of the random split."""
+    steps: PositiveInt
+    """Optimizer steps of every arm."""
+    seconds: float
+    """Wall time of the run, all attempts together."""

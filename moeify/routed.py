@@ -1,0 +1,233 @@
+"""Routed execution: with rows sorted by leaf, every expert is a rectangle of rows times units.
+
+A routed feed-forward layer is a short sum of plain matrix products over views, one rectangle a node: no masks, no
+gathers, no copied weights, forward and backward. The masked path, which runs every unit and zeroes those off the
+route, is the slow oracle, and is what attribution reads.
+
+Axes: N tokens (rows times positions), D model width, U units; a rectangle has n tokens and u units.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from moeify.partition import Partition
+from moeify.units import Activation, FfnUnits
+
+
+class Rectangle(NamedTuple):
+    """Half-open ranges: these tokens (or rows) run these units."""
+
+    rows: slice
+    units: slice
+
+
+@dataclass
+class Routes:
+    """What every routed module of one network shares: the partition, and where each leaf's rows lie in this batch."""
+
+    partition: Partition
+    bounds: tuple[int, ...] = ()
+    """Row offsets by leaf position: position k serves rows ``bounds[k] .. bounds[k + 1]``."""
+    ablated: frozenset[int] = field(default_factory=frozenset)
+    """Nodes whose own units give nothing."""
+    masked: bool = False
+    """Run the oracle instead of rectangles."""
+
+    def rectangles(self, site: str, positions: int = 1) -> list[Rectangle]:
+        """Return the non-empty rectangles of a site, rows counted in tokens of ``positions`` a row."""
+        found = []
+        for node, (start, width) in enumerate(
+            zip(self.partition.starts(site), self.partition.widths[site], strict=True)
+        ):
+            first, last = self.partition.tree.span(node)
+            low, high = self.bounds[first] * positions, self.bounds[last] * positions
+            if width and high > low and node not in self.ablated:
+                found.append(Rectangle(slice(low, high), slice(start, start + width)))
+        return found
+
+    @contextmanager
+    def ablating(self, nodes: Sequence[int]) -> Iterator[None]:
+        """Zero the own units of these nodes while the context lasts."""
+        before, self.ablated = self.ablated, self.ablated | frozenset(nodes)
+        try:
+            yield
+        finally:
+            self.ablated = before
+
+    @contextmanager
+    def masking(self) -> Iterator[None]:
+        """Run the masked oracle while the context lasts."""
+        before, self.masked = self.masked, True
+        try:
+            yield
+        finally:
+            self.masked = before
+
+
+class RoutedFfn(nn.Module):
+    """A feed-forward block that runs only the units on each row's route.
+
+    It takes over the submodules of the dense block under their own names, so parameter names stay those of the
+    stock architecture.
+    """
+
+    def __init__(self, dense: nn.Module, units: FfnUnits, routes: Routes) -> None:
+        super().__init__()
+        for name, child in dense.named_children():
+            self.add_module(name, child)
+        self.units = units
+        self.routes = routes
+
+    def forward(self, x: Float[Tensor, "rows *positions dim"]) -> Float[Tensor, "rows *positions out"]:
+        """Return what the active units write."""
+        return self._masked(x) if self.routes.masked else self._routed(x)
+
+    def _linear(self, name: str) -> nn.Linear:
+        return cast(nn.Linear, self.get_submodule(name))
+
+    def _routed(self, x: Tensor) -> Tensor:
+        up, down = self._linear(self.units.up), self._linear(self.units.down)
+        gate = self._linear(self.units.gate) if self.units.gate else None
+        flat_ND = x.reshape(-1, x.shape[-1])
+        out_ND = _Rectangles.apply(
+            flat_ND,
+            gate.weight if gate else None,
+            gate.bias if gate else None,
+            up.weight,
+            up.bias,
+            down.weight,
+            down.bias,
+            self.routes.rectangles(self.units.name, flat_ND.shape[0] // max(1, x.shape[0])),
+            self.units.activation,
+        )
+        return out_ND.view(*x.shape[:-1], -1)
+
+    def _masked(self, x: Tensor) -> Tensor:
+        up = self._linear(self.units.up)(x)
+        active = up if self.units.gate is None else self._linear(self.units.gate)(x)
+        hidden = _activate(active, self.units.activation)
+        if self.units.gate is not None:
+            hidden = hidden * up
+        mask_RU = hidden.new_zeros(x.shape[0], self.units.units)
+        for rectangle in self.routes.rectangles(self.units.name):
+            mask_RU[rectangle] = 1.0
+        mask = mask_RU.view(x.shape[0], *[1] * (x.dim() - 2), self.units.units)
+        return self._linear(self.units.down)(hidden * mask)
+
+
+class _Rectangles(torch.autograd.Function):
+    """The sum over rectangles of down(act(gate(x)) * up(x)), each over its own rows and units.
+
+    Written out because autograd's own backward of a weight's view fills and adds a whole weight for each node;
+    here each node's gradient is one product written straight into its own slice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        gate_UD: Tensor | None,
+        gate_bias_U: Tensor | None,
+        up_UD: Tensor,
+        up_bias_U: Tensor | None,
+        down_DU: Tensor,
+        down_bias_D: Tensor | None,
+        rectangles: list[Rectangle],
+        activation: Activation,
+    ) -> Tensor:
+        out_ND = x_ND.new_zeros(x_ND.shape[0], down_DU.shape[0])
+        if down_bias_D is not None:
+            out_ND += down_bias_D
+        hidden: list[Tensor] = []
+        for rows, units in rectangles:
+            up_nu = F.linear(x_ND[rows], up_UD[units], None if up_bias_U is None else up_bias_U[units])
+            if gate_UD is None:
+                hidden.append(up_nu)
+                active_nu = _activate(up_nu, activation)
+            else:
+                gate_nu = F.linear(x_ND[rows], gate_UD[units], None if gate_bias_U is None else gate_bias_U[units])
+                hidden += [up_nu, gate_nu]
+                active_nu = _activate(gate_nu, activation).mul_(up_nu)
+            out_ND[rows].addmm_(active_nu, down_DU[:, units].t())
+        ctx.save_for_backward(x_ND, gate_UD, gate_bias_U, up_UD, up_bias_U, down_DU, down_bias_D, *hidden)
+        ctx.rectangles = rectangles
+        ctx.activation = activation
+        return out_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (out_grad_ND,) = grads
+        x_ND, gate_UD, gate_bias_U, up_UD, up_bias_U, down_DU, down_bias_D, *hidden = ctx.saved_tensors
+        x_grad_ND = torch.zeros_like(x_ND)
+        parameters = (gate_UD, gate_bias_U, up_UD, up_bias_U, down_DU)
+        gate_grad, gate_bias_grad, up_grad, up_bias_grad, down_grad = (
+            None if p is None else torch.zeros_like(p) for p in parameters
+        )
+        assert up_grad is not None
+        assert down_grad is not None
+        saved = iter(hidden)
+        for rows, units in ctx.rectangles:
+            x_nD, out_grad_nD = x_ND[rows], out_grad_ND[rows]
+            active_grad_nu = out_grad_nD @ down_DU[:, units]
+            up_nu = next(saved)
+            if gate_UD is None:
+                active_nu = _activate(up_nu, ctx.activation)
+                up_grad_nu = _activate_backward(active_grad_nu, up_nu, ctx.activation)
+            else:
+                gate_nu = next(saved)
+                gated_nu = _activate(gate_nu, ctx.activation)
+                gate_grad_nu = _activate_backward(active_grad_nu * up_nu, gate_nu, ctx.activation)
+                up_grad_nu = active_grad_nu.mul_(gated_nu)
+                active_nu = gated_nu.mul_(up_nu)
+                torch.mm(gate_grad_nu.t(), x_nD, out=gate_grad[units])
+                x_grad_ND[rows].addmm_(gate_grad_nu, gate_UD[units])
+                if gate_bias_grad is not None:
+                    gate_bias_grad[units] = gate_grad_nu.sum(0)
+            torch.mm(up_grad_nu.t(), x_nD, out=up_grad[units])
+            x_grad_ND[rows].addmm_(up_grad_nu, up_UD[units])
+            if up_bias_grad is not None:
+                up_bias_grad[units] = up_grad_nu.sum(0)
+            down_grad[:, units] = out_grad_nD.t() @ active_nu
+        down_bias_grad = None if down_bias_D is None else out_grad_ND.sum(0)
+        grads_out = (x_grad_ND, gate_grad, gate_bias_grad, up_grad, up_bias_grad, down_grad, down_bias_grad)
+        return (*grads_out, None, None)
+
+
+def _activate(x: Tensor, activation: Activation) -> Tensor:
+    match activation:
+        case "silu":
+            return F.silu(x)
+        case "relu":
+            return F.relu(x)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+
+
+def _activate_backward(grad: Tensor, x: Tensor, activation: Activation) -> Tensor:
+    match activation:
+        case "silu":
+            return torch.ops.aten.silu_backward(grad, x)
+        case "relu":
+            return torch.ops.aten.threshold_backward(grad, x, 0)
+        case "gelu":
+            return torch.ops.aten.gelu_backward(grad, x)
+        case "gelu_tanh":
+            return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+
+
+def install(network: nn.Module, sites: Sequence[FfnUnits], routes: Routes) -> None:
+    """Replace each site's feed-forward block by its routed form, in place."""
+    for site in sites:
+        parent, _, name = site.module.rpartition(".")
+        setattr(network.get_submodule(parent), name, RoutedFfn(network.get_submodule(site.module), site, routes))

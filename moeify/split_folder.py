@@ -1,0 +1,70 @@
+"""The split model as a folder: hashed safetensors and JSON, the tokenizer's files beside them.
+
+``manifest.json`` holds the network's description, the categories and the partition; ``model.safetensors`` the
+parameters under the stock architecture's names, units in tree order.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeify.families import describe, rebuild
+from moeify.partition import Partition
+from moeify.split_model import SplitModel
+from moeify.store import CorruptCheckpointError, FolderStore, read_manifest, read_part, write_folder
+
+
+def save_split(model: SplitModel, target: Path, assets: Mapping[str, bytes]) -> None:
+    """Write a split model and the files that belong to it; the folder appears whole or not at all."""
+    facts = {
+        "network": describe(model.network),
+        "categories": list(model.categories),
+        "partition": model.partition.as_json(),
+    }
+    write_folder(target, facts, {"model": _tensors(model)}, assets)
+
+
+def load_split(folder: str | Path) -> SplitModel:
+    """Return the split model that ``moeify export RUN --split`` wrote, in eval mode.
+
+    Raises CorruptCheckpointError (a ValueError) when a file is missing or is not what was written.
+    """
+    folder = Path(folder)
+    facts = read_manifest(folder)["facts"]
+    return _load(facts, facts["partition"], read_part(folder, "model"))
+
+
+def load_from_run(folder: Path) -> SplitModel:
+    """Return the split model of a run's newest checkpoint, in eval mode; ValueError where nothing was split yet."""
+    store = FolderStore(folder, keep=1)
+    found = store.newest()
+    if found is None:
+        raise ValueError(f"{folder.name} has no checkpoint yet; let it train on, or see `moeify show {folder.name}`")
+    facts = store.facts(found.name)
+    if "split" not in facts["arms"]:
+        raise ValueError(f"{folder.name} has not been split yet; its first cut comes after the first training phase")
+    tensors = store.tensors(found.name, "split")
+    parts = ("parameter/", "buffer/")
+    own = {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(parts)}
+    return _load(facts, facts["arms"]["split"]["partition"], own)
+
+
+def _tensors(model: SplitModel) -> dict[str, Tensor]:
+    persistent = model.network.state_dict()
+    named = [*model.network.named_parameters(), *model.network.named_buffers()]
+    return {name: tensor.detach() for name, tensor in named if name in persistent}
+
+
+@torch.no_grad()
+def _load(facts: Mapping[str, Any], partition: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SplitModel:
+    model = SplitModel(rebuild(facts["network"]), facts["categories"], Partition.from_json(partition))
+    own = _tensors(model)
+    if own.keys() != tensors.keys():
+        odd = sorted(own.keys() ^ tensors.keys())
+        raise CorruptCheckpointError(f"the tensors do not fit the described network, first difference: {odd[0]!r}")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+    return model.eval()

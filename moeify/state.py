@@ -1,0 +1,105 @@
+"""Everything a run is in the middle of: saved at every phase boundary, taken back bit for bit.
+
+Nothing else carries over from phase to phase: data, rates and random draws are functions of the recipe and the step.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from moeify.config import RunConfig
+from moeify.events import Arm, RoundEnded
+from moeify.families import describe, rebuild
+from moeify.partition import Partition
+from moeify.split_model import SplitModel
+from moeify.store import Store
+from moeify.task import Task
+from moeify.training import Contestant
+
+
+@dataclass
+class State:
+    """A run between two moments of its plan."""
+
+    arms: dict[Arm, Contestant]
+    """The dense twin alone until the first cut, when the other arms fork from it."""
+    done: int = 0
+    """Phases of the plan that are behind us."""
+    rounds: list[RoundEnded] = field(default_factory=list)
+    step_scale: float = 1.0
+    """What is left of a round's step in separation after roll-backs, 0..1."""
+    undo: str | None = None
+    """The checkpoint from before the open round's cut; None where no round is open."""
+    predicted: tuple[float, float] = (0.0, 0.0)
+    """J of the open round's cut, and of a random one; nats."""
+    seconds: float = 0.0
+    """Wall time up to the last checkpoint, all attempts together."""
+
+    @classmethod
+    def fresh(cls, config: RunConfig, task: Task) -> Self:
+        """Return the state before the first step."""
+        return cls({"dense": Contestant(SplitModel(task.build(), task.categories), config.training)})
+
+    def fork(self, arm: Arm, config: RunConfig, task: Task) -> None:
+        """Add an arm that goes on from where the dense twin stands."""
+        dense = self.arms["dense"]
+        twin = Contestant(SplitModel(task.build(), task.categories), config.training)
+        twin.load(dense.tensors())
+        twin.step = dense.step
+        self.arms[arm] = twin
+
+    @property
+    def name(self) -> str:
+        """A checkpoint name that sorts in order of time."""
+        return f"{self.done:04d}-{sum(contestant.step for contestant in self.arms.values()):09d}"
+
+    def save(self, store: Store) -> None:
+        """Publish a checkpoint."""
+        dense = self.arms["dense"].model
+        facts = {
+            "done": self.done,
+            "arms": {a: {"step": c.step, "partition": c.model.partition.as_json()} for a, c in self.arms.items()},
+            "rounds": [record.model_dump(mode="json") for record in self.rounds],
+            "step_scale": self.step_scale,
+            "undo": self.undo,
+            "predicted": list(self.predicted),
+            "seconds": self.seconds,
+            "network": describe(dense.network),
+            "categories": list(dense.categories),
+        }
+        tensors = {arm: contestant.tensors() for arm, contestant in self.arms.items()}
+        store.save(self.name, facts, tensors, [self.undo] if self.undo else [])
+
+    @classmethod
+    def load(cls, store: Store, name: str, config: RunConfig) -> Self:
+        """Take back the checkpoint of that name."""
+        facts = store.facts(name)
+        return cls(
+            arms={arm: _contestant(store, name, arm, facts, config) for arm in facts["arms"]},
+            done=facts["done"],
+            rounds=[RoundEnded.model_validate(record) for record in facts["rounds"]],
+            step_scale=facts["step_scale"],
+            undo=facts["undo"],
+            predicted=(facts["predicted"][0], facts["predicted"][1]),
+            seconds=facts["seconds"],
+        )
+
+    def roll_back(self, store: Store, config: RunConfig) -> None:
+        """Return every split arm to the checkpoint before the open round's cut; the steps spent since stay spent.
+
+        An arm's step is its place in the data and the schedule, so it moves on: the twin's tokens stay equal.
+        """
+        assert self.undo is not None
+        facts = store.facts(self.undo)
+        for arm in ("split", "random"):
+            step = self.arms[arm].step
+            source: Arm = arm if arm in facts["arms"] else "dense"
+            self.arms[arm] = _contestant(store, self.undo, source, facts, config)
+            self.arms[arm].step = step
+
+
+def _contestant(store: Store, name: str, arm: Arm, facts: dict[str, Any], config: RunConfig) -> Contestant:
+    partition = Partition.from_json(facts["arms"][arm]["partition"])
+    contestant = Contestant(SplitModel(rebuild(facts["network"]), facts["categories"], partition), config.training)
+    contestant.load(store.tensors(name, arm))
+    contestant.step = facts["arms"][arm]["step"]
+    return contestant

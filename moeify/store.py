@@ -1,0 +1,258 @@
+"""Where a run keeps what it must not lose: whole checkpoints, and files for people.
+
+A checkpoint is a folder of safetensors files and a manifest with their hashes, published by one rename: it is there
+whole or not at all. Loading checks every hash; a damaged checkpoint is never used.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT = 1
+"""Version of the checkpoint format."""
+
+Tensors = Mapping[str, Mapping[str, Tensor]]
+"""Part (one file each) -> name -> tensor."""
+
+
+class CorruptCheckpointError(ValueError):
+    """A checkpoint is not what was written."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest good checkpoint, and what was passed over on the way to it."""
+
+    name: str
+    damaged: tuple[str, ...]
+    """One line for each newer checkpoint that is damaged."""
+
+
+class Store(Protocol):
+    """Keeps checkpoints by name (names sort in order of time) and files by relative path."""
+
+    def save(self, name: str, facts: Mapping[str, Any], tensors: Tensors, pinned: Collection[str] = ()) -> None:
+        """Publish a checkpoint, then drop all but the newest few and the ``pinned``."""
+        ...
+
+    def newest(self) -> Found | None:
+        """Return the newest good checkpoint; None where there is none."""
+        ...
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """Return a checkpoint's plain data."""
+        ...
+
+    def tensors(self, name: str, part: str) -> dict[str, Tensor]:
+        """Return one part's tensors."""
+        ...
+
+    def put(self, path: str, content: bytes) -> None:
+        """Publish a file for people."""
+        ...
+
+    def put_tensors(self, path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Publish a safetensors file for people."""
+        ...
+
+
+class MemoryStore:
+    """Keeps the newest checkpoint and the pinned ones in memory, and no files: for notebooks and tests."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[str, dict[str, dict[str, Tensor]]]] = {}
+
+    def save(self, name: str, facts: Mapping[str, Any], tensors: Tensors, pinned: Collection[str] = ()) -> None:
+        """Keep a copy, drop all others but the ``pinned``."""
+        copies = {part: {key: tensor.clone() for key, tensor in held.items()} for part, held in tensors.items()}
+        self._kept = {key: value for key, value in self._kept.items() if key in pinned}
+        self._kept[name] = (json.dumps(facts), copies)
+
+    def newest(self) -> Found | None:
+        """Return the newest checkpoint; None where there is none."""
+        return Found(max(self._kept), ()) if self._kept else None
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """Return a checkpoint's plain data."""
+        return json.loads(self._kept[name][0])
+
+    def tensors(self, name: str, part: str) -> dict[str, Tensor]:
+        """Return one part's tensors."""
+        return self._kept[name][1][part]
+
+    def put(self, path: str, content: bytes) -> None:
+        """Forget the file."""
+
+    def put_tensors(self, path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Forget the file."""
+
+
+class FolderStore:
+    """Keeps checkpoints in ``folder/checkpoints`` and other files anywhere below ``folder``."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+        """Newest checkpoints that are kept."""
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def save(self, name: str, facts: Mapping[str, Any], tensors: Tensors, pinned: Collection[str] = ()) -> None:
+        """Publish a checkpoint, then drop all but the newest ``keep`` and the ``pinned``."""
+        write_folder(self._checkpoints / name, facts, tensors)
+        names = self._names()
+        for old in names[: -self.keep]:
+            if old not in pinned:
+                shutil.rmtree(self._checkpoints / old)
+
+    def newest(self) -> Found | None:
+        """Return the newest checkpoint whose every hash holds; None where there is none."""
+        damaged: list[str] = []
+        for name in reversed(self._names()):
+            try:
+                verify_folder(self._checkpoints / name)
+            except CorruptCheckpointError as error:
+                damaged.append(str(error))
+            else:
+                return Found(name, tuple(damaged))
+        if damaged:
+            raise CorruptCheckpointError(f"no good checkpoint is left: {'; '.join(damaged)}")
+        return None
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """Return a checkpoint's plain data."""
+        return read_manifest(self._checkpoints / name)["facts"]
+
+    def tensors(self, name: str, part: str) -> dict[str, Tensor]:
+        """Return one part's tensors, hash checked."""
+        return read_part(self._checkpoints / name, part)
+
+    def put(self, path: str, content: bytes) -> None:
+        """Publish a file for people."""
+        target = self._below(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, content)
+
+    def put_tensors(self, path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Publish a safetensors file for people."""
+        target = self._below(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(f".{target.name}.draft")
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft, dict(metadata))
+        draft.replace(target)
+
+    def _names(self) -> list[str]:
+        if not self._checkpoints.is_dir():
+            return []
+        return sorted(path.name for path in self._checkpoints.iterdir() if not path.name.startswith("."))
+
+    def _below(self, path: str) -> Path:
+        parts = PurePosixPath(path).parts
+        if not parts or PurePosixPath(path).is_absolute() or ".." in parts:
+            raise ValueError(f"{path!r} would leave the run's folder; wanted a relative path without '..'")
+        return self.folder.joinpath(*parts)
+
+
+def write_folder(
+    target: Path, facts: Mapping[str, Any], tensors: Tensors, others: Mapping[str, bytes] | None = None
+) -> None:
+    """Write safetensors parts, ``others`` as they are and the manifest, then publish them all by one rename."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=target.parent))
+    try:
+        files = {}
+        for part, held in tensors.items():
+            path = draft / f"{part}.safetensors"
+            save_file({key: tensor.detach().contiguous() for key, tensor in held.items()}, path)
+        for name, content in (others or {}).items():
+            (draft / name).write_bytes(content)
+        for path in sorted(draft.iterdir()):
+            _flush(path)
+            files[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        body = {"format": FORMAT, "facts": facts, "files": files}
+        content = json.dumps({"sha256": _digest(body), "body": body}, indent=1, sort_keys=True)
+        (draft / "manifest.json").write_text(content, encoding="utf-8")
+        _flush(draft / "manifest.json")
+        draft.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        draft.rename(target)
+        _flush(target.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def verify_folder(folder: Path) -> None:
+    """Raise CorruptCheckpointError unless the manifest and every file it names are as they were written."""
+    for name in read_manifest(folder)["files"]:
+        _verify_file(folder, name)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the body of a manifest, its own hash checked."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        body, digest = manifest["body"], manifest["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptCheckpointError(f"{folder.name}: manifest.json cannot be read ({error})") from error
+    if _digest(body) != digest:
+        raise CorruptCheckpointError(f"{folder.name}: manifest.json is not what was written (hash differs)")
+    if body["format"] != FORMAT:
+        raise ValueError(f"{folder} has format {body['format']}; this version of moeify reads format {FORMAT}")
+    return body
+
+
+def read_part(folder: Path, part: str) -> dict[str, Tensor]:
+    """Return the tensors of one part, hash checked."""
+    _verify_file(folder, f"{part}.safetensors")
+    try:
+        return load_file(folder / f"{part}.safetensors")
+    except SafetensorError as error:
+        raise CorruptCheckpointError(f"{folder.name}: {part}.safetensors cannot be read ({error})") from error
+
+
+def write_atomically(target: Path, content: bytes) -> None:
+    """Write a file beside its target and publish it by one rename."""
+    draft = target.with_name(f".{target.name}.draft")
+    draft.write_bytes(content)
+    _flush(draft)
+    draft.replace(target)
+
+
+def _verify_file(folder: Path, name: str) -> None:
+    known = read_manifest(folder)["files"].get(name)
+    path = folder / name
+    if known is None or not path.is_file():
+        raise CorruptCheckpointError(f"{folder.name}: {name} is missing")
+    if path.stat().st_size != known["bytes"] or _sha256(path) != known["sha256"]:
+        raise CorruptCheckpointError(f"{folder.name}: {name} is not what was written (size or hash differs)")
+
+
+def _digest(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,147 @@
+"""Dense training phases: one arm, many steps, every category along its own route."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moeify.config import Training
+from moeify.split_model import SplitModel
+from moeify.task import Batch, Task
+from moeify.world import World
+
+
+class DivergedError(ValueError):
+    """Training left the finite numbers."""
+
+
+class Contestant:
+    """A model in training with its optimizer; ``step`` is its place in the data stream and the schedule."""
+
+    def __init__(self, model: SplitModel, training: Training) -> None:
+        self.model = model
+        self.step = 0
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        vectors = [p for p in model.parameters() if p.dim() <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": training.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=training.learning_rate,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return parameters, buffers and optimizer state by name: all that training needs to go on, but ``step``."""
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.model.network.named_parameters():
+            found[f"parameter/{name}"] = parameter.detach()
+            for key, value in self.optimizer.state[parameter].items():
+                found[f"optimizer/{key}/{name}"] = value
+        persistent = self.model.network.state_dict()
+        for name, buffer in self.model.network.named_buffers():
+            if name in persistent:
+                found[f"buffer/{name}"] = buffer
+        return found
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what ``tensors`` gave, bit for bit."""
+        own = self.tensors()
+        for name, parameter in self.model.network.named_parameters():
+            state = self.optimizer.state[parameter]
+            state.clear()
+            for kind in ("step", "exp_avg", "exp_avg_sq"):
+                if (saved := tensors.get(f"optimizer/{kind}/{name}")) is not None:
+                    state[kind] = saved.clone()
+        for name, tensor in own.items():
+            if not name.startswith("optimizer/"):
+                tensor.copy_(tensors[name])
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How one step went."""
+
+    loss: dict[str, float]
+    """Category -> nats per unit (token or example) on this step's rows; only categories the step had rows of."""
+    learning_rate: float
+    units_per_second: float
+    """Since the last report."""
+
+
+def learning_rate(training: Training, step: int) -> float:
+    """Return the rate of a step: linear warm-up, then a cosine down to ``final_learning_rate`` of the peak."""
+    warm = max(1, round(training.warmup * training.steps))
+    if step < warm:
+        return training.learning_rate * (step + 1) / warm
+    done = (step - warm) / max(1, training.steps - warm)
+    final = training.final_learning_rate
+    return training.learning_rate * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def train(
+    contestant: Contestant,
+    task: Task,
+    world: World,
+    training: Training,
+    until: int,
+    every: int,
+    report: Callable[[Contestant, Progress], None],
+) -> None:
+    """Train up to step ``until`` in place; every rank calls ``report`` after each ``every``-th step and the last one.
+
+    Raises DivergedError when a reported loss is not a finite number.
+    """
+    model, parameters = contestant.model, [p for p in contestant.model.parameters() if p.requires_grad]
+    model.train()
+    since, units = time.perf_counter(), 0
+    while contestant.step < until:
+        rows = task.train_batch(contestant.step)
+        batch = _in_leaf_order(model, rows).shard(world.rank, world.size)
+        nats_R = task.nats(model(batch.inputs, batch.categories), batch.targets)
+        (nats_R.sum() / (len(rows.categories) * task.units_per_row)).backward()
+        rate = _update(contestant, parameters, world, training)
+        units += len(rows.categories) * task.units_per_row
+        if contestant.step % every == 0 or contestant.step == until:
+            now = time.perf_counter()
+            loss = mean_by_category([(nats_R.detach(), batch.categories)], task, world)
+            if lost := [category for category, nats in loss.items() if not math.isfinite(nats)]:
+                raise DivergedError(
+                    f"the loss of {', '.join(lost)} is not finite at step {contestant.step}; "
+                    f"lower training.learning_rate or training.clip and resume from the last checkpoint"
+                )
+            report(contestant, Progress(loss, rate, units / (now - since)))
+            since, units = time.perf_counter(), 0
+
+
+def mean_by_category(nats: list[tuple[Tensor, Tensor]], task: Task, world: World) -> dict[str, float]:
+    """Return nats per unit of each category that has rows, over all ranks; each item holds nats and category by row."""
+    sums_C, rows_C = torch.zeros(2, len(task.categories), dtype=torch.float64)
+    for nats_R, categories_R in nats:
+        sums_C.index_add_(0, categories_R, nats_R.double())
+        rows_C.index_add_(0, categories_R, torch.ones_like(nats_R, dtype=torch.float64))
+    world.sum([sums_C, rows_C])
+    means = sums_C / (rows_C * task.units_per_row)
+    return {c: means[i].item() for i, c in enumerate(task.categories) if rows_C[i] > 0}
+
+
+def _in_leaf_order(model: SplitModel, batch: Batch) -> Batch:
+    return batch.take(torch.argsort(model.positions(batch.categories), stable=True))
+
+
+def _update(contestant: Contestant, parameters: list[nn.Parameter], world: World, training: Training) -> float:
+    world.sum([p.grad for p in parameters if p.grad is not None])
+    nn.utils.clip_grad_norm_(parameters, training.clip)
+    rate = learning_rate(training, contestant.step)
+    for group in contestant.optimizer.param_groups:
+        group["lr"] = rate
+    contestant.optimizer.step()
+    contestant.optimizer.zero_grad(set_to_none=True)
+    contestant.step += 1
+    return rate

@@ -1,0 +1,223 @@
+"""Followers that show a run on a terminal, or as plain lines where there is none.
+
+What earlier attempts reported comes from the journal too: it is caught up without a word, then told in one line.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
+from typing import TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from moeify.events import Evaluated, Event, Failed, Finished, Phase, RoundEnded, Started, Step
+from pipelines.journal import Follower
+
+_PLAIN_STRIDE = 0.05
+"""Fraction of the run's training work between two plain lines."""
+
+
+def choose_display(quiet: bool, stream: TextIO, earlier: int = 0) -> Follower | None:
+    """Return what fits the stream; None for a quiet run. ``earlier``: events in the journal before this attempt."""
+    if quiet:
+        return None
+    if stream.isatty() and os.environ.get("TERM") != "dumb":
+        return TerminalDisplay(Console(file=stream, highlight=False, markup=False, emoji=False), earlier)
+    return PlainDisplay(stream, earlier)
+
+
+class RunState:
+    """How far a run has come, by the events seen so far."""
+
+    def __init__(self) -> None:
+        self.started: Started | None = None
+        self.phase: Phase | None = None
+        self.step: Step | None = None
+        self.rounds = 0
+        """Rounds that have ended."""
+        self._first: Step | None = None
+
+    def take(self, event: Event) -> None:
+        """Take one event."""
+        match event:
+            case Started():
+                self.started = event
+            case Phase():
+                self.phase = event
+            case Step():
+                self.step = event
+                self._first = self._first or event
+            case RoundEnded():
+                self.rounds = max(self.rounds, event.round)
+
+    def attempt_begins(self) -> None:
+        """Forget the pace of earlier attempts."""
+        self._first = None
+
+    @property
+    def work(self) -> float:
+        """Fraction 0..1 of the run's training work that is done."""
+        return self.step.work if self.step else 0.0
+
+    def seconds_left(self, now: float) -> float | None:
+        """Return the run's remaining seconds at this attempt's pace; None before there is one."""
+        if not self.step or not self._first or self.step.work <= self._first.work:
+            return None
+        pace = (self.step.time - self._first.time) / (self.step.work - self._first.work)
+        return max(0.0, (1.0 - self.step.work) * pace - max(0.0, now - self.step.time))
+
+    def phase_line(self) -> str:
+        """Say where the run is, e.g. ``round 1/2 · train``."""
+        if not self.phase:
+            return "starting"
+        of = f"/{self.started.rounds}" if self.started else ""
+        where = f"round {self.phase.round}{of} · " if self.phase.round else ""
+        return f"{where}{self.phase.phase}" + (f" · {self.phase.note}" if self.phase.note else "")
+
+    def step_line(self) -> str:
+        """Say what is trained and how well it goes."""
+        if not self.step:
+            return ""
+        of = f"/{self.started.steps}" if self.started else ""
+        unit = self.started.unit if self.started else "unit"
+        pace = self.step.units_per_second
+        speed = f"{pace / 1000:.1f}k" if pace >= 1000 else f"{pace:.0f}"
+        loss = f"loss {fmean(self.step.loss.values()):.3f} · " if self.step.loss else ""
+        return f"{self.step.arm} step {self.step.step}{of} · {loss}{speed} {unit}s/s"
+
+    def resumed_line(self) -> str:
+        """Say what earlier attempts have done."""
+        of = f" of {self.started.rounds}" if self.started else ""
+        return f"resumed: {self.rounds}{of} rounds and {self.work:.0%} of the work were done before"
+
+
+def milestones(event: Event) -> Iterator[str]:
+    """Yield the lines, if any, that are worth keeping on the screen when an event comes."""
+    match event:
+        case Started():
+            units = sum(event.sites.values())
+            yield (
+                f"{len(event.categories)} categories ({', '.join(event.categories)}), {event.parameters:,} parameters, "
+                f"{units:,} units in {len(event.sites)} sites, {event.steps:,} steps an arm"
+            )
+        case RoundEnded():
+            yield (
+                f"round {event.round} {'accepted' if event.accepted else 'rolled back'}: "
+                f"separation {event.separation:.3f}, tax {event.tax:+.3f}, random {event.tax_random:+.3f}, "
+                f"predicted {event.predicted:.3f}"
+            )
+        case Evaluated(moment="test") if event.loss:
+            yield f"test loss of {event.arm}: {fmean(event.loss.values()):.3f} nats, mean over categories"
+        case Finished():
+            yield f"finished in {clock(event.seconds)}"
+        case Failed():
+            yield f"failed: {event.reason}"
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as ``m:ss`` or ``h:mm:ss``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class PlainDisplay:
+    """One plain line for each phase, each twentieth of the work, each round; no control codes."""
+
+    def __init__(self, stream: TextIO, earlier: int = 0, now: Callable[[], float] = time.time) -> None:
+        self.offset = 0
+        self._stream = stream
+        self._earlier = earlier
+        self._now = now
+        self._state = RunState()
+        self._told = 0.0
+        """Work when a step was last told."""
+
+    def take(self, events: Sequence[Event]) -> None:
+        """Write what is worth a line."""
+        for event in events:
+            self._state.take(event)
+            if self._earlier:
+                self._earlier -= 1
+                if not self._earlier:
+                    self._write(self._state.resumed_line())
+                    self._state.attempt_begins()
+                    self._told = self._state.work
+                continue
+            for line in milestones(event):
+                self._write(line)
+            if isinstance(event, Phase):
+                self._write(self._state.phase_line())
+            if (
+                isinstance(event, Step)
+                and event.work >= min(1.0, self._told + _PLAIN_STRIDE)
+                and event.work > self._told
+            ):
+                left = self._state.seconds_left(self._now())
+                eta = "" if left is None else f" · ETA {clock(left)}"
+                self._write(f"{event.work:4.0%} · {self._state.step_line()}{eta}")
+                self._told = event.work
+
+    def close(self) -> None:
+        """Nothing is left to write."""
+
+    def _write(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+class TerminalDisplay:
+    """Milestones as lines, and below them two lines that live: where the run is, how far and how long still."""
+
+    def __init__(self, console: Console, earlier: int = 0) -> None:
+        self.offset = 0
+        self._console = console
+        self._earlier = earlier
+        self._state = RunState()
+        self._began = time.time()
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
+        self._live.start()
+
+    def take(self, events: Sequence[Event]) -> None:
+        """Print milestones; the rest shows in the live lines."""
+        for event in events:
+            self._state.take(event)
+            if self._earlier:
+                self._earlier -= 1
+                if not self._earlier:
+                    self._console.print(self._state.resumed_line())
+                    self._state.attempt_begins()
+                continue
+            for line in milestones(event):
+                self._console.print(line, style=_style(event))
+
+    def close(self) -> None:
+        """Take the live lines away."""
+        self._live.stop()
+
+    def _render(self) -> RenderableType:
+        now = time.time()
+        left = self._state.seconds_left(now)
+        bar = Table.grid(expand=True, padding=(0, 1))
+        bar.add_column(ratio=1)
+        bar.add_column(justify="right", no_wrap=True)
+        eta = "--:--" if left is None else clock(left)
+        times = f"{self._state.work:4.0%}  elapsed {clock(now - self._began)}  ETA {eta}"
+        bar.add_row(ProgressBar(total=1.0, completed=self._state.work), times)
+        where = " · ".join(filter(None, (self._state.phase_line(), self._state.step_line())))
+        return Group(Text(where, no_wrap=True, overflow="ellipsis"), bar)
+
+
+def _style(event: Event) -> str | None:
+    match event:
+        case RoundEnded():
+            return "green" if event.accepted else "yellow"
+        case Failed():
+            return "red"
+        case _:
+            return None

@@ -1,0 +1,290 @@
+"""Start a run's workers and wait for them: on Ray, or in this very process.
+
+One worker group lives through the whole run, so Ray's start is paid once. Without ``RAY_ADDRESS`` a run starts a
+private cluster on this machine and takes it down again; nothing of it outlives the run, and nothing is written outside
+the run's folder and a temporary one. The token that lets processes into that cluster lives in the temporary folder.
+"""
+
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, assert_never
+
+from moeify.config import Cluster, RunConfig
+from moeify.events import Failed
+from pipelines.journal import Follower, JournalTracker, follow
+from pipelines.runs import RunFolder, cache, hold
+from pipelines.tracking import MlflowFollower
+
+if TYPE_CHECKING:
+    from pipelines.worker import Failure
+
+Worker = Callable[[dict[str, Any]], None]
+
+_OBJECT_STORE_BYTES = 100 * 10**6
+"""Workers hand one another nothing through Ray: the smallest store that it starts with, and some."""
+_LONGEST_TEMPORARY = 40
+"""Characters of a temporary folder's path that leave room for Ray's sockets (107 in all)."""
+
+_QUICK = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""What Ray Train need not do for one group of workers: it starts and ends in half the time."""
+
+_PRIVATE = {
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_metrics_collection": "0",
+}
+"""What a cluster of one run can do without: idle workers kept ready, and figures for a dashboard that it has not."""
+
+
+class RunFailed(RuntimeError):
+    """Workers died too often, or hit an error that is no fault of recipe or data."""
+
+
+def on_ray(folder: RunFolder, config: RunConfig, base: Path, followers: Sequence[Follower]) -> None:
+    """Run, or run on, with Ray's workers; return once the run has ended.
+
+    Raises:
+        ValueError: data or recipe are at fault, in the worker's words; nothing was tried twice.
+        OSError: the same of files.
+        RunFailed: workers died more often than ``cluster.retries``, or the program itself erred.
+    """
+    with _driven(folder, config, followers), cluster(config.cluster, keep_logs=folder.path / "ray-logs"):
+        from pipelines.worker import work
+
+        fit(folder, config.cluster, work, _order(folder, config, base))
+
+
+def in_process(folder: RunFolder, config: RunConfig, base: Path, followers: Sequence[Follower]) -> None:
+    """Run, or run on, in this process, as one worker without Ray; return once the run has ended."""
+    with _driven(folder, config, followers):
+        from pipelines.worker import work
+
+        work(_order(folder, config, base))
+
+
+def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, Any]) -> None:
+    """Let a group of Ray workers call ``worker(payload)``; the cluster must be up.
+
+    ``payload["folder"]`` is the run's folder. A worker that dies has the whole group started again, ``wanted.retries``
+    times; an exception of a worker ends the run at once.
+    """
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from pipelines.worker import Failure, failure_path, guarded
+
+    def entry(payload: dict[str, Any]) -> None:
+        guarded(worker, payload)
+
+    failure_path(folder.path).unlink(missing_ok=True)
+    scratch = folder.path / "ray"
+    trainer = TorchTrainer(
+        entry,
+        train_loop_config=payload,
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=wanted.workers, resources_per_worker={"CPU": wanted.threads}),
+        run_config=RayRunConfig(
+            name=secrets.token_hex(4),  # Ray silently continues a fit of the same name; our own store does that
+            storage_path=str(scratch),
+            failure_config=FailureConfig(max_failures=wanted.retries),
+        ),
+    )
+    try:
+        with _own_interrupts():
+            trainer.fit()
+    except TrainingFailedError as error:
+        raise RunFailed(
+            f"the workers of {folder.id} died, and died again on each of {wanted.retries} restarts "
+            f"({_one_line(error)}); 'moeify resume {folder.id}' goes on from the last checkpoint"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if failure_path(folder.path).exists():
+        failure = Failure.model_validate_json(failure_path(folder.path).read_text(encoding="utf-8"))
+        raise _raised(failure)
+
+
+@contextmanager
+def cluster(wanted: Cluster, *, keep_logs: Path) -> Iterator[None]:
+    """Have a Ray cluster that holds ``wanted``: the one that is connected, that of ``RAY_ADDRESS``, or a private one.
+
+    A private cluster counts at least as many cores as the recipe asks for: with fewer real ones, workers take turns.
+    It is gone afterwards; when the body raised ``RunFailed``, its logs are moved to ``keep_logs``.
+    """
+    with _environment(_QUICK):
+        import ray
+
+        if ray.is_initialized():
+            _check_cores(wanted)
+            yield
+        elif os.environ.get("RAY_ADDRESS"):
+            try:
+                ray.init(log_to_driver=False, logging_level="ERROR")
+                _check_cores(wanted)
+                yield
+            finally:
+                ray.shutdown()
+        else:
+            with _private_cluster(wanted, keep_logs):
+                yield
+
+
+@contextmanager
+def _private_cluster(wanted: Cluster, keep_logs: Path) -> Iterator[None]:
+    import ray
+
+    place = tempfile.gettempdir() if len(tempfile.gettempdir()) <= _LONGEST_TEMPORARY else "/tmp"
+    temporary = Path(tempfile.mkdtemp(prefix="moeify-", dir=place))
+    try:
+        with _environment(_PRIVATE | _importable() | _token(temporary) | {"OMP_NUM_THREADS": str(wanted.threads)}):
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=max(wanted.workers * wanted.threads, os.cpu_count() or 1),
+                    num_gpus=0,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    _temp_dir=str(temporary),
+                )
+                yield
+            finally:
+                ray.shutdown()
+    except RunFailed:
+        shutil.rmtree(keep_logs, ignore_errors=True)
+        with suppress(OSError):
+            shutil.copytree(temporary / "session_latest" / "logs", keep_logs)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _driven(folder: RunFolder, config: RunConfig, followers: Sequence[Follower]) -> Iterator[None]:
+    """Hold the run, have its journal followed, and note in it how an attempt failed.
+
+    The note is the driver's, for only the driver outlives every worker; workers must have let go of the journal.
+    """
+    with hold(folder), follow(folder.journal, [*followers, MlflowFollower(folder, config)]):
+        try:
+            yield
+        except Exception as error:
+            now = time.time()
+            with suppress(OSError), JournalTracker(folder.journal) as journal:
+                journal.emit(Failed(id=f"failed/{now:.3f}", time=now, reason=_one_line(error)))
+            raise
+
+
+def _order(folder: RunFolder, config: RunConfig, base: Path) -> dict[str, Any]:
+    from pipelines.worker import Order
+
+    order = Order(folder=folder.path.absolute(), base=base.absolute(), cache=cache(), config=config)
+    return order.model_dump(mode="json")
+
+
+def _raised(failure: "Failure") -> Exception:
+    """Turn a worker's failure into what the driver raises: one line for people, the traceback as a note."""
+    error: Exception
+    match failure.family:
+        case "value":
+            error = ValueError(failure.message)
+        case "os":
+            error = OSError(failure.message)
+        case "program":
+            error = RunFailed(f"{failure.kind}: {failure.message}")
+        case _:
+            assert_never(failure.family)
+    error.add_note(failure.trace)
+    return error
+
+
+def _check_cores(wanted: Cluster) -> None:
+    """Refuse what the cluster can never hold; Ray would wait for it without a word."""
+    import ray
+
+    cores = sorted((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), reverse=True)
+    if sum(count // wanted.threads for count in cores) < wanted.workers:
+        raise ValueError(
+            f"{wanted.workers} workers of {wanted.threads} cores do not fit into the cluster, whose nodes have "
+            f"{cores} cores; lower cluster.workers or cluster.threads"
+        )
+
+
+def _importable() -> dict[str, str]:
+    """Let workers import these packages from where this process did, installed or not."""
+    root = str(Path(__file__).resolve().parents[1])
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+
+
+@lru_cache(maxsize=1)
+def _secret() -> str:
+    """One secret a process, since Ray reads a token once a process."""
+    return secrets.token_hex(32)
+
+
+def _token(temporary: Path) -> dict[str, str]:
+    """Keep strangers on this machine out of the private cluster, and Ray out of the home folder.
+
+    Ray would write its token to ``~/.ray``. What the user has set about tokens stands.
+    """
+    if any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        return {}
+    path = temporary / "token"
+    path.touch(mode=0o600)
+    path.write_text(_secret(), encoding="ascii")
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for processes that the body starts; restore them afterwards."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Undo what a fit does to Ctrl-C: it leaves its handler behind, and exits with 0."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,233 @@
+"""Run folders: where a run keeps everything, how it is found again, who drives it.
+
+A run is a folder and nothing else: no database knows more about it than its files do.
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock, Timeout
+
+from moeify.config import RunConfig
+from moeify.recipe import to_yaml
+
+Status = Literal["running", "finished", "failed", "interrupted"]
+
+_ID = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]*)-(?P<when>\d{8}-\d{6})-[0-9a-f]{4}$")
+_TAIL = 1 << 16
+"""Bytes of the journal's end that are read to tell how an attempt ended."""
+
+
+class RunBusy(ValueError):  # noqa: N818
+    """Another process drives the run."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        """``<name>-<YYYYMMDD>-<HHMMSS>-<4 hex>``, in UTC."""
+        return self.path.name
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe as it was given."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def resolved(self) -> Path:
+        """The recipe with every default filled in: what the run goes by."""
+        return self.path / "resolved.yaml"
+
+    @property
+    def origin(self) -> Path:
+        """JSON: ``base``, the folder that relative paths of the recipe start at; ``moeify``, the version."""
+        return self.path / "origin.json"
+
+    @property
+    def base(self) -> Path:
+        """The folder that relative paths of the recipe start at."""
+        return Path(json.loads(self.origin.read_text(encoding="utf-8"))["base"])
+
+    @property
+    def journal(self) -> Path:
+        """One event a line; see ``pipelines.journal``."""
+        return self.path / "journal.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def rounds(self) -> Path:
+        """Folder with one folder a round: attribution and partition."""
+        return self.path / "rounds"
+
+    @property
+    def plots(self) -> Path:
+        """Folder of pictures."""
+        return self.path / "plots"
+
+    @property
+    def result(self) -> Path:
+        """JSON of ``moeify.result.Result``; only a finished run has it."""
+        return self.path / "result.json"
+
+    @property
+    def tracking(self) -> Path:
+        """JSON: how far the journal was delivered to MLflow."""
+        return self.path / "tracking.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that drives the run, for as long as it does."""
+        return self.path / "lock"
+
+
+def home() -> Path:
+    """Return the folder of all runs: ``MOEIFY_HOME``, or ``runs`` in the working directory."""
+    return Path(os.environ.get("MOEIFY_HOME") or "runs").absolute()
+
+
+def cache() -> Path:
+    """Return the folder of what can be made again: ``MOEIFY_CACHE``, or ``~/.cache/moeify``."""
+    return Path(os.environ.get("MOEIFY_CACHE") or "~/.cache/moeify").expanduser().absolute()
+
+
+def package_version() -> str:
+    """Return moeify's version."""
+    try:
+        return version("moeify")
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        return "0+unknown"
+
+
+def create(config: RunConfig, recipe_text: str, home: Path, base: Path | None = None) -> RunFolder:
+    """Make the folder of a new run; it appears whole or not at all.
+
+    ``base`` is the folder that relative paths of the recipe start at; None: the working directory.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    draft = home / f".new-{os.getpid()}-{secrets.token_hex(4)}"
+    draft.mkdir()
+    try:
+        folder = RunFolder(draft)
+        folder.recipe.write_text(recipe_text, encoding="utf-8")
+        folder.resolved.write_text(to_yaml(config), encoding="utf-8")
+        origin = {"base": str((base or Path()).absolute()), "moeify": package_version()}
+        folder.origin.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+        for part in (folder.checkpoints, folder.rounds, folder.plots):
+            part.mkdir()
+        while True:
+            run = home / f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+            if not run.exists():
+                return RunFolder(draft.rename(run))
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def every(home: Path) -> list[RunFolder]:
+    """Return all runs, oldest first."""
+    if not home.is_dir():
+        return []
+    found = [
+        (match["when"], (path / "resolved.yaml").stat().st_mtime_ns, path.name)
+        for path in home.iterdir()
+        if (match := _ID.match(path.name)) and (path / "resolved.yaml").is_file()
+    ]
+    return [RunFolder(home / name) for *_, name in sorted(found)]
+
+
+def find(reference: str, home: Path) -> RunFolder:
+    """Return the run with that id, the only one whose id starts so, or the newest one for ``last``."""
+    if not reference or "/" in reference or "\\" in reference or ".." in reference:
+        raise ValueError(f"{reference!r} is not a run; give its id, a unique start of it, or 'last', not a path")
+    runs = every(home)
+    if not runs:
+        raise ValueError(f"no runs in {home}; start one with 'moeify run RECIPE', or set MOEIFY_HOME to their folder")
+    if reference == "last":
+        return runs[-1]
+    matches = [run for run in runs if run.id == reference] or [run for run in runs if run.id.startswith(reference)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ValueError(f"{reference!r} fits {len(matches)} runs: {_listed(matches)}; give more of the id")
+    raise ValueError(f"no run {reference!r} in {home}; there are {_listed(runs)}")
+
+
+def _listed(runs: list[RunFolder], most: int = 5) -> str:
+    newest = ", ".join(run.id for run in reversed(runs[-most:]))
+    return newest if len(runs) <= most else f"{newest} and {len(runs) - most} older ones"
+
+
+@contextmanager
+def hold(folder: RunFolder) -> Iterator[None]:
+    """Drive the run: hold its lock; raise ``RunBusy`` when another process does.
+
+    The operating system lets the lock go when the process ends, however it ends.
+    """
+    lock = FileLock(folder.lock, timeout=1.0)  # long enough to outlast the probe in ``status``
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunBusy(f"run {folder.id} is driven by another process; wait for it, or stop it first") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def status(folder: RunFolder) -> Status:
+    """Say how the run stands, from its files alone."""
+    if _held(folder):
+        return "running"
+    kinds = _last_kinds(folder.journal)
+    if folder.result.is_file() and "finished" in kinds:
+        return "finished"
+    return "failed" if kinds[-1:] == ["failed"] else "interrupted"
+
+
+def _held(folder: RunFolder) -> bool:
+    if not folder.lock.exists():
+        return False
+    try:
+        with FileLock(folder.lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except PermissionError:  # someone else's run that we may only read
+        return False
+
+
+def _last_kinds(journal: Path) -> list[str]:
+    """Return the kinds of the last whole events."""
+    try:
+        with journal.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL))
+            lines = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    kinds = []
+    for line in lines:
+        try:
+            kinds.append(str(json.loads(line)["kind"]))
+        except (ValueError, KeyError, TypeError):  # the first line may start in the middle
+            continue
+    return kinds

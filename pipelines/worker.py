@@ -1,0 +1,155 @@
+"""What every worker of a run executes: its world, its task, the loop, and how an error leaves the worker.
+
+Ray restarts a group of workers whatever ended it. That is right when a process died and wrong when the recipe or the
+code is at fault, which would fail the same way again. So an error of the second sort is laid down in the run's folder
+as a ``Failure`` and the worker returns; the process that drives the run raises it from there.
+"""
+
+import os
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict
+
+from moeify.config import RunConfig
+from moeify.events import Event, Finished, Phase
+from moeify.loop import run
+from moeify.store import FolderStore
+from moeify.task import Task
+from moeify.tasks import build_task
+from moeify.world import Group, Solo, World
+from pipelines.journal import JournalTracker
+from pipelines.runs import RunFolder
+
+_PEER_SECONDS = 3.0
+"""How long a worker that lost a peer waits for the peer's word on why."""
+
+
+class Order(BaseModel):
+    """One run as a worker is told of it; travels as JSON, paths absolute."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    folder: Path
+    """The run's folder, the same on every node."""
+    base: Path
+    """Where relative paths of the recipe start."""
+    cache: Path
+    """Of prepared data; a node fills its own."""
+    config: RunConfig
+
+
+class Failure(BaseModel):
+    """An error that would come again on every attempt."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    family: Literal["value", "os", "program"]
+    """``value``, ``os``: recipe, data or files are at fault, and the message alone says what to do."""
+    kind: str
+    """Name of the exception's class."""
+    message: str
+    trace: str
+    """The traceback, for whoever debugs."""
+
+
+class _Silent:
+    """Takes no notice: rank 0 speaks for all."""
+
+    def emit(self, event: Event) -> None:
+        """Drop the event."""
+
+
+def failure_path(folder: Path) -> Path:
+    """Return where a worker leaves its ``Failure``."""
+    return folder / "failure.json"
+
+
+def work(payload: dict[str, Any]) -> None:
+    """Run one worker's part of an ``Order``, alone or in torch.distributed's group; write the result on rank 0."""
+    order = Order.model_validate(payload)
+    torch.set_num_threads(order.config.cluster.threads)
+    world = Group() if dist.is_initialized() else Solo()
+    folder = RunFolder(order.folder)
+    if world.rank:
+        _loop(order, folder, world, _Silent())
+    else:
+        with JournalTracker(folder.journal) as journal:
+            _loop(order, folder, world, journal)
+
+
+def guarded(worker: Callable[[dict[str, Any]], None], payload: dict[str, Any]) -> None:
+    """Call ``worker(payload)``; raise only what another attempt may mend: a peer that is gone.
+
+    Any other error is left in ``payload["folder"]`` as a ``Failure``.
+    """
+    folder = Path(payload["folder"])
+    try:
+        worker(payload)
+    except Exception as error:
+        if _peer_is_gone(error):
+            if _peer_said_why(folder):
+                return
+            raise
+        leave(folder, error)
+        if dist.is_initialized():
+            dist.destroy_process_group()  # closes the connections: nobody waits for this rank in a collective
+
+
+def leave(folder: Path, error: Exception) -> None:
+    """Lay the error down in the run's folder; the first worker to do so is the one that is heard."""
+    failure = Failure(
+        family="value" if isinstance(error, ValueError) else "os" if isinstance(error, OSError) else "program",
+        kind=type(error).__name__,
+        message=str(error),
+        trace="".join(traceback.format_exception(error)),
+    )
+    path = failure_path(folder)
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.write_text(failure.model_dump_json(indent=2), encoding="utf-8")
+    if path.exists():
+        draft.unlink()
+    else:
+        draft.replace(path)
+
+
+def _loop(order: Order, folder: RunFolder, world: World, tracker: JournalTracker | _Silent) -> None:
+    tracker.emit(Phase(id="phase/prepare", time=time.time(), phase="prepare", round=0))
+    task = _prepare(order, world)
+    store = FolderStore(folder.path, order.config.checkpoints.keep)
+    result = run(order.config, task, world=world, store=store, tracker=tracker)
+    if world.rank == 0:
+        store.put(folder.result.name, (result.model_dump_json(indent=2) + "\n").encode())
+        tracker.emit(Finished(id="finished", time=time.time(), seconds=result.seconds))
+
+
+def _prepare(order: Order, world: World) -> Task:
+    """Build the task: first on rank 0, which fills the cache, then on the others, which find it there."""
+
+    def build() -> Task:
+        return build_task(order.config, cache=order.cache, base=order.base)
+
+    task = build() if world.rank == 0 else None
+    world.share(None)
+    return task or build()
+
+
+def _peer_is_gone(error: Exception) -> bool:
+    """Whether a collective failed because another process of the group did."""
+    if not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))
+
+
+def _peer_said_why(folder: Path) -> bool:
+    deadline = time.monotonic() + _PEER_SECONDS
+    while not failure_path(folder).exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
