@@ -22,7 +22,7 @@ class YamlError(ValueError):
     """Text that is not such YAML; the message starts with line and column."""
 
 
-def _refuse(mark: yaml.Mark | None, what: str) -> YamlError:
+def _refuse(mark: Any, what: str) -> YamlError:
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
     return YamlError(f"{where}{what}")
 
@@ -34,11 +34,11 @@ class _Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
+        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
             raise _refuse(event.start_mark, f"aliases (*{event.anchor}) are not allowed; write the value out")
-        if getattr(event, "tag", None) is not None:
-            raise _refuse(event.start_mark, f"tags ({event.tag}) are not allowed; quote the value or leave the tag out")
+        if (tag := getattr(event, "tag", None)) is not None:
+            raise _refuse(event.start_mark, f"tags ({tag}) are not allowed; quote the value or leave the tag out")
         if self.depth >= _DEPTH:
             raise _refuse(event.start_mark, f"nested deeper than {_DEPTH} levels")
         self.depth += 1

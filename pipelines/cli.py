@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 the run broke down; 2 recipe, data, files or arguments are
 
 import difflib
 import errno
+import json
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -189,9 +190,8 @@ def export(run_: str, category: str | None, split: bool, out: Path) -> None:
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     from moeify.recipe import json_schema
-    from pipelines.show import to_json
 
-    click.echo(to_json(json_schema()))
+    click.echo(json.dumps(json_schema(), indent=2))
 
 
 def _drive(folder: "RunFolder", config: "RunConfig", *, local: bool, quiet: bool) -> None:

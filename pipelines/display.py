@@ -18,8 +18,8 @@ from rich.text import Text
 from moeify.events import Evaluated, Event, Failed, Finished, Phase, RoundEnded, Started, Step
 from pipelines.journal import Follower
 
-_PLAIN_STRIDE = 0.05
-"""Fraction of the run's training work between two plain lines."""
+_PLAIN_PARTS = 20
+"""Parts of the run's training work that a plain log tells of."""
 
 
 def choose_display(quiet: bool, stream: TextIO, earlier: int = 0) -> Follower | None:
@@ -41,6 +41,8 @@ class RunState:
         self.rounds = 0
         """Rounds that have ended."""
         self._first: Step | None = None
+        self._training = False
+        """Whether the last step belongs to the phase."""
 
     def take(self, event: Event) -> None:
         """Take one event."""
@@ -49,8 +51,10 @@ class RunState:
                 self.started = event
             case Phase():
                 self.phase = event
+                self._training = False
             case Step():
                 self.step = event
+                self._training = True
                 self._first = self._first or event
             case RoundEnded():
                 self.rounds = max(self.rounds, event.round)
@@ -81,7 +85,7 @@ class RunState:
 
     def step_line(self) -> str:
         """Say what is trained and how well it goes."""
-        if not self.step:
+        if not self.step or not self._training:
             return ""
         of = f"/{self.started.steps}" if self.started else ""
         unit = self.started.unit if self.started else "unit"
@@ -109,7 +113,7 @@ def milestones(event: Event) -> Iterator[str]:
             yield (
                 f"round {event.round} {'accepted' if event.accepted else 'rolled back'}: "
                 f"separation {event.separation:.3f}, tax {event.tax:+.3f}, random {event.tax_random:+.3f}, "
-                f"predicted {event.predicted:.3f}"
+                f"J {event.predicted:.3f}"
             )
         case Evaluated(moment="test") if event.loss:
             yield f"test loss of {event.arm}: {fmean(event.loss.values()):.3f} nats, mean over categories"
@@ -135,8 +139,8 @@ class PlainDisplay:
         self._earlier = earlier
         self._now = now
         self._state = RunState()
-        self._told = 0.0
-        """Work when a step was last told."""
+        self._told = 0
+        """The part of the work that a step was last told of."""
 
     def take(self, events: Sequence[Event]) -> None:
         """Write what is worth a line."""
@@ -147,21 +151,17 @@ class PlainDisplay:
                 if not self._earlier:
                     self._write(self._state.resumed_line())
                     self._state.attempt_begins()
-                    self._told = self._state.work
+                    self._told = _part(self._state.work)
                 continue
             for line in milestones(event):
                 self._write(line)
             if isinstance(event, Phase):
                 self._write(self._state.phase_line())
-            if (
-                isinstance(event, Step)
-                and event.work >= min(1.0, self._told + _PLAIN_STRIDE)
-                and event.work > self._told
-            ):
+            if isinstance(event, Step) and _part(event.work) > self._told:
                 left = self._state.seconds_left(self._now())
                 eta = "" if left is None else f" · ETA {clock(left)}"
                 self._write(f"{event.work:4.0%} · {self._state.step_line()}{eta}")
-                self._told = event.work
+                self._told = _part(event.work)
 
     def close(self) -> None:
         """Nothing is left to write."""
@@ -169,6 +169,10 @@ class PlainDisplay:
     def _write(self, line: str) -> None:
         self._stream.write(line + "\n")
         self._stream.flush()
+
+
+def _part(work: float) -> int:
+    return int(work * _PLAIN_PARTS + 1e-6)
 
 
 class TerminalDisplay:
@@ -194,7 +198,7 @@ class TerminalDisplay:
                     self._state.attempt_begins()
                 continue
             for line in milestones(event):
-                self._console.print(line, style=_style(event))
+                self._console.print(Text(line, style=_style(event)))
 
     def close(self) -> None:
         """Take the live lines away."""
@@ -213,11 +217,11 @@ class TerminalDisplay:
         return Group(Text(where, no_wrap=True, overflow="ellipsis"), bar)
 
 
-def _style(event: Event) -> str | None:
+def _style(event: Event) -> str:
     match event:
         case RoundEnded():
             return "green" if event.accepted else "yellow"
         case Failed():
             return "red"
         case _:
-            return None
+            return ""

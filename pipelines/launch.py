@@ -54,7 +54,7 @@ _PRIVATE = {
 """What a cluster of one run can do without: idle workers kept ready, and figures for a dashboard that it has not."""
 
 
-class RunFailed(RuntimeError):
+class RunFailedError(RuntimeError):
     """Workers died too often, or hit an error that is no fault of recipe or data."""
 
 
@@ -64,7 +64,7 @@ def on_ray(folder: RunFolder, config: RunConfig, base: Path, followers: Sequence
     Raises:
         ValueError: data or recipe are at fault, in the worker's words; nothing was tried twice.
         OSError: the same of files.
-        RunFailed: workers died more often than ``cluster.retries``, or the program itself erred.
+        RunFailedError: workers died more often than ``cluster.retries``, or the program itself erred.
     """
     with _driven(folder, config, followers), cluster(config.cluster, keep_logs=folder.path / "ray-logs"):
         from pipelines.worker import work
@@ -113,7 +113,7 @@ def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, A
         with _own_interrupts():
             trainer.fit()
     except TrainingFailedError as error:
-        raise RunFailed(
+        raise RunFailedError(
             f"the workers of {folder.id} died, and died again on each of {wanted.retries} restarts "
             f"({_one_line(error)}); 'moeify resume {folder.id}' goes on from the last checkpoint"
         ) from error
@@ -129,7 +129,7 @@ def cluster(wanted: Cluster, *, keep_logs: Path) -> Iterator[None]:
     """Have a Ray cluster that holds ``wanted``: the one that is connected, that of ``RAY_ADDRESS``, or a private one.
 
     A private cluster counts at least as many cores as the recipe asks for: with fewer real ones, workers take turns.
-    It is gone afterwards; when the body raised ``RunFailed``, its logs are moved to ``keep_logs``.
+    It is gone afterwards; when the body raised ``RunFailedError``, its logs are moved to ``keep_logs``.
     """
     with _environment(_QUICK):
         import ray
@@ -171,7 +171,7 @@ def _private_cluster(wanted: Cluster, keep_logs: Path) -> Iterator[None]:
                 yield
             finally:
                 ray.shutdown()
-    except RunFailed:
+    except RunFailedError:
         shutil.rmtree(keep_logs, ignore_errors=True)
         with suppress(OSError):
             shutil.copytree(temporary / "session_latest" / "logs", keep_logs)
@@ -212,7 +212,7 @@ def _raised(failure: "Failure") -> Exception:
         case "os":
             error = OSError(failure.message)
         case "program":
-            error = RunFailed(f"{failure.kind}: {failure.message}")
+            error = RunFailedError(f"{failure.kind}: {failure.message}")
         case _:
             assert_never(failure.family)
     error.add_note(failure.trace)
@@ -253,13 +253,16 @@ def _token(temporary: Path) -> dict[str, str]:
     path = temporary / "token"
     path.touch(mode=0o600)
     path.write_text(_secret(), encoding="ascii")
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+    return {"RAY_AUTH_TOKEN_PATH": str(path)}
 
 
 @contextmanager
 def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for processes that the body starts; restore them afterwards."""
-    before = {name: os.environ.get(name) for name in settings}
+    """Set environment variables for processes that the body starts; restore them afterwards.
+
+    Ray itself sets ``RAY_AUTH_MODE`` as it starts a cluster; that is restored too.
+    """
+    before = {name: os.environ.get(name) for name in (*settings, "RAY_AUTH_MODE")}
     os.environ.update(settings)
     try:
         yield

@@ -4,14 +4,14 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 from pydantic import ValidationError
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from moeify.events import Evaluated, Event, Phase, RoundEnded, Started, Step
+from moeify.events import Arm, Evaluated, Event, Phase, RoundEnded, Started, Step
 from moeify.result import MEAN, Result
 from pipelines.display import clock
 from pipelines.journal import read_events
@@ -77,7 +77,9 @@ def _of_journal(folder: RunFolder) -> Summary:
     if tree is None and started:
         names = list(started.categories)
         tree = {"name": "core", "categories": names, "units": sum(started.sites.values()), "children": []}
-    tested = {event.arm: event.loss for event in events if isinstance(event, Evaluated) and event.moment == "test"}
+    tested: dict[str, dict[str, float]] = {
+        event.arm: event.loss for event in events if isinstance(event, Evaluated) and event.moment == "test"
+    }
     return {
         "categories": list(started.categories) if started else None,
         "unit": started.unit if started else None,
@@ -86,7 +88,7 @@ def _of_journal(folder: RunFolder) -> Summary:
         "tree": tree,
         "active_fraction": active_fraction(tree) if tree else None,
         "rounds": [_round(event) for event in rounds],
-        "test_loss": tested or None,
+        "test_loss": {arm: tested.get(arm) for arm in get_args(Arm)} if tested else None,
         "bits_per_byte": None,
         "tax": _tax(tested, "split"),
         "tax_random": _tax(tested, "random"),
@@ -233,10 +235,9 @@ def _tree_table(tree: Summary, console: Console) -> Table:
     for node, depth in _walk(tree):
         leaf = not node["children"]
         on_route = active[node["categories"][0]] if leaf else None
-        serves = ", ".join(node["categories"]) if depth == 0 or (leaf and len(node["categories"]) > 1) else ""
         table.add_row(
             "  " * depth + node["name"],
-            serves or ("1 category" if leaf else f"{len(node['categories'])} categories"),
+            "" if node["name"] == "+".join(node["categories"]) else ", ".join(node["categories"]),
             f"{node['units']:,}",
             _percent(node["units"] / total),
             _percent(on_route) if leaf else "",
@@ -284,7 +285,7 @@ def _bits_table(known: Summary, console: Console) -> Table:
     return table
 
 
-def _of_arm(figures: Mapping[str, Mapping[str, float | None]], arm: str, category: str) -> float | None:
+def _of_arm(figures: Mapping[str, Mapping[str, float | None] | None], arm: str, category: str) -> float | None:
     of_arm = figures.get(arm) or {}
     if category != MEAN or MEAN in of_arm:
         return of_arm.get(category)

@@ -5,10 +5,8 @@ times and steps, so that the store knows a point it already has, and files and t
 delivered twice shows once. MLflow is imported by the thread that delivers, while the run already works.
 """
 
-import json
 import logging
 import os
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,11 +18,11 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 
 from moeify.config import RunConfig
-from moeify.events import Artifact, Evaluated, Event, Failed, Finished, RoundEnded, Started, Step
-from moeify.result import Result
+from moeify.events import Artifact, Event, Failed, Finished, RoundEnded, Started
 from pipelines import plots
 from pipelines.journal import read_events
-from pipelines.runs import RunFolder
+from pipelines.mlflow_terms import flat, points_of, summary
+from pipelines.runs import RunFolder, hold
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -37,16 +35,13 @@ _SETTINGS = {
 }
 """Set where the user has not: an absent server costs a few seconds instead of four minutes."""
 
-_LONGEST_PARAM = 6000
 _LONGEST_TAG = 8000
-_LONGEST_KEY = 250
 """Characters that MLflow takes."""
 _MOST_METRICS = 1000
 _MOST_PARAMS = 100
 """Items that MLflow takes at once."""
-
-Point = tuple[str, float, int]
-"""Metric's key, value, step."""
+_MOST_EVENTS = 1000
+"""Events read at once when a journal is delivered later."""
 
 
 class Progress(BaseModel):
@@ -66,6 +61,8 @@ class Progress(BaseModel):
     """Bytes of the journal that were delivered."""
     unit: str = "unit"
     """What speed is counted by: token or example."""
+    closed: bool = False
+    """Whether MLflow was told how the run ended."""
 
     @classmethod
     def load(cls, path: Path, uri: str) -> Self:
@@ -91,7 +88,6 @@ class MlflowFollower:
         self._config = config
         self._progress = Progress.load(folder.tracking, _public(_tracking_uri(folder)))
         self._client: MlflowClient | None = None
-        self._ended: Finished | Failed | None = None
         self._drawn: set[str] = set()
 
     @property
@@ -104,18 +100,23 @@ class MlflowFollower:
         self._progress.offset = value
         self._progress.save(self._folder.tracking)
 
+    @property
+    def closed(self) -> bool:
+        """Whether MLflow knows how the run ended."""
+        return self._progress.closed
+
     def take(self, events: Sequence[Event]) -> None:
         """Draw and deliver; raises when MLflow cannot be reached, and may then be handed the same events again."""
         for event in events:
             if isinstance(event, RoundEnded) and event.id not in self._drawn:
-                plots.draw(self._folder, event.round)
                 self._drawn.add(event.id)
+                self._draw(event.round)
         client = self._connected()
+        self._progress.closed = False
         for event in events:
             if isinstance(event, Started):
                 self._progress.unit = event.unit
-            elif not isinstance(event, Finished | Failed):
-                self._ended = None  # a later attempt went on
+                client.set_tag(self._progress.parent, "moeify.categories", ", ".join(event.categories)[:_LONGEST_TAG])
         self._deliver_points(client, events)
         for event in events:
             match event:
@@ -123,8 +124,6 @@ class MlflowFollower:
                     self._deliver_round(client, event)
                 case Artifact():
                     self._upload(client, self._run_of(client, event.round), self._folder.path / event.path)
-                case Finished() | Failed():
-                    self._ended = event
                 case _:
                     pass
 
@@ -132,19 +131,31 @@ class MlflowFollower:
         """Say how the run ended: its status, summary and result."""
         client = self._connected()
         parent = self._progress.parent
-        match self._ended:
-            case Finished() as event:
-                self._upload(client, parent, self._folder.result)
-                status = "FINISHED"
-            case Failed() as event:
-                client.set_tag(parent, "moeify.reason", event.reason[:_LONGEST_TAG])
-                status = "FAILED"
-            case None:
-                event, status = None, "KILLED"
-        client.set_tag(parent, "mlflow.note.content", summary(self._folder, status.lower())[:_LONGEST_TAG])
-        client.set_tag(parent, "moeify.status", status.lower())
-        client.set_terminated(parent, status, end_time=_milliseconds(event.time) if event else None)
+        events, _ = read_events(self._folder.journal, 0)
+        end = events[-1] if events else None
+        if isinstance(end, Finished):
+            status = "FINISHED"
+            self._upload(client, parent, self._folder.result)
+        elif isinstance(end, Failed):
+            status = "FAILED"
+            client.set_tag(parent, "moeify.last_failure", end.reason[:_LONGEST_TAG])
+        else:
+            status = "KILLED"
+        self._summarise(client, status.lower())
+        client.set_terminated(parent, status, end_time=_milliseconds(end.time) if end else None)
+        self._progress.closed = True
         self._progress.save(self._folder.tracking)
+
+    def _draw(self, round_: int) -> None:
+        """Draw a round; a picture that cannot be drawn keeps nothing else from being delivered."""
+        try:
+            plots.draw(self._folder, round_)
+        except (OSError, ValueError) as error:
+            sys.stderr.write(f"moeify: warning: round {round_} was not drawn ({' '.join(str(error).split())[:300]})\n")
+
+    def _summarise(self, client: "MlflowClient", status: str) -> None:
+        client.set_tag(self._progress.parent, "moeify.status", status)
+        client.set_tag(self._progress.parent, "mlflow.note.content", summary(self._folder, status)[:_LONGEST_TAG])
 
     # --- contact ------------------------------------------------------------------------------------------
 
@@ -164,7 +175,7 @@ class MlflowFollower:
                 self._describe(client)
                 self._progress.save(self._folder.tracking)
         client.update_run(self._progress.parent, status="RUNNING")
-        client.set_tag(self._progress.parent, "moeify.status", "running")
+        self._summarise(client, "running")
         self._client = client
         return client
 
@@ -229,23 +240,17 @@ class MlflowFollower:
                 runs.append(self._run_of(client, round_))
             for run in runs:
                 metrics[run] += [Metric(key, value, _milliseconds(event.time), step) for key, value, step in points]
-            if isinstance(event, Started):
-                client.set_tag(self._progress.parent, "moeify.categories", ", ".join(event.categories)[:_LONGEST_TAG])
         for run, held in metrics.items():
             for start in range(0, len(held), _MOST_METRICS):
                 client.log_batch(run, metrics=held[start : start + _MOST_METRICS])
 
     def _deliver_round(self, client: "MlflowClient", event: RoundEnded) -> None:
         run = self._run_of(client, event.round)
-        self._upload(client, run, self._folder.rounds / str(event.round) / "partition.json")
         self._upload(client, run, plots.attribution_path(self._folder, event.round))
-        client.log_text(run, json.dumps(event.tree, indent=2), "tree.json")
         self._upload(client, self._progress.parent, plots.tax_path(self._folder))
         client.set_tag(run, "moeify.accepted", str(event.accepted).lower())
         client.set_terminated(run, "FINISHED", end_time=_milliseconds(event.time))
-        client.set_tag(
-            self._progress.parent, "mlflow.note.content", summary(self._folder, "running")[:_LONGEST_TAG]
-        )
+        self._summarise(client, "running")
 
     def _upload(self, client: "MlflowClient", run: str, path: Path) -> None:
         """Upload a file of the run's folder; one that is not there (any more) is left out."""
@@ -256,18 +261,22 @@ class MlflowFollower:
 
 
 def deliver(folder: RunFolder, config: RunConfig) -> int:
-    """Deliver what is left of an ended run's journal; return how many events that were. Raises when MLflow is away."""
-    follower = MlflowFollower(folder, config)
+    """Deliver what MLflow missed of a run that nobody drives; return how many events that were.
+
+    Raises when MLflow cannot be reached, and ``RunBusy`` while the run is driven: its driver delivers by itself.
+    """
     delivered = 0
-    while True:
-        events, end = read_events(folder.journal, follower.offset, _MOST_METRICS)
-        if not events:
-            break
-        follower.take(events)
-        follower.offset = end
-        delivered += len(events)
-    if delivered:
-        follower.close()
+    with hold(folder):
+        follower = MlflowFollower(folder, config)
+        while True:
+            events, end = read_events(folder.journal, follower.offset, _MOST_EVENTS)
+            if not events:
+                break
+            follower.take(events)
+            follower.offset = end
+            delivered += len(events)
+        if not follower.closed:
+            follower.close()
     return delivered
 
 
@@ -280,80 +289,6 @@ def where_to_look(folder: RunFolder) -> str:
     if not progress.parent:
         return uri
     return f"{uri}/#/experiments/{progress.experiment}/runs/{progress.parent}?workflowType=machine_learning"
-
-
-def points_of(event: Event, unit: str) -> Iterable[Point]:
-    """Yield what an event adds to MLflow's curves, at the optimizer step it happened."""
-    match event:
-        case Step():
-            for category, loss in event.loss.items():
-                yield _key("train", event.arm, category), loss, event.step
-            yield _key(f"{unit}s_per_second", event.arm), event.units_per_second, event.step
-            yield _key("learning_rate", event.arm), event.learning_rate, event.step
-        case Evaluated():
-            for category, loss in event.loss.items():
-                yield _key(event.split, event.arm, category), loss, event.step
-        case RoundEnded():
-            yield "separation", event.separation, event.step
-            yield "tax/mean", event.tax, event.step
-            for category, tax in event.tax_by_category.items():
-                yield _key("tax", category), tax, event.step
-            yield "tax_random", event.tax_random, event.step
-            yield "predicted", event.predicted, event.step
-            yield "predicted_random", event.predicted_random, event.step
-            yield "accepted", float(event.accepted), event.step
-        case _:
-            return
-
-
-def flat(recipe: dict[str, Any]) -> dict[str, str]:
-    """Turn a nested recipe into parameters ``a.b.0.c -> value``, cut to what MLflow takes."""
-    found: dict[str, str] = {}
-
-    def walk(path: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for key, below in value.items():
-                walk(f"{path}.{key}" if path else str(key), below)
-        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-            for index, below in enumerate(value):
-                walk(f"{path}.{index}", below)
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            found[_safe(path)] = text[:_LONGEST_PARAM]
-
-    walk("", recipe)
-    return found
-
-
-def summary(folder: RunFolder, status: str) -> str:
-    """Return the run in a few lines of markdown: its rounds, and its result where there is one."""
-    lines = [f"**{folder.id}**: {status}", ""]
-    if folder.result.is_file():
-        lines += _result_table(Result.model_validate_json(folder.result.read_bytes()))
-    rounds = [event for event in read_events(folder.journal, 0)[0] if isinstance(event, RoundEnded)]
-    if rounds:
-        lines += ["| round | separation | tax, nats | random split | kept |", "|---|---|---|---|---|"]
-        for event in rounds:
-            kept = "yes" if event.accepted else "rolled back"
-            lines.append(
-                f"| {event.round} | {event.separation:.3f} | {event.tax:+.4f} | {event.tax_random:+.4f} | {kept} |"
-            )
-    return "\n".join(lines)
-
-
-def _result_table(result: Result) -> list[str]:
-    lines = [
-        f"Test loss, nats per {result.unit}",
-        "",
-        "| category | dense twin | split | random split | tax | active |",
-        "|---|---|---|---|---|---|",
-    ]
-    for category in result.categories:
-        losses = " | ".join(f"{result.test_loss[arm][category]:.4f}" for arm in ("dense", "split", "random"))
-        lines.append(
-            f"| {category} | {losses} | {result.tax[category]:+.4f} | {result.active_fraction[category]:.1%} |"
-        )
-    return [*lines, ""]
 
 
 def _mlflow() -> Any:
@@ -379,15 +314,6 @@ def _public(uri: str) -> str:
     if "@" not in parts.netloc:
         return uri
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-
-
-def _key(*parts: str) -> str:
-    return _safe("/".join(parts))
-
-
-def _safe(key: str) -> str:
-    """Replace what MLflow does not take in the name of a metric or parameter."""
-    return re.sub(r"[^A-Za-z0-9_\-./ ]", "_", key)[:_LONGEST_KEY]
 
 
 def _milliseconds(seconds: float) -> int:

@@ -18,10 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from moeify.config import RunConfig
 from moeify.events import Event, Finished, Phase
-from moeify.loop import run
-from moeify.store import FolderStore
 from moeify.task import Task
-from moeify.tasks import build_task
 from moeify.world import Group, Solo, World
 from pipelines.journal import JournalTracker
 from pipelines.runs import RunFolder
@@ -119,6 +116,9 @@ def leave(folder: Path, error: Exception) -> None:
 
 
 def _loop(order: Order, folder: RunFolder, world: World, tracker: JournalTracker | _Silent) -> None:
+    from moeify.loop import run  # here, since the driver reads this module too and needs none of this
+    from moeify.store import FolderStore
+
     tracker.emit(Phase(id="phase/prepare", time=time.time(), phase="prepare", round=0))
     task = _prepare(order, world)
     store = FolderStore(folder.path, order.config.checkpoints.keep)
@@ -130,6 +130,7 @@ def _loop(order: Order, folder: RunFolder, world: World, tracker: JournalTracker
 
 def _prepare(order: Order, world: World) -> Task:
     """Build the task: first on rank 0, which fills the cache, then on the others, which find it there."""
+    from moeify.tasks import build_task
 
     def build() -> Task:
         return build_task(order.config, cache=order.cache, base=order.base)

@@ -1,0 +1,1 @@
+"""Speed and quality against peers: each module one command that prints a table and writes JSON."""

@@ -1,0 +1,83 @@
+"""The form that all benchmarks share: arguments, a table, headline figures, JSON."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One headline number and what it should be."""
+
+    name: str
+    value: float
+    goal: str
+    """E.g. ``<= 1``; with the unit, if the name does not say it."""
+
+
+def arguments(doc: str | None) -> argparse.Namespace:
+    """Parse the arguments of every benchmark: ``quick`` (bool) and ``json`` (Path or None)."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small version that ends within a minute on two cores")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table and the figures there")
+    return parser.parse_args()
+
+
+def report(
+    name: str,
+    rows: Sequence[Mapping[str, Cell]],
+    figures: Sequence[Figure],
+    path: Path | None,
+    *,
+    quick: bool,
+) -> None:
+    """Print ``rows`` as a table, then one line a figure; write both as JSON to ``path``.
+
+    The JSON object has ``benchmark``, ``quick``, ``machine``, ``rows``, ``goals`` and ``summary`` (figure -> number).
+    """
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, *([_text(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    for line in lines:
+        print(
+            "  ".join(
+                cell.rjust(width) if i else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+        )
+    print()
+    for figure in figures:
+        print(f"{name}.{figure.name} = {_text(figure.value)} (goal {figure.goal})")
+    if path is not None:
+        _write(
+            path,
+            {
+                "benchmark": name,
+                "quick": quick,
+                "machine": {"python": platform.python_version(), "system": sys.platform, "cores": os.cpu_count()},
+                "rows": [dict(row) for row in rows],
+                "goals": {figure.name: figure.goal for figure in figures},
+                "summary": {figure.name: figure.value for figure in figures},
+            },
+        )
+
+
+def _text(cell: Cell) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+def _write(path: Path, content: Mapping[str, object]) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+    Path(file.name).replace(path)

@@ -1,0 +1,325 @@
+"""The command line, with a stand-in for what trains: arguments, errors, exit codes, and what is not imported."""
+
+import errno
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from moeify.config import RunConfig
+from moeify.events import Finished, Started
+from moeify.result import Result as RunResult
+from pipelines import runs
+from pipelines.cli import main
+from pipelines.journal import Follower, JournalTracker, follow
+
+RECIPE = """name: tiny
+data: {kind: digits}
+model: {kind: autoencoder}
+training: {steps: 10}
+rounds: [{train: 1, recover: 2, separation: 0.5}]
+"""
+HEAVY = ("torch", "ray", "mlflow", "transformers", "numpy", "matplotlib")
+
+
+class Launched:
+    """What the stand-in for ``pipelines.launch`` was asked, and what it is to do."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str, Path, int]] = []
+        self.then: Callable[[runs.RunFolder], None] = finish
+
+    def start(self, how: str) -> Callable[[runs.RunFolder, RunConfig, Path, Sequence[Follower]], None]:
+        def start(folder: runs.RunFolder, config: RunConfig, base: Path, followers: Sequence[Follower]) -> None:
+            self.calls.append((how, config.name, base, len(followers)))
+            with runs.hold(folder), follow(folder.journal, followers, poll_seconds=0.01):
+                self.then(folder)
+
+        return start
+
+
+def finish(folder: runs.RunFolder) -> None:
+    tree = {"name": "core", "categories": ["a", "b"], "units": 8, "children": []}
+    started = Started(
+        id="started", time=0.0, categories=("a", "b"), unit="example", steps=10, parameters=9, sites={"s": 8}, rounds=1
+    )
+    loss = {"a": 1.0, "b": 2.0}
+    result = RunResult(
+        categories=("a", "b"),
+        unit="example",
+        tree=tree,
+        active_fraction={"a": 1.0, "b": 1.0, "mean": 1.0},
+        rounds=(),
+        test_loss={"dense": loss, "split": loss, "random": loss},
+        bits_per_byte=None,
+        own_other={},
+        tax={"a": 0.0, "b": 0.0, "mean": 0.0},
+        tax_random={"a": 0.0, "b": 0.0, "mean": 0.0},
+        steps=10,
+        seconds=1.0,
+    )
+    with JournalTracker(folder.journal) as journal:
+        journal.emit(started)
+        folder.result.write_text(result.model_dump_json())
+        journal.emit(Finished(id="finished", time=1.0, seconds=1.0))
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launched:
+    """Put stand-ins in place of what is heavy, and runs into a folder of their own."""
+    told = Launched()
+    launch, tracking, export = (ModuleType(f"pipelines.{name}") for name in ("launch", "tracking", "export"))
+
+    class RunFailed(RuntimeError):  # noqa: N818
+        pass
+
+    def export_category(run: Path, category: str, out: Path) -> None:
+        out.mkdir()
+        (out / "category").write_text(f"{run.name} {category}")
+
+    def export_split(run: Path, out: Path) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "split").write_text(run.name)
+
+    vars(launch).update(on_ray=told.start("ray"), in_process=told.start("local"), RunFailed=RunFailed)
+    vars(tracking).update(where_to_look=lambda folder: f"mlflow ui of {folder.id}")
+    vars(export).update(export_category=export_category, export_split=export_split)
+    monkeypatch.setitem(sys.modules, "pipelines.launch", launch)
+    monkeypatch.setitem(sys.modules, "pipelines.tracking", tracking)
+    monkeypatch.setitem(sys.modules, "moeify.export", export)
+    monkeypatch.setenv("MOEIFY_HOME", str(tmp_path / "home"))
+    return told
+
+
+def moeify(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="moeify")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipes" / "my.yaml"
+    path.parent.mkdir()
+    path.write_text(RECIPE)
+    return path
+
+
+def only_run(tmp_path: Path) -> runs.RunFolder:
+    (folder,) = runs.every(tmp_path / "home")
+    return folder
+
+
+def test_run_trains_on_ray_and_ends_with_the_tables_and_where_to_look(
+    launched: Launched, recipe: Path, tmp_path: Path
+) -> None:
+    done = moeify("run", recipe)
+    folder = only_run(tmp_path)
+    assert done.exit_code == 0, done.output
+    assert launched.calls == [("ray", "tiny", recipe.parent, 1)]
+    assert folder.recipe.read_text() == RECIPE
+    for line in (
+        f"run {folder.id} in {folder.path}",
+        "2 categories (a, b), 9 parameters, 8 units in 1 sites, 10 steps an arm",
+        "finished in 0:01",
+        f"{folder.id} · finished · 10 steps an arm · 0:01",
+        f"again:   moeify show {folder.id}",
+        f"curves:  mlflow ui of {folder.id}",
+    ):
+        assert line in done.stdout.splitlines()
+    assert done.stderr == ""
+
+
+def test_a_quiet_run_in_this_process_says_nothing(launched: Launched, recipe: Path) -> None:
+    done = moeify("run", recipe, "--local", "--quiet")
+    assert (done.exit_code, done.output) == (0, "")
+    assert launched.calls == [("local", "tiny", recipe.parent, 0)]
+
+
+def test_a_shipped_recipe_goes_by_its_name(launched: Launched) -> None:
+    assert moeify("run", "digits", "-q").exit_code == 0
+    assert launched.calls == [("ray", "digits", Path.cwd(), 0)]
+
+
+def test_a_name_that_is_neither_recipe_nor_file_lists_the_recipes(launched: Launched) -> None:
+    done = moeify("run", "digit")
+    assert done.exit_code == 2
+    assert done.stderr == (
+        "moeify: error: 'digit' is neither a file nor a recipe that comes with moeify (digits, text); nearest: digits\n"
+    )
+
+
+def test_a_bad_recipe_is_told_line_by_line_and_makes_no_run(launched: Launched, recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text(RECIPE.replace("steps", "stepz").replace("0.5", "2"))
+    done = moeify("run", recipe)
+    assert done.exit_code == 2
+    first, *rest = done.stderr.splitlines()
+    assert first == f"moeify: error: {recipe} is not a recipe that can be run:"
+    assert [line.split(":")[0] for line in rest] == ["training.steps", "training.stepz", "rounds[0].separation"]
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "home").exists()
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_does(launched: Launched, recipe: Path, tmp_path: Path) -> None:
+    def interrupt(folder: runs.RunFolder) -> None:
+        raise KeyboardInterrupt
+
+    launched.then = interrupt
+    stopped = moeify("run", recipe)
+    folder = only_run(tmp_path)
+    assert stopped.exit_code == 130
+    assert stopped.stderr == f"moeify: stopped; go on with: moeify resume {folder.id}\n"
+    assert runs.status(folder) == "interrupted"
+
+    launched.then = finish
+    assert moeify("resume", "last", "--local", "-q").exit_code == 0
+    assert launched.calls[-1] == ("local", "tiny", recipe.parent, 0)
+    assert runs.status(folder) == "finished"
+
+    again = moeify("resume", folder.id[:6])
+    assert again.exit_code == 0
+    assert again.stdout == f"{folder.id} is finished; see it with: moeify show {folder.id}\n"
+    assert len(launched.calls) == 2
+
+
+def test_a_run_that_another_process_drives_is_left_alone(launched: Launched, recipe: Path, tmp_path: Path) -> None:
+    folder = runs.create(RunConfig.model_validate(_config()), RECIPE, tmp_path / "home")
+    with runs.hold(folder):
+        done = moeify("resume", folder.id)
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"moeify: error: run {folder.id} is being driven by another process")
+    assert launched.calls == []
+
+
+def _config() -> dict[str, Any]:
+    return {
+        "name": "tiny",
+        "data": {"kind": "digits"},
+        "model": {"kind": "autoencoder"},
+        "training": {"steps": 10},
+        "rounds": [{"train": 1, "recover": 2, "separation": 0.5}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (ValueError("category 'x' has\nno documents"), 2, "category 'x' has no documents"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x.txt"), 2, "x.txt: No such file or directory"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
+        (OSError("the worker's disk is full"), 2, "the worker's disk is full"),
+        ("broken", 1, "the workers died"),
+    ],
+)
+def test_an_error_of_a_run_is_one_line_and_with_debug_a_traceback(
+    launched: Launched, recipe: Path, error: Exception | str, code: int, told: str
+) -> None:
+    raised = sys.modules["pipelines.launch"].RunFailed(told) if isinstance(error, str) else error
+
+    def fail(folder: runs.RunFolder) -> None:
+        raise raised
+
+    launched.then = fail
+    done = moeify("run", recipe, "--quiet")
+    assert done.exit_code == code
+    assert done.stderr == f"moeify: error: {told}\n"
+    assert moeify("--debug", "run", recipe, "--quiet").exception is raised
+
+
+def test_a_mistake_in_the_program_keeps_its_traceback(launched: Launched, recipe: Path) -> None:
+    def fail(folder: runs.RunFolder) -> None:
+        raise RuntimeError("shape mismatch")
+
+    launched.then = fail
+    done = moeify("run", recipe, "--quiet")
+    assert isinstance(done.exception, RuntimeError)
+
+
+def test_show_and_runs_tell_the_same_to_people_and_to_programs(
+    launched: Launched, recipe: Path, tmp_path: Path
+) -> None:
+    assert moeify("runs").stdout.startswith(f"No runs in {tmp_path / 'home'}")
+    assert json.loads(moeify("runs", "--json").stdout) == []
+    moeify("run", recipe, "-q")
+    folder = only_run(tmp_path)
+    assert "Expert tree" in moeify("show", "last").stdout
+    known = json.loads(moeify("show", folder.id, "--json").stdout)
+    assert (known["run"], known["status"]) == (folder.id, "finished")
+    assert folder.id in moeify("runs").stdout
+    assert [row["run"] for row in json.loads(moeify("runs", "--json").stdout)] == [folder.id]
+    missing = moeify("show", "nothing")
+    assert missing.exit_code == 2
+    assert missing.stderr.startswith("moeify: error: no run 'nothing'")
+
+
+def test_export_writes_a_category_or_the_whole_into_a_new_folder(
+    launched: Launched, recipe: Path, tmp_path: Path
+) -> None:
+    moeify("run", recipe, "-q")
+    run = only_run(tmp_path).id
+    out = tmp_path / "out"
+    assert moeify("export", "last", "--category", "a", "-o", out).stdout == f"wrote {out}\n"
+    assert (out / "category").read_text() == f"{run} a"
+    taken = moeify("export", "last", "--split", "-o", out)
+    assert taken.exit_code == 2
+    assert taken.stderr == f"moeify: error: {out} is there already; give a folder that is new or empty\n"
+    assert moeify("export", run, "--split", "-o", tmp_path / "whole").exit_code == 0
+    unknown = moeify("export", run, "--category", "aa", "-o", tmp_path / "none")
+    assert unknown.stderr == "moeify: error: no category 'aa'; the run has a, b; nearest: a\n"
+    for both in ((), ("--split", "--category", "a")):
+        wrong = moeify("export", run, *both, "-o", tmp_path / "none")
+        assert wrong.exit_code == 2
+        assert "either --category NAME or --split" in wrong.stderr
+
+
+def test_an_unfinished_run_is_not_exported(launched: Launched, tmp_path: Path) -> None:
+    folder = runs.create(RunConfig.model_validate(_config()), RECIPE, tmp_path / "home")
+    done = moeify("export", folder.id, "--split", "-o", tmp_path / "out")
+    assert done.exit_code == 2
+    assert f"run {folder.id} is interrupted, wanted a finished one" in done.stderr
+
+
+def test_the_schema_is_json() -> None:
+    assert "rounds" in json.loads(moeify("schema").stdout)["properties"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--help"], 0), (["--version"], 0), (["schema"], 0), (["run", "bad.yaml"], 2), (["runs"], 0)],
+)
+def test_quick_commands_import_nothing_heavy(arguments: list[str], code: int, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("name: [")
+    program = (
+        "import sys\nfrom pipelines.cli import main\n"
+        "try:\n    main(sys.argv[1:], prog_name='moeify')\n"
+        f"finally:\n    print('HEAVY', sorted(set(sys.modules) & set({HEAVY!r})))"
+    )
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, *arguments],
+        cwd=tmp_path,
+        env={"PYTHONPATH": root, "PATH": "", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_help_takes_less_than_half_a_second(tmp_path: Path) -> None:
+    root = str(Path(__file__).parents[1])
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "pipelines", "--help"], cwd=root, capture_output=True, text=True, check=True
+        )
+        took.append(time.perf_counter() - began)
+    assert done.stdout.startswith("Usage: moeify [OPTIONS] COMMAND")
+    assert min(took) < 0.5

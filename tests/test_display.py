@@ -1,0 +1,177 @@
+"""What a person sees while a run goes on, on a terminal and in a log."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from moeify.events import Arm, Evaluated, Event, Failed, Finished, Phase, RoundEnded, Started, Step
+from pipelines.display import PlainDisplay, RunState, TerminalDisplay, choose_display, clock
+
+STARTED = Started(
+    id="started",
+    time=0.0,
+    categories=("python", "prose"),
+    unit="token",
+    steps=600,
+    parameters=473_000,
+    sites={"layers.0.ffn": 384, "layers.1.ffn": 384},
+    rounds=2,
+)
+
+
+def step(work: float, time: float, arm: Arm = "split", number: int = 150) -> Step:
+    return Step(
+        id=f"step/{work}/{arm}",
+        time=time,
+        arm=arm,
+        round=1,
+        step=number,
+        work=work,
+        loss={"python": 3.0, "prose": 4.0},
+        learning_rate=1e-3,
+        units_per_second=12_345.0,
+    )
+
+
+def ended(number: int = 1, accepted: bool = True) -> RoundEnded:
+    return RoundEnded(
+        id=f"round/{number}",
+        time=9.0,
+        round=number,
+        step=300,
+        separation=0.3,
+        tax=0.0123,
+        tax_by_category={"python": 0.01},
+        tax_random=-0.0456,
+        predicted=0.034,
+        predicted_random=0.12,
+        accepted=accepted,
+        seconds=9.0,
+        tree={},
+    )
+
+
+def phase(number: int, name: Any = "train", note: str = "") -> Phase:
+    return Phase(id=f"{name}/{number}", time=1.0, phase=name, round=number, note=note)
+
+
+def plain(events: Sequence[Event], earlier: int = 0, now: float = 0.0) -> list[str]:
+    stream = io.StringIO()
+    display = PlainDisplay(stream, earlier, now=lambda: now)
+    for event in events:
+        display.take([event])
+    display.close()
+    return stream.getvalue().splitlines()
+
+
+def test_plain_lines_tell_plan_phases_rounds_and_the_end() -> None:
+    assert plain(
+        [
+            STARTED,
+            phase(0, "prepare"),
+            phase(1, note="all arms"),
+            ended(),
+            ended(2, accepted=False),
+            Evaluated(
+                id="t", time=1.0, arm="dense", round=2, step=600, moment="test", split="test", loss={"a": 1.0, "b": 2.0}
+            ),
+            Finished(id="finished", time=9.0, seconds=3725.2),
+            Failed(id="failed", time=9.0, reason="no data"),
+        ]
+    ) == [
+        "2 categories (python, prose), 473,000 parameters, 768 units in 2 sites, 600 steps an arm",
+        "prepare",
+        "round 1/2 · train · all arms",
+        "round 1 accepted: separation 0.300, tax +0.012, random -0.046, J 0.034",
+        "round 2 rolled back: separation 0.300, tax +0.012, random -0.046, J 0.034",
+        "test loss of dense: 1.500 nats, mean over categories",
+        "finished in 1:02:05",
+        "failed: no data",
+    ]
+
+
+def test_steps_are_told_once_in_a_twentieth_of_the_work_and_at_the_end() -> None:
+    steps = [step(count / 100, float(count)) for count in range(1, 101)]
+    lines = plain([STARTED, *steps], now=0.0)[1:]
+    assert [line.split("%")[0].strip() for line in lines] == [str(percent) for percent in range(5, 101, 5)]
+    assert lines[0] == "  5% · split step 150/600 · loss 3.500 · 12.3k tokens/s · ETA 1:35"
+
+
+def test_the_rest_of_the_run_is_told_from_the_pace_of_this_attempt() -> None:
+    state = RunState()
+    assert state.seconds_left(0.0) is None
+    for event in (step(0.1, 0.0), step(0.2, 1000.0)):
+        state.take(event)
+    assert state.seconds_left(1000.0) == pytest.approx(8000.0)
+    state.attempt_begins()
+    assert state.seconds_left(1000.0) is None
+    for event in (step(0.2, 5000.0), step(0.4, 5020.0)):
+        state.take(event)
+    assert state.seconds_left(5020.0) == pytest.approx(60.0)
+    assert state.seconds_left(5030.0) == pytest.approx(50.0)
+    assert state.seconds_left(9999.0) == 0.0
+
+
+def test_what_earlier_attempts_did_is_one_line() -> None:
+    before = [STARTED, phase(1), step(0.3, 1.0), ended(), phase(2)]
+    lines = plain([*before, phase(2, "recover"), step(0.31, 100.0), step(0.36, 105.0)], earlier=5, now=105.0)
+    assert lines == [
+        "resumed: 1 of 2 rounds and 30% of the work were done before",
+        "round 2/2 · recover",
+        " 36% · split step 150/600 · loss 3.500 · 12.3k tokens/s · ETA 1:04",
+    ]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_live_lines_fit_the_terminal(width: int) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, force_terminal=True, color_system=None, markup=False, highlight=False)
+    display = TerminalDisplay(console)
+    display.take([STARTED, phase(1), step(0.1, 0.0), step(0.4, 30.0), ended(accepted=False)])
+    rendered = io.StringIO()
+    Console(file=rendered, width=width, force_terminal=True, color_system=None).print(display._render())
+    display.close()
+    display.close()
+    where, bar = rendered.getvalue().splitlines()
+    assert where.startswith("round 1/2 · train · split step 150/600 · loss 3.500 · 12.3k tokens/s")
+    assert max(len(where), len(bar)) <= width
+    assert "40%  elapsed 0:00  ETA" in bar
+    printed = stream.getvalue()
+    assert "round 1 rolled back: separation 0.300" in printed
+    assert printed.rstrip().endswith("\x1b[2K")  # the live lines are gone
+
+
+def test_a_terminal_catches_up_with_earlier_attempts_in_one_line() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=80, force_terminal=True, color_system=None)
+    display = TerminalDisplay(console, earlier=3)
+    display.take([STARTED, step(0.5, 1.0), ended()])
+    display.close()
+    assert "resumed: 1 of 2 rounds and 50% of the work were done before" in stream.getvalue()
+    assert "accepted" not in stream.getvalue()
+
+
+def test_no_line_of_a_round_is_wider_than_80_columns() -> None:
+    assert all(len(line) <= 80 for line in plain([ended(9), ended(9, accepted=False)]))
+
+
+def test_the_display_fits_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    assert choose_display(True, Terminal()) is None
+    assert isinstance(choose_display(False, io.StringIO()), PlainDisplay)
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(choose_display(False, Terminal()), PlainDisplay)
+    monkeypatch.setenv("TERM", "xterm")
+    live = choose_display(False, Terminal())
+    assert isinstance(live, TerminalDisplay)
+    live.close()
+
+
+def test_seconds_read_as_a_clock() -> None:
+    assert [clock(seconds) for seconds in (0.4, 59.6, 61, 3600)] == ["0:00", "1:00", "1:01", "1:00:00"]

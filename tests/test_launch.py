@@ -1,0 +1,263 @@
+import json
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from moeify.config import Cluster, RunConfig
+from moeify.events import Failed
+from pipelines import launch
+from pipelines.journal import JournalTracker, read_events
+from pipelines.launch import RunFailedError, cluster, fit, in_process
+from pipelines.runs import RunBusy, RunFolder, hold, status
+
+
+def recipe(**cluster: int) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "name": "tiny",
+            "data": {"kind": "digits"},
+            "model": {"kind": "autoencoder"},
+            "training": {"steps": 4, "rows": 20},
+            "rounds": [{"train": 2, "recover": 2, "separation": 0.3}],
+            "cluster": {"threads": 1, **cluster},
+        }
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    path = tmp_path / "tiny-20260101-000000-abcd"
+    path.mkdir()
+    return RunFolder(path)
+
+
+class Deaf:
+    """Stands for MLflow where a test is about something else."""
+
+    offset = 0
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def take(self, events: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def untracked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "MlflowFollower", Deaf)
+
+
+def ray_processes() -> list[str]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.name())
+        except psutil.NoSuchProcess:
+            continue
+    return [name for name in found if "ray" in name.lower() or "gcs" in name]
+
+
+# --- without Ray ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("untracked")
+def test_a_failed_attempt_stands_in_the_journal_in_one_line(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pipelines.worker
+
+    def work(payload: dict[str, Any]) -> None:
+        with JournalTracker(Path(payload["folder"]) / "journal.jsonl"):
+            raise ValueError("category 'python' has 3 bytes;\nwanted 2 MB")
+
+    monkeypatch.setattr(pipelines.worker, "work", work)
+    for attempt in (1, 2):
+        with pytest.raises(ValueError, match="wanted 2 MB"):
+            in_process(folder, recipe(), folder.path, [])
+        events, _ = read_events(folder.journal, 0)
+        assert [type(event) for event in events] == [Failed] * attempt
+    assert events[-1].reason == "category 'python' has 3 bytes; wanted 2 MB"  # type: ignore[union-attr]
+    assert status(folder) == "failed"
+
+
+@pytest.mark.usefixtures("untracked")
+def test_an_interrupted_attempt_is_not_called_a_failure(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pipelines.worker
+
+    def work(payload: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipelines.worker, "work", work)
+    with pytest.raises(KeyboardInterrupt):
+        in_process(folder, recipe(), folder.path, [])
+    assert status(folder) == "interrupted"
+
+
+@pytest.mark.usefixtures("untracked")
+def test_a_run_that_another_process_drives_is_refused(folder: RunFolder) -> None:
+    with hold(folder), pytest.raises(RunBusy, match="driven by another process"):
+        in_process(folder, recipe(), folder.path, [])
+
+
+def test_the_first_failure_of_a_group_is_the_one_that_is_heard(folder: RunFolder) -> None:
+    from pipelines.worker import Failure, failure_path, leave
+
+    leave(folder.path, ValueError("first"))
+    leave(folder.path, KeyError("second"))
+    failure = Failure.model_validate_json(failure_path(folder.path).read_text())
+    assert (failure.family, failure.kind, failure.message) == ("value", "ValueError", "first")
+    assert "ValueError: first" in failure.trace
+    assert [path.name for path in folder.path.iterdir()] == ["failure.json"]
+
+
+def test_a_lost_peer_is_raised_and_other_errors_are_left(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines import worker
+
+    monkeypatch.setattr(worker, "_PEER_SECONDS", 0.2)
+
+    def bereaved(payload: dict[str, Any]) -> None:
+        raise RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+    payload = {"folder": str(folder.path)}
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        worker.guarded(bereaved, payload)
+    assert not worker.failure_path(folder.path).exists()
+    worker.leave(folder.path, ValueError("the peer's own error"))
+    worker.guarded(bereaved, payload)  # the peer has said why it left: another attempt would not help
+
+
+def test_settings_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEIFY_TEST_OLD", "1")
+    with launch._environment({"MOEIFY_TEST_OLD": "2", "MOEIFY_TEST_NEW": "3"}):
+        assert os.environ["MOEIFY_TEST_OLD"] == "2"
+    assert os.environ["MOEIFY_TEST_OLD"] == "1"
+    assert "MOEIFY_TEST_NEW" not in os.environ
+
+
+def test_what_the_user_set_about_tokens_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert launch._token(tmp_path) == {}
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    path = Path(launch._token(tmp_path)["RAY_AUTH_TOKEN_PATH"])
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert len(path.read_text()) == 64
+
+
+# --- with Ray ---------------------------------------------------------------------------------------------
+# Workers are closures: they travel by value, so that a worker need not find this file.
+
+
+@pytest.fixture(scope="class")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One cluster for the tests that need nothing of its start and end."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with cluster(Cluster(workers=2, threads=1), keep_logs=tmp_path_factory.mktemp("logs") / "ray"):
+            yield
+    assert ray_processes() == []
+
+
+RAYS_OWN_WARNINGS = pytest.mark.filterwarnings(r"ignore::Warning:ray\.")
+
+
+@pytest.mark.ray
+@RAYS_OWN_WARNINGS
+@pytest.mark.usefixtures("up")
+class TestOnOneCluster:
+    def test_a_worker_that_is_killed_is_started_again(self, folder: RunFolder) -> None:
+        def worker(payload: dict[str, Any]) -> None:
+            import torch.distributed as dist
+
+            from moeify.world import Group
+
+            attempts = Path(payload["folder"], f"attempts-{dist.get_rank()}")
+            with attempts.open("a") as file:
+                file.write("x")
+            world = Group()
+            world.share(None)
+            if world.rank == 1 and len(attempts.read_text()) == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen = world.share(f"{world.size} workers")
+            Path(payload["folder"], f"seen-{world.rank}").write_text(seen)
+
+        fit(folder, Cluster(workers=2, threads=1, retries=1), worker, {"folder": str(folder.path)})
+        assert (folder.path / "attempts-0").read_text() == (folder.path / "attempts-1").read_text() == "xx"
+        assert (folder.path / "seen-0").read_text() == (folder.path / "seen-1").read_text() == "2 workers"
+        assert not (folder.path / "ray").exists()
+
+    def test_an_error_of_one_worker_ends_the_run_in_its_own_words(self, folder: RunFolder) -> None:
+        def worker(payload: dict[str, Any]) -> None:
+            from moeify.world import Group
+
+            world = Group()
+            with Path(payload["folder"], f"attempts-{world.rank}").open("a") as file:
+                file.write("x")
+            if world.rank == 1:
+                raise ValueError("category 'python' has 3 bytes; wanted 2 MB")
+            world.share(None)
+            world.share(None)
+
+        with pytest.raises(ValueError, match="wanted 2 MB") as caught:
+            fit(folder, Cluster(workers=2, threads=1, retries=2), worker, {"folder": str(folder.path)})
+        assert str(caught.value) == "category 'python' has 3 bytes; wanted 2 MB"
+        assert "in worker" in caught.value.__notes__[0]
+        assert (folder.path / "attempts-0").read_text() == (folder.path / "attempts-1").read_text() == "x"
+
+
+@pytest.mark.ray
+@RAYS_OWN_WARNINGS
+def test_workers_that_die_too_often_leave_their_logs(folder: RunFolder) -> None:
+    def worker(payload: dict[str, Any]) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    wanted = Cluster(workers=1, threads=1, retries=0)
+    logs = folder.path / "ray-logs"
+    with pytest.raises(RunFailedError, match=f"moeify resume {folder.id}"), cluster(wanted, keep_logs=logs):
+        fit(folder, wanted, worker, {"folder": str(folder.path)})
+    assert list(logs.glob("worker-*.err"))
+    assert ray_processes() == []
+
+
+@pytest.mark.ray
+@RAYS_OWN_WARNINGS
+@pytest.mark.usefixtures("untracked")
+def test_a_private_cluster_stays_out_of_the_home_folder(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = folder.path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    before = dict(os.environ)
+    with cluster(Cluster(workers=1, threads=64), keep_logs=folder.path / "ray-logs"):
+        import ray
+
+        assert ray.cluster_resources()["CPU"] >= 64
+        with pytest.raises(ValueError, match=r"lower cluster.workers or cluster.threads"):
+            launch._check_cores(Cluster(workers=2, threads=64))
+    assert list(home.iterdir()) == []
+    assert dict(os.environ) == before
+    assert ray_processes() == []
+
+
+@pytest.mark.ray
+@RAYS_OWN_WARNINGS
+@pytest.mark.usefixtures("untracked")
+def test_a_whole_run_on_ray_ends_as_one_in_process(folder: RunFolder, tmp_path: Path) -> None:
+    config = recipe(workers=1)
+    launch.on_ray(folder, config, tmp_path, [])
+    beside = RunFolder(tmp_path / "tiny-20260101-000001-abcd")
+    beside.path.mkdir()
+    in_process(beside, config, tmp_path, [])
+    for run in (folder, beside):
+        assert status(run) == "finished"
+    losses = [json.loads(run.result.read_text())["test_loss"] for run in (folder, beside)]
+    assert losses[0] == losses[1]

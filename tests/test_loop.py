@@ -1,0 +1,145 @@
+import pytest
+import torch
+
+from moeify.events import Evaluated, MemoryTracker, RoundEnded, Step
+from moeify.loop import run
+from moeify.result import Result
+from moeify.store import FolderStore, MemoryStore
+from tests.toy import ToyTask, toy_config
+
+
+class KilledError(Exception):
+    """Stands for the power going off."""
+
+
+class DyingStore(FolderStore):
+    """Dies in the middle of the n-th checkpoint."""
+
+    lives = 10**9
+
+    def save(self, *args: object, **kwargs: object) -> None:
+        if self.lives == 0:
+            raise KilledError
+        self.lives -= 1
+        super().save(*args, **kwargs)  # type: ignore[arg-type]
+
+
+def outcome(result: Result) -> dict[str, object]:
+    data = result.model_dump(exclude={"seconds"})
+    data["rounds"] = [{k: v for k, v in r.items() if k not in {"time", "seconds"}} for r in data["rounds"]]
+    return data
+
+
+def final(store: FolderStore) -> dict[str, dict[str, torch.Tensor]]:
+    found = store.newest()
+    assert found is not None
+    return {arm: store.tensors(found.name, arm) for arm in store.facts(found.name)["arms"]}
+
+
+def test_two_rounds_give_every_category_its_leaf_at_the_asked_separation() -> None:
+    config, tracker = toy_config(), MemoryTracker()
+    result = run(config, ToyTask(config), tracker=tracker)
+    leaves = [leaf for group in result.tree["children"] for leaf in group["children"]]
+    assert sorted(leaf["name"] for leaf in leaves) == ["a", "b", "c", "d"]
+    assert result.active_fraction["mean"] == pytest.approx(1 - 0.45, abs=0.03)
+    assert [r.round for r in result.rounds] == [1, 2]
+    assert result.rounds[0].separation == pytest.approx(0.3, abs=0.03)
+    assert all(r.accepted for r in result.rounds)
+    assert set(result.test_loss) == {"dense", "split", "random"}
+    assert result.tax["mean"] == pytest.approx(
+        sum(result.test_loss["split"][c] - result.test_loss["dense"][c] for c in "abcd") / 4
+    )
+    steps = {e.arm: e.step for e in tracker.events.values() if isinstance(e, Step)}
+    assert steps == {"dense": 60, "split": 60, "random": 60}
+    work = [e.work for e in tracker.events.values() if isinstance(e, Step)]
+    assert work == sorted(work)
+    assert work[-1] == 1.0
+
+
+def test_ablating_an_expert_touches_only_the_categories_it_serves() -> None:
+    config = toy_config()
+    result = run(config, ToyTask(config))
+    for category, rises in result.own_other.items():
+        for expert, rise in rises.items():
+            if category in expert.split("+"):
+                assert rise != 0.0
+            else:
+                assert rise == 0.0
+
+
+def test_the_same_recipe_gives_the_same_bits_and_another_seed_does_not(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    stores = [FolderStore(tmp_path / name, 2) for name in ("one", "two", "three")]
+    seeds = (0, 0, 1)
+    results = [
+        run(toy_config(seed=s), ToyTask(toy_config(seed=s)), store=store)
+        for s, store in zip(seeds, stores, strict=True)
+    ]
+    assert outcome(results[0]) == outcome(results[1])
+    assert outcome(results[0]) != outcome(results[2])
+    for arm, tensors in final(stores[0]).items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, final(stores[1])[arm][name]), (arm, name)
+
+
+def test_a_run_killed_at_every_checkpoint_ends_with_the_same_bits(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    config = toy_config()
+    calm = FolderStore(tmp_path / "calm", 2)
+    tracker = MemoryTracker()
+    wanted = outcome(run(config, ToyTask(config), store=calm, tracker=tracker))
+    for lives in (0, 1, 2, 3, 5, 8):
+        stormy = DyingStore(tmp_path / f"stormy-{lives}", 2)
+        told = MemoryTracker()
+        stormy.lives = lives
+        for _ in range(100):
+            try:
+                result = run(config, ToyTask(config), store=stormy, tracker=told)
+            except KilledError:
+                stormy.lives = max(1, lives)
+            else:
+                break
+        assert outcome(result) == wanted
+        for arm, tensors in final(calm).items():
+            for name, tensor in tensors.items():
+                assert torch.equal(tensor, final(stormy)[arm][name]), (arm, name)
+        lasting = {i for i in told.events if not i.startswith("resumed/")}
+        assert lasting == set(tracker.events)
+
+
+def test_a_round_beyond_the_tax_budget_is_rolled_back_and_the_step_halved() -> None:
+    config = toy_config(budget={"tax": 1e-9})
+    tracker, store = MemoryTracker(), MemoryStore()
+    result = run(config, ToyTask(config), store=store, tracker=tracker)
+    first, second = result.rounds
+    if first.tax > 1e-9 and second.tax > 1e-9:
+        assert not first.accepted
+        assert second.separation == pytest.approx(0.45 / 2, abs=0.04)
+        assert result.active_fraction["mean"] == 1.0
+        assert result.tree["children"] == []
+    else:
+        pytest.fail(f"the toy paid no tax: {first.tax}, {second.tax}")
+    steps = {e.arm: e.step for e in tracker.events.values() if isinstance(e, Step)}
+    assert steps == {"dense": 60, "split": 60, "random": 60}
+
+
+def test_rolled_back_weights_are_those_from_before_the_cut() -> None:
+    """With no step after the roll-back, the split arm's validation loss is the one from before its cut."""
+    config = toy_config(
+        budget={"tax": 1e-9},
+        rounds=[{"train": 20, "recover": 5, "separation": 0.3}, {"train": 0, "recover": 5, "separation": 0.4}],
+    )
+    tracker = MemoryTracker()
+    run(config, ToyTask(config), tracker=tracker)
+    seen = {e.id: e.loss for e in tracker.events.values() if isinstance(e, Evaluated)}
+    assert any(isinstance(e, RoundEnded) and not e.accepted for e in tracker.events.values())
+    assert seen["evaluated/split/2/before_cut"] == seen["evaluated/split/1/before_cut"]
+    assert seen["evaluated/random/2/before_cut"] == seen["evaluated/random/1/before_cut"]
+
+
+def test_separations_out_of_reach_are_refused_before_any_training() -> None:
+    config = toy_config(
+        rounds=[{"train": 5, "recover": 5, "separation": 0.2}, {"train": 5, "recover": 5, "separation": 0.5}]
+    )
+    tracker = MemoryTracker()
+    with pytest.raises(ValueError, match=r"rounds.1.separation: got 0.5, at most 0.300"):
+        run(config, ToyTask(config), tracker=tracker)
+    assert not tracker.events

@@ -1,0 +1,127 @@
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_runs import CATEGORIES, NODES, fake_run, leave_rounds, story, tell
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from pipelines import plots
+from pipelines.runs import RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    folder = fake_run(tmp_path)
+    tell(folder, story())
+    return folder
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Figures as they were saved."""
+    seen: list[Figure] = []
+    save = plots._save
+
+    def keep(figure: Figure, path: Path) -> Path:
+        seen.append(figure)
+        return save(figure, path)
+
+    monkeypatch.setattr(plots, "_save", keep)
+    return seen
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    head = path.read_bytes()[:24]
+    assert head.startswith(b"\x89PNG\r\n\x1a\n")
+    return int.from_bytes(head[16:20]), int.from_bytes(head[20:24])
+
+
+def test_the_map_has_a_panel_for_each_site_and_one_scale(folder: RunFolder, figures: list[Figure]) -> None:
+    leave_rounds(folder, sites=11)
+    path = plots.attribution_map(folder, 2)
+    assert path == folder.plots / "attribution-round-2.png"
+    *panels, scale = figures[0].axes
+    assert [panel.get_title().split()[0] for panel in panels] == [f"layers.{i}.ffn" for i in range(11)]
+    assert "nats" in scale.get_ylabel()
+    width, height = png_size(path)
+    assert 1000 < width < 5000
+    assert 500 < height < 3000
+
+
+def test_every_expert_is_the_rectangle_of_its_units_and_categories(folder: RunFolder, figures: list[Figure]) -> None:
+    leave_rounds(folder, sites=1, units=100)
+    plots.attribution_map(folder, 1)
+    panel = figures[0].axes[0]
+    leaves = NODES[0]["categories"]
+    assert [label.get_text() for label in panel.get_xticklabels()] == leaves
+    assert [label.get_text() for label in panel.get_yticklabels()] == [node["name"] for node in NODES]
+    boxes = [patch for patch in panel.patches if isinstance(patch, Rectangle)][::2]
+    first = 0
+    for node, box, height in zip(NODES, boxes, [22, 10, 18, 16, 14, 20], strict=True):
+        assert box.get_xy() == (leaves.index(node["categories"][0]), first)
+        assert (box.get_width(), box.get_height()) == (len(node["categories"]), height)
+        first += height
+
+
+def test_columns_follow_the_leaves_and_rows_their_owners(folder: RunFolder, figures: list[Figure]) -> None:
+    leave_rounds(folder, sites=1, units=60)
+    plots.attribution_map(folder, 1)
+    drawn = np.asarray(figures[0].axes[0].images[0].get_array())
+    tables, categories, score = plots._read_attribution(folder, 1)
+    assert (tuple(categories), score) == (CATEGORIES, "fisher")
+    table = tables["layers.0.ffn"][:, [0, 2, 3, 1]]  # python, c, web, prose
+    core = table[:13]  # 22 % of 60 units
+    assert np.array_equal(drawn[:13], core[np.argsort(-core.sum(axis=1), kind="stable")])
+
+
+def test_more_units_than_pixels_are_averaged_not_skipped() -> None:
+    table = np.random.default_rng(0).random((1003, 3))
+    thin = plots._thinned(table)
+    assert thin.shape == (400, 3)
+    assert thin[0] == pytest.approx(table[:2].mean(axis=0))
+    assert thin[-1] == pytest.approx(table[1000:].mean(axis=0))
+    assert np.array_equal(plots._thinned(table[:7]), table[:7])
+
+
+def test_an_expert_without_units_in_a_site_is_left_out(folder: RunFolder, figures: list[Figure]) -> None:
+    leave_rounds(folder, sites=1, units=100, shares=[0.5, 0.0, 0.2, 0.1, 0.1, 0.1])
+    plots.attribution_map(folder, 1)
+    names = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    assert names == ["core", "python", "c", "web", "prose"]
+
+
+def test_files_that_speak_of_different_sites_are_refused(folder: RunFolder) -> None:
+    leave_rounds(folder, sites=2)
+    partition = folder.rounds / "1" / "partition.json"
+    partition.write_text(partition.read_text().replace("layers.1.ffn", "layers.9.ffn"))
+    with pytest.raises(ValueError, match=r"different categories or sites.*layers\.9\.ffn"):
+        plots.attribution_map(folder, 1)
+
+
+def test_tax_is_drawn_for_both_splits_with_the_rolled_back_hollow(folder: RunFolder, figures: list[Figure]) -> None:
+    path = plots.tax_separation(folder)
+    assert png_size(path) == (960, 630)
+    (axis,) = figures[0].axes
+    lines: dict[str, Any] = {line.get_label(): line for line in axis.lines}
+    assert list(lines["dense twin"].get_ydata()) == [0.0, 0.0]
+    assert list(lines["split by attribution"].get_ydata()) == [0.01]
+    rolled_back = lines["split by attribution, rolled back"]
+    assert (list(rolled_back.get_xdata()), list(rolled_back.get_ydata())) == ([0.4], [0.04])
+    assert rolled_back.get_markerfacecolor() == "white"
+    assert list(lines["random split, same sizes"].get_ydata()) == [0.04]
+
+
+def test_a_round_without_attribution_still_gets_the_tax_plot(folder: RunFolder) -> None:
+    assert plots.draw(folder, 1) == [plots.tax_path(folder)]
+    leave_rounds(folder, sites=1)
+    assert plots.draw(folder, 1) == [plots.tax_path(folder), plots.attribution_path(folder, 1)]
+    assert not list(folder.plots.glob(".*"))
+
+
+def test_drawing_needs_no_display_and_no_global_figure(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it raises
+    monkeypatch.setenv("MPLBACKEND", "tkagg")
+    assert plots.tax_separation(folder).is_file()

@@ -1,0 +1,109 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from moeify.families import unit_space
+from moeify.models import logits
+from moeify.partition import Partition
+from moeify.routed import RoutedFfn, Routes
+from moeify.split_model import SplitModel
+from moeify.tree import ExpertTree
+from moeify.units import Activation, FfnUnits
+from tests.networks import CATEGORIES, rows_for, tiny_autoencoder, tiny_llama
+from tests.trees import partitions
+
+NETWORKS = {"llama": tiny_llama(), "autoencoder": tiny_autoencoder()}
+SITES = {name: list(unit_space(network).readers) for name, network in NETWORKS.items()}
+
+
+def split_of(family: str, partition: Partition) -> SplitModel:
+    categories = sorted(partition.tree.categories)
+    return SplitModel(copy.deepcopy(NETWORKS[family]), categories, partition).double()
+
+
+def gradients(model: SplitModel, inputs: torch.Tensor, categories: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    outputs = model(inputs, categories)
+    (outputs * torch.linspace(-1, 1, outputs.numel(), dtype=outputs.dtype).view_as(outputs)).sum().backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data(), st.sampled_from(["llama", "autoencoder"]), st.integers(1, 9), st.integers(0, 99))
+def test_rectangles_equal_the_masked_oracle_forward_and_backward(
+    data: st.DataObject, family: str, rows: int, seed: int
+) -> None:
+    partition = data.draw(partitions(SITES[family]))
+    model = split_of(family, partition)
+    inputs = rows_for(model.network, rows, seed)
+    categories = torch.randint(len(model.categories), (rows,), generator=torch.Generator().manual_seed(seed))
+    routed, routed_grads = model(inputs, categories), gradients(model, inputs, categories)
+    with model.masked():
+        masked, masked_grads = model(inputs, categories), gradients(model, inputs, categories)
+    torch.testing.assert_close(routed, masked, rtol=1e-9, atol=1e-12)
+    for one, other in zip(routed_grads, masked_grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "autoencoder"])
+def test_an_undivided_split_model_is_the_dense_network(family: str) -> None:
+    network = NETWORKS[family]
+    inputs = rows_for(network, 6)
+    model = SplitModel(copy.deepcopy(network), CATEGORIES)
+    torch.testing.assert_close(model(inputs, torch.tensor([3, 0, 1, 1, 2, 0])), logits(network, inputs))
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.data())
+def test_a_row_does_not_depend_on_its_neighbours_or_their_order(data: st.DataObject) -> None:
+    model = split_of("llama", data.draw(partitions(SITES["llama"], categories=4)))
+    inputs, categories = rows_for(model.network, 6), torch.tensor([2, 0, 3, 1, 1, 0])
+    together = model(inputs, categories)
+    for i in range(6):
+        torch.testing.assert_close(
+            together[i], model(inputs[i : i + 1], categories[i : i + 1])[0], rtol=1e-9, atol=1e-12
+        )
+
+
+def test_ablating_an_expert_silences_it_and_those_below() -> None:
+    tree = ExpertTree.undivided("abcd").split({0: [("a", "b"), ("c", "d")]}).split({1: [("a",), ("b",)]})
+    widths = {site.name: (8, 4, 2, 2, 8) for site in SITES["llama"]}
+    model = split_of("llama", Partition(tree, widths))
+    inputs, categories = rows_for(model.network, 4), torch.tensor([0, 1, 2, 3])
+    intact = model(inputs, categories)
+    with model.ablated("a+b"):
+        wounded = model(inputs, categories)
+    assert not torch.allclose(intact[:2], wounded[:2])
+    assert torch.equal(intact[2:], wounded[2:])
+    oracle = split_of("llama", Partition(tree, widths))
+    with torch.no_grad():
+        for site in oracle.space.sites:
+            oracle.network.get_parameter(site.output)[:, 8:16] = 0
+    torch.testing.assert_close(wounded, oracle(inputs, categories))
+    assert torch.equal(model(inputs, categories), intact)
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_form_of_feed_forward_passes_gradcheck(activation: Activation, gated: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    block = nn.Module()
+    block.up, block.down = nn.Linear(3, 6, bias=bias), nn.Linear(6, 2, bias=bias)
+    if gated:
+        block.gate = nn.Linear(3, 6, bias=bias)
+    tree = ExpertTree.undivided("ab").split({0: [("a",), ("b",)]})
+    routes = Routes(Partition(tree, {"s": (2, 3, 1)}), bounds=(0, 2, 5))
+    units = FfnUnits("s", "", "gate" if gated else None, "up", "down", activation, 6, bias and gated, bias)
+    routed = RoutedFfn(block, units, routes).double()
+    x = torch.randn(5, 4, 3, dtype=torch.float64, requires_grad=True)
+    parameters = tuple(routed.parameters())
+    assert torch.autograd.gradcheck(lambda x, *_: routed(x), (x, *parameters))
+    routes.masked = True
+    masked = routed(x)
+    routes.masked = False
+    torch.testing.assert_close(routed(x), masked)

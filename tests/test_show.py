@@ -1,0 +1,267 @@
+"""What is told of a run, finished or not."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moeify.events import Evaluated, Finished, Phase, RoundEnded, Started
+from moeify.recipe import parse_recipe
+from moeify.result import Result
+from pipelines import runs, show
+from pipelines.journal import JournalTracker
+
+RECIPE = """name: tiny
+data: {kind: digits}
+model: {kind: autoencoder}
+training: {steps: 10}
+rounds: [{train: 1, recover: 2, separation: 0.5}]
+"""
+CATEGORIES = ("python", "prose", "c")
+KEYS = {
+    "run",
+    "status",
+    "categories",
+    "unit",
+    "steps",
+    "seconds",
+    "tree",
+    "active_fraction",
+    "rounds",
+    "test_loss",
+    "bits_per_byte",
+    "tax",
+    "tax_random",
+    "own_other",
+}
+
+
+def leaf(name: str, units: int) -> dict[str, Any]:
+    return {"name": name, "categories": [name], "units": units, "children": []}
+
+
+TREE = {
+    "name": "core",
+    "categories": ["python", "c", "prose"],
+    "units": 40,
+    "children": [
+        {
+            "name": "python+c",
+            "categories": ["python", "c"],
+            "units": 20,
+            "children": [leaf("python", 10), leaf("c", 10)],
+        },
+        leaf("prose", 20),
+    ],
+}
+"""By hand: 100 units; python runs 40 + 20 + 10, c as many, prose 40 + 20."""
+
+STARTED = Started(
+    id="started",
+    time=0.0,
+    categories=CATEGORIES,
+    unit="token",
+    steps=10,
+    parameters=1000,
+    sites={"hidden": 100},
+    rounds=2,
+)
+
+
+def ended(number: int, accepted: bool, tree: dict[str, Any]) -> RoundEnded:
+    return RoundEnded(
+        id=f"round/{number}",
+        time=1.0,
+        round=number,
+        step=5,
+        separation=0.33,
+        tax=0.02,
+        tax_by_category=dict.fromkeys(CATEGORIES, 0.02),
+        tax_random=0.05,
+        predicted=0.01,
+        predicted_random=0.1,
+        accepted=accepted,
+        seconds=1.0,
+        tree=tree,
+    )
+
+
+RESULT = Result(
+    categories=CATEGORIES,
+    unit="token",
+    tree=TREE,
+    active_fraction={"python": 0.7, "c": 0.7, "prose": 0.6, "mean": 2 / 3},
+    rounds=(ended(1, True, TREE),),
+    test_loss={
+        "dense": {"python": 3.0, "prose": 4.0, "c": 2.0},
+        "split": {"python": 3.1, "prose": 4.1, "c": 2.1},
+        "random": {"python": 3.3, "prose": 4.3, "c": float("inf")},
+    },
+    bits_per_byte={arm: dict.fromkeys(CATEGORIES, 1.5) for arm in ("dense", "split", "random")},
+    own_other={c: {e: 0.5 if c == e else 0.01 for e in ("python+c", *CATEGORIES)} for c in CATEGORIES},
+    tax=dict.fromkeys((*CATEGORIES, "mean"), 0.1),
+    tax_random={"python": 0.3, "prose": 0.3, "c": float("inf"), "mean": float("inf")},
+    steps=10,
+    seconds=75.0,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> runs.RunFolder:
+    return runs.create(parse_recipe(RECIPE, where="tiny"), RECIPE, tmp_path)
+
+
+def finish(folder: runs.RunFolder, result: Result = RESULT) -> None:
+    with JournalTracker(folder.journal) as journal:
+        journal.emit(STARTED)
+        journal.emit(Finished(id="finished", time=2.0, seconds=75.0))
+    folder.result.write_text(result.model_dump_json(), encoding="utf-8")
+
+
+def printed(folder: runs.RunFolder) -> str:
+    stream = io.StringIO()
+    show.print_run(folder, stream)
+    return stream.getvalue()
+
+
+def test_active_fractions_equal_those_worked_out_by_hand() -> None:
+    assert show.active_fraction(TREE) == pytest.approx({"python": 0.7, "c": 0.7, "prose": 0.6, "mean": 2 / 3})
+
+
+def test_a_result_survives_its_file_even_where_losses_are_not_finite(folder: runs.RunFolder) -> None:
+    assert Result.model_validate_json(RESULT.model_dump_json()) == RESULT
+
+
+def test_a_finished_run_is_told_by_its_result_under_stable_keys(folder: runs.RunFolder) -> None:
+    finish(folder)
+    known = json.loads(show.to_json(show.summary(folder)))
+    assert set(known) == KEYS
+    assert known["run"] == folder.id
+    assert known["status"] == "finished"
+    assert known["tree"] == TREE
+    assert known["active_fraction"]["mean"] == pytest.approx(2 / 3)
+    assert known["rounds"] == [
+        {
+            "round": 1,
+            "step": 5,
+            "separation": 0.33,
+            "tax": 0.02,
+            "tax_by_category": dict.fromkeys(CATEGORIES, 0.02),
+            "tax_random": 0.05,
+            "predicted": 0.01,
+            "predicted_random": 0.1,
+            "accepted": True,
+        }
+    ]
+    assert known["test_loss"]["split"] == {"python": 3.1, "prose": 4.1, "c": 2.1}
+    assert known["test_loss"]["random"]["c"] is None
+    assert known["tax_random"]["mean"] is None
+    assert known["own_other"]["c"]["c"] == 0.5
+
+
+def test_an_unfinished_run_is_told_as_far_as_it_came(folder: runs.RunFolder) -> None:
+    assert show.summary(folder) == {
+        **dict.fromkeys(KEYS),
+        "run": folder.id,
+        "status": "interrupted",
+        "rounds": [],
+    }
+    assert "Nothing was reported yet." in printed(folder)
+    with JournalTracker(folder.journal) as journal:
+        journal.emit(STARTED)
+        known = show.summary(folder)
+        assert known["tree"] == {"name": "core", "categories": list(CATEGORIES), "units": 100, "children": []}
+        assert known["active_fraction"] == {"python": 1.0, "prose": 1.0, "c": 1.0, "mean": 1.0}
+        journal.emit(ended(1, True, TREE))
+        journal.emit(ended(2, False, {**TREE, "units": 1}))
+        for arm, rise in (("dense", 0.0), ("split", 0.25)):
+            loss = dict.fromkeys(CATEGORIES, 3.0 + rise)
+            journal.emit(
+                Evaluated(id=arm, time=1.0, arm=arm, round=2, step=10, moment="test", split="test", loss=loss)  # type: ignore[arg-type]
+            )
+        journal.emit(Phase(id="phase", time=2.0, phase="test", round=2))
+    known = show.summary(folder)
+    assert set(known) == KEYS
+    assert known["tree"] == TREE
+    assert [row["accepted"] for row in known["rounds"]] == [True, False]
+    assert known["tax"] == {"python": 0.25, "prose": 0.25, "c": 0.25, "mean": 0.25}
+    assert known["test_loss"]["random"] is None
+    assert known["tax_random"] is known["own_other"] is None
+    text = printed(folder)
+    assert "came to: round 2, test" in text
+    assert "rolled back" in text
+
+
+def test_the_tables_hold_what_a_person_looks_for(folder: runs.RunFolder) -> None:
+    finish(folder)
+    lines = [" ".join(line.split()) for line in printed(folder).splitlines()]
+    for line in (
+        f"{folder.id} · finished · 10 steps an arm · 1:15",
+        "core python, c, prose 40 40.0%",
+        "python+c 20 20.0%",
+        "prose 20 20.0% 60.0%",
+        "1 5 33.0% +0.0200 +0.0500 0.0100 0.1000 kept",
+        "prose 60.0% 4.0000 4.1000 4.3000 +0.1000 +0.3000",
+        "mean 66.7% 3.0000 3.1000 - +0.1000 -",
+        "mean 1.5000 1.5000 1.5000",
+        "prose +0.0100 +0.0100 +0.5000 +0.0100",
+    ):
+        assert line in lines
+    assert "\x1b" not in printed(folder)
+
+
+def test_tables_fit_80_columns_however_many_experts_there_are(
+    folder: runs.RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    names = tuple(f"category-{number}" for number in range(10))
+    tree = {"name": "core", "categories": list(names), "units": 5, "children": [leaf(name, 1) for name in names]}
+    result = RESULT.model_copy(
+        update={
+            "categories": names,
+            "tree": tree,
+            "active_fraction": show.active_fraction(tree),
+            "test_loss": {arm: dict.fromkeys(names, 3.0) for arm in ("dense", "split", "random")},
+            "bits_per_byte": None,
+            "own_other": {name: dict.fromkeys(names, 0.01) for name in names},
+            "tax": dict.fromkeys((*names, "mean"), 0.01),
+            "tax_random": dict.fromkeys((*names, "mean"), 0.01),
+        }
+    )
+    finish(folder, result)
+    text = printed(folder)
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("category-9") >= 3
+    assert "bits" not in text
+    assert text.count("+0.0100") == 10 * 10 + 2 * 11
+
+
+def test_a_damaged_result_is_named_in_one_line(folder: runs.RunFolder) -> None:
+    folder.result.write_text('{"unit": "token"}')
+    with pytest.raises(ValueError, match=r"result.json is damaged \(categories: Field required\)"):
+        show.summary(folder)
+    (row,) = show.listing([folder])
+    assert row["rounds"] is None
+    assert "damaged" in row["problem"]
+    stream = io.StringIO()
+    show.print_runs([folder], stream)
+    assert "damaged" in stream.getvalue()
+
+
+def test_the_list_of_runs_tells_each_in_a_line(folder: runs.RunFolder) -> None:
+    finish(folder)
+    (row,) = show.listing([folder])
+    assert row == {
+        "run": folder.id,
+        "status": "finished",
+        "path": str(folder.path),
+        "rounds": 1,
+        "active_fraction": pytest.approx(2 / 3),
+        "tax": 0.1,
+        "problem": None,
+    }
+    stream = io.StringIO()
+    show.print_runs([folder], stream)
+    assert stream.getvalue().splitlines()[-1].split() == [folder.id, "finished", "1", "66.7%", "+0.1000"]

@@ -1,0 +1,56 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeify.families import unit_space
+from moeify.models import logits
+from moeify.surgery import permute
+from tests.networks import rows_for, tiny_autoencoder, tiny_llama
+from tests.trees import random_orders
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_autoencoder])
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 2**20))
+def test_permuting_units_never_changes_the_function(make, seed: int) -> None:  # type: ignore[no-untyped-def]
+    network = make(1)
+    space, inputs = unit_space(network), rows_for(network, 4, seed)
+    before = logits(network, inputs)
+    orders = random_orders(list(space.readers), seed)
+    permute(network, None, space, orders)
+    torch.testing.assert_close(logits(network, inputs), before, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_autoencoder])
+def test_optimizer_state_follows_its_units_so_that_training_goes_on_alike(make) -> None:  # type: ignore[no-untyped-def]
+    plain = make(2)
+    moved = copy.deepcopy(plain)
+    space = unit_space(plain)
+    optimizers = {id(n): torch.optim.AdamW(n.parameters(), lr=1e-2) for n in (plain, moved)}
+
+    def train(network, steps: range) -> None:  # type: ignore[no-untyped-def]
+        for step in steps:
+            inputs = rows_for(network, 3, step)
+            logits(network, inputs).square().mean().backward()
+            optimizers[id(network)].step()
+            optimizers[id(network)].zero_grad()
+
+    for network in (plain, moved):
+        train(network, range(3))
+    permute(moved, optimizers[id(moved)], space, random_orders(list(space.readers), 5))
+    for network in (plain, moved):
+        train(network, range(3, 6))
+    inputs = rows_for(plain, 4, 99)
+    torch.testing.assert_close(logits(moved, inputs), logits(plain, inputs), rtol=1e-8, atol=1e-10)
+
+
+def test_an_order_that_loses_a_unit_is_refused() -> None:
+    network = tiny_autoencoder()
+    space = unit_space(network)
+    orders = random_orders(list(space.readers), 0)
+    orders["encoder.hidden"][0] = orders["encoder.hidden"][1]
+    with pytest.raises(ValueError, match="each of 24 units once"):
+        permute(network, None, space, orders)

@@ -1,0 +1,275 @@
+import json
+import os
+import shutil
+import socket
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from fake_runs import CATEGORIES, fake_run, finish, leave_rounds, recipe, story, tell
+
+from moeify.events import Failed
+from pipelines import tracking
+from pipelines.journal import follow
+from pipelines.mlflow_terms import flat, points_of
+from pipelines.runs import RunBusy, RunFolder, hold
+from pipelines.tracking import MlflowFollower, Progress, deliver, where_to_look
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+pytestmark = pytest.mark.filterwarnings(r"ignore::Warning:(mlflow|alembic|sqlalchemy|pydantic|google)\.")
+
+
+@pytest.fixture(scope="module")
+def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs: to lay one out takes longer than any test here."""
+    home = tmp_path_factory.mktemp("laid_out")
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("ignore")
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        mlflow = tracking._mlflow()
+        mlflow.MlflowClient(f"sqlite:///{home}/mlflow.db").search_experiments()
+    return home / "mlflow.db"
+
+
+@pytest.fixture
+def home(tmp_path: Path, laid_out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(laid_out, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+@pytest.fixture
+def folder(home: Path) -> RunFolder:
+    folder = fake_run(home)
+    leave_rounds(folder, sites=1)
+    tell(folder, story())
+    finish(folder)
+    return folder
+
+
+def client(home: Path) -> "MlflowClient":
+    return tracking._mlflow().MlflowClient(tracking_uri=f"sqlite:///{home}/mlflow.db")
+
+
+def runs(home: Path) -> dict[str, "Run"]:
+    """Name -> run; no name may stand twice."""
+    mlflow = client(home)
+    experiment = mlflow.get_experiment_by_name("moeify")
+    found = mlflow.search_runs([experiment.experiment_id])
+    names = [run.info.run_name for run in found]
+    assert len(set(names)) == len(names), names
+    return dict(zip(names, found, strict=True))
+
+
+def curve(home: Path, run: "Run", key: str) -> list[tuple[int, float]]:
+    history = client(home).get_metric_history(run.info.run_id, key)
+    return [(point.step, point.value) for point in sorted(history, key=lambda point: (point.timestamp, point.step))]
+
+
+def files(home: Path, run: "Run", below: str | None = None) -> list[str]:
+    return sorted(entry.path for entry in client(home).list_artifacts(run.info.run_id, below))
+
+
+def test_a_run_is_told_whole_and_once(home: Path, folder: RunFolder) -> None:
+    with follow(folder.journal, [MlflowFollower(folder, recipe())]):
+        pass
+    found = runs(home)
+    assert sorted(found) == [folder.id, "round 1", "round 2"]
+    parent = found[folder.id]
+    assert parent.info.status == "FINISHED"
+    assert parent.info.end_time == 1_700_000_110_000
+    for round_ in (1, 2):
+        child = found[f"round {round_}"]
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert child.data.tags["moeify.accepted"] == str(round_ == 1).lower()
+        assert child.info.status == "FINISHED"
+        assert files(home, child) == [f"attribution-round-{round_}.png", "partition.json"]
+    assert files(home, parent) == ["recipe.yaml", "resolved.yaml", "result.json", "tax-separation.png"]
+
+    assert parent.data.params["training.steps"] == "100"
+    assert parent.data.params["rounds.1.separation"] == "0.5"
+    tags = parent.data.tags
+    assert tags["moeify.run"] == folder.id
+    assert (tags["moeify.recipe"], tags["moeify.seed"], tags["moeify.status"]) == ("fake", "3", "finished")
+    assert tags["moeify.categories"] == ", ".join(CATEGORIES)
+    assert "| python | 3.5000 | 3.5200 | 3.6000 | +0.0200 | 50.0% |" in tags["mlflow.note.content"]
+
+    assert [step for step, _ in curve(home, parent, "train/split/python")] == [10, 20, 30, 40, 50, 60]
+    assert [step for step, _ in curve(home, found["round 2"], "train/split/python")] == [40, 50, 60]
+    assert curve(home, parent, "validation/split/python") == [
+        (30, 4.0),
+        (30, 4.1),
+        (30, 4.5),
+        (60, 4.0),
+        (60, 4.1),
+        (60, 4.5),
+    ]
+    assert curve(home, parent, "test/dense/web") == [(100, pytest.approx(3.8))]
+    assert curve(home, parent, "tax/mean") == [(30, 0.01), (60, 0.04)]
+    assert curve(home, parent, "tax_random") == [(30, 0.04), (60, 0.08)]
+    assert curve(home, found["round 2"], "separation") == [(60, 0.4)]
+    assert curve(home, parent, "tokens_per_second/dense")[0] == (10, 40_000.0)
+
+
+def test_what_is_delivered_twice_shows_once(home: Path, folder: RunFolder) -> None:
+    deliver(folder, recipe())
+    before = {name: run.data.to_dictionary() for name, run in runs(home).items()}
+    folder.tracking.unlink()  # as if it had been lost: all is delivered again
+    assert deliver(folder, recipe()) == len(story()) + 1
+    assert {name: run.data.to_dictionary() for name, run in runs(home).items()} == before
+    parent = runs(home)[folder.id]
+    assert len(curve(home, parent, "train/split/python")) == 6
+    assert deliver(folder, recipe()) == 0
+
+
+def test_a_follower_killed_between_two_deliveries_is_carried_on_from(home: Path, folder: RunFolder) -> None:
+    class KilledError(BaseException):
+        """As sudden as a signal."""
+
+    follower = MlflowFollower(folder, recipe())
+    events = story()
+    follower.take(events[:20])
+    follower.offset = sum(len(line) for line in folder.journal.read_bytes().splitlines(keepends=True)[:20])
+    mlflow = follower._connected()
+    log_batch, calls = mlflow.log_batch, []
+
+    def dying(run_id: str, **what: Any) -> None:
+        log_batch(run_id, **what)
+        calls.append(run_id)
+        if len(calls) == 2:
+            raise KilledError
+
+    mlflow.log_batch = dying  # type: ignore[method-assign]
+    with pytest.raises(KilledError):
+        follower.take(events[20:])
+
+    assert deliver(folder, recipe()) == len(story()) + 1 - 20
+    found = runs(home)
+    assert sorted(found) == [folder.id, "round 1", "round 2"]
+    for arm in ("dense", "split", "random"):
+        assert [step for step, _ in curve(home, found[folder.id], f"train/{arm}/c")] == [10, 20, 30, 40, 50, 60]
+
+
+def test_a_resumed_run_goes_on_in_the_same_mlflow_run(home: Path) -> None:
+    folder = fake_run(home)
+    events = story()
+    tell(folder, events[:8])
+    with follow(folder.journal, [MlflowFollower(folder, recipe())]):
+        pass
+    first = runs(home)[folder.id]
+    assert first.info.status == "KILLED"
+    tell(folder, [Failed(id="failed/1", time=1_700_000_050.0, reason="the disk was full")])
+    with follow(folder.journal, [MlflowFollower(folder, recipe())]):
+        pass
+    failed = runs(home)[folder.id]
+    assert failed.info.status == "FAILED"
+    assert failed.data.tags["moeify.last_failure"] == "the disk was full"
+    tell(folder, events)
+    finish(folder)
+    with follow(folder.journal, [MlflowFollower(folder, recipe())]):
+        pass
+    last = runs(home)[folder.id]
+    assert last.info.run_id == first.info.run_id
+    assert last.info.status == "FINISHED"
+    assert len(curve(home, last, "train/random/prose")) == 6
+
+
+def test_while_the_server_is_away_nothing_is_lost(
+    home: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free.getsockname()[1]}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with follow(folder.journal, [MlflowFollower(folder, recipe())], poll_seconds=0.01):
+        pass
+    said = capsys.readouterr().err
+    assert "gave up" in said
+    assert str(folder.journal) in said
+    assert len(said.strip().splitlines()) <= 3
+    assert (folder.plots / "attribution-round-1.png").is_file()  # pictures need no server
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert deliver(folder, recipe()) == len(story()) + 1
+    assert runs(home)[folder.id].info.status == "FINISHED"
+
+
+def test_a_run_that_is_being_driven_is_not_delivered_from_beside(folder: RunFolder) -> None:
+    with hold(folder), pytest.raises(RunBusy):
+        deliver(folder, recipe())
+
+
+def test_a_deleted_experiment_is_named(home: Path, folder: RunFolder) -> None:
+    mlflow = client(home)
+    mlflow.delete_experiment(mlflow.create_experiment("moeify"))
+    with pytest.raises(ValueError, match=r"'moeify' was deleted; restore it or change tracking.experiment"):
+        deliver(folder, recipe())
+
+
+def test_an_artifact_outside_of_the_run_is_refused(home: Path, folder: RunFolder) -> None:
+    from moeify.events import Artifact
+
+    follower = MlflowFollower(folder, recipe())
+    with pytest.raises(ValueError, match="outside of the run's folder"):
+        follower.take([Artifact(id="a", time=1.0, path="../mlflow.db")])
+
+
+def test_a_broken_round_file_costs_its_picture_and_nothing_else(
+    home: Path, folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder.rounds / "1" / "partition.json").write_text("{}")
+    deliver(folder, recipe())
+    assert "round 1 was not drawn" in capsys.readouterr().err
+    assert files(home, runs(home)["round 1"]) == ["partition.json"]
+    assert runs(home)[folder.id].info.status == "FINISHED"
+
+
+def test_where_to_look_is_a_command_or_an_address(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = folder.path.parent
+    assert where_to_look(folder) == f"mlflow ui --backend-store-uri sqlite:///{home}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@host:5000/")
+    assert where_to_look(folder) == "https://host:5000"
+    Progress(uri="https://host:5000", experiment="7", parent="abc").save(folder.tracking)
+    address = "https://host:5000/#/experiments/7/runs/abc?workflowType=machine_learning"
+    assert where_to_look(folder) == address
+
+
+def test_progress_belongs_to_one_store(folder: RunFolder) -> None:
+    Progress(uri="http://one", parent="abc", offset=12, children={1: "x"}).save(folder.tracking)
+    assert Progress.load(folder.tracking, "http://one").children == {1: "x"}
+    assert Progress.load(folder.tracking, "http://other") == Progress(uri="http://other")
+    folder.tracking.write_text("{torn")
+    assert Progress.load(folder.tracking, "http://one").offset == 0
+
+
+def test_timeouts_that_the_user_set_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "99")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    tracking._mlflow()
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "99"
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "2"
+
+
+def test_a_recipe_is_flattened_to_its_leaves() -> None:
+    assert flat({"a": {"b": [1, 2], "c": None}, "r": [{"x": 1.5}], "s": "t", "é": {}}) == {
+        "a.b": "[1, 2]",
+        "a.c": "null",
+        "r.0.x": "1.5",
+        "s": "t",
+        "_": "{}",
+    }
+    assert len(flat({"a": "x" * 10_000})["a"]) == 6000
+    assert json.loads(flat({"a": ["é"]})["a"]) == ["é"]
+
+
+def test_every_name_of_a_metric_is_one_that_mlflow_takes() -> None:
+    from mlflow.utils.validation import _validate_metric_name
+
+    keys = {key for event in story() for key, _, _ in points_of(event, "token")}
+    for key in keys:
+        _validate_metric_name(key)
+    assert {"train/dense/c", "validation/split/web", "test/dense/prose", "tax/python", "separation"} <= keys
