@@ -65,7 +65,7 @@ def measure(
     padding included. The network runs in eval mode; its modes and ``requires_grad`` are restored.
 
     Everything adds up in float64 from terms in the activations' precision (half precision is widened to float32).
-    Second moments of a batch are matrix products in that precision: for float32 a relative error of about 1e-7.
+    Second moments of a batch are matrix products in that precision: for float32 a relative error of some 1e-7.
     """
     readers = _readers(network, sites)
     taps = [_Tap(site, len(categories)) for site in sites]
@@ -151,7 +151,7 @@ class _Tap:
         activation.requires_grad_()
         self._input_RPU = _widen(activation, self._rows)
         self.positions = self._input_RPU.shape[1]
-        activation.register_hook(self._input_gradient)  # type: ignore[no-untyped-call]
+        activation.register_hook(self._input_gradient)
         return (activation, *args[1:]), kwargs
 
     def after(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
@@ -167,7 +167,7 @@ class _Tap:
         if self._sums is None:
             self._sums = SiteSums.zeros(self.site.units, output.shape[-1], self._categories, output.device)
         self._add_moment(self._sums.inputs, self._input_RPU)
-        output.register_hook(self._output_gradient)  # type: ignore[no-untyped-call]
+        output.register_hook(self._output_gradient)
 
     def _input_gradient(self, gradient: Tensor) -> None:
         assert self._sums is not None

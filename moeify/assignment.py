@@ -222,14 +222,14 @@ class _Repair:
             for movers, (_, j) in zip(ties, arcs, strict=True):
                 self.owner_U[movers[:number]] = j
             if number > 1:
-                for i in path:
-                    self._look_up(i)
+                for touched in path:
+                    self._look_up(touched)
                 continue
             for movers, (_, j) in zip(ties, arcs, strict=True):
                 self._enter(int(movers[0]), j)
             for movers, (i, _) in zip(ties, arcs, strict=True):
-                for j in np.flatnonzero(self.mover_BB[i] == movers[0]):
-                    self._refresh(i, int(j))
+                for other in np.flatnonzero(self.mover_BB[i] == movers[0]).tolist():
+                    self._refresh(i, other)
 
     def _tied(self, i: int, j: int) -> Int[np.ndarray, " movers"]:
         """Return the units of bin i that can go to bin j at the least loss: all of them if there seem to be many."""

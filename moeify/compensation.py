@@ -18,8 +18,9 @@ def compensate(
     """Return argmin over W' of sum_c p_c E_c ||(m_c o a) W' - a W||^2 + l ||W' - W||^2, in ``weight``'s dtype.
 
     ``moments[c]`` = E_c[a a^T]; ``shares`` p_c add up to 1; l = ``ridge`` times the mean over units of the pooled
-    second moment. One float64 solve, whatever the number of categories. Since W' = W is among the candidates, the squared
-    error of the output on the measured data never rises; a unit that no category keeps has its weight left alone.
+    second moment. One float64 solve, whatever the number of categories. Since W' = W is among the candidates, the
+    squared error of the output on the measured data never rises. A unit that no category keeps has its weight left
+    alone.
     """
     if not ridge > 0:
         raise ValueError(f"ridge must be above 0, got {ridge}; units that depend on each other need it")

@@ -3,7 +3,7 @@
 Every event has an ``id`` that is the same in a resumed run, so that a reader can tell what it has already seen.
 """
 
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -129,6 +129,7 @@ Event = Annotated[
 ]
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Takes events. Never raises for reasons of its own: a run does not die because tracking is away."""
 

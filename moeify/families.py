@@ -15,7 +15,7 @@ def unit_space(network: nn.Module) -> UnitSpace:
     """Return the sites of a network's units; ValueError for a network without an adapter."""
     match type(network).__name__:
         case "LlamaForCausalLM":
-            return check(network, [_llama_ffn(network, i) for i in range(network.config.num_hidden_layers)])  # type: ignore[union-attr]
+            return check(network, [_llama_ffn(network, i) for i in range(_config(network).num_hidden_layers)])
         case "Autoencoder":
             return check(network, [_feed_forward(network, name) for name in ("encoder", "decoder")])
         case other:
@@ -28,7 +28,7 @@ def describe(network: nn.Module) -> dict[str, Any]:
     """Return plain data from which ``rebuild`` makes a network of the same shape."""
     match type(network).__name__:
         case "LlamaForCausalLM":
-            return {"family": "llama", "config": network.config.to_dict()}  # type: ignore[union-attr, operator]
+            return {"family": "llama", "config": _config(network).to_dict()}
         case "Autoencoder":
             up, down = linear(network, "encoder.up"), linear(network, "encoder.down")
             return {
@@ -80,11 +80,15 @@ def example_inputs(network: nn.Module, rows: int, seed: int) -> Tensor:
             return torch.rand(rows, description["inputs"], generator=generator)
 
 
+def _config(network: nn.Module) -> Any:
+    return network.config
+
+
 def _llama_ffn(network: nn.Module, layer: int) -> FfnUnits:
     module = f"model.layers.{layer}.mlp"
     up = linear(network, f"{module}.up_proj")
-    if network.config.hidden_act != "silu":  # type: ignore[union-attr]
-        raise ValueError(f"hidden_act is {network.config.hidden_act!r}; the llama adapter knows 'silu'")  # type: ignore[union-attr]
+    if _config(network).hidden_act != "silu":
+        raise ValueError(f"hidden_act is {_config(network).hidden_act!r}; the llama adapter knows 'silu'")
     bias = up.bias is not None
     return FfnUnits(
         f"layers.{layer}.ffn", module, "gate_proj", "up_proj", "down_proj", "silu", up.out_features, bias, bias

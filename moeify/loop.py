@@ -26,7 +26,7 @@ from moeify.split_model import SplitModel
 from moeify.state import State
 from moeify.store import MemoryStore, Store
 from moeify.surgery import compensate_sites, permute
-from moeify.task import Task
+from moeify.task import HeldOut, Task
 from moeify.training import Contestant, Progress, train
 from moeify.units import output_weight
 from moeify.world import Solo, World
@@ -68,7 +68,7 @@ class _Loop:
         for phase in plan(self.config)[self.state.done :]:
             match phase.kind:
                 case "train" | "recover" | "finish":
-                    self._train(phase)
+                    self._train(phase, phase.kind)
                 case "cut":
                     self._cut(phase)
                 case "judge":
@@ -86,9 +86,9 @@ class _Loop:
             self.say.resumed(found.name, found.damaged)
         return state
 
-    def _train(self, phase: PlannedPhase) -> None:
+    def _train(self, phase: PlannedPhase, kind: Literal["train", "recover", "finish"]) -> None:
         """Train every arm up to the phase's step, with a checkpoint every so many steps."""
-        self.say.phase(phase.kind, phase.round)
+        self.say.phase(kind, phase.round)
         every = self.config.checkpoints.every
         for arm, contestant in self.state.arms.items():
 
@@ -123,6 +123,9 @@ class _Loop:
         blind = shuffled(split.partition, proposal, table, _weights(split), self.config.seed)
         control = shuffled(random.partition, proposal, random_table, _weights(random), self.config.seed)
         self.state.undo, self.state.predicted = before, (proposal.predicted, blind.predicted)
+        if proposal.partition.separation < rounds[0].separation - 1e-9:
+            got, asked = proposal.partition.separation, rounds[0].separation
+            self.say.phase("partition", phase.round, f"separation {got:.3f} of {asked:.3f}: widths leave no more room")
         self._apply(self.state.arms["split"], proposal, table)
         self._apply(self.state.arms["random"], control, random_table)
         self.say.cut(phase.round, proposal, table)
@@ -197,9 +200,10 @@ class _Loop:
 
     def _evaluate(self, phase: PlannedPhase, moment: Moment, arms: Sequence[Arm]) -> dict[Arm, dict[str, float]]:
         self.say.phase("evaluate", phase.round)
+        split: HeldOut = "test" if moment == "test" else "validation"
         losses: dict[Arm, dict[str, float]] = {}
         for arm in arms:
-            model, split = self.state.arms[arm].model, "test" if moment == "test" else "validation"
+            model = self.state.arms[arm].model
             losses[arm] = held_out_loss(model, self.task, self.world, self.config.evaluation, split)
             self.say.evaluated(arm, phase, moment, losses[arm])
         return losses

@@ -67,8 +67,9 @@ def propose(
     """Choose the first of ``rounds`` to come: split every leaf that has several categories.
 
     ``rounds`` are this round and those after it, whose experts need room as well. ``weights`` holds each site's output
-    weights. Raises NothingToSplitError where every leaf serves one category, ValueError where the separation cannot
-    be reached.
+    weights. Where rounding to ``config.multiple`` leaves too little room for the round's separation, the cut goes as far
+    as there is room. Raises NothingToSplitError where every leaf serves one category, ValueError where an expert has
+    too few units for its children.
     """
     groups = choose_groups(partition, table, rounds[0].branching, score)
     choices = {
@@ -206,22 +207,16 @@ def _spend(
     groups: Groups,
     choices: Mapping[tuple[str, int], list[_Choice]],
 ) -> dict[tuple[str, int], _Choice]:
-    """Choose one width for each site and leaf so that the separation is reached at the least rise of J."""
+    """Choose one width for each site and leaf so that the separation is reached, if there is room, at the least J."""
     categories = partition.tree.categories
     total = len(categories) * sum(partition.units(site) for site in partition.widths)
     active = sum(partition.active_units(category) for category in categories)
-    wanted = math.ceil(active - (1.0 - separation) * total - 1e-9)
+    asked = math.ceil(active - (1.0 - separation) * total - 1e-9)
     saved = {  # active units, added up over categories, that each choice spares
         (site, leaf): [len(partition.tree.nodes[leaf].categories) * (len(groups[leaf]) - 1) * o.width for o in options]
         for (site, leaf), options in choices.items()
     }
-    most = sum(savings[-1] for savings in saved.values())
-    if wanted > most:
-        raise ValueError(
-            f"separation {separation:.3f} cannot be reached in this round, at most "
-            f"{1 - (active - most) / total:.3f}; lower the round's separation or "
-            f"partition.min_core, or raise the separation of the round before"
-        )
+    wanted = min(asked, sum(savings[-1] for savings in saved.values()))
     match config.budget:
         case "knapsack":
             curves = [

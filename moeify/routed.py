@@ -7,7 +7,7 @@ route, is the slow oracle, and is what attribution reads.
 Axes: N tokens (rows times positions), D model width, U units; a rectangle has n tokens and u units.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -97,7 +97,7 @@ class RoutedFfn(nn.Module):
         up, down = self._linear(self.units.up), self._linear(self.units.down)
         gate = self._linear(self.units.gate) if self.units.gate else None
         flat_ND = x.reshape(-1, x.shape[-1])
-        out_ND = _Rectangles.apply(
+        out_ND = _rectangles(
             flat_ND,
             gate.weight if gate else None,
             gate.bias if gate else None,
@@ -188,6 +188,7 @@ class _Rectangles(torch.autograd.Function):
                 gate_grad_nu = _activate_backward(active_grad_nu * up_nu, gate_nu, ctx.activation)
                 up_grad_nu = active_grad_nu.mul_(gated_nu)
                 active_nu = gated_nu.mul_(up_nu)
+                assert gate_grad is not None
                 torch.mm(gate_grad_nu.t(), x_nD, out=gate_grad[units])
                 x_grad_ND[rows].addmm_(gate_grad_nu, gate_UD[units])
                 if gate_bias_grad is not None:
@@ -200,6 +201,9 @@ class _Rectangles(torch.autograd.Function):
         down_bias_grad = None if down_bias_D is None else out_grad_ND.sum(0)
         grads_out = (x_grad_ND, gate_grad, gate_bias_grad, up_grad, up_bias_grad, down_grad, down_bias_grad)
         return (*grads_out, None, None)
+
+
+_rectangles: Callable[..., Tensor] = _Rectangles.apply
 
 
 def _activate(x: Tensor, activation: Activation) -> Tensor:

@@ -6,6 +6,8 @@ Nothing else carries over from phase to phase: data, rates and random draws are 
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from torch import Tensor
+
 from moeify.config import RunConfig
 from moeify.events import Arm, RoundEnded
 from moeify.families import describe, rebuild
@@ -66,7 +68,7 @@ class State:
             "network": describe(dense.network),
             "categories": list(dense.categories),
         }
-        tensors = {arm: contestant.tensors() for arm, contestant in self.arms.items()}
+        tensors: dict[str, dict[str, Tensor]] = {arm: contestant.tensors() for arm, contestant in self.arms.items()}
         store.save(self.name, facts, tensors, [self.undo] if self.undo else [])
 
     @classmethod

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -38,6 +38,7 @@ class Found:
     """One line for each newer checkpoint that is damaged."""
 
 
+@runtime_checkable
 class Store(Protocol):
     """Keeps checkpoints by name (names sort in order of time) and files by relative path."""
 
@@ -176,13 +177,13 @@ def write_folder(
         for part, held in tensors.items():
             path = draft / f"{part}.safetensors"
             save_file({key: tensor.detach().contiguous() for key, tensor in held.items()}, path)
-        for name, content in (others or {}).items():
-            (draft / name).write_bytes(content)
+        for name, other in (others or {}).items():
+            (draft / name).write_bytes(other)
         for path in sorted(draft.iterdir()):
             _flush(path)
             files[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
         body = {"format": FORMAT, "facts": facts, "files": files}
-        content = json.dumps({"sha256": _digest(body), "body": body}, indent=1, sort_keys=True)
+        content = json.dumps({"sha256": _digest(body), "body": body}, indent=1)
         (draft / "manifest.json").write_text(content, encoding="utf-8")
         _flush(draft / "manifest.json")
         draft.chmod(0o755)

@@ -5,7 +5,7 @@ The loop sees nothing else of a task, so it does not know whether it trains a la
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol, Self, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class Batch:
         return type(self)(self.inputs[rows], self.targets[rows], self.categories[rows], self.ids[rows])
 
 
+@runtime_checkable
 class Task(Protocol):
     """Data, network and loss of one kind of problem. Everything is a pure function of the recipe and the arguments."""
 

@@ -1,7 +1,7 @@
 """The port to the other workers: one process alone, or a torch.distributed group."""
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+@runtime_checkable
 class World(Protocol):
     """What the SPMD loop asks of its group. Every rank calls every collective in the same order."""
 

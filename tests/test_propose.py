@@ -1,0 +1,171 @@
+import math
+
+import pytest
+import torch
+
+from attribution.table import AttributionTable, SiteSums
+from moeify.config import Partition as PartitionConfig
+from moeify.config import Round
+from moeify.partition import Partition
+from moeify.propose import NothingToSplitError, choose_groups, propose, shuffled
+
+CATEGORIES = ("a", "b", "c", "d")
+UNITS, DIM = 16, 3
+
+
+def table_of(favourites: dict[str, list[int]], noise: float = 0.01, seed: int = 0) -> AttributionTable:
+    """Each unit matters to the categories listed for it; activations are independent, so J adds up over units."""
+    generator = torch.Generator().manual_seed(seed)
+    table = AttributionTable.zeros(CATEGORIES, dict.fromkeys(favourites, (UNITS, DIM)))
+    table.counts.fill_(100.0)
+    table.rows.fill_(10.0)
+    for site, owners in favourites.items():
+        sums: SiteSums = table.sites[site]
+        sums.fisher.copy_(torch.rand(UNITS, 4, generator=generator, dtype=torch.float64) * noise)
+        for unit, categories in enumerate(owners):
+            for category in str(categories):
+                if category in CATEGORIES:
+                    sums.fisher[unit, CATEGORIES.index(category)] += 1.0
+        for c in range(4):
+            sums.inputs[c] = torch.diag(sums.fisher[:, c] * 100)
+            sums.outputs[c] = torch.eye(DIM, dtype=torch.float64) * 100
+    return table
+
+
+def weights(table: AttributionTable) -> dict[str, torch.Tensor]:
+    return {site: torch.ones(DIM, UNITS) for site in table.sites}
+
+
+def whole(table: AttributionTable) -> Partition:
+    from attribution.sites import Site
+
+    return Partition.undivided(CATEGORIES, [Site(site, "x", UNITS) for site in table.sites])
+
+
+def rounds(*separations: float, branching: int = 2) -> list[Round]:
+    return [Round(train=1, recover=1, separation=s, branching=branching) for s in separations]
+
+
+CONFIG = PartitionConfig(multiple=1, min_units=1, min_core=0.0)
+CLEAR = ["ac"] * 4 + ["bd"] * 4 + ["abcd"] * 8  # a and c share units, b and d do
+
+
+def test_categories_that_share_units_stay_together_and_get_those_units() -> None:
+    table = table_of({"s": CLEAR})
+    proposal = propose(whole(table), table, weights(table), CONFIG, rounds(0.25), "fisher")
+    tree = proposal.partition.tree
+    assert {frozenset(tree.nodes[i].categories) for i in tree.children(0)} == {frozenset("ac"), frozenset("bd")}
+    place = {node.name: i for i, node in enumerate(tree.nodes)}
+    owners = proposal.partition.owners("s")
+    by_unit = torch.empty(UNITS, dtype=torch.long)
+    by_unit[proposal.order["s"]] = owners
+    assert by_unit.tolist() == [place["a+c"]] * 4 + [place["b+d"]] * 4 + [0] * 8
+    assert proposal.partition.separation == 0.25
+
+
+def test_the_knapsack_spends_where_it_costs_least_and_equal_does_not() -> None:
+    entangled = ["abcd"] * 16
+    table = table_of({"divided": CLEAR, "entangled": entangled})
+    knapsack = propose(whole(table), table, weights(table), CONFIG, rounds(0.15), "fisher")
+    equal = propose(
+        whole(table), table, weights(table), CONFIG.model_copy(update={"budget": "equal"}), rounds(0.15), "fisher"
+    )
+    assert sum(knapsack.partition.widths["divided"][1:]) == 2 * 4
+    assert sum(knapsack.partition.widths["entangled"][1:]) == 2 * 1
+    assert equal.partition.widths["divided"] == equal.partition.widths["entangled"]
+    assert knapsack.predicted < equal.predicted
+    for proposal in (knapsack, equal):
+        assert proposal.partition.separation >= 0.15
+
+
+def test_the_predicted_rise_is_worked_out_by_hand() -> None:
+    """Independent activations: J = 1/2 tr(H) sum over removed units of E[a^2], averaged over categories."""
+    table = table_of({"s": CLEAR}, noise=0.0)
+    proposal = propose(whole(table), table, weights(table), CONFIG, rounds(0.25), "fisher")
+    assert proposal.predicted == pytest.approx(0.0, abs=1e-4)
+    wider = propose(whole(table), table, weights(table), CONFIG, rounds(0.3125), "fisher")
+    # One more unit a child, of those that all four need: each category loses the one of the other child.
+    assert wider.predicted == pytest.approx(0.5 * DIM * 1.0, rel=1e-4)
+
+
+def test_a_second_round_nests_in_the_first_and_only_divides_leaves() -> None:
+    table = table_of({"s": CLEAR})
+    first = propose(whole(table), table, weights(table), CONFIG, rounds(0.25, 0.375), "fisher")
+    moved = AttributionTable(
+        table.categories, table.counts, table.rows, {"s": permuted(table.sites["s"], first.order["s"])}
+    )
+    second = propose(first.partition, moved, weights(moved), CONFIG, rounds(0.375), "fisher")
+    assert [n.name for n in first.partition.tree.nodes] == [
+        n.name for n in second.partition.tree.nodes if n.parent == 0 or n.parent is None
+    ]
+    before, after = first.partition, second.partition
+    for node in before.tree.nodes:
+        old = before.tree.index(node.name)
+        new = after.tree.index(node.name)
+        inside = set(
+            range(
+                before.starts("s")[old], before.starts("s")[old] + sum(before.widths["s"][old : before.tree.end(old)])
+            )
+        )
+        start = after.starts("s")[new]
+        now = second.order["s"][start : start + sum(after.widths["s"][new : after.tree.end(new)])]
+        assert set(now.tolist()) == inside
+    assert after.widths["s"][0] == before.widths["s"][0]
+
+
+def permuted(sums: SiteSums, order: torch.Tensor) -> SiteSums:
+    moved = [
+        t[:, order][:, :, order] if t is sums.inputs else t if t is sums.outputs else t[order] for t in sums.tensors()
+    ]
+    return SiteSums(*moved)
+
+
+def test_the_random_control_has_the_same_tree_and_widths_and_other_owners() -> None:
+    table = table_of({"s": CLEAR})
+    proposal = propose(whole(table), table, weights(table), CONFIG, rounds(0.25), "fisher")
+    control = shuffled(whole(table), proposal, table, weights(table), seed=0)
+    assert control.partition == proposal.partition
+    assert not torch.equal(control.order["s"], proposal.order["s"])
+    assert torch.equal(torch.sort(control.order["s"]).values, torch.arange(UNITS))
+    assert control.predicted > 0.1
+    assert proposal.predicted < 0.1
+    again = shuffled(whole(table), proposal, table, weights(table), seed=0)
+    assert torch.equal(control.order["s"], again.order["s"])
+
+
+def test_widths_are_multiples_and_leave_room_for_later_rounds() -> None:
+    table = table_of({"s": CLEAR})
+    config = PartitionConfig(multiple=2, min_units=2, min_core=0.25)
+    proposal = propose(whole(table), table, weights(table), config, rounds(0.25, 0.3), "fisher")
+    assert proposal.partition.widths["s"] == (8, 4, 4)
+    narrow = propose(whole(table), table, weights(table), config, rounds(0.05, 0.3), "fisher")
+    assert narrow.partition.widths["s"] == (8, 4, 4), "each child needs two grandchildren of two units"
+
+
+def test_a_cut_goes_as_far_as_there_is_room() -> None:
+    table = table_of({"s": CLEAR})
+    config = PartitionConfig(multiple=4, min_units=4, min_core=0.5)
+    for budget in ("knapsack", "equal"):
+        changed = config.model_copy(update={"budget": budget})
+        assert propose(whole(table), table, weights(table), changed, rounds(0.4), "fisher").partition.separation == 0.25
+
+
+def test_an_expert_with_too_few_units_for_its_children_is_named() -> None:
+    table = table_of({"s": CLEAR})
+    config = PartitionConfig(multiple=4, min_units=16)
+    with pytest.raises(ValueError, match="'core' owns 16 units of site 's', too few for 2 children of 16"):
+        propose(whole(table), table, weights(table), config, rounds(0.2), "fisher")
+
+
+def test_when_every_leaf_serves_one_category_there_is_nothing_to_split() -> None:
+    table = table_of({"s": CLEAR})
+    done = propose(whole(table), table, weights(table), CONFIG, rounds(0.25, branching=4), "fisher").partition
+    with pytest.raises(NothingToSplitError):
+        choose_groups(done, table, 2, "fisher")
+
+
+def test_branching_divides_evenly() -> None:
+    table = table_of({"s": CLEAR})
+    groups = choose_groups(whole(table), table, 3, "fisher")[0]
+    assert len(groups) == 3
+    assert max(len(g) for g in groups) <= math.ceil(4 / 3)
