@@ -45,7 +45,7 @@ class TextFolders(Closed):
     categories: Annotated[dict[Name, Path], Field(min_length=2)]
     """Category to folder. Relative paths start at the recipe's folder."""
     pattern: str = "**/*"
-    """Glob below each folder."""
+    """Glob below each folder. Files and folders whose name starts with a dot are left out."""
 
 
 class JsonLines(Closed):
@@ -226,7 +226,7 @@ class Cluster(Closed):
 
     workers: PositiveInt = 1
     """Training processes; they share each step's rows."""
-    threads: PositiveInt = 2
+    threads: PositiveInt = 1
     """CPU cores, and torch threads, of each worker."""
     retries: Annotated[int, Field(ge=0)] = 2
     """How often Ray restarts the workers from the last checkpoint after one of them died."""

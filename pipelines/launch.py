@@ -110,7 +110,7 @@ def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, A
         ),
     )
     try:
-        with _own_interrupts():
+        with _stoppable():  # once more: Ray has set its handlers since
             trainer.fit()
     except TrainingFailedError as error:
         raise RunFailedError(
@@ -186,7 +186,7 @@ def _driven(folder: RunFolder, config: RunConfig, followers: Sequence[Follower])
 
     The note is the driver's, for only the driver outlives every worker; workers must have let go of the journal.
     """
-    with hold(folder), follow(folder.journal, [*followers, MlflowFollower(folder, config)]):
+    with _stoppable(), hold(folder), follow(folder.journal, [*followers, MlflowFollower(folder, config)]):
         try:
             yield
         except Exception as error:
@@ -275,18 +275,27 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _own_interrupts() -> Iterator[None]:
-    """Undo what a fit does to Ctrl-C: it leaves its handler behind, and exits with 0."""
+def _stoppable() -> Iterator[None]:
+    """Let SIGTERM end the body like Ctrl-C, with everything taken down in order.
+
+    Ray puts handlers of its own in the way, which exit with 0 or dump core, and leaves them behind.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
+
+    def stop(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except SystemExit:
         raise KeyboardInterrupt from None
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _one_line(error: BaseException) -> str:

@@ -52,7 +52,7 @@ class _Ownership(BaseModel):
     nodes: tuple[_Node, ...]
     """Depth first; node 0 is the root."""
     owners: dict[str, list[int]]
-    """Site -> node of each unit, in tree order."""
+    """Site, in the network's order -> node of each unit, in tree order."""
 
 
 def attribution_path(folder: RunFolder, round_: int) -> Path:
@@ -103,9 +103,9 @@ def attribution_map(folder: RunFolder, round_: int) -> Path:
     for spare in axes[len(tables_UC) :]:
         spare.remove()
     image: Any = None
-    for axis, (site, table_UC) in zip(axes, _in_order(tables_UC), strict=False):
-        owners_U = np.asarray(ownership.owners[site], dtype=np.int64)
-        image = _site(axis, table_UC[:, columns], owners_U, ownership.nodes, norm)
+    for axis, (site, owners) in zip(axes, ownership.owners.items(), strict=False):
+        owners_U = np.asarray(owners, dtype=np.int64)
+        image = _site(axis, tables_UC[site][:, columns], owners_U, ownership.nodes, norm)
         axis.set_title(f"{site}\n{len(owners_U):,} units", fontsize=9)
     colours = figure.colorbar(
         image, ax=axes[: len(tables_UC)], extend="max", shrink=min(1.0, 1.4 / down), aspect=30, pad=0.02
@@ -171,13 +171,6 @@ def _read_attribution(folder: RunFolder, round_: int) -> tuple[dict[str, Float[n
     if not tables or "categories" not in facts:
         raise ValueError(f"{path} holds {len(tables)} sites and facts {sorted(facts)}; wanted sites and 'categories'")
     return tables, json.loads(facts["categories"]), facts.get("score", "score")
-
-
-def _in_order(tables: dict[str, Float[np.ndarray, "U C"]]) -> list[tuple[str, Float[np.ndarray, "U C"]]]:
-    """Return sites so that layer 10 follows layer 9."""
-    return sorted(
-        tables.items(), key=lambda item: [part.zfill(8) if part.isdigit() else part for part in item[0].split(".")]
-    )
 
 
 def _site(

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,6 +101,22 @@ def test_an_interrupted_attempt_is_not_called_a_failure(folder: RunFolder, monke
     with pytest.raises(KeyboardInterrupt):
         in_process(folder, recipe(), folder.path, [])
     assert status(folder) == "interrupted"
+
+
+@pytest.mark.usefixtures("untracked")
+def test_sigterm_ends_a_run_as_ctrl_c_does(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pipelines.worker
+
+    def work(payload: dict[str, Any]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(pipelines.worker, "work", work)
+    with pytest.raises(KeyboardInterrupt):
+        in_process(folder, recipe(), folder.path, [])
+    assert status(folder) == "interrupted"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.usefixtures("untracked")

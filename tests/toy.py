@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeify.config import AutoencoderModel, RunConfig
-from moeify.models import build_autoencoder
+from moeify.config import AutoencoderModel, LlamaModel, RunConfig
+from moeify.models import build_autoencoder, build_llama
 from moeify.task import Batch, HeldOut
 
 CONFIG = {
@@ -76,3 +76,47 @@ class ToyTask:
         x = 0.5 + 0.4 * np.sin(phase + np.arange(10) * (1 + categories[:, None]) / 2)
         x = torch.from_numpy(x.clip(0, 1)).float()
         return Batch(x, x, torch.from_numpy(categories), torch.arange(first_id, first_id + rows))
+
+
+TEXT_CONFIG = {
+    **CONFIG,
+    "name": "toy-text",
+    "data": {"kind": "text", "source": {"kind": "jsonl", "path": "none.jsonl"}, "vocabulary": 300, "length": 12},
+    "model": {"kind": "llama", "hidden": 16, "layers": 2, "heads": 2, "ffn": 32},
+}
+
+
+class ToyTextTask(ToyTask):
+    """Each category counts upwards in steps of its own, and now and then jumps."""
+
+    unit = "token"
+    units_per_row = 12
+
+    def build(self) -> nn.Module:
+        assert isinstance(self.config.model, LlamaModel)
+        return build_llama(self.config.model, vocabulary=300, length=12, end=0, seed=self.config.seed)
+
+    def nats(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.transpose(1, 2), targets, reduction="none").sum(1)
+
+    def sample(self, outputs: Tensor, seeds: Sequence[int]) -> Tensor:
+        draws = []
+        for row, seed in zip(torch.softmax(outputs, -1), seeds, strict=True):
+            draws.append(torch.multinomial(row, 1, generator=torch.Generator().manual_seed(seed))[:, 0])
+        return torch.stack(draws)
+
+    def bits_per_byte(self, loss: dict[str, float], split: HeldOut) -> dict[str, float] | None:
+        return {category: nats / 0.7 for category, nats in loss.items()}
+
+    def assets(self) -> dict[str, bytes]:
+        return {"tokenizer_config.json": b"{}"}
+
+    def _rows(self, purpose: list[int], rows: int, first_id: int = 0) -> Batch:
+        generator = np.random.default_rng([self.config.seed, *purpose])
+        categories = np.sort(np.arange(rows) % 4)
+        start = generator.integers(300, size=(rows, 1))
+        jumps = generator.integers(5, size=(rows, 13)).cumsum(1) * (generator.random((rows, 13)) < 0.2)
+        tokens = torch.from_numpy((start + np.arange(13) * (categories[:, None] + 1) + jumps) % 300)
+        return Batch(
+            tokens[:, :-1], tokens[:, 1:], torch.from_numpy(categories), torch.arange(first_id, first_id + rows)
+        )
