@@ -11,8 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-DAMPING = 1e-6
-"""Relative to the mean second moment of a unit; above the rounding of moments that were added up from float32."""
+_LEAST_DAMPING = 1e-6
+
+
+def default_damping(units: int) -> float:
+    """Return a damping above the rounding noise of moments of so many units that were added up from float32."""
+    return max(_LEAST_DAMPING, 8 * torch.finfo(torch.float32).eps * units**0.5)
 
 
 def schur_residual(
@@ -22,14 +26,15 @@ def schur_residual(
     kept: Bool[Tensor, " units"],
     removed: Bool[Tensor, " units"],
     *,
-    damping: float = DAMPING,
+    damping: float | None = None,
 ) -> float:
     """Return J = 1/2 tr(H W_R^T (A_RR - A_RK A_KK^-1 A_KR) W_R), in nats if H is in nats^2 per squared output.
 
     The part of the removed units' output that no linear correction of the kept units' weights gives back, weighed by
-    the curvature. Units in neither set are inactive and have no say. A is damped by ``damping`` times the mean second
-    moment of the kept and removed units on its whole diagonal, as if every activation carried a little independent
-    noise; so moving a unit from removed to kept never raises J. Computed in float64.
+    the curvature. Units in neither set are inactive and have no say. A is damped by ``damping`` (if not given, what sums of
+    float32 need, ``default_damping``) times the mean second moment of the kept and removed units on its whole
+    diagonal, as if every activation carried a little independent noise; so moving a unit from removed to kept never
+    raises J. Computed in float64.
     """
     units_K, units_R = _sets(inputs, curvature, weight, kept, removed, damping)
     factor_UU = _factor(inputs, torch.cat([units_K, units_R]), damping)
@@ -47,7 +52,7 @@ def marginals(
     kept: Bool[Tensor, " units"],
     removed: Bool[Tensor, " units"],
     *,
-    damping: float = DAMPING,
+    damping: float | None = None,
 ) -> Float64[Tensor, " units"]:
     """Return how much J would rise if one more kept unit were removed, for each kept unit; 0 for all other units.
 
@@ -69,7 +74,7 @@ def marginals(
 
 
 def _sets(
-    inputs: Tensor, curvature: Tensor, weight: Tensor, kept: Tensor, removed: Tensor, damping: float
+    inputs: Tensor, curvature: Tensor, weight: Tensor, kept: Tensor, removed: Tensor, damping: float | None
 ) -> tuple[Tensor, Tensor]:
     units, dim = weight.shape
     if inputs.shape != (units, units) or curvature.shape != (dim, dim) or kept.shape != (units,):
@@ -77,7 +82,7 @@ def _sets(
             f"weight [{units} {dim}] needs inputs [{units} {units}], curvature [{dim} {dim}] and sets [{units}], "
             f"got {list(inputs.shape)}, {list(curvature.shape)} and {list(kept.shape)}"
         )
-    if not damping > 0:
+    if damping is not None and not damping > 0:
         raise ValueError(f"damping must be above 0, got {damping}; units that depend on each other need it")
     both = (kept & removed).nonzero().squeeze(1).tolist()
     if both:
@@ -89,17 +94,18 @@ def _scale(inputs: Tensor, units: Tensor) -> float:
     return float(inputs.diagonal()[units].double().mean()) if len(units) else 0.0
 
 
-def _factor(inputs: Tensor, units: Tensor, damping: float, scale: float | None = None) -> Tensor | None:
+def _factor(inputs: Tensor, units: Tensor, damping: float | None, scale: float | None = None) -> Tensor | None:
     """Return the Cholesky factor of the damped A over ``units`` in that order; None if they are never active."""
     scale = _scale(inputs, units) if scale is None else scale
     if scale == 0.0:
         return None
     damped = inputs.index_select(0, units).index_select(1, units).double()
+    damping = default_damping(len(units)) if damping is None else damping
     damped.diagonal().add_(damping * scale)
     factor, info = torch.linalg.cholesky_ex(damped)
     if int(info) or not bool(factor.isfinite().all()):
         raise ValueError(
-            f"the second moment of {len(units)} units is not positive definite with damping {damping}; "
+            f"the second moment of {len(units)} units is not positive definite with damping {damping:.2g}; "
             f"check that it is finite and symmetric, or raise damping"
         )
     return factor

@@ -305,3 +305,16 @@ class RunConfig(Closed):
                     f"{path}: got {rows}, which {self.cluster.workers} workers cannot share equally, "
                     f"wanted a multiple of cluster.workers"
                 )
+
+    @property
+    def category_count(self) -> int | None:
+        """How many categories the data has; None where only the data itself says."""
+        match self.data:
+            case DigitsData():
+                return 10
+            case TextData(source=InstalledText(sources=sources)):
+                return len(sources)
+            case TextData(source=TextFolders(categories=categories)):
+                return len(categories)
+            case _:
+                return None

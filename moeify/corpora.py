@@ -7,29 +7,25 @@ hashes their names: the same on every machine with the same versions.
 import csv
 import hashlib
 import importlib.metadata
+import os
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moeify import extract
 from moeify.config import BuiltinSource
+from moeify.documents import Document
 
 LEAST_BYTES = 200
 """What is shorter tells too little to be a document."""
-_LARGEST_SHARE = 20
-"""No file gives more than one twentieth of what is asked for, so that no split hangs on a single file."""
+_FILES_A_SOURCE = 20
+"""No file gives more than one twentieth of what is asked for, so that no split hangs on a single file ..."""
+_LEAST_A_FILE = 50_000
+"""... unless it is asked for little. Bytes."""
 _STANDARD_LIBRARY = "python"
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text, and what it was cut from: documents of one group always fall into the same split."""
-
-    text: str
-    group: str
-    """A name that is the same on every machine."""
+_TESTS = ("/test/", "/tests/", "/testing/", "/idle_test/")
 
 
 @dataclass(frozen=True)
@@ -44,10 +40,13 @@ class _Corpus:
     """From a file's suffix and text to its documents."""
 
 
-_TESTS = ("/test/", "/tests/", "/testing/", "/idle_test/")
 _CORPORA: dict[BuiltinSource, _Corpus] = {
     "python": _Corpus(
-        (_STANDARD_LIBRARY,), (".py",), (*_TESTS, "/lib2to3/", "/pydoc_data/", "/encodings/"), extract.python
+        (_STANDARD_LIBRARY,),
+        (".py",),
+        # Tables rather than programs.
+        (*_TESTS, "/lib2to3/", "/pydoc_data/", "/encodings/"),
+        extract.python,
     ),
     "prose": _Corpus(
         (_STANDARD_LIBRARY, "networkx", "numpy", "pandas", "scikit-learn", "scipy", "matplotlib"),
@@ -63,39 +62,47 @@ _CORPORA: dict[BuiltinSource, _Corpus] = {
         extract.c,
     ),
     "web": _Corpus(
-        ("mlflow", "ray", "scikit-learn", "matplotlib", "torch"), (".js", ".mjs", ".css", ".html"), (*_TESTS,), extract.web
+        ("mlflow", "ray", "scikit-learn", "matplotlib", "torch"),
+        (".js", ".mjs", ".css", ".html"),
+        _TESTS,
+        extract.web,
     ),
 }
 
 
-def fingerprint(sources: tuple[BuiltinSource, ...]) -> str:
+def distributions(source: BuiltinSource) -> tuple[str, ...]:
+    """Return the installed packages that a source reads; ``python`` is the standard library."""
+    return _CORPORA[source].distributions
+
+
+def fingerprint(sources: Sequence[BuiltinSource]) -> str:
     """Return a hash of what the sources would be read from, without reading it: the lists that installers leave."""
     digest = hashlib.sha256(sys.version.encode())
-    for source in sources:
-        for distribution in _CORPORA[source].distributions:
-            digest.update(f"{source} {distribution} {_record(distribution)}".encode())
+    for distribution in sorted({name for source in sources for name in distributions(source)}):
+        digest.update(f"{distribution}\n{_record(distribution)}".encode())
     return digest.hexdigest()
 
 
 def documents(source: BuiltinSource, wanted: int) -> Iterator[Document]:
     """Yield documents of a source until they hold ``wanted`` bytes or the source is used up."""
     corpus = _CORPORA[source]
-    files = [file for distribution in corpus.distributions for file in _files(distribution, corpus)]
+    files = dict(file for distribution in corpus.distributions for file in _files(distribution, corpus))
     found = 0
-    for name, path in sorted(files, key=lambda file: hashlib.sha256(file[0].encode()).digest()):
+    for name in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest()):
         if found >= wanted:
             return
         try:
-            content = path.read_text(encoding="utf-8")
+            content = files[name].read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
-            continue  # A file in an old encoding, or one that was removed after its installation.
-        texts = [text for text in corpus.extract(path.suffix, content) if len(text) >= LEAST_BYTES]
-        for text in _spread(texts, wanted // _LARGEST_SHARE):
-            found += len(text.encode())
-            yield Document(text, name)
+            continue  # In an old encoding, or removed after its installation.
+        texts = [text for text in corpus.extract(files[name].suffix, content) if len(text.encode()) >= LEAST_BYTES]
+        for text in _spread(texts, max(wanted // _FILES_A_SOURCE, _LEAST_A_FILE)):
+            document = Document(text, name)
+            found += document.size
+            yield document
 
 
-def _spread(texts: list[str], limit: int) -> list[str]:
+def _spread(texts: Sequence[str], limit: int) -> Sequence[str]:
     """Return every text, or where they are longer than ``limit`` bytes in all, some at equal distances."""
     total = sum(len(text.encode()) for text in texts)
     if total <= limit:
@@ -106,26 +113,31 @@ def _spread(texts: list[str], limit: int) -> list[str]:
 
 def _files(distribution: str, corpus: _Corpus) -> Iterator[tuple[str, Path]]:
     """Yield name and path of the files that the corpus takes of a distribution."""
-    if distribution == _STANDARD_LIBRARY:
-        root = Path(sysconfig.get_path("stdlib"))
-        for path in root.rglob("*.py"):
-            relative = path.relative_to(root).as_posix()
-            if ".py" in corpus.suffixes and not relative.startswith(("site-packages/", "dist-packages/")):
-                name = f"{_STANDARD_LIBRARY}/{relative}"
-                if not any(part in name for part in corpus.left_out):
-                    yield name, path
-        return
-    record = _record(distribution)
-    if record:
-        installed = importlib.metadata.distribution(distribution)
+    for name, path in _standard_library() if distribution == _STANDARD_LIBRARY else _installed(distribution):
+        if name.endswith(corpus.suffixes) and not any(part in f"/{name}" for part in corpus.left_out):
+            yield name, path
+
+
+def _standard_library() -> Iterator[tuple[str, Path]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in ("site-packages", "dist-packages", "__pycache__")]
+        for file in files:
+            path = Path(folder, file)
+            yield f"{_STANDARD_LIBRARY}/{path.relative_to(root).as_posix()}", path
+
+
+def _installed(distribution: str) -> Iterator[tuple[str, Path]]:
+    if record := _record(distribution):
+        found = importlib.metadata.distribution(distribution)
         for row in csv.reader(record.splitlines()):
-            name = row[0]
-            if name.endswith(corpus.suffixes) and not any(part in f"/{name}" for part in corpus.left_out):
-                yield name, Path(str(installed.locate_file(name)))
+            yield row[0], Path(str(found.locate_file(row[0])))
 
 
 def _record(distribution: str) -> str:
     """Return the installer's list of a distribution's files with their hashes, empty where there is none."""
+    if distribution == _STANDARD_LIBRARY:
+        return ""
     try:
         return importlib.metadata.distribution(distribution).read_text("RECORD") or ""
     except importlib.metadata.PackageNotFoundError:

@@ -189,7 +189,9 @@ class _Loop:
         """Return the attribution of every unit to every category, of all workers' rows together."""
         asked = self.config.attribution
         batches = self.task.probe_batches(round_, asked.rows, asked.rows_at_once)
-        mine = (batch.shard(self.world.rank, self.world.size) for batch in batches)
+        # In the model's own order, so that it moves no row: what is seen inside belongs to the row of the same place.
+        ordered = (batch.take(model.order(batch.categories)) for batch in batches)
+        mine = (batch.shard(self.world.rank, self.world.size) for batch in ordered)
         with model.masked():
             table = measure(
                 model, model.network, model.space.readers, mine, self.task.nats, self.task.sample,

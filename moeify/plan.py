@@ -37,12 +37,14 @@ def training_work(config: RunConfig) -> int:
     return alone + 3 * (config.training.steps - alone)
 
 
-def check_reachable(config: RunConfig, categories: int) -> None:
-    """Raise ValueError, before any training, for a round whose separation its experts have no room for.
+def check_reachable(config: RunConfig, categories: int | None) -> None:
+    """Raise ValueError for a round whose separation its experts have no room for; pass where categories are unknown.
 
     Counts in fractions of a site with groups of equal size and every expert as wide as its siblings; the cut itself
     counts in whole units.
     """
+    if categories is None:
+        return
     reached = 0.0
     leaves = [(categories, 1.0 - config.partition.min_core)]  # categories of the leaf, fraction of units it may give
     for number, round_ in enumerate(config.rounds, start=1):

@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from moeify import strict_yaml
 from moeify.config import RunConfig
+from moeify.plan import check_reachable
 
 _LARGEST = 1_000_000
 """Bytes of a recipe."""
@@ -67,9 +68,14 @@ def parse_recipe(text: str, *, where: str) -> RunConfig:
         got = "nothing" if data is None else _shown(data)
         raise RecipeError(where, [f"got {got}, wanted {_wanted(_schema(), _schema())}"])
     try:
-        return _validate(data)
+        config = _validate(data)
     except ValidationError as error:
         raise RecipeError(where, list(_problems(data, error))) from None
+    try:
+        check_reachable(config, config.category_count)
+    except ValueError as error:
+        raise RecipeError(where, [str(error)]) from None
+    return config
 
 
 def to_yaml(config: RunConfig) -> str:

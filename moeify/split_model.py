@@ -47,6 +47,10 @@ class SplitModel(nn.Module):
         order = self.partition.tree.categories
         return torch.tensor([order.index(c) for c in self.categories], device=categories.device)[categories]
 
+    def order(self, categories: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+        """Return the order of rows in which ``forward`` moves none: sorted by leaf, otherwise as they are."""
+        return torch.argsort(self.positions(categories), stable=True)
+
     def forward(self, inputs: Tensor, categories: Int[Tensor, " rows"]) -> Tensor:
         """Return the network's outputs, rows in the order given; each row runs along its category's route.
 

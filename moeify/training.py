@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moeify.config import Training
 from moeify.split_model import SplitModel
-from moeify.task import Batch, Task
+from moeify.task import Task
 from moeify.world import World
 
 
@@ -103,7 +103,7 @@ def train(
     since, units = time.perf_counter(), 0
     while contestant.step < until:
         rows = task.train_batch(contestant.step)
-        batch = _in_leaf_order(model, rows).shard(world.rank, world.size)
+        batch = rows.take(model.order(rows.categories)).shard(world.rank, world.size)
         nats_R = task.nats(model(batch.inputs, batch.categories), batch.targets)
         (nats_R.sum() / (len(rows.categories) * task.units_per_row)).backward()
         rate = _update(contestant, parameters, world, training)
@@ -129,10 +129,6 @@ def mean_by_category(nats: list[tuple[Tensor, Tensor]], task: Task, world: World
     world.sum([sums_C, rows_C])
     means = sums_C / (rows_C * task.units_per_row)
     return {c: means[i].item() for i, c in enumerate(task.categories) if rows_C[i] > 0}
-
-
-def _in_leaf_order(model: SplitModel, batch: Batch) -> Batch:
-    return batch.take(torch.argsort(model.positions(batch.categories), stable=True))
 
 
 def _update(contestant: Contestant, parameters: list[nn.Parameter], world: World, training: Training) -> float:

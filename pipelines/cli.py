@@ -47,7 +47,7 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, ValueError | OSError):
         return 2
     launch = sys.modules.get("pipelines.launch")
-    return 1 if launch and isinstance(error, launch.RunFailed) else None
+    return 1 if launch and isinstance(error, launch.RunFailedError) else None
 
 
 def _told(error: Exception) -> str:

@@ -24,7 +24,7 @@ RECIPE = """name: tiny
 data: {kind: digits}
 model: {kind: autoencoder}
 training: {steps: 10}
-rounds: [{train: 1, recover: 2, separation: 0.5}]
+rounds: [{train: 1, recover: 2, separation: 0.4}]
 """
 HEAVY = ("torch", "ray", "mlflow", "transformers", "numpy", "matplotlib")
 
@@ -77,7 +77,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launched:
     told = Launched()
     launch, tracking, export = (ModuleType(f"pipelines.{name}") for name in ("launch", "tracking", "export"))
 
-    class RunFailed(RuntimeError):  # noqa: N818
+    class RunFailedError(RuntimeError):
         pass
 
     def export_category(run: Path, category: str, out: Path) -> None:
@@ -88,7 +88,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launched:
         out.mkdir(exist_ok=True)
         (out / "split").write_text(run.name)
 
-    vars(launch).update(on_ray=told.start("ray"), in_process=told.start("local"), RunFailed=RunFailed)
+    vars(launch).update(on_ray=told.start("ray"), in_process=told.start("local"), RunFailedError=RunFailedError)
     vars(tracking).update(where_to_look=lambda folder: f"mlflow ui of {folder.id}")
     vars(export).update(export_category=export_category, export_split=export_split)
     monkeypatch.setitem(sys.modules, "pipelines.launch", launch)
@@ -219,7 +219,7 @@ def _config() -> dict[str, Any]:
 def test_an_error_of_a_run_is_one_line_and_with_debug_a_traceback(
     launched: Launched, recipe: Path, error: Exception | str, code: int, told: str
 ) -> None:
-    raised = sys.modules["pipelines.launch"].RunFailed(told) if isinstance(error, str) else error
+    raised = sys.modules["pipelines.launch"].RunFailedError(told) if isinstance(error, str) else error
 
     def fail(folder: runs.RunFolder) -> None:
         raise raised

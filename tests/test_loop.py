@@ -1,5 +1,8 @@
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
 
 from moeify.events import Evaluated, MemoryTracker, Step
 from moeify.loop import run
@@ -105,7 +108,7 @@ def test_a_run_killed_at_every_checkpoint_ends_with_the_same_bits(tmp_path) -> N
         assert lasting == set(tracker.events)
 
 
-@pytest.fixture()
+@pytest.fixture
 def heavy_tax(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every round cost one nat."""
     monkeypatch.setattr("moeify.loop.tax", lambda loss, twin: {**dict.fromkeys(loss, 1.0), "mean": 1.0})
@@ -149,3 +152,24 @@ def test_separations_out_of_reach_are_refused_before_any_training() -> None:
     with pytest.raises(ValueError, match=r"rounds.1.separation: got 0.5, at most 0.300"):
         run(config, ToyTask(config), tracker=tracker)
     assert not tracker.events
+
+
+def test_off_route_units_are_credited_to_no_category_they_do_not_serve(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """From the second round on, rows run in leaf order; what they say must reach the category that they are of."""
+    config = toy_config()
+    run(config, ToyTask(config), store=FolderStore(tmp_path, 2))
+    first = json.loads((tmp_path / "rounds/1/partition.json").read_text())
+    second = json.loads((tmp_path / "rounds/2/partition.json").read_text())
+    assert first["nodes"][0]["categories"] != list("abcd"), "leaf order equals recipe order: the test shows nothing"
+    with safe_open(tmp_path / "rounds/2/attribution.safetensors", "pt") as file:
+        categories = json.loads(file.metadata()["categories"])
+        for site, owners in second["owners"].items():
+            score_UC = file.get_tensor(site)
+            for unit, owner in enumerate(owners):
+                node = second["nodes"][owner]
+                above = second["nodes"][node["parent"] or 0]
+                group = node if node["parent"] in (None, 0) else above
+                for c, category in enumerate(categories):
+                    if category not in group["categories"]:
+                        assert score_UC[unit, c] == 0
+            assert bool((score_UC.sum(0) > 0).all())

@@ -22,7 +22,7 @@ name: mine
 data: {kind: digits}
 model: {kind: autoencoder}
 training: {steps: 100}
-rounds: [{train: 10, recover: 20, separation: 0.5}]
+rounds: [{train: 10, recover: 20, separation: 0.4}]
 """
 
 
