@@ -7,6 +7,7 @@ from typing import Any
 
 _HOMES = {
     "RunConfig": "moeify.config",
+    "build_task": "moeify.tasks",
     "load_recipe": "moeify.recipe",
     "load_split": "moeify.split_folder",
     "run": "moeify.loop",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeify import extract
+from moeify import excerpts
 from moeify.config import BuiltinSource
 from moeify.documents import Document
 
@@ -46,26 +46,26 @@ _CORPORA: dict[BuiltinSource, _Corpus] = {
         (".py",),
         # Tables rather than programs.
         (*_TESTS, "/lib2to3/", "/pydoc_data/", "/encodings/"),
-        extract.python,
+        excerpts.python,
     ),
     "prose": _Corpus(
         (_STANDARD_LIBRARY, "networkx", "numpy", "pandas", "scikit-learn", "scipy", "matplotlib"),
         (".py", ".rst", ".md"),
         (*_TESTS, "/licenses/", "/LICENSE"),
-        extract.prose,
+        excerpts.prose,
     ),
     "c": _Corpus(
         ("torch", "pyarrow", "numpy", "scipy", "scikit-learn"),
         (".h", ".hpp", ".cuh"),
         # Thousands of files that a generator wrote from one template.
         (*_TESTS, "/ATen/ops/", ".pb.h"),
-        extract.c,
+        excerpts.c,
     ),
     "web": _Corpus(
         ("mlflow", "ray", "scikit-learn", "matplotlib", "torch"),
         (".js", ".mjs", ".css", ".html"),
         _TESTS,
-        extract.web,
+        excerpts.web,
     ),
 }
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import lzma
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, assert_never, cast
@@ -184,7 +185,7 @@ def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with _opened(path, head) as lines:
             yield from enumerate(cast(Iterable[bytes], lines), 1)
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"data.source.path: {path} is damaged or cut short: {error}") from None
 
 

@@ -1,0 +1,85 @@
+"""The shipped recipes, in full, through the real command line: local Ray, local MLflow, real data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import moeify
+
+PYTHON = [sys.executable, "-m", "pipelines"]
+
+
+def moeify_command(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "MOEIFY_HOME": str(home), "PYTHONWARNINGS": "default"}
+    return subprocess.run([*PYTHON, *arguments], env=environment, capture_output=True, text=True, timeout=900)
+
+
+def shown(home: Path) -> dict[str, object]:
+    done = moeify_command(home, "show", "last", "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def leaves(tree: dict[str, object]) -> list[str]:
+    children = tree["children"]
+    assert isinstance(children, list)
+    return [leaf for child in children for leaf in leaves(child)] if children else [str(tree["name"])]
+
+
+def check(summary: dict, recipe: str, categories: set[str]) -> None:  # type: ignore[type-arg]
+    assert summary["run"].startswith(f"{recipe}-")
+    assert summary["status"] == "finished"
+    assert set(leaves(summary["tree"])) == categories, "every category has its leaf"
+    assert all(set(summary["test_loss"][arm]) == categories for arm in ("dense", "split", "random"))
+    assert set(summary["active_fraction"]) == {*categories, "mean"}
+    assert summary["active_fraction"]["mean"] < 0.6
+    assert [r["round"] for r in summary["rounds"]] == list(range(1, len(summary["rounds"]) + 1))
+    for category, rises in summary["own_other"].items():
+        assert rises[category] > 0, f"removing the expert of {category} costs it nothing"
+        assert all(rises[other] == 0 for other in categories - {category})
+
+
+def test_digits_run_on_ray_and_are_tracked(tmp_path: Path) -> None:
+    done = moeify_command(tmp_path, "run", "digits")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "own" in done.stdout
+    summary = shown(tmp_path)
+    check(summary, "digits", {str(digit) for digit in range(10)})
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'moeify'")
+    found = client.search_runs([experiment.experiment_id])
+    assert len(found) == 1 + len(summary["rounds"])
+    assert all(run.info.status == "FINISHED" for run in found)
+
+
+@pytest.mark.main_path
+def test_text_runs_on_ray_and_exports_what_stock_transformers_load(tmp_path: Path) -> None:
+    done = moeify_command(tmp_path, "run", "text")
+    assert done.returncode == 0, done.stdout + done.stderr
+    categories = {"python", "prose", "c", "web"}
+    summary = shown(tmp_path)
+    check(summary, "text", categories)
+    assert set(summary["bits_per_byte"]["split"]) == categories
+
+    exported = moeify_command(tmp_path, "export", "last", "--category", "python", "-o", str(tmp_path / "python"))
+    assert exported.returncode == 0, exported.stderr
+    exported = moeify_command(tmp_path, "export", "last", "--split", "-o", str(tmp_path / "split"))
+    assert exported.returncode == 0, exported.stderr
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "python")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "python")
+    split = moeify.load_split(tmp_path / "split")
+    tokens = tokenizer("def main() -> None:\n    return sum(x for x in range(10))\n", return_tensors="pt").input_ids
+    assert tokenizer.decode(tokens[0]).startswith("def main() -> None:")
+    with torch.no_grad():
+        wanted = split(tokens, torch.tensor([split.categories.index("python")]))
+        assert (dense(tokens).logits - wanted).abs().max() <= 1e-4
+    assert dense.config.intermediate_size < 384

@@ -1,0 +1,191 @@
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moeify.config import InstalledText, JsonLines, TextFolders
+from moeify.sources import fingerprint, read
+
+
+def write_folders(base: Path, **files: dict[str, str]) -> TextFolders:
+    for category, each in files.items():
+        for name, text in each.items():
+            path = base / category / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    return TextFolders(kind="folders", categories={category: Path(category) for category in files})
+
+
+def write_lines(base: Path, *entries: object, raw: bytes = b"") -> JsonLines:
+    (base / "data.jsonl").write_bytes("".join(json.dumps(entry) + "\n" for entry in entries).encode() + raw)
+    return JsonLines(kind="jsonl", path=Path("data.jsonl"))
+
+
+def entry(category: str, text: str) -> dict[str, str]:
+    return {"category": category, "text": text}
+
+
+# --- folders ------------------------------------------------------------------------------------------
+
+
+def test_each_file_is_a_document_of_its_folder_and_hidden_ones_are_none(tmp_path: Path) -> None:
+    source = write_folders(
+        tmp_path,
+        b={"one.txt": "One, é.", "sub/two.txt": "Two.", ".hidden": "No.", ".git/config": "No.", "empty.txt": " \n"},
+        a={"three.txt": "\ufeffThree."},
+    )
+    found = read(source, tmp_path)
+    assert list(found) == ["b", "a"]
+    assert [(d.group, d.text) for d in found["b"]] == [("one.txt", "One, é."), ("sub/two.txt", "Two.")]
+    assert [d.text for d in found["a"]] == ["Three."]
+
+
+def test_a_pattern_chooses_files(tmp_path: Path) -> None:
+    write_folders(tmp_path, a={"x.txt": "Ay.", "x.md": "Bee."}, b={"sub/y.txt": "Sea."})
+    source = TextFolders(kind="folders", categories={"a": Path("a"), "b": Path("b")}, pattern="**/*.txt")
+    assert [d.text for each in read(source, tmp_path).values() for d in each] == ["Ay.", "Sea."]
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    source = write_folders(tmp_path, a={"x.txt": "Ay."}, b={"y.txt": "Bee."})
+    (tmp_path / "b" / "photo.png").write_bytes(b"ok \xff\xd8")
+    with pytest.raises(ValueError, match=r"photo\.png is not UTF-8 text \(byte 3\).*data\.source\.pattern"):
+        read(source, tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["/absolute/*", "", "**x"])
+def test_a_pattern_that_is_no_glob_is_refused(tmp_path: Path, pattern: str) -> None:
+    write_folders(tmp_path, a={"x.txt": "Ay."}, b={"y.txt": "Bee."})
+    source = TextFolders(kind="folders", categories={"a": Path("a"), "b": Path("b")}, pattern=pattern)
+    with pytest.raises(ValueError, match=r"data\.source\.pattern"):
+        read(source, tmp_path)
+
+
+def test_missing_empty_and_blank_folders_are_refused(tmp_path: Path) -> None:
+    write_folders(tmp_path, a={"x.txt": "Ay."}, blank={"y.txt": " \n"})
+    (tmp_path / "empty").mkdir()
+    for other, message in (
+        ("missing", "is not a folder"),
+        ("empty", "no file below"),
+        ("blank", "category 'b' has no text"),
+    ):
+        source = TextFolders(kind="folders", categories={"a": Path("a"), "b": Path(other)})
+        with pytest.raises(ValueError, match=message):
+            read(source, tmp_path)
+
+
+def test_the_name_mean_is_reserved(tmp_path: Path) -> None:
+    for source in (
+        write_folders(tmp_path, a={"x.txt": "Ay."}, mean={"y.txt": "Bee."}),
+        write_lines(tmp_path, entry("a", "Ay."), entry("mean", "Bee.")),
+    ):
+        with pytest.raises(ValueError, match="'mean' is reserved"):
+            read(source, tmp_path)
+
+
+# --- JSON lines ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, lzma.compress])
+def test_lines_are_read_plain_and_compressed(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    source = write_lines(tmp_path, entry("b", "One, é."), entry("a", "Two."), entry("b", "Three."), raw=b"\n")
+    (tmp_path / "data.jsonl").write_bytes(pack((tmp_path / "data.jsonl").read_bytes()))
+    found = read(source, tmp_path)
+    assert {category: [d.text for d in each] for category, each in found.items()} == {
+        "a": ["Two."],
+        "b": ["One, é.", "Three."],
+    }
+    assert list(found) == ["a", "b"]
+
+
+def test_fields_may_have_other_names(tmp_path: Path) -> None:
+    write_lines(tmp_path, {"body": "One.", "topic": "a"}, {"body": "Two.", "topic": "b"})
+    source = JsonLines(kind="jsonl", path=Path("data.jsonl"), text="body", category="topic")
+    assert [d.text for each in read(source, tmp_path).values() for d in each] == ["One.", "Two."]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (b'{"text": "x", "category": "a"', r"line 3: not JSON: .*column"),
+        (b"\xff{}", r"line 3: not UTF-8 \(byte 0 of the line\)"),
+        (b'["a", "b"]', r"line 3: got list, wanted an object"),
+        (b'{"category": "a", "body": "x"}', r"line 3: no field 'text', got 'category', 'body'"),
+        (b'{"text": "x"}', r"line 3: no field 'category', got 'text'"),
+        (b'{"text": 3, "category": "a"}', r"line 3: field 'text' is int, wanted a string"),
+        (b'{"text": "x", "category": null}', r"line 3: field 'category' is NoneType, wanted a string"),
+        (b'{"text": "x", "category": "a/b"}', r"line 3: field 'category': got category 'a/b', wanted"),
+        (b'{"text": "\\ud800", "category": "a"}', r"line 3: field 'text' holds half a surrogate pair"),
+        (b"[" * 100_000, r"line 3: not JSON"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, bad: bytes, message: str) -> None:
+    source = write_lines(tmp_path, entry("a", "One."), entry("b", "Two."), raw=bad)
+    with pytest.raises(ValueError, match=message):
+        read(source, tmp_path)
+
+
+def test_of_thousands_of_bad_lines_the_first_are_told_and_the_rest_counted(tmp_path: Path) -> None:
+    source = write_lines(tmp_path, entry("a", "One."), entry("b", "Two."), raw=b"{}\n" * 3000)
+    with pytest.raises(ValueError, match="3000 bad lines") as caught:
+        read(source, tmp_path)
+    assert len(str(caught.value).splitlines()) == 7
+    assert "line 7: " in str(caught.value)
+    assert str(caught.value).endswith("and 2995 more lines")
+
+
+def test_one_category_is_too_few(tmp_path: Path) -> None:
+    for entries, message in (([entry("a", "One.")], r"1 categories \(a\)"), ([], r"0 categories \(no document\)")):
+        with pytest.raises(ValueError, match=message):
+            read(write_lines(tmp_path, *entries), tmp_path)
+
+
+def test_a_category_without_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="category 'b' has no text"):
+        read(write_lines(tmp_path, entry("a", "One."), entry("b", " ")), tmp_path)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress])
+def test_a_damaged_file_is_refused(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    source = write_lines(tmp_path, *(entry("ab"[i % 2], f"Text {i}.") for i in range(100)))
+    packed = pack((tmp_path / "data.jsonl").read_bytes())
+    for damaged in (packed[: len(packed) // 2], packed[:40] + bytes(20) + packed[60:]):
+        (tmp_path / "data.jsonl").write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged or cut short"):
+            read(source, tmp_path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    for ask in (read, fingerprint):
+        with pytest.raises(ValueError, match="is not a file"):
+            ask(JsonLines(kind="jsonl", path=Path("missing.jsonl")), tmp_path)
+
+
+# --- fingerprints and installed text ------------------------------------------------------------------
+
+
+def test_a_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    folders = write_folders(tmp_path, a={"x.txt": "Ay."}, b={"y.txt": "Bee."})
+    lines = write_lines(tmp_path, entry("a", "One."), entry("b", "Two."))
+    before = [fingerprint(source, tmp_path) for source in (folders, lines)]
+    assert before == [fingerprint(source, tmp_path) for source in (folders, lines)]
+    (tmp_path / "b" / "y.txt").write_text("Sea.")
+    write_lines(tmp_path, entry("a", "One."), entry("b", "Three."))
+    after = [fingerprint(source, tmp_path) for source in (folders, lines)]
+    assert not set(before) & set(after)
+
+
+def test_installed_text_is_the_same_each_time_and_within_its_bound() -> None:
+    source = InstalledText(kind="installed", sources=("c", "web"), megabytes=0.3)
+    one, other = read(source, Path()), read(source, Path())
+    assert one == other
+    assert all(0.27e6 <= sum(d.size for d in each) <= 0.3e6 for each in one.values())
+
+
+def test_too_little_installed_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeify.corpora._record", lambda distribution: "")
+    with pytest.raises(ValueError, match=r"got 0\.00 MB of 'c' on this machine, wanted at least 2 MB.*torch, pyarrow"):
+        read(InstalledText(kind="installed", sources=("c", "web")), Path())
