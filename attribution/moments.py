@@ -31,8 +31,8 @@ def schur_residual(
     """Return J = 1/2 tr(H W_R^T (A_RR - A_RK A_KK^-1 A_KR) W_R), in nats if H is in nats^2 per squared output.
 
     The part of the removed units' output that no linear correction of the kept units' weights gives back, weighed by
-    the curvature. Units in neither set are inactive and have no say. A is damped by ``damping`` (if not given, what sums of
-    float32 need, ``default_damping``) times the mean second moment of the kept and removed units on its whole
+    the curvature. Units in neither set are inactive and have no say. A is damped by ``damping`` (not given:
+    ``default_damping``, what float32 sums need) times the mean second moment of the kept and removed units on its whole
     diagonal, as if every activation carried a little independent noise; so moving a unit from removed to kept never
     raises J. Computed in float64.
     """

@@ -21,7 +21,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from moeify import corpora, documents, extract, sources
+from moeify import corpora, documents, excerpts, sources
 from moeify.config import TextData
 from moeify.documents import SPLITS, Document, Split
 
@@ -71,7 +71,7 @@ def prepare(data: TextData, cache: Path, base: Path) -> Tokens:
 
 def _key(data: TextData, base: Path) -> str:
     digest = hashlib.sha256(f"{data.model_dump_json(exclude={'length'})}\n{tokenizers.__version__}\n".encode())
-    for module in (corpora.__file__, documents.__file__, extract.__file__, sources.__file__, __file__):
+    for module in (corpora.__file__, documents.__file__, excerpts.__file__, sources.__file__, __file__):
         digest.update(hashlib.sha256(Path(module).read_bytes()).digest())
     digest.update(sources.fingerprint(data.source, base).encode())
     return digest.hexdigest()[:32]
