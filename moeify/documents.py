@@ -38,7 +38,7 @@ def distinct(documents: Mapping[str, Sequence[Document]]) -> dict[str, list[Docu
         ((category, number) for category, texts in documents.items() for number in range(len(texts))),
         key=lambda at: (-len(documents[at[0]][at[1]].text), documents[at[0]][at[1]].group, at),
     )
-    seen: set[int] = set()
+    seen: set[bytes] = set()
     kept: dict[str, set[int]] = {category: set() for category in documents}
     for category, number in order:
         lines = _lines(documents[category][number].text)
@@ -52,12 +52,15 @@ def distinct(documents: Mapping[str, Sequence[Document]]) -> dict[str, list[Docu
     }
 
 
-def _lines(text: str) -> dict[int, int]:
+def _lines(text: str) -> dict[bytes, int]:
     """Return hashes of a text's distinct non-trivial lines with their lengths; of the whole text where it has none."""
-    lines = {
-        hash(line): len(line) for part in re.split("[\n;{}]", text) if len(line := part.strip()) >= _LEAST_CHARACTERS
-    }
-    return lines or {hash(words := " ".join(text.split())): max(1, len(words))}
+    parts = (part.strip() for part in re.split("[\n;{}]", text))
+    lines = {_digest(line): len(line) for line in parts if len(line) >= _LEAST_CHARACTERS}
+    return lines or {_digest(words := " ".join(text.split())): max(1, len(words))}
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def divide(documents: Sequence[Document], *, validation: float, test: float) -> dict[Split, list[Document]]:

@@ -66,10 +66,10 @@ def propose(
 ) -> Proposal:
     """Choose the first of ``rounds`` to come: split every leaf that has several categories.
 
-    ``rounds`` are this round and those after it, whose experts need room as well. ``weights``: each site's output
+    ``rounds`` are this round and those after it, whose experts need room as well; ``weights`` holds each site's output
     weights. Where rounding to ``config.multiple`` leaves too little room for the round's separation, the cut goes as
-    far as there is room. Raises NothingToSplitError where every leaf serves one category, ValueError where an expert has
-    too few units for its children.
+    far as there is room. Raises NothingToSplitError where every leaf serves one category, ValueError where an expert
+    has too few units for its children.
     """
     groups = choose_groups(partition, table, rounds[0].branching, score)
     choices = {
