@@ -1,10 +1,13 @@
 """Losses on held-out data, and what every expert's removal costs every category."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from moeify.config import Evaluation
+from moeify.events import Arm, RoundEnded
+from moeify.partition import Partition
+from moeify.result import MEAN, Result
 from moeify.split_model import SplitModel
 from moeify.task import HeldOut, Task
 from moeify.training import mean_by_category
@@ -42,4 +45,31 @@ def own_other(
 def tax(loss: Mapping[str, float], twin: Mapping[str, float]) -> dict[str, float]:
     """Return category -> nats above the dense twin, and their ``mean``."""
     rises = {category: loss[category] - twin[category] for category in twin}
-    return {**rises, "mean": sum(rises.values()) / len(rises)}
+    return {**rises, MEAN: sum(rises.values()) / len(rises)}
+
+
+def summarize(
+    task: Task,
+    partition: Partition,
+    rounds: Sequence[RoundEnded],
+    losses: Mapping[Arm, dict[str, float]],
+    rises: dict[str, dict[str, float]],
+    steps: int,
+    seconds: float,
+) -> Result:
+    """Put a run's test figures together; ``losses`` and ``rises`` (of ``own_other``) are on the test split."""
+    bits = {arm: task.bits_per_byte(loss, "test") for arm, loss in losses.items()}
+    return Result(
+        categories=task.categories,
+        unit=task.unit,
+        tree=partition.nested(),
+        active_fraction={**partition.active_fraction, MEAN: 1.0 - partition.separation},
+        rounds=tuple(rounds),
+        test_loss=dict(losses),
+        bits_per_byte={arm: each for arm, each in bits.items() if each is not None} or None,
+        own_other=rises,
+        tax=tax(losses["split"], losses["dense"]),
+        tax_random=tax(losses["random"], losses["dense"]),
+        steps=steps,
+        seconds=seconds,
+    )

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Arm = Literal["dense", "split", "random"]
 """``dense``: the dense twin; ``split``: owners by attribution; ``random``: same tree and widths, owners drawn."""
+SPLIT_ARMS: tuple[Arm, ...] = ("split", "random")
+"""The arms that are cut; they fork from the dense twin at the first cut."""
 
 
 class _Event(BaseModel):

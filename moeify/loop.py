@@ -8,16 +8,14 @@ split at random into the same tree and widths. Up to the first cut they are one 
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
-
-from torch import Tensor
 
 from attribution.measure import measure
 from attribution.table import AttributionTable
 from moeify.config import RunConfig
-from moeify.evaluation import held_out_loss, own_other, tax
-from moeify.events import Arm, MemoryTracker, Tracker
+from moeify.evaluation import held_out_loss, own_other, summarize, tax
+from moeify.events import SPLIT_ARMS, Arm, MemoryTracker, Tracker
 from moeify.plan import PlannedPhase, check_reachable, plan
 from moeify.propose import NothingToSplitError, Proposal, propose, shuffled
 from moeify.report import Reporter
@@ -28,10 +26,8 @@ from moeify.store import MemoryStore, Store
 from moeify.surgery import compensate_sites, permute
 from moeify.task import HeldOut, Task
 from moeify.training import Contestant, Progress, train
-from moeify.units import output_weight
 from moeify.world import Solo, World
 
-SPLIT_ARMS: tuple[Arm, ...] = ("split", "random")
 Moment = Literal["before_cut", "after_cut", "recovered", "test"]
 
 
@@ -104,7 +100,7 @@ class _Loop:
     def _cut(self, phase: PlannedPhase) -> None:
         """Attribute, partition, prune and compensate: the split arm by attribution, the control at random."""
         before = self.state.name
-        self._fork()
+        self.state.fork(self.config, self.task)
         split, random = self.state.arms["split"].model, self.state.arms["random"].model
         self._evaluate(phase, "before_cut", SPLIT_ARMS)
         self.say.phase("attribute", phase.round)
@@ -116,12 +112,12 @@ class _Loop:
         rounds[0] = rounds[0].model_copy(update={"separation": reached + step})
         try:
             proposal = propose(
-                split.partition, table, _weights(split), partition, rounds, self.config.attribution.score
+                split.partition, table, split.output_weights, partition, rounds, self.config.attribution.score
             )
         except NothingToSplitError as reason:
             return self.say.phase("partition", phase.round, str(reason))
-        blind = shuffled(split.partition, proposal, table, _weights(split), self.config.seed)
-        control = shuffled(random.partition, proposal, random_table, _weights(random), self.config.seed)
+        blind = shuffled(split.partition, proposal, table, split.output_weights, self.config.seed)
+        control = shuffled(random.partition, proposal, random_table, random.output_weights, self.config.seed)
         self.state.undo, self.state.predicted = before, (proposal.predicted, blind.predicted)
         if proposal.partition.separation < rounds[0].separation - 1e-9:
             got, asked = proposal.partition.separation, rounds[0].separation
@@ -163,27 +159,11 @@ class _Loop:
         last = plan(self.config)[-1]
         losses = self._evaluate(last, "test", tuple(self.state.arms))
         split = self.state.arms["split"].model
-        bits = {arm: self.task.bits_per_byte(loss, "test") for arm, loss in losses.items()}
-        return Result(
-            categories=self.task.categories,
-            unit=self.task.unit,
-            tree=split.partition.nested(),
-            active_fraction={**split.partition.active_fraction, "mean": 1.0 - split.partition.separation},
-            rounds=tuple(self.state.rounds),
-            test_loss=losses,
-            bits_per_byte={arm: each for arm, each in bits.items() if each is not None} or None,
-            own_other=own_other(split, self.task, self.world, self.config.evaluation, losses["split"]),
-            tax=tax(losses["split"], losses["dense"]),
-            tax_random=tax(losses["random"], losses["dense"]),
-            steps=self.config.training.steps,
-            seconds=time.time() - self.began,
+        wounded = own_other(split, self.task, self.world, self.config.evaluation, losses["split"])
+        seconds = time.time() - self.began
+        return summarize(
+            self.task, split.partition, self.state.rounds, losses, wounded, self.config.training.steps, seconds
         )
-
-    def _fork(self) -> None:
-        """Let the split arms start from where the dense twin stands, at the first cut."""
-        for arm in SPLIT_ARMS:
-            if arm not in self.state.arms:
-                self.state.fork(arm, self.config, self.task)
 
     def _measure(self, model: SplitModel, round_: int) -> AttributionTable:
         """Return the attribution of every unit to every category, of all workers' rows together."""
@@ -216,7 +196,3 @@ class _Loop:
         if self.world.rank == 0:
             self.state.save(self.store)
         self.world.share(None)
-
-
-def _weights(model: SplitModel) -> Mapping[str, Tensor]:
-    return {site.name: output_weight(model.network, site).detach() for site in model.space.sites}

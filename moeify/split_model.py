@@ -4,13 +4,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moeify.families import unit_space
 from moeify.models import logits
 from moeify.partition import Partition
 from moeify.routed import Routes, install
+from moeify.units import output_weight
 
 
 class SplitModel(nn.Module):
@@ -37,6 +38,11 @@ class SplitModel(nn.Module):
     def partition(self) -> Partition:
         """Who owns which unit."""
         return self.routes.partition
+
+    @property
+    def output_weights(self) -> dict[str, Float[Tensor, "dim units"]]:
+        """Site -> the weights through which its units write."""
+        return {site.name: output_weight(self.network, site).detach() for site in self.space.sites}
 
     def repartition(self, partition: Partition) -> None:
         """Route by another partition. The caller has put the units into its order."""

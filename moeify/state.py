@@ -9,7 +9,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from moeify.config import RunConfig
-from moeify.events import Arm, RoundEnded
+from moeify.events import SPLIT_ARMS, Arm, RoundEnded
 from moeify.families import describe, rebuild
 from moeify.partition import Partition
 from moeify.split_model import SplitModel
@@ -41,13 +41,15 @@ class State:
         """Return the state before the first step."""
         return cls({"dense": Contestant(SplitModel(task.build(), task.categories), config.training)})
 
-    def fork(self, arm: Arm, config: RunConfig, task: Task) -> None:
-        """Add an arm that goes on from where the dense twin stands."""
+    def fork(self, config: RunConfig, task: Task) -> None:
+        """Let the arms that will be cut go on from where the dense twin stands, if they have not forked yet."""
         dense = self.arms["dense"]
-        twin = Contestant(SplitModel(task.build(), task.categories), config.training)
-        twin.load(dense.tensors())
-        twin.step = dense.step
-        self.arms[arm] = twin
+        for arm in SPLIT_ARMS:
+            if arm not in self.arms:
+                twin = Contestant(SplitModel(task.build(), task.categories), config.training)
+                twin.load(dense.tensors())
+                twin.step = dense.step
+                self.arms[arm] = twin
 
     @property
     def name(self) -> str:
@@ -92,7 +94,7 @@ class State:
         """
         assert self.undo is not None
         facts = store.facts(self.undo)
-        for arm in ("split", "random"):
+        for arm in SPLIT_ARMS:
             step = self.arms[arm].step
             source: Arm = arm if arm in facts["arms"] else "dense"
             self.arms[arm] = _contestant(store, self.undo, source, facts, config)

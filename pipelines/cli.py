@@ -92,7 +92,11 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="For programs: the 
 @_QUIET
 @click.pass_obj
 def run(obj: dict[str, str], recipe: str, local: bool, quiet: bool) -> None:
-    """Run RECIPE: a YAML file, or the name of a recipe that comes with moeify."""
+    """Run RECIPE to the end, watched.
+
+    RECIPE is a YAML file, or the name of a recipe that comes with moeify: 'text', 'digits'. A run that was stopped
+    goes on with 'moeify resume'.
+    """
     from moeify.recipe import parse_recipe
     from pipelines import runs
 
@@ -109,7 +113,10 @@ def run(obj: dict[str, str], recipe: str, local: bool, quiet: bool) -> None:
 @_QUIET
 @click.pass_obj
 def resume(obj: dict[str, str], run_: str, local: bool, quiet: bool) -> None:
-    """Go on with RUN from its last checkpoint; the result is the same as without the break."""
+    """Go on with RUN from its last checkpoint.
+
+    The result is the same, bit for bit, as without the break.
+    """
     from moeify.recipe import load_recipe
     from pipelines import runs
 
@@ -184,6 +191,26 @@ def export(run_: str, category: str | None, split: bool, out: Path) -> None:
     else:
         export_category(folder.path, category, out)
     click.echo(f"wrote {out}")
+
+
+@main.command()
+@click.argument("run_", metavar="RUN")
+def sync(run_: str) -> None:
+    """Deliver to MLflow what it missed of RUN.
+
+    It goes to $MLFLOW_TRACKING_URI, or to the database beside the runs. A run delivers by itself as it goes on; this
+    is for what MLflow could not take then. Nothing shows twice.
+    """
+    from moeify.recipe import load_recipe
+    from pipelines import runs
+
+    folder = runs.find(run_, runs.home())
+    config = load_recipe(folder.resolved)
+    from pipelines.tracking import deliver, where_to_look
+
+    count = deliver(folder, config)
+    click.echo(f"{count:,} {'event' if count == 1 else 'events'} delivered" if count else "MLflow misses nothing")
+    click.echo(f"curves:  {where_to_look(folder)}")
 
 
 @main.command()

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from moeify.events import Evaluated, Event, Failed, Finished, Phase, RoundEnded, Started, Step
 from pipelines.journal import Follower
+from pipelines.wording import clock, percent, two_digits
 
 _PLAIN_PARTS = 20
 """Parts of the run's training work that a plain log tells of."""
@@ -32,7 +33,10 @@ def choose_display(quiet: bool, stream: TextIO, earlier: int = 0) -> Follower | 
 
 
 class RunState:
-    """How far a run has come, by the events seen so far."""
+    """How far a run has come, by the events seen so far.
+
+    What is left is reckoned from the training alone; the closing test comes on top.
+    """
 
     def __init__(self) -> None:
         self.started: Started | None = None
@@ -40,6 +44,8 @@ class RunState:
         self.step: Step | None = None
         self.rounds = 0
         """Rounds that have ended."""
+        self.over = False
+        """Whether the run has come to an end; workers and followers have yet to close."""
         self._first: Step | None = None
         self._training = False
         """Whether the last step belongs to the phase."""
@@ -52,12 +58,16 @@ class RunState:
             case Phase():
                 self.phase = event
                 self._training = False
+                self.over = False  # an attempt after one that failed
             case Step():
                 self.step = event
                 self._training = True
                 self._first = self._first or event
             case RoundEnded():
                 self.rounds = max(self.rounds, event.round)
+            case Finished() | Failed():
+                self.over = True
+                self._training = False
 
     def attempt_begins(self) -> None:
         """Forget the pace of earlier attempts."""
@@ -77,8 +87,10 @@ class RunState:
 
     def phase_line(self) -> str:
         """Say where the run is, e.g. ``round 1/2 · train``."""
+        if self.over:
+            return "closing: workers stop, tracking catches up"
         if not self.phase:
-            return "starting"
+            return "starting workers"
         of = f"/{self.started.rounds}" if self.started else ""
         where = f"round {self.phase.round}{of} · " if self.phase.round else ""
         return f"{where}{self.phase.phase}" + (f" · {self.phase.note}" if self.phase.note else "")
@@ -107,13 +119,13 @@ def milestones(event: Event) -> Iterator[str]:
             units = sum(event.sites.values())
             yield (
                 f"{len(event.categories)} categories ({', '.join(event.categories)}), {event.parameters:,} parameters, "
-                f"{units:,} units in {len(event.sites)} sites, {event.steps:,} steps an arm"
+                f"{units:,} units in {_counted(len(event.sites), 'site')}, {event.steps:,} steps an arm"
             )
         case RoundEnded():
             yield (
                 f"round {event.round} {'accepted' if event.accepted else 'rolled back'}: "
-                f"separation {event.separation:.3f}, tax {event.tax:+.3f}, random {event.tax_random:+.3f}, "
-                f"J {event.predicted:.3f}"
+                f"separation {percent(event.separation)}, tax {event.tax:+.3f} nats, random {event.tax_random:+.3f}, "
+                f"J {two_digits(event.predicted)}"
             )
         case Evaluated(moment="test") if event.loss:
             yield f"test loss of {event.arm}: {fmean(event.loss.values()):.3f} nats, mean over categories"
@@ -123,11 +135,8 @@ def milestones(event: Event) -> Iterator[str]:
             yield f"failed: {event.reason}"
 
 
-def clock(seconds: float) -> str:
-    """Return seconds as ``m:ss`` or ``h:mm:ss``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 class PlainDisplay:
@@ -159,7 +168,7 @@ class PlainDisplay:
                 self._write(self._state.phase_line())
             if isinstance(event, Step) and _part(event.work) > self._told:
                 left = self._state.seconds_left(self._now())
-                eta = "" if left is None else f" · ETA {clock(left)}"
+                eta = "" if left is None else f" · {clock(left)} left"
                 self._write(f"{event.work:4.0%} · {self._state.step_line()}{eta}")
                 self._told = _part(event.work)
 
@@ -210,8 +219,8 @@ class TerminalDisplay:
         bar = Table.grid(expand=True, padding=(0, 1))
         bar.add_column(ratio=1)
         bar.add_column(justify="right", no_wrap=True)
-        eta = "--:--" if left is None else clock(left)
-        times = f"{self._state.work:4.0%}  elapsed {clock(now - self._began)}  ETA {eta}"
+        rest = "" if left is None or self._state.over else f"  {clock(left)} left"
+        times = f"{self._state.work:4.0%}  {clock(now - self._began)} gone{rest}"
         bar.add_row(ProgressBar(total=1.0, completed=self._state.work), times)
         where = " · ".join(filter(None, (self._state.phase_line(), self._state.step_line())))
         return Group(Text(where, no_wrap=True, overflow="ellipsis"), bar)

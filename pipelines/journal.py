@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, Self
 
+from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from moeify.events import Event
@@ -23,6 +24,8 @@ _BATCH = 1000
 """Events that a follower is handed at once."""
 _LONGEST_PAUSE = 30.0
 """Seconds between two tries of a follower that fails."""
+_LONGEST_WAIT = 60.0
+"""Seconds that a journal's next writer waits for the one before."""
 _LAST_TRIES = 3
 """Tries that a failing follower gets once the run has ended."""
 
@@ -35,11 +38,26 @@ class JournalTracker:
     """Appends events to a journal; knows the ids that are already in it.
 
     A partial last line, left by a kill, is cut off on opening. Unlike other trackers it raises ``OSError``: a run
-    whose own state cannot be written must not go on.
+    whose own state cannot be written must not go on. There is one writer at a time: a worker outlives its killed
+    driver by some seconds, and whoever goes on with the run waits here until it is gone.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, wait_seconds: float = _LONGEST_WAIT) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._sole = FileLock(path.with_suffix(".lock"), timeout=wait_seconds, thread_local=False)
+        try:
+            self._sole.acquire()
+        except Timeout:
+            raise JournalError(
+                f"{path} is still written by a worker of an earlier attempt, {wait_seconds:g} s on; stop that process"
+            ) from None
+        try:
+            self._open(path)
+        except BaseException:
+            self._sole.release()
+            raise
+
+    def _open(self, path: Path) -> None:
         events, end = read_events(path, 0)
         self._seen = {event.id for event in events}
         self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
@@ -66,6 +84,7 @@ class JournalTracker:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+            self._sole.release()
 
     def __enter__(self) -> Self:
         return self

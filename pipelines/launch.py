@@ -18,6 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
+from filelock import FileLock, Timeout
+
 from moeify.config import Cluster, RunConfig
 from moeify.events import Failed
 from pipelines.journal import Follower, JournalTracker, follow
@@ -33,6 +35,11 @@ _OBJECT_STORE_BYTES = 100 * 10**6
 """Workers hand one another nothing through Ray: the smallest store that it starts with, and some."""
 _LONGEST_TEMPORARY = 40
 """Characters of a temporary folder's path that leave room for Ray's sockets (107 in all)."""
+_PREFIX = "moeify-"
+_CLAIM = "driver.lock"
+"""File in a temporary folder that its driver holds locked for as long as it lives."""
+_FRESH_SECONDS = 60.0
+"""Age up to which a folder is left alone: its driver may be about to lock the claim."""
 
 _QUICK = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -161,8 +168,11 @@ def cluster(wanted: Cluster, *, keep_logs: Path) -> Iterator[None]:
 def _private_cluster(wanted: Cluster, keep_logs: Path) -> Iterator[None]:
     import ray
 
-    place = tempfile.gettempdir() if len(tempfile.gettempdir()) <= _LONGEST_TEMPORARY else "/tmp"
-    temporary = Path(tempfile.mkdtemp(prefix="moeify-", dir=place))
+    place = Path(tempfile.gettempdir() if len(tempfile.gettempdir()) <= _LONGEST_TEMPORARY else "/tmp")
+    clear_leftovers(place)
+    temporary = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+    claim = FileLock(temporary / _CLAIM)
+    claim.acquire()
     try:
         threads = {"OMP_NUM_THREADS": str(wanted.threads)}
         with _environment(_PRIVATE | _STEADY | _importable() | _token(temporary) | threads):
@@ -186,7 +196,19 @@ def _private_cluster(wanted: Cluster, keep_logs: Path) -> Iterator[None]:
             shutil.copytree(temporary / "session_latest" / "logs", keep_logs)
         raise
     finally:
+        claim.release()
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clear_leftovers(place: Path) -> None:
+    """Remove temporary folders whose driver was killed: nobody holds their claim any more."""
+    for folder in place.glob(f"{_PREFIX}*"):
+        claim = folder / _CLAIM
+        with suppress(OSError, Timeout):
+            ours = folder.stat().st_uid == os.getuid() and not folder.is_symlink()
+            if ours and time.time() - claim.stat().st_mtime > _FRESH_SECONDS:
+                with FileLock(claim, timeout=0):
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

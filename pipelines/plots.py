@@ -5,6 +5,8 @@ Drawn from the run's own files with matplotlib's object interface: no display, n
 
 import json
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict
 
-from moeify.events import RoundEnded
+from moeify.events import RoundEnded, Started
+from moeify.result import MEAN, Result
 from pipelines.journal import read_events
 from pipelines.runs import RunFolder
 
@@ -28,10 +31,14 @@ _MOST_COLUMNS = 8
 """Sites side by side."""
 _MOST_ROWS = 400
 """Units drawn apart in a site: about its height in pixels."""
-_BRIGHTEST = 99.5
-"""Percentile of all attributions at which the colour scale ends."""
-_LEAST_LABELLED = 0.035
-"""Fraction of a site's units below which an expert's name would run into its neighbours'."""
+_DECADES = 4.0
+"""Powers of ten that the colour scale spans; what matters less has the darkest colour."""
+_NEVER = "#d9d9d9"
+"""Grey, which is not on the colour scale: attribution is exactly zero."""
+_WIDE_LEGEND = 8.0
+"""Inches of a figure that hold both entries of the map's legend side by side."""
+_LEAST_GAP = 0.031
+"""Fraction of a site's height below which two experts' names would run into each other."""
 _SPLIT, _RANDOM, _DENSE = "#0072B2", "#D55E00", "#555555"
 """Of the Okabe-Ito palette, which colour-blind readers can tell apart."""
 
@@ -77,7 +84,9 @@ def attribution_map(folder: RunFolder, round_: int) -> Path:
     """Draw every site's units x categories, experts outlined, and return the picture's path.
 
     Categories stand in leaf order and units in tree order, so that what an expert owns and serves is one rectangle;
-    within an expert the units with the largest attribution come first.
+    within an expert the units with the largest attribution come first. The scale is logarithmic: units differ by
+    orders of magnitude, within a layer and between layers. Attribution is measured before the round's cut, so a
+    category still runs what the cut takes away from it, and what earlier cuts took away is grey.
     """
     tables_UC, categories, score = _read_attribution(folder, round_)
     ownership = _Ownership.model_validate_json((folder.rounds / str(round_) / "partition.json").read_bytes())
@@ -89,15 +98,17 @@ def attribution_map(folder: RunFolder, round_: int) -> Path:
         )
     columns = [categories.index(category) for category in leaves]
 
-    from matplotlib.colors import PowerNorm
+    from matplotlib.colors import LogNorm
+    from matplotlib.patches import Patch
 
-    brightest = float(np.percentile(np.concatenate([t.ravel() for t in tables_UC.values()]), _BRIGHTEST))
-    norm = PowerNorm(0.5, vmin=0.0, vmax=brightest if brightest > 0.0 else 1.0, clip=True)
+    top = max(float(table.max()) for table in tables_UC.values())
+    top = top if top > 0.0 else 1.0
+    norm = LogNorm(vmin=top / 10**_DECADES, vmax=top, clip=True)
     across = min(_MOST_COLUMNS, len(tables_UC))
     down = math.ceil(len(tables_UC) / across)
     longest = max(len(node.name) for node in ownership.nodes)
-    wide = 0.25 * len(leaves) + 0.062 * min(longest, 24) + 0.7
-    figure = _figure(max(5.5, wide * across + 1.2), 3.6 * down + 0.9)
+    wide = 0.3 * len(leaves) + 0.062 * min(longest, 24) + 0.7
+    figure = _figure(max(6.5, wide * across + 1.2), 3.8 * down + 1.0)
     grid = figure.subplots(down, across, squeeze=False)
     axes = list(grid.flat)
     for spare in axes[len(tables_UC) :]:
@@ -108,26 +119,48 @@ def attribution_map(folder: RunFolder, round_: int) -> Path:
         image = _site(axis, tables_UC[site][:, columns], owners_U, ownership.nodes, norm)
         axis.set_title(f"{site}\n{len(owners_U):,} units", fontsize=9)
     colours = figure.colorbar(
-        image, ax=axes[: len(tables_UC)], extend="max", shrink=min(1.0, 1.4 / down), aspect=30, pad=0.02
+        image, ax=axes[: len(tables_UC)], extend="min", shrink=min(1.0, 1.4 / down), aspect=30, pad=0.02
     )
-    colours.set_label(f"attribution by {score}, nats (square-root scale)", fontsize=8)
+    colours.set_label(f"attribution ({score}), nats per {_unit(folder)}", fontsize=8)
     colours.ax.tick_params(labelsize=7)
-    figure.suptitle(f"{folder.id}, round {round_}: what each unit matters to each category", fontsize=10)
+    figure.suptitle(f"How much each unit matters to each category\n{folder.id}, round {round_}", fontsize=10)
+    frame = Patch(facecolor="white", edgecolor="black", label="an expert after this round's cut; measured before it")
+    zero = Patch(facecolor=_NEVER, label="exactly 0: the category does not run the unit, or it never fires")
+    zeros = any((table == 0.0).any() for table in tables_UC.values())
+    figure.legend(
+        handles=[frame, zero] if zeros else [frame],
+        loc="outside lower center",
+        ncols=2 if figure.get_figwidth() > _WIDE_LEGEND else 1,
+        fontsize=7.5,
+        frameon=False,
+    )
     return _save(figure, attribution_path(folder, round_))
 
 
 def tax_separation(folder: RunFolder) -> Path:
-    """Draw tax against separation over the journal's rounds, and return the picture's path."""
+    """Draw tax against separation over the journal's rounds and at the run's end, and return the picture's path.
+
+    Rounds are judged on validation data while training goes on; the end is on test data, when it is over.
+    """
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
     rounds = [event for event in read_events(folder.journal, 0)[0] if isinstance(event, RoundEnded)]
-    figure = _figure(6.4, 4.2)
+    end = Result.model_validate_json(folder.result.read_bytes()) if folder.result.is_file() else None
+    figure = _figure(6.6, 4.4)
     axis = figure.subplots()
     axis.axhline(0.0, color=_DENSE, linewidth=1.2, linestyle="--", label="dense twin")
     arms = (
-        ("split by attribution", _SPLIT, "o", [event.tax for event in rounds]),
-        ("random split, same sizes", _RANDOM, "s", [event.tax_random for event in rounds]),
+        ("split by attribution", _SPLIT, "o", [event.tax for event in rounds], end.tax[MEAN] if end else None),
+        (
+            "random split, same sizes",
+            _RANDOM,
+            "s",
+            [e.tax_random for e in rounds],
+            end.tax_random[MEAN] if end else None,
+        ),
     )
     separation = [event.separation for event in rounds]
-    for label, colour, marker, taxes in arms:
+    for label, colour, marker, taxes, last in arms:
         axis.plot(separation, taxes, color=colour, linewidth=1.2, alpha=0.7)
         for kept in (True, False):
             points = [(s, t) for s, t, e in zip(separation, taxes, rounds, strict=True) if e.accepted == kept]
@@ -139,26 +172,57 @@ def tax_separation(folder: RunFolder) -> Path:
                     markersize=7,
                     color=colour,
                     markerfacecolor=colour if kept else "white",
-                    label=label if kept else f"{label}, rolled back",
+                    label=f"{label}, after recovery" if kept else f"{label}, rolled back",
                 )
+        if end and last is not None and math.isfinite(last):
+            axis.plot(
+                1.0 - end.active_fraction[MEAN],
+                last,
+                linestyle="none",
+                marker="*",
+                markersize=13,
+                color=colour,
+                markeredgecolor="black",
+                markeredgewidth=0.6,
+                label=f"{label}, end of the run (test)",
+            )
+    _name_rounds(axis, rounds)
+    axis.margins(x=0.12, y=0.15)
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axis.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
+    axis.set_xlabel("separation: mean share of the units that a category does not run")
+    axis.set_ylabel(f"tax: nats per {_unit(folder)} above the dense twin")
+    figure.suptitle("What separation costs", fontsize=11)
+    axis.set_title(f"{folder.id}; below 0: better than the dense twin", fontsize=7, color=_DENSE)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(fontsize=7.5, frameon=False, loc="outside lower center", ncols=2)
+    return _save(figure, tax_path(folder))
+
+
+def _name_rounds(axis: "Axes", rounds: Sequence[RoundEnded]) -> None:
+    """Write each round's number above its points; rounds at one place share the words."""
+    places: dict[float, list[RoundEnded]] = defaultdict(list)
     for event in rounds:
+        places[round(event.separation, 2)].append(event)
+    for events in places.values():
+        highest = max(events, key=lambda event: max(event.tax, event.tax_random))
+        numbers = ", ".join(str(event.round) for event in events)
         axis.annotate(
-            f"round {event.round}",
-            (event.separation, max(event.tax, event.tax_random)),
+            f"round {numbers}" if len(events) == 1 else f"rounds {numbers}",
+            (highest.separation, max(highest.tax, highest.tax_random)),
             xytext=(0, 8),
             textcoords="offset points",
             ha="center",
             fontsize=8,
             color=_DENSE,
         )
-    axis.margins(x=0.12, y=0.18)
-    axis.set_xlabel("separation: 1 - mean active fraction of units")
-    axis.set_ylabel("tax: nats above the dense twin")
-    axis.set_title(f"{folder.id}: what separation costs", fontsize=10)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False)
-    return _save(figure, tax_path(folder))
+
+
+def _unit(folder: RunFolder) -> str:
+    """Return what losses are counted by: token or example."""
+    first = (event for event in read_events(folder.journal, 0)[0] if isinstance(event, Started))
+    return next((event.unit for event in first), "unit")
 
 
 def _read_attribution(folder: RunFolder, round_: int) -> tuple[dict[str, Float[np.ndarray, "U C"]], list[str], str]:
@@ -181,23 +245,25 @@ def _site(
     norm: Any,
 ) -> Any:
     """Draw one site: its heat map, and each expert as the rectangle of its units and its categories."""
+    from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
     units, categories = table_UC.shape
     if owners_U.shape != (units,):
         raise ValueError(f"a site has {units} units of attribution and owners for {len(owners_U)}")
     order_U = np.lexsort((-table_UC.sum(axis=1), owners_U))
+    thin = _thinned(table_UC[order_U])
     image = axis.imshow(
-        _thinned(table_UC[order_U]),
+        np.ma.masked_equal(thin, 0.0),
         aspect="auto",
-        cmap="cividis",
+        cmap=colormaps["viridis"].with_extremes(bad=_NEVER),
         norm=norm,
         interpolation="nearest",
         extent=(0, categories, units, 0),
     )
     bounds = np.searchsorted(owners_U[order_U], np.arange(len(nodes) + 1))
     leaves = nodes[0].categories
-    labels: list[tuple[float, str]] = []
+    labels: list[tuple[int, float, str]] = []
     for node, (first, behind) in zip(nodes, pairwise(bounds), strict=True):
         if first == behind:
             continue
@@ -205,16 +271,55 @@ def _site(
         box = (left, first), len(node.categories), behind - first
         axis.add_patch(Rectangle(*box, fill=False, edgecolor="black", linewidth=2.6, clip_on=False))
         axis.add_patch(Rectangle(*box, fill=False, edgecolor="white", linewidth=1.3, clip_on=False))
-        if behind - first >= _LEAST_LABELLED * units:
-            name = node.name if len(node.name) <= 24 else f"{node.name[:23]}…"
-            labels.append(((first + behind) / 2, name))
-    axis.set_yticks([place for place, _ in labels], [name for _, name in labels], fontsize=7)
-    axis.set_xticks(
-        np.arange(categories) + 0.5, list(leaves), fontsize=7, rotation=60, ha="right", rotation_mode="anchor"
-    )
+        labels.append((behind - first, (first + behind) / 2, _shortened(node.name)))
+    _name_experts(axis, labels, units)
+    leaning = max(map(len, leaves)) > 2
+    turn: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if leaning else {}
+    axis.set_xticks(np.arange(categories) + 0.5, list(leaves), fontsize=7, **turn)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     return image
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 24 else f"{name[:23]}…"
+
+
+def _name_experts(axis: "Axes", labels: Sequence[tuple[int, float, str]], units: int) -> None:
+    """Write (units, middle, name) left of a site; names that were too close stand apart, with a line to their expert.
+
+    Where there are more names than the height holds, those of the smallest experts are left out.
+    """
+    gap = _LEAST_GAP * units
+    kept = sorted(sorted(labels, reverse=True)[: int(units / gap)], key=lambda label: label[1])
+    places = _spread([middle for _, middle, _ in kept], gap, units - gap / 2)
+    moved = [abs(place - middle) > gap / 4 for place, (_, middle, _) in zip(places, kept, strict=True)]
+    axis.set_yticks(places, [name for *_, name in kept], fontsize=7)
+    axis.tick_params(axis="y", pad=11 if any(moved) else 4)
+    for place, (_, middle, _), apart in zip(places, kept, moved, strict=True):
+        if apart:
+            axis.annotate(
+                "",
+                xy=(0, middle),
+                xycoords=("axes fraction", "data"),
+                xytext=(-0.035, place),
+                textcoords=("axes fraction", "data"),
+                arrowprops={"arrowstyle": "-", "linewidth": 0.6, "color": _DENSE, "shrinkA": 0, "shrinkB": 2},
+            )
+
+
+def _spread(wanted: Sequence[float], gap: float, most: float) -> list[float]:
+    """Return rising places at least ``gap`` apart, as near to those wanted as that allows; the last at ``most``."""
+    pools: list[tuple[int, float]] = []  # labels that touch, and the middle of them
+    for place in wanted:
+        count, middle = 1, min(place, most)
+        while pools and middle - pools[-1][1] < gap * (count + pools[-1][0]) / 2:
+            before, centre = pools.pop()
+            middle = (count * middle + before * centre) / (count + before)
+            count += before
+            middle = min(middle, most - gap * (count - 1) / 2)
+        pools.append((count, middle))
+    return [middle + gap * (index - (count - 1) / 2) for count, middle in pools for index in range(count)]
 
 
 def _thinned(table_UC: Float[np.ndarray, "U C"]) -> Float[np.ndarray, "rows C"]:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, TextIO, get_args
 
@@ -13,11 +14,13 @@ from rich.table import Table
 
 from moeify.events import Arm, Evaluated, Event, Phase, RoundEnded, Started, Step
 from moeify.result import MEAN, Result
-from pipelines.display import clock
 from pipelines.journal import read_events
 from pipelines.runs import RunFolder, status
+from pipelines.wording import clock, nats, percent, two_digits
 
 Summary = dict[str, Any]
+
+_ARMS: tuple[Arm, ...] = get_args(Arm)
 
 _ROUND_KEYS = (
     "round",
@@ -88,7 +91,7 @@ def _of_journal(folder: RunFolder) -> Summary:
         "tree": tree,
         "active_fraction": active_fraction(tree) if tree else None,
         "rounds": [_round(event) for event in rounds],
-        "test_loss": {arm: tested.get(arm) for arm in get_args(Arm)} if tested else None,
+        "test_loss": {arm: tested.get(arm) for arm in _ARMS} if tested else None,
         "bits_per_byte": None,
         "tax": _tax(tested, "split"),
         "tax_random": _tax(tested, "random"),
@@ -134,6 +137,15 @@ def _finite(value: Any) -> Any:
 # --- for people -----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Block:
+    """A table with what stands above and below it, which may be wider than the table."""
+
+    title: str
+    table: Table
+    note: str = ""
+
+
 def print_run(folder: RunFolder, stream: TextIO) -> None:
     """Print the tree, the rounds and the tables; at most 80 columns wide on an 80-column terminal."""
     known = summary(folder)
@@ -144,11 +156,18 @@ def print_run(folder: RunFolder, stream: TextIO) -> None:
     if known["seconds"] is not None:
         facts.append(clock(known["seconds"]))
     console.print(" · ".join(facts), style="bold")
-    if known["status"] != "finished" and (reached := _reached(read_events(folder.journal, 0)[0])):
-        console.print(reached)
-    for table in _tables(known, console):
+    if known["status"] != "finished":
+        if reached := _reached(read_events(folder.journal, 0)[0]):
+            console.print(reached)
+        if known["status"] != "running":
+            console.print(f"go on with: moeify resume {folder.id}")
+    for block in _blocks(known, console):
         console.print()
-        console.print(table)
+        if block.title:
+            console.print(block.title, style="bold")
+        console.print(block.table)
+        if block.note:
+            console.print(block.note, style="dim")
     if known["tree"] is None:
         console.print("Nothing was reported yet.")
 
@@ -156,10 +175,13 @@ def print_run(folder: RunFolder, stream: TextIO) -> None:
 def print_runs(folders: Sequence[RunFolder], stream: TextIO) -> None:
     """Print one line a run."""
     console = _console(stream)
-    table = _table(console, "Runs", "run", "status", "rounds", "active", "tax")
+    table = _table(console, "run", "status", "rounds kept", "active", "tax", text=(0, 1))
     for row in listing(folders):
-        table.add_row(row["run"], row["status"], str(row["rounds"]), _percent(row["active_fraction"]), _tax_text(row))
+        tax = "damaged" if row["problem"] else nats(row["tax"], signed=True)
+        rounds = "-" if row["rounds"] is None else str(row["rounds"])
+        table.add_row(row["run"], row["status"], rounds, percent(row["active_fraction"]), tax)
     console.print(table)
+    console.print("active: mean share of the units that run; tax: mean nats above the dense twin", style="dim")
 
 
 def listing(folders: Sequence[RunFolder]) -> list[Summary]:
@@ -180,33 +202,22 @@ def listing(folders: Sequence[RunFolder]) -> list[Summary]:
     return rows
 
 
-def _tax_text(row: Summary) -> str:
-    return "damaged" if row["problem"] else _nats(row["tax"], signed=True)
-
-
 def _reached(events: Sequence[Event]) -> str:
     phase = next((event for event in reversed(events) if isinstance(event, Phase)), None)
     step = next((event for event in reversed(events) if isinstance(event, Step)), None)
     if phase is None:
         return ""
-    done = f", {step.work:.0%} of the work" if step else ""
-    return f"came to: round {phase.round}, {phase.phase}{done}"
+    where = f"round {phase.round}, {phase.phase}" if phase.round else phase.phase
+    return f"came to: {where}" + (f", {step.work:.0%} of the training" if step else "")
 
 
 def _console(stream: TextIO) -> Console:
     return Console(file=stream, highlight=False, markup=False, emoji=False)
 
 
-def _table(console: Console, title: str, *columns: str, text: Sequence[int] = (0, 1)) -> Table:
+def _table(console: Console, *columns: str, text: Sequence[int] = (0,)) -> Table:
     """Return an empty table; columns whose position is not in ``text`` hold numbers."""
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD if console.is_terminal else None,
-        pad_edge=False,
-        padding=(0, 1),
-    )
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False, padding=(0, 1))
     for position, column in enumerate(columns):
         if position in text:
             table.add_column(column, overflow="fold")
@@ -215,74 +226,85 @@ def _table(console: Console, title: str, *columns: str, text: Sequence[int] = (0
     return table
 
 
-def _tables(known: Summary, console: Console) -> Iterator[Table]:
+def _blocks(known: Summary, console: Console) -> Iterator[_Block]:
     if known["tree"]:
-        yield _tree_table(known["tree"], console)
+        yield _tree_block(known["tree"], console)
     if known["rounds"]:
-        yield _rounds_table(known["rounds"], console)
+        yield _rounds_block(known, console)
     if known["test_loss"]:
-        yield _loss_table(known, console)
+        yield _loss_block(known, console)
     if known["bits_per_byte"]:
-        yield _bits_table(known, console)
+        yield _bits_block(known, console)
     if known["own_other"]:
-        yield from _own_other_tables(known, console)
+        yield from _own_other_blocks(known, console)
 
 
-def _tree_table(tree: Summary, console: Console) -> Table:
+def _tree_block(tree: Summary, console: Console) -> _Block:
+    """Name what each expert serves in a column of its own, unless all names say it already."""
     total = sum(node["units"] for node, _ in _walk(tree))
     active = active_fraction(tree)
-    table = _table(console, "Expert tree", "expert", "serves", "own units", "share", "active")
+    telling = all(_named_by_its_categories(node) for node, depth in _walk(tree) if depth)
+    columns = (
+        ("expert", "own units", "share", "active") if telling else ("expert", "serves", "own units", "share", "active")
+    )
+    table = _table(console, *columns, text=(0,) if telling else (0, 1))
     for node, depth in _walk(tree):
-        leaf = not node["children"]
-        on_route = active[node["categories"][0]] if leaf else None
+        serves = ", ".join(node["categories"]) if depth else "all"
         table.add_row(
-            "  " * depth + node["name"],
-            "" if node["name"] == "+".join(node["categories"]) else ", ".join(node["categories"]),
+            "  " * depth + node["name"] + (" (all)" if telling and not depth else ""),
+            *(() if telling else (serves,)),
             f"{node['units']:,}",
-            _percent(node["units"] / total),
-            _percent(on_route) if leaf else "",
+            percent(node["units"] / total),
+            "" if node["children"] else percent(active[node["categories"][0]]),
         )
-    return table
+    return _Block("Expert tree", table, "share, active: of all units; active: those on the way from core to the leaf")
 
 
-def _rounds_table(rounds: Sequence[Summary], console: Console) -> Table:
-    columns = ("round", "step", "separation", "tax", "random", "J", "J random", "")
-    table = _table(console, "Rounds (validation; tax and J in nats)", *columns, text=(0, 7))
-    for row in rounds:
+def _named_by_its_categories(node: Summary) -> bool:
+    return node["name"] in ("+".join(node["categories"]), "+".join(sorted(node["categories"])))
+
+
+def _rounds_block(known: Summary, console: Console) -> _Block:
+    columns = ("round", "step", "separation", "tax", "random tax", "J", "random J", "outcome")
+    table = _table(console, *columns, text=(0, 7))
+    for row in known["rounds"]:
         table.add_row(
             str(row["round"]),
             f"{row['step']:,}",
-            _percent(row["separation"]),
-            _nats(row["tax"], signed=True),
-            _nats(row["tax_random"], signed=True),
-            _nats(row["predicted"]),
-            _nats(row["predicted_random"]),
+            percent(row["separation"]),
+            nats(row["tax"], signed=True),
+            nats(row["tax_random"], signed=True),
+            two_digits(row["predicted"]),
+            two_digits(row["predicted_random"]),
             "kept" if row["accepted"] else "rolled back",
         )
-    return table
+    unit = known["unit"] or "unit"
+    return _Block(
+        f"Rounds (validation; tax and J in nats per {unit})",
+        table,
+        "tax: above the dense twin after recovery; J: predicted from the cut alone",
+    )
 
 
-def _loss_table(known: Summary, console: Console) -> Table:
+def _loss_block(known: Summary, console: Console) -> _Block:
     loss, active = known["test_loss"], known["active_fraction"] or {}
     taxes = [known["tax"] or {}, known["tax_random"] or {}]
-    title = f"Test loss (nats per {known['unit']}; tax: above the dense twin)"
-    table = _table(console, title, "category", "active", "dense", "split", "random", "tax", "random tax", text=(0,))
+    table = _table(console, "category", "active", "dense", "split", "random", "tax", "random tax")
     for category in (*known["categories"], MEAN):
         table.add_row(
             category,
-            _percent(active.get(category)),
-            *(_nats(_of_arm(loss, arm, category)) for arm in ("dense", "split", "random")),
-            *(_nats(tax.get(category), signed=True) for tax in taxes),
+            percent(active.get(category)),
+            *(nats(_of_arm(loss, arm, category)) for arm in _ARMS),
+            *(nats(tax.get(category), signed=True) for tax in taxes),
         )
-    return table
+    return _Block(f"Test loss (nats per {known['unit']}; tax: above the dense twin)", table)
 
 
-def _bits_table(known: Summary, console: Console) -> Table:
-    table = _table(console, "Test bits per byte", "category", "dense", "split", "random", text=(0,))
+def _bits_block(known: Summary, console: Console) -> _Block:
+    table = _table(console, "category", *_ARMS)
     for category in (*known["categories"], MEAN):
-        bits = (_of_arm(known["bits_per_byte"], arm, category) for arm in ("dense", "split", "random"))
-        table.add_row(category, *(_nats(value) for value in bits))
-    return table
+        table.add_row(category, *(nats(_of_arm(known["bits_per_byte"], arm, category)) for arm in _ARMS))
+    return _Block("Test bits per byte", table)
 
 
 def _of_arm(figures: Mapping[str, Mapping[str, float | None] | None], arm: str, category: str) -> float | None:
@@ -293,39 +315,49 @@ def _of_arm(figures: Mapping[str, Mapping[str, float | None] | None], arm: str, 
     return fmean(values) if values and len(values) == len(of_arm) else None
 
 
-def _own_other_tables(known: Summary, console: Console) -> Iterator[Table]:
-    """Yield the matrix, cut between experts into as many tables as the width asks for."""
-    matrix = known["own_other"]
-    experts = list(dict.fromkeys(expert for row in matrix.values() for expert in row))
-    room = console.width - max(map(len, [*matrix, "category"])) - 2
-    title = "Rise of test loss (nats) when an expert is ablated"
-    for part in _chunks(experts, room):
-        table = _table(console, title, "category", *part, text=(0,))
-        for category, row in matrix.items():
-            table.add_row(category, *(_nats(row.get(expert), signed=True) for expert in part))
-        title = ""
-        yield table
+def _own_other_blocks(known: Summary, console: Console) -> Iterator[_Block]:
+    """Yield the matrix expert x category in the tree's order, in as many blocks of columns as the width asks for.
+
+    A category that does not run an expert cannot lose by its removal. Such an exact zero is a dot, and where there
+    are several blocks, a row of nothing but dots is left out.
+    """
+    matrix: dict[str, dict[str, float | None]] = known["own_other"]
+    nodes = [(node, depth) for node, depth in _walk(known["tree"]) if depth]
+    names = ["  " * (depth - 1) + node["name"] for node, depth in nodes]
+    room = console.width - max(map(len, [*names, "without"])) - 2
+    top = [child["categories"] for child in known["tree"]["children"]]
+    parts = list(_chunks(top, room))
+    for number, part in enumerate(parts, start=1):
+        table = _table(console, "without", *part)
+        for name, (node, _) in zip(names, nodes, strict=True):
+            rises = {category: matrix[category].get(node["name"]) for category in part}
+            never = [rise == 0.0 and category not in node["categories"] for category, rise in rises.items()]
+            if len(parts) > 1 and all(never):
+                continue
+            cells = (nats(rise, signed=True) for rise in rises.values())
+            table.add_row(name, *("·" if dot else cell for dot, cell in zip(never, cells, strict=True)))
+        of = f" ({number} of {len(parts)})" if len(parts) > 1 else ""
+        title = f"Rise of test loss (nats) without an expert and all below it{of}"
+        last = number == len(parts)
+        yield _Block(title, table, "·: exactly 0, the category never runs that expert" if last else "")
 
 
-def _chunks(experts: Sequence[str], room: int) -> Iterator[list[str]]:
+def _chunks(groups: Sequence[Sequence[str]], room: int) -> Iterator[list[str]]:
+    """Yield lists of categories whose columns fit into the room: whole groups together where they can be."""
     part: list[str] = []
-    used = 0
-    for expert in experts:
-        width = max(len(expert), len("+0.0000")) + 2
-        if part and used + width > room:
+    for group in groups:
+        if part and _columns(part) + _columns(group) > room:
             yield part
-            part, used = [], 0
-        part.append(expert)
-        used += width
+            part = []
+        for category in group:
+            if part and _columns(part) + _columns([category]) > room:
+                yield part
+                part = []
+            part.append(category)
     if part:
         yield part
 
 
-def _nats(value: float | None, *, signed: bool = False) -> str:
-    if value is None:
-        return "-"
-    return f"{value:+.4f}" if signed else f"{value:.4f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+def _columns(categories: Sequence[str]) -> int:
+    """Return how wide the columns of those categories are, the gaps included."""
+    return sum(max(len(category), len("+00.0000")) + 2 for category in categories)

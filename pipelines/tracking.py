@@ -5,11 +5,14 @@ times and steps, so that the store knows a point it already has, and files and t
 delivered twice shows once. MLflow is imported by the thread that delivers, while the run already works.
 """
 
+import getpass
 import logging
 import os
 import sys
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit, urlunsplit
@@ -19,13 +22,15 @@ from pydantic import BaseModel, ConfigDict
 
 from moeify.config import RunConfig
 from moeify.events import Artifact, Event, Failed, Finished, RoundEnded, Started
+from moeify.result import Result
 from pipelines import plots
 from pipelines.journal import read_events
-from pipelines.mlflow_terms import flat, points_of, summary
+from pipelines.mlflow_terms import final_points, flat, points_of, summary
 from pipelines.runs import RunFolder, hold
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -108,9 +113,9 @@ class MlflowFollower:
     def take(self, events: Sequence[Event]) -> None:
         """Draw and deliver; raises when MLflow cannot be reached, and may then be handed the same events again."""
         for event in events:
-            if isinstance(event, RoundEnded) and event.id not in self._drawn:
+            if isinstance(event, RoundEnded | Finished) and event.id not in self._drawn:
                 self._drawn.add(event.id)
-                self._draw(event.round)
+                self._draw(event)
         client = self._connected()
         self._progress.closed = False
         for event in events:
@@ -123,7 +128,9 @@ class MlflowFollower:
                 case RoundEnded():
                     self._deliver_round(client, event)
                 case Artifact():
-                    self._upload(client, self._run_of(client, event.round), self._folder.path / event.path)
+                    self._upload(client, self._run_of(client, event), self._folder.path / event.path)
+                case Finished():
+                    self._deliver_result(client, event)
                 case _:
                     pass
 
@@ -135,7 +142,6 @@ class MlflowFollower:
         end = events[-1] if events else None
         if isinstance(end, Finished):
             status = "FINISHED"
-            self._upload(client, parent, self._folder.result)
         elif isinstance(end, Failed):
             status = "FAILED"
             client.set_tag(parent, "moeify.last_failure", end.reason[:_LONGEST_TAG])
@@ -146,12 +152,16 @@ class MlflowFollower:
         self._progress.closed = True
         self._progress.save(self._folder.tracking)
 
-    def _draw(self, round_: int) -> None:
-        """Draw a round; a picture that cannot be drawn keeps nothing else from being delivered."""
+    def _draw(self, event: RoundEnded | Finished) -> None:
+        """Draw a round or the end; a picture that cannot be drawn keeps nothing else from being delivered."""
         try:
-            plots.draw(self._folder, round_)
+            if isinstance(event, RoundEnded):
+                plots.draw(self._folder, event.round)
+            else:
+                plots.tax_separation(self._folder)
         except (OSError, ValueError) as error:
-            sys.stderr.write(f"moeify: warning: round {round_} was not drawn ({' '.join(str(error).split())[:300]})\n")
+            what = f"round {event.round}" if isinstance(event, RoundEnded) else "the end"
+            sys.stderr.write(f"moeify: warning: {what} was not drawn ({' '.join(str(error).split())[:300]})\n")
 
     def _summarise(self, client: "MlflowClient", status: str) -> None:
         client.set_tag(self._progress.parent, "moeify.status", status)
@@ -171,7 +181,9 @@ class MlflowFollower:
             if not self._progress.experiment:
                 self._progress.experiment = self._experiment(client, home if uri.startswith("sqlite") else None)
             if not self._progress.parent:
-                self._progress.parent = self._found_or_made(client, self._folder.id, {"moeify.run": self._folder.id})
+                self._progress.parent = self._found_or_made(
+                    client, self._folder.id, self._began(), {"moeify.run": self._folder.id}
+                )
                 self._describe(client)
                 self._progress.save(self._folder.tracking)
         client.update_run(self._progress.parent, status="RUNNING")
@@ -191,8 +203,13 @@ class MlflowFollower:
             )
         return found.experiment_id
 
-    def _found_or_made(self, client: "MlflowClient", name: str, tags: dict[str, str]) -> str:
-        """Return the run with these tags; make it where none has been made."""
+    def _began(self) -> float:
+        """Return when the run began, in seconds since the epoch: its first event, however late MLflow hears of it."""
+        first, _ = read_events(self._folder.journal, 0, 1)
+        return first[0].time if first else time.time()
+
+    def _found_or_made(self, client: "MlflowClient", name: str, began: float, tags: dict[str, str]) -> str:
+        """Return the run with these tags; make it where none has been made, as one that began then."""
         query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         if "mlflow.parentRunId" not in tags:
             query += " and tags.`moeify.kind` = 'run'"
@@ -200,7 +217,11 @@ class MlflowFollower:
         if found:
             return found[0].info.run_id
         tags = tags | {"moeify.kind": "round" if "mlflow.parentRunId" in tags else "run"}
-        return client.create_run(self._progress.experiment, run_name=name, tags=tags).info.run_id
+        tags |= {"mlflow.source.name": f"moeify run {self._config.name}", "mlflow.source.type": "LOCAL"}
+        with suppress(KeyError, OSError):  # a user id without a name
+            tags["mlflow.user"] = getpass.getuser()
+        start = _milliseconds(began)
+        return client.create_run(self._progress.experiment, start_time=start, run_name=name, tags=tags).info.run_id
 
     def _describe(self, client: "MlflowClient") -> None:
         from mlflow.entities import Param, RunTag
@@ -215,8 +236,9 @@ class MlflowFollower:
 
     # --- delivery -----------------------------------------------------------------------------------------
 
-    def _run_of(self, client: "MlflowClient", round_: int | None) -> str:
-        """Return the MLflow run of a round, made where there is none yet; without a round, the parent."""
+    def _run_of(self, client: "MlflowClient", event: Event) -> str:
+        """Return the MLflow run of an event's round, made where there is none yet; without a round, the parent."""
+        round_: int | None = getattr(event, "round", None)
         if not round_:
             return self._progress.parent
         if round_ not in self._progress.children:
@@ -225,7 +247,7 @@ class MlflowFollower:
                 "moeify.run": self._folder.id,
                 "moeify.round": str(round_),
             }
-            self._progress.children[round_] = self._found_or_made(client, f"round {round_}", tags)
+            self._progress.children[round_] = self._found_or_made(client, f"round {round_}", event.time, tags)
             self._progress.save(self._folder.tracking)
         return self._progress.children[round_]
 
@@ -234,23 +256,40 @@ class MlflowFollower:
 
         metrics: dict[str, list[Metric]] = defaultdict(list)
         for event in events:
-            points = list(points_of(event, self._progress.unit))
-            runs = [self._progress.parent]
-            if points and (round_ := getattr(event, "round", 0)):
-                runs.append(self._run_of(client, round_))
-            for run in runs:
-                metrics[run] += [Metric(key, value, _milliseconds(event.time), step) for key, value, step in points]
+            when = _milliseconds(event.time)
+            points = [Metric(key, value, when, step) for key, value, step in points_of(event, self._progress.unit)]
+            if points:
+                for run in {self._progress.parent, self._run_of(client, event)}:  # one, where no round is meant
+                    metrics[run] += points
         for run, held in metrics.items():
-            for start in range(0, len(held), _MOST_METRICS):
-                client.log_batch(run, metrics=held[start : start + _MOST_METRICS])
+            self._log_metrics(client, run, held)
+
+    @staticmethod
+    def _log_metrics(client: "MlflowClient", run: str, metrics: "Sequence[Metric]") -> None:
+        for start in range(0, len(metrics), _MOST_METRICS):
+            client.log_batch(run, metrics=metrics[start : start + _MOST_METRICS])
 
     def _deliver_round(self, client: "MlflowClient", event: RoundEnded) -> None:
-        run = self._run_of(client, event.round)
-        self._upload(client, run, plots.attribution_path(self._folder, event.round))
-        self._upload(client, self._progress.parent, plots.tax_path(self._folder))
+        run, parent = self._run_of(client, event), self._progress.parent
+        picture = plots.attribution_path(self._folder, event.round)
+        self._upload(client, run, picture)
+        self._upload(client, parent, plots.tax_path(self._folder))
+        if event.accepted:  # where the run stands is seen without a look into its rounds
+            self._upload(client, parent, picture)
+            self._upload(client, parent, self._folder.rounds / str(event.round) / "partition.json")
         client.set_tag(run, "moeify.accepted", str(event.accepted).lower())
         client.set_terminated(run, "FINISHED", end_time=_milliseconds(event.time))
         self._summarise(client, "running")
+
+    def _deliver_result(self, client: "MlflowClient", event: Finished) -> None:
+        from mlflow.entities import Metric
+
+        parent = self._progress.parent
+        result = Result.model_validate_json(self._folder.result.read_bytes())
+        metrics = [Metric(key, value, _milliseconds(event.time), step) for key, value, step in final_points(result)]
+        self._log_metrics(client, parent, metrics)
+        for path in (self._folder.result, plots.tax_path(self._folder)):
+            self._upload(client, parent, path)
 
     def _upload(self, client: "MlflowClient", run: str, path: Path) -> None:
         """Upload a file of the run's folder; one that is not there (any more) is left out."""
@@ -260,13 +299,17 @@ class MlflowFollower:
             client.log_artifact(run, str(path))
 
 
+class DeliveryError(OSError):
+    """MLflow cannot be reached, or takes no more."""
+
+
 def deliver(folder: RunFolder, config: RunConfig) -> int:
     """Deliver what MLflow missed of a run that nobody drives; return how many events that were.
 
-    Raises when MLflow cannot be reached, and ``RunBusy`` while the run is driven: its driver delivers by itself.
+    Raises ``DeliveryError``, and ``RunBusy`` while the run is driven: its driver delivers by itself.
     """
     delivered = 0
-    with hold(folder):
+    with hold(folder), _told_as_delivery_error(folder):
         follower = MlflowFollower(folder, config)
         while True:
             events, end = read_events(folder.journal, follower.offset, _MOST_EVENTS)
@@ -278,6 +321,23 @@ def deliver(folder: RunFolder, config: RunConfig) -> int:
         if not follower.closed:
             follower.close()
     return delivered
+
+
+@contextmanager
+def _told_as_delivery_error(folder: RunFolder) -> Iterator[None]:
+    """Say what went wrong with MLflow in one line; errors of ours pass."""
+    _mlflow()
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    try:
+        yield
+    except (MlflowException, RequestException) as error:
+        uri = _public(_tracking_uri(folder))
+        why = " ".join(str(error).split())[:200]
+        raise DeliveryError(
+            f"MLflow at {uri} did not take it ({why}); what is missing stays in {folder.journal}"
+        ) from error
 
 
 def where_to_look(folder: RunFolder) -> str:

@@ -35,6 +35,14 @@ class Launched:
     def __init__(self) -> None:
         self.calls: list[tuple[str, str, Path, int]] = []
         self.then: Callable[[runs.RunFolder], None] = finish
+        self.missed = 0
+        """Events that MLflow lacks."""
+
+    def deliver(self, folder: runs.RunFolder, config: RunConfig) -> int:
+        if self.missed < 0:
+            raise OSError("MLflow at http://there did not take it")
+        self.calls.append(("sync", config.name, folder.path, 0))
+        return self.missed
 
     def start(self, how: str) -> Callable[[runs.RunFolder, RunConfig, Path, Sequence[Follower]], None]:
         def start(folder: runs.RunFolder, config: RunConfig, base: Path, followers: Sequence[Follower]) -> None:
@@ -89,7 +97,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launched:
         (out / "split").write_text(run.name)
 
     vars(launch).update(on_ray=told.start("ray"), in_process=told.start("local"), RunFailedError=RunFailedError)
-    vars(tracking).update(where_to_look=lambda folder: f"mlflow ui of {folder.id}")
+    vars(tracking).update(where_to_look=lambda folder: f"mlflow ui of {folder.id}", deliver=told.deliver)
     vars(export).update(export_category=export_category, export_split=export_split)
     monkeypatch.setitem(sys.modules, "pipelines.launch", launch)
     monkeypatch.setitem(sys.modules, "pipelines.tracking", tracking)
@@ -125,7 +133,7 @@ def test_run_trains_on_ray_and_ends_with_the_tables_and_where_to_look(
     assert folder.recipe.read_text() == RECIPE
     for line in (
         f"run {folder.id} in {folder.path}",
-        "2 categories (a, b), 9 parameters, 8 units in 1 sites, 10 steps an arm",
+        "2 categories (a, b), 9 parameters, 8 units in 1 site, 10 steps an arm",
         "finished in 0:01",
         f"{folder.id} · finished · 10 steps an arm · 0:01",
         f"again:   moeify show {folder.id}",
@@ -155,7 +163,7 @@ def test_a_name_that_is_neither_recipe_nor_file_lists_the_recipes(launched: Laun
 
 
 def test_a_bad_recipe_is_told_line_by_line_and_makes_no_run(launched: Launched, recipe: Path, tmp_path: Path) -> None:
-    recipe.write_text(RECIPE.replace("steps", "stepz").replace("0.5", "2"))
+    recipe.write_text(RECIPE.replace("steps", "stepz").replace("0.4", "2"))
     done = moeify("run", recipe)
     assert done.exit_code == 2
     first, *rest = done.stderr.splitlines()
@@ -255,6 +263,35 @@ def test_show_and_runs_tell_the_same_to_people_and_to_programs(
     missing = moeify("show", "nothing")
     assert missing.exit_code == 2
     assert missing.stderr.startswith("moeify: error: no run 'nothing'")
+
+
+@pytest.mark.parametrize(
+    ("missed", "told"), [(1200, "1,200 events delivered"), (1, "1 event delivered"), (0, "MLflow misses nothing")]
+)
+def test_sync_says_how_much_mlflow_missed(
+    launched: Launched, recipe: Path, tmp_path: Path, missed: int, told: str
+) -> None:
+    moeify("run", recipe, "-q")
+    folder = only_run(tmp_path)
+    launched.missed = missed
+    done = moeify("sync", "last")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.stdout == f"{told}\ncurves:  mlflow ui of {folder.id}\n"
+    assert launched.calls[-1] == ("sync", "tiny", folder.path, 0)
+
+
+def test_a_sync_that_fails_is_one_line(launched: Launched, recipe: Path) -> None:
+    moeify("run", recipe, "-q")
+    launched.missed = -1
+    done = moeify("sync", "last")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == "moeify: error: MLflow at http://there did not take it\n"
+
+
+def test_the_help_names_every_command_in_a_whole_line() -> None:
+    listed = CliRunner().invoke(main, ["--help"], terminal_width=80).stdout.split("Commands:")[1]
+    assert "..." not in listed
+    assert [line.split()[0] for line in listed.splitlines() if line] == sorted(main.commands)
 
 
 def test_export_writes_a_category_or_the_whole_into_a_new_folder(

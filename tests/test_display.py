@@ -1,6 +1,7 @@
 """What a person sees while a run goes on, on a terminal and in a log."""
 
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from moeify.events import Arm, Evaluated, Event, Failed, Finished, Phase, RoundEnded, Started, Step
-from pipelines.display import PlainDisplay, RunState, TerminalDisplay, choose_display, clock
+from pipelines.display import PlainDisplay, RunState, TerminalDisplay, choose_display
 
 STARTED = Started(
     id="started",
@@ -85,8 +86,8 @@ def test_plain_lines_tell_plan_phases_rounds_and_the_end() -> None:
         "2 categories (python, prose), 473,000 parameters, 768 units in 2 sites, 600 steps an arm",
         "prepare",
         "round 1/2 · train · all arms",
-        "round 1 accepted: separation 0.300, tax +0.012, random -0.046, J 0.034",
-        "round 2 rolled back: separation 0.300, tax +0.012, random -0.046, J 0.034",
+        "round 1 accepted: separation 30.0%, tax +0.012 nats, random -0.046, J 0.034",
+        "round 2 rolled back: separation 30.0%, tax +0.012 nats, random -0.046, J 0.034",
         "test loss of dense: 1.500 nats, mean over categories",
         "finished in 1:02:05",
         "failed: no data",
@@ -97,7 +98,7 @@ def test_steps_are_told_once_in_a_twentieth_of_the_work_and_at_the_end() -> None
     steps = [step(count / 100, float(count)) for count in range(1, 101)]
     lines = plain([STARTED, *steps], now=0.0)[1:]
     assert [line.split("%")[0].strip() for line in lines] == [str(percent) for percent in range(5, 101, 5)]
-    assert lines[0] == "  5% · split step 150/600 · loss 3.500 · 12.3k tokens/s · ETA 1:35"
+    assert lines[0] == "  5% · split step 150/600 · loss 3.500 · 12.3k tokens/s · 1:35 left"
 
 
 def test_the_rest_of_the_run_is_told_from_the_pace_of_this_attempt() -> None:
@@ -121,7 +122,7 @@ def test_what_earlier_attempts_did_is_one_line() -> None:
     assert lines == [
         "resumed: 1 of 2 rounds and 30% of the work were done before",
         "round 2/2 · recover",
-        " 36% · split step 150/600 · loss 3.500 · 12.3k tokens/s · ETA 1:04",
+        " 36% · split step 150/600 · loss 3.500 · 12.3k tokens/s · 1:04 left",
     ]
 
 
@@ -138,9 +139,9 @@ def test_live_lines_fit_the_terminal(width: int) -> None:
     where, bar = rendered.getvalue().splitlines()
     assert where.startswith("round 1/2 · train · split step 150/600 · loss 3.500 · 12.3k tokens/s")
     assert max(len(where), len(bar)) <= width
-    assert "40%  elapsed 0:00  ETA" in bar
+    assert re.search(r"40%  0:00 gone  \d+:\d\d left$", bar.rstrip())
     printed = stream.getvalue()
-    assert "round 1 rolled back: separation 0.300" in printed
+    assert "round 1 rolled back: separation 30.0%" in printed
     assert printed.rstrip().endswith("\x1b[2K")  # the live lines are gone
 
 
@@ -173,5 +174,12 @@ def test_the_display_fits_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     live.close()
 
 
-def test_seconds_read_as_a_clock() -> None:
-    assert [clock(seconds) for seconds in (0.4, 59.6, 61, 3600)] == ["0:00", "1:00", "1:01", "1:00:00"]
+def test_after_the_end_the_live_line_says_what_is_waited_for() -> None:
+    state = RunState()
+    assert state.phase_line() == "starting workers"
+    for event in (STARTED, phase(1), step(1.0, 30.0), Finished(id="finished", time=9.0, seconds=30.0)):
+        state.take(event)
+    assert state.phase_line() == "closing: workers stop, tracking catches up"
+    assert state.step_line() == ""
+    state.take(phase(1))
+    assert state.phase_line() == "round 1/2 · train"

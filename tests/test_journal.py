@@ -248,3 +248,15 @@ def wait_until(true: Callable[[], bool], seconds: float = 10.0) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_a_journal_has_one_writer_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    first = JournalTracker(path)
+    with pytest.raises(JournalError, match="still written by a worker of an earlier attempt"):
+        JournalTracker(path, wait_seconds=0.05)
+    late = threading.Timer(0.2, first.close)
+    late.start()
+    with JournalTracker(path):
+        assert not late.is_alive() or late.finished.is_set()
+    late.join()

@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from moeify.config import Cluster, RunConfig
 from moeify.events import Failed
@@ -158,6 +159,22 @@ def test_settings_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
         assert os.environ["MOEIFY_TEST_OLD"] == "2"
     assert os.environ["MOEIFY_TEST_OLD"] == "1"
     assert "MOEIFY_TEST_NEW" not in os.environ
+
+
+def test_what_a_killed_driver_left_is_removed_and_what_others_hold_is_not(tmp_path: Path) -> None:
+    for name in ("moeify-dead", "moeify-alive", "moeify-new", "moeify-stranger", "other"):
+        (tmp_path / name / "session").mkdir(parents=True)
+        if name != "moeify-stranger":
+            (tmp_path / name / "driver.lock").touch()
+            if name != "moeify-new":
+                os.utime(tmp_path / name / "driver.lock", (0, 0))
+    (tmp_path / "moeify-link").symlink_to(tmp_path / "other")
+    with FileLock(tmp_path / "moeify-alive" / "driver.lock"):
+        os.utime(tmp_path / "moeify-alive" / "driver.lock", (0, 0))
+        launch.clear_leftovers(tmp_path)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["moeify-alive", "moeify-link", "moeify-new", "moeify-stranger", "other"]
+    assert (tmp_path / "other" / "session").is_dir()
 
 
 def test_what_the_user_set_about_tokens_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

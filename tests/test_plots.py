@@ -1,12 +1,15 @@
+import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_runs import CATEGORIES, NODES, fake_run, leave_rounds, story, tell
+from fake_runs import CATEGORIES, NODES, fake_run, finish, leave_rounds, story, tell
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from safetensors.numpy import load_file, save_file
 
 from pipelines import plots
 from pipelines.runs import RunFolder
@@ -93,6 +96,36 @@ def test_an_expert_without_units_in_a_site_is_left_out(folder: RunFolder, figure
     assert names == ["core", "python", "c", "web", "prose"]
 
 
+def test_names_that_would_overlap_stand_apart_around_their_experts() -> None:
+    assert plots._spread([10.0, 50.0], 5.0, 100.0) == [10.0, 50.0]
+    assert plots._spread([20.0, 21.0, 22.0], 4.0, 100.0) == pytest.approx([17.0, 21.0, 25.0])
+    assert plots._spread([97.0, 99.0], 6.0, 98.0) == pytest.approx([92.0, 98.0])
+    places = plots._spread([1.0, 1.0, 3.0, 40.0, 41.0], 5.0, 100.0)
+    assert all(after - before >= 5.0 - 1e-9 for before, after in pairwise(places))
+
+
+def test_every_one_of_many_small_experts_is_named(folder: RunFolder, figures: list[Figure]) -> None:
+    leave_rounds(folder, sites=1, units=400, shares=[0.95, 0.01, 0.01, 0.01, 0.01, 0.01])
+    plots.attribution_map(folder, 1)
+    panel = figures[0].axes[0]
+    assert [label.get_text() for label in panel.get_yticklabels()] == [node["name"] for node in NODES]
+    gaps = [after - before for before, after in pairwise(panel.get_yticks())]
+    assert min(gaps) >= 0.03 * 400
+
+
+def test_what_is_exactly_zero_is_off_the_scale(folder: RunFolder, figures: list[Figure]) -> None:
+    leave_rounds(folder, sites=1, units=60)
+    path = folder.rounds / "1" / "attribution.safetensors"
+    table = load_file(path)["layers.0.ffn"]
+    table[table < np.median(table)] = 0.0
+    save_file({"layers.0.ffn": table}, path, {"categories": json.dumps(CATEGORIES), "score": "fisher"})
+    plots.attribution_map(folder, 1)
+    drawn = figures[0].axes[0].images[0].get_array()
+    assert np.ma.count_masked(drawn) == (table == 0.0).sum()
+    (legend,) = figures[0].legends
+    assert [text.get_text().split(":")[0] for text in legend.get_texts()][1] == "exactly 0"
+
+
 def test_files_that_speak_of_different_sites_are_refused(folder: RunFolder) -> None:
     leave_rounds(folder, sites=2)
     partition = folder.rounds / "1" / "partition.json"
@@ -103,15 +136,23 @@ def test_files_that_speak_of_different_sites_are_refused(folder: RunFolder) -> N
 
 def test_tax_is_drawn_for_both_splits_with_the_rolled_back_hollow(folder: RunFolder, figures: list[Figure]) -> None:
     path = plots.tax_separation(folder)
-    assert png_size(path) == (960, 630)
+    assert png_size(path) == (990, 660)
     (axis,) = figures[0].axes
     lines: dict[str, Any] = {line.get_label(): line for line in axis.lines}
     assert list(lines["dense twin"].get_ydata()) == [0.0, 0.0]
-    assert list(lines["split by attribution"].get_ydata()) == [0.01]
+    assert list(lines["split by attribution, after recovery"].get_ydata()) == [0.01]
     rolled_back = lines["split by attribution, rolled back"]
     assert (list(rolled_back.get_xdata()), list(rolled_back.get_ydata())) == ([0.4], [0.04])
     assert rolled_back.get_markerfacecolor() == "white"
-    assert list(lines["random split, same sizes"].get_ydata()) == [0.04]
+    assert list(lines["random split, same sizes, after recovery"].get_ydata()) == [0.04]
+
+
+def test_the_end_of_the_run_is_drawn_beside_its_rounds(folder: RunFolder, figures: list[Figure]) -> None:
+    finish(folder)
+    plots.tax_separation(folder)
+    lines: dict[str, Any] = {line.get_label(): line for line in figures[0].axes[0].lines}
+    end = lines["split by attribution, end of the run (test)"]
+    assert (list(end.get_xdata()), list(end.get_ydata())) == ([0.5], [0.02])
 
 
 def test_a_round_without_attribution_still_gets_the_tax_plot(folder: RunFolder) -> None:

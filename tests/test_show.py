@@ -17,7 +17,7 @@ RECIPE = """name: tiny
 data: {kind: digits}
 model: {kind: autoencoder}
 training: {steps: 10}
-rounds: [{train: 1, recover: 2, separation: 0.5}]
+rounds: [{train: 1, recover: 2, separation: 0.4}]
 """
 CATEGORIES = ("python", "prose", "c")
 KEYS = {
@@ -191,6 +191,7 @@ def test_an_unfinished_run_is_told_as_far_as_it_came(folder: runs.RunFolder) -> 
     assert known["tax_random"] is known["own_other"] is None
     text = printed(folder)
     assert "came to: round 2, test" in text
+    assert f"go on with: moeify resume {folder.id}" in text
     assert "rolled back" in text
 
 
@@ -199,14 +200,14 @@ def test_the_tables_hold_what_a_person_looks_for(folder: runs.RunFolder) -> None
     lines = [" ".join(line.split()) for line in printed(folder).splitlines()]
     for line in (
         f"{folder.id} · finished · 10 steps an arm · 1:15",
-        "core python, c, prose 40 40.0%",
+        "core (all) 40 40.0%",
         "python+c 20 20.0%",
         "prose 20 20.0% 60.0%",
-        "1 5 33.0% +0.0200 +0.0500 0.0100 0.1000 kept",
+        "1 5 33.0% +0.0200 +0.0500 0.010 0.10 kept",
         "prose 60.0% 4.0000 4.1000 4.3000 +0.1000 +0.3000",
         "mean 66.7% 3.0000 3.1000 - +0.1000 -",
         "mean 1.5000 1.5000 1.5000",
-        "prose +0.0100 +0.0100 +0.5000 +0.0100",
+        "prose +0.0100 +0.0100 +0.5000",
     ):
         assert line in lines
     assert "\x1b" not in printed(folder)
@@ -238,6 +239,51 @@ def test_tables_fit_80_columns_however_many_experts_there_are(
     assert text.count("+0.0100") == 10 * 10 + 2 * 11
 
 
+def nested(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    return {**tree, "name": name}
+
+
+def test_experts_that_are_not_named_by_their_categories_say_whom_they_serve(folder: runs.RunFolder) -> None:
+    group, prose = TREE["children"]
+    finish(folder, RESULT.model_copy(update={"tree": {**TREE, "children": [nested(group, "systems"), prose]}}))
+    lines = [" ".join(line.split()) for line in printed(folder).splitlines()]
+    for line in ("core all 40 40.0%", "systems python, c 20 20.0%", "python python 10 10.0% 70.0%"):
+        assert line in lines
+
+
+def test_what_cannot_change_is_a_dot_and_what_happens_to_be_zero_is_not(folder: runs.RunFolder) -> None:
+    matrix = {c: dict.fromkeys(("python+c", *CATEGORIES), 0.0) for c in CATEGORIES}
+    matrix["python"]["prose"] = 1e-9  # off the route and not exactly zero: told as it is
+    finish(folder, RESULT.model_copy(update={"own_other": matrix}))
+    lines = [" ".join(line.split()) for line in printed(folder).splitlines()]
+    place = lines.index("Rise of test loss (nats) without an expert and all below it")
+    assert lines[place + 1 :] == [
+        "without python c prose",
+        "python+c +0.0000 +0.0000 ·",
+        "python +0.0000 · ·",
+        "c · +0.0000 ·",
+        "prose +0.0000 · +0.0000",
+        "·: exactly 0, the category never runs that expert",
+    ]
+
+
+def test_a_wide_matrix_is_divided_by_subtree_and_leaves_out_whom_a_part_does_not_concern(
+    folder: runs.RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "36")
+    experts = ("python+c", *CATEGORIES)
+    matrix = {c: {expert: 0.5 if c in expert.split("+") else 0.0 for expert in experts} for c in CATEGORIES}
+    finish(folder, RESULT.model_copy(update={"own_other": matrix}))
+    first, second = (part.splitlines() for part in printed(folder).split(" below it ")[1:])
+    assert [line.split() for line in first[1:5]] == [
+        ["without", "python", "c"],
+        ["python+c", "+0.5000", "+0.5000"],
+        ["python", "+0.5000", "·"],
+        ["c", "·", "+0.5000"],
+    ]
+    assert [line.split() for line in second[1:3]] == [["without", "prose"], ["prose", "+0.5000"]]
+
+
 def test_a_damaged_result_is_named_in_one_line(folder: runs.RunFolder) -> None:
     folder.result.write_text('{"unit": "token"}')
     with pytest.raises(ValueError, match=r"result.json is damaged \(categories: Field required\)"):
@@ -264,4 +310,4 @@ def test_the_list_of_runs_tells_each_in_a_line(folder: runs.RunFolder) -> None:
     }
     stream = io.StringIO()
     show.print_runs([folder], stream)
-    assert stream.getvalue().splitlines()[-1].split() == [folder.id, "finished", "1", "66.7%", "+0.1000"]
+    assert stream.getvalue().splitlines()[1].split() == [folder.id, "finished", "1", "66.7%", "+0.1000"]

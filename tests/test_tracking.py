@@ -88,7 +88,14 @@ def test_a_run_is_told_whole_and_once(home: Path, folder: RunFolder) -> None:
         assert child.data.tags["moeify.accepted"] == str(round_ == 1).lower()
         assert child.info.status == "FINISHED"
         assert files(home, child) == [f"attribution-round-{round_}.png", "partition.json"]
-    assert files(home, parent) == ["recipe.yaml", "resolved.yaml", "result.json", "tax-separation.png"]
+    assert files(home, parent) == [
+        "attribution-round-1.png",  # of the round that was kept
+        "partition.json",
+        "recipe.yaml",
+        "resolved.yaml",
+        "result.json",
+        "tax-separation.png",
+    ]
 
     assert parent.data.params["training.steps"] == "100"
     assert parent.data.params["rounds.1.separation"] == "0.5"
@@ -96,7 +103,13 @@ def test_a_run_is_told_whole_and_once(home: Path, folder: RunFolder) -> None:
     assert tags["moeify.run"] == folder.id
     assert (tags["moeify.recipe"], tags["moeify.seed"], tags["moeify.status"]) == ("fake", "3", "finished")
     assert tags["moeify.categories"] == ", ".join(CATEGORIES)
-    assert "| python | 3.5000 | 3.5200 | 3.6000 | +0.0200 | 50.0% |" in tags["mlflow.note.content"]
+    assert "| python | 3.5000 | 3.5200 | 3.6000 | +0.0200 | +0.1000 | 50.0% |" in tags["mlflow.note.content"]
+    assert "| mean | 3.6500 | 3.6700 | 3.7500 | +0.0200 | +0.0200 | 50.0% |" in tags["mlflow.note.content"]
+    assert "| 1 | 20.0% | +0.0100 | +0.0400 | 0.020 | 0.050 | kept |" in tags["mlflow.note.content"]
+    assert "core: 384" in tags["mlflow.note.content"]
+    assert tags["mlflow.source.name"] == "moeify run fake"
+    assert parent.info.start_time == 1_700_000_000_000  # of the events, whenever they are delivered
+    assert [found[f"round {n}"].info.start_time for n in (1, 2)] == [1_700_000_010_000, 1_700_000_040_000]
 
     assert [step for step, _ in curve(home, parent, "train/split/python")] == [10, 20, 30, 40, 50, 60]
     assert [step for step, _ in curve(home, found["round 2"], "train/split/python")] == [40, 50, 60]
@@ -110,7 +123,11 @@ def test_a_run_is_told_whole_and_once(home: Path, folder: RunFolder) -> None:
     ]
     assert curve(home, parent, "test/dense/web") == [(100, pytest.approx(3.8))]
     assert curve(home, parent, "tax/mean") == [(30, 0.01), (60, 0.04)]
-    assert curve(home, parent, "tax_random") == [(30, 0.04), (60, 0.08)]
+    assert curve(home, parent, "test/dense/mean") == [(100, pytest.approx(3.65))]
+    assert curve(home, parent, "test/tax/mean") == [(100, 0.02)]
+    assert curve(home, parent, "test/active_fraction/python") == [(100, 0.5)]
+    assert curve(home, parent, "predicted_J/split") == [(30, 0.02), (60, 0.04)]
+    assert curve(home, parent, "tax_random/mean") == [(30, 0.04), (60, 0.08)]
     assert curve(home, found["round 2"], "separation") == [(60, 0.4)]
     assert curve(home, parent, "tokens_per_second/dense")[0] == (10, 40_000.0)
 
@@ -196,6 +213,16 @@ def test_while_the_server_is_away_nothing_is_lost(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert deliver(folder, recipe()) == len(story()) + 1
     assert runs(home)[folder.id].info.status == "FINISHED"
+
+
+def test_a_server_that_is_away_is_told_in_one_line(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(tracking.DeliveryError, match=f"^MLflow at {uri} did not take it"):
+        deliver(folder, recipe())
 
 
 def test_a_run_that_is_being_driven_is_not_delivered_from_beside(folder: RunFolder) -> None:
