@@ -217,7 +217,10 @@ def _console(stream: TextIO) -> Console:
 
 def _table(console: Console, *columns: str, text: Sequence[int] = (0,)) -> Table:
     """Return an empty table; columns whose position is not in ``text`` hold numbers."""
-    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False, padding=(0, 1))
+    if console.is_terminal:  # a rule below the head; the box puts a blank of its own between columns
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    else:
+        table = Table(box=None, pad_edge=False, padding=(0, 1))
     for position, column in enumerate(columns):
         if position in text:
             table.add_column(column, overflow="fold")

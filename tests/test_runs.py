@@ -17,7 +17,7 @@ RECIPE = """name: tiny
 data: {kind: digits}
 model: {kind: autoencoder}
 training: {steps: 10}
-rounds: [{train: 1, recover: 2, separation: 0.5}]
+rounds: [{train: 1, recover: 2, separation: 0.4}]
 """
 CONFIG = parse_recipe(RECIPE, where="tiny")
 
