@@ -11,6 +11,9 @@ import torch
 
 import moeify
 
+# MLflow's own database layer warns of its own future.
+pytestmark = pytest.mark.filterwarnings(r"ignore::Warning:(mlflow|alembic|sqlalchemy|pydantic|google)\.")
+
 PYTHON = [sys.executable, "-m", "pipelines"]
 
 
