@@ -124,7 +124,9 @@ def resume(obj: dict[str, str], run_: str, local: bool, quiet: bool) -> None:
     obj["run"] = folder.id
     match runs.status(folder):
         case "running":
-            raise runs.RunBusy(f"run {folder.id} is being driven by another process; wait for it, or stop it first")
+            raise runs.RunBusyError(
+                f"run {folder.id} is being driven by another process; wait for it, or stop it first"
+            )
         case "finished":
             click.echo(f"{folder.id} is finished; see it with: moeify show {folder.id}")
         case _:

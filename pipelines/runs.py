@@ -28,7 +28,7 @@ _TAIL = 1 << 16
 """Bytes of the journal's end that are read to tell how an attempt ended."""
 
 
-class RunBusy(ValueError):  # noqa: N818
+class RunBusyError(ValueError):
     """Another process drives the run."""
 
 
@@ -178,7 +178,7 @@ def _listed(runs: list[RunFolder], most: int = 5) -> str:
 
 @contextmanager
 def hold(folder: RunFolder) -> Iterator[None]:
-    """Drive the run: hold its lock; raise ``RunBusy`` when another process does.
+    """Drive the run: hold its lock; raise ``RunBusyError`` when another process does.
 
     The operating system lets the lock go when the process ends, however it ends.
     """
@@ -186,7 +186,7 @@ def hold(folder: RunFolder) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise RunBusy(f"run {folder.id} is driven by another process; wait for it, or stop it first") from None
+        raise RunBusyError(f"run {folder.id} is driven by another process; wait for it, or stop it first") from None
     try:
         yield
     finally:

@@ -306,7 +306,7 @@ class DeliveryError(OSError):
 def deliver(folder: RunFolder, config: RunConfig) -> int:
     """Deliver what MLflow missed of a run that nobody drives; return how many events that were.
 
-    Raises ``DeliveryError``, and ``RunBusy`` while the run is driven: its driver delivers by itself.
+    Raises ``DeliveryError``, and ``RunBusyError`` while the run is driven: its driver delivers by itself.
     """
     delivered = 0
     with hold(folder), _told_as_delivery_error(folder):

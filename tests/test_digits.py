@@ -4,6 +4,7 @@ from torch import Tensor
 
 from moeify.config import RunConfig
 from moeify.digits import DigitsTask
+from moeify.task import HeldOut
 from tests.toy import toy_config
 
 
@@ -16,8 +17,8 @@ def config(**data: float) -> RunConfig:
     return toy_config(data={"kind": "digits", **data}, training={"steps": 60, "rows": 24, "learning_rate": 0.01})
 
 
-def rows_of(task: DigitsTask, split: str) -> set[bytes]:
-    batches = list(task.held_out_batches(split, 10**6, 32))  # type: ignore[arg-type]
+def rows_of(task: DigitsTask, split: HeldOut) -> set[bytes]:
+    batches = list(task.held_out_batches(split, 10**6, 32))
     return {row.numpy().tobytes() for batch in batches for row in batch.inputs}
 
 

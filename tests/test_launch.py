@@ -16,7 +16,7 @@ from moeify.events import Failed
 from pipelines import launch
 from pipelines.journal import JournalTracker, read_events
 from pipelines.launch import RunFailedError, cluster, fit, in_process
-from pipelines.runs import RunBusy, RunFolder, hold, status
+from pipelines.runs import RunBusyError, RunFolder, hold, status
 
 
 def recipe(**cluster: int) -> RunConfig:
@@ -122,7 +122,7 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(folder: RunFolder, monkeypatch: pytes
 
 @pytest.mark.usefixtures("untracked")
 def test_a_run_that_another_process_drives_is_refused(folder: RunFolder) -> None:
-    with hold(folder), pytest.raises(RunBusy, match="driven by another process"):
+    with hold(folder), pytest.raises(RunBusyError, match="driven by another process"):
         in_process(folder, recipe(), folder.path, [])
 
 

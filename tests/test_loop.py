@@ -1,4 +1,6 @@
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,11 +22,11 @@ class DyingStore(FolderStore):
 
     lives = 10**9
 
-    def save(self, *args: object, **kwargs: object) -> None:
+    def save(self, *args: Any, **kwargs: Any) -> None:
         if self.lives == 0:
             raise KilledError
         self.lives -= 1
-        super().save(*args, **kwargs)  # type: ignore[arg-type]
+        super().save(*args, **kwargs)
 
 
 def outcome(result: Result) -> dict[str, object]:
@@ -70,7 +72,7 @@ def test_ablating_an_expert_touches_only_the_categories_it_serves() -> None:
                 assert rise == 0.0
 
 
-def test_the_same_recipe_gives_the_same_bits_and_another_seed_does_not(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_the_same_recipe_gives_the_same_bits_and_another_seed_does_not(tmp_path: Path) -> None:
     stores = [FolderStore(tmp_path / name, 2) for name in ("one", "two", "three")]
     seeds = (0, 0, 1)
     results = [
@@ -84,7 +86,7 @@ def test_the_same_recipe_gives_the_same_bits_and_another_seed_does_not(tmp_path)
             assert torch.equal(tensor, final(stores[1])[arm][name]), (arm, name)
 
 
-def test_a_run_killed_at_every_checkpoint_ends_with_the_same_bits(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_run_killed_at_every_checkpoint_ends_with_the_same_bits(tmp_path: Path) -> None:
     config = toy_config()
     calm = FolderStore(tmp_path / "calm", 2)
     tracker = MemoryTracker()
@@ -130,7 +132,7 @@ def test_a_round_beyond_the_tax_budget_is_rolled_back_and_the_step_halved() -> N
 
 
 @pytest.mark.usefixtures("heavy_tax")
-def test_rolled_back_weights_are_those_from_before_the_cut(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_rolled_back_weights_are_those_from_before_the_cut(tmp_path: Path) -> None:
     config = toy_config(
         budget={"tax": 0.5},
         rounds=[{"train": 20, "recover": 10, "separation": 0.3}, {"train": 0, "recover": 5, "separation": 0.4}],
@@ -154,7 +156,7 @@ def test_separations_out_of_reach_are_refused_before_any_training() -> None:
     assert not tracker.events
 
 
-def test_off_route_units_are_credited_to_no_category_they_do_not_serve(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_off_route_units_are_credited_to_no_category_they_do_not_serve(tmp_path: Path) -> None:
     """From the second round on, rows run in leaf order; what they say must reach the category that they are of."""
     config = toy_config()
     run(config, ToyTask(config), store=FolderStore(tmp_path, 2))

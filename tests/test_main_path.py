@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,19 +23,17 @@ def moeify_command(home: Path, *arguments: str) -> subprocess.CompletedProcess[s
     return subprocess.run([*PYTHON, *arguments], env=environment, capture_output=True, text=True, timeout=900)
 
 
-def shown(home: Path) -> dict[str, object]:
+def shown(home: Path) -> dict[str, Any]:
     done = moeify_command(home, "show", "last", "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def leaves(tree: dict[str, object]) -> list[str]:
-    children = tree["children"]
-    assert isinstance(children, list)
-    return [leaf for child in children for leaf in leaves(child)] if children else [str(tree["name"])]
+def leaves(tree: dict[str, Any]) -> list[str]:
+    return [leaf for child in tree["children"] for leaf in leaves(child)] or [tree["name"]]
 
 
-def check(summary: dict, recipe: str, categories: set[str]) -> None:  # type: ignore[type-arg]
+def check(summary: dict[str, Any], recipe: str, categories: set[str]) -> None:
     assert summary["run"].startswith(f"{recipe}-")
     assert summary["status"] == "finished"
     assert set(leaves(summary["tree"])) == categories, "every category has its leaf"
@@ -47,6 +46,7 @@ def check(summary: dict, recipe: str, categories: set[str]) -> None:  # type: ig
         assert all(rises[other] == 0 for other in categories - {category})
 
 
+@pytest.mark.main_path
 def test_digits_run_on_ray_and_are_tracked(tmp_path: Path) -> None:
     done = moeify_command(tmp_path, "run", "digits")
     assert done.returncode == 0, done.stdout + done.stderr

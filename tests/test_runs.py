@@ -100,7 +100,7 @@ def test_a_run_is_running_exactly_while_its_lock_is_held(tmp_path: Path) -> None
     assert runs.status(folder) == "interrupted"
     with runs.hold(folder):
         assert runs.status(folder) == "running"
-        with pytest.raises(runs.RunBusy, match=f"run {folder.id} is driven by another process"), runs.hold(folder):
+        with pytest.raises(runs.RunBusyError, match=f"run {folder.id} is driven by another process"), runs.hold(folder):
             pass
         assert runs.status(folder) == "running"
     assert runs.status(folder) == "interrupted"

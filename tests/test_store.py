@@ -64,7 +64,9 @@ def test_every_damage_to_every_file_is_seen_and_the_last_good_checkpoint_used(tm
             assert len(found.damaged) == 1
             assert "0002" in found.damaged[0]
         path.write_bytes(before)
-    assert store.newest().name == "0002"  # type: ignore[union-attr]
+    found = store.newest()
+    assert found is not None
+    assert found.name == "0002"
 
 
 def test_when_no_good_checkpoint_is_left_that_is_said(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from moeify.families import unit_space
 from moeify.models import logits
@@ -11,11 +13,13 @@ from moeify.surgery import permute
 from tests.networks import rows_for, tiny_autoencoder, tiny_llama
 from tests.trees import random_orders
 
+Make = Callable[[int], nn.Module]
+
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_autoencoder])
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 2**20))
-def test_permuting_units_never_changes_the_function(make, seed: int) -> None:  # type: ignore[no-untyped-def]
+def test_permuting_units_never_changes_the_function(make: Make, seed: int) -> None:
     network = make(1)
     space, inputs = unit_space(network), rows_for(network, 4, seed)
     before = logits(network, inputs)
@@ -25,13 +29,13 @@ def test_permuting_units_never_changes_the_function(make, seed: int) -> None:  #
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_autoencoder])
-def test_optimizer_state_follows_its_units_so_that_training_goes_on_alike(make) -> None:  # type: ignore[no-untyped-def]
+def test_optimizer_state_follows_its_units_so_that_training_goes_on_alike(make: Make) -> None:
     plain = make(2)
     moved = copy.deepcopy(plain)
     space = unit_space(plain)
     optimizers = {id(n): torch.optim.AdamW(n.parameters(), lr=1e-2) for n in (plain, moved)}
 
-    def train(network, steps: range) -> None:  # type: ignore[no-untyped-def]
+    def train(network: nn.Module, steps: range) -> None:
         for step in steps:
             inputs = rows_for(network, 3, step)
             logits(network, inputs).square().mean().backward()

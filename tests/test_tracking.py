@@ -13,7 +13,7 @@ from moeify.events import Failed
 from pipelines import tracking
 from pipelines.journal import follow
 from pipelines.mlflow_terms import flat, points_of
-from pipelines.runs import RunBusy, RunFolder, hold
+from pipelines.runs import RunBusyError, RunFolder, hold
 from pipelines.tracking import MlflowFollower, Progress, deliver, where_to_look
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def test_a_server_that_is_away_is_told_in_one_line(folder: RunFolder, monkeypatc
 
 
 def test_a_run_that_is_being_driven_is_not_delivered_from_beside(folder: RunFolder) -> None:
-    with hold(folder), pytest.raises(RunBusy):
+    with hold(folder), pytest.raises(RunBusyError):
         deliver(folder, recipe())
 
 
