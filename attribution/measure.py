@@ -1,221 +1,284 @@
 """One pass over data that measures every unit of every site against every category.
 
-A batch costs one forward and two backward passes (labels sampled from the model, then true labels), whatever the
-number of sites and categories. Parameters take no part in them: no weight gradient is computed.
+A batch costs one forward and one backward pass with true labels, and one more backward where labels can be sampled
+from the model, whatever the number of sites and categories. Parameters take no part: no weight gradient is computed.
 
-Axes: rows R, positions P of a row (1 where activations are [rows units]), units U, categories C, output dim D.
+Axes: rows R, positions P of a row (1 where activations are [rows units] or maps), units U, width W, features F,
+categories C.
 """
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float64, Int
 from torch import Tensor, nn
 
-from attribution.sites import Site
+from attribution.moments import ExactMoment, Moment, SketchedMoment
+from attribution.sites import Site, output_weight, patches
+from attribution.subject import Probe, Segment, Subject, row_seed, segments
 from attribution.table import AttributionTable, SiteSums
 
-_MASK = 2**64 - 1
+_CHUNK = 2**18
+"""Elements reduced at a time: a scratch of 2 MB that stays in the cache."""
 
 
-@runtime_checkable
-class Probe(Protocol):
-    """Rows to measure. In category order they are reduced without copies; any order gives the same sums."""
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of inputs and output gradients, in the same pass."""
 
-    @property
-    def inputs(self) -> Tensor:
-        """What the network takes; rows first."""
-        ...
+    columns: int | None = None
+    """Random sketch with so many columns, for moments of more features: memory and time go by features * columns.
+    None: exact, features^2."""
+    sites: tuple[str, ...] | None = None
+    """Only of these sites, so that large networks can be measured a few sites at a time. None: of all."""
 
-    @property
-    def targets(self) -> Tensor:
-        """The true labels, as ``nats`` takes them; rows first."""
-        ...
+    def zeros(self, categories: int, features: int, device: torch.device) -> Moment:
+        """Return an empty moment: exact where a sketch would hold as much."""
+        if self.columns is None or features <= self.columns:
+            return ExactMoment.zeros(categories, features, device)
+        return SketchedMoment.zeros(categories, features, self.columns, device)
 
-    @property
-    def categories(self) -> Int[Tensor, " rows"]:
-        """Index of each row's category."""
-        ...
 
-    @property
-    def ids(self) -> Int[Tensor, " rows"]:
-        """Each row's number, the same however rows are batched and sharded: it seeds the row's sampled labels."""
-        ...
+@dataclass(frozen=True)
+class Stability:
+    """When a pass may end early: when the partition that its table implies no longer changes."""
+
+    implied: Callable[[AttributionTable], Mapping[str, Int[Tensor, " units"]]]
+    """Site -> owner of each unit. Called only on tables that have rows of every category."""
+    agreement: float = 0.99
+    """Least fraction of units whose owner is the one of the look before."""
+    patience: int = 2
+    """Looks in a row that must agree."""
+    every: int = 4
+    """Batches between two looks."""
+    reduce: Callable[[Sequence[Tensor]], None] | None = None
+    """Sums tensors over workers in place, so that all of them stop at the same batch; each must have as many."""
+
+
+def strongest_category(table: AttributionTable) -> dict[str, Int[Tensor, " units"]]:
+    """Return, as the simplest implied partition, the category that each unit matters to most."""
+    return {site: table.score(site, "absolute").argmax(1) for site in table.sites}
 
 
 def measure(
-    forward: Callable[[Tensor, Tensor], Tensor],
-    network: nn.Module,
-    sites: Sequence[Site],
+    subject: Subject,
     batches: Iterable[Probe],
-    nats: Callable[[Tensor, Tensor], Tensor],
-    sample: Callable[[Tensor, Sequence[int]], Tensor],
-    categories: Sequence[str],
     *,
     seed: int = 0,
+    moments: Moments | None = None,
+    stability: Stability | None = None,
 ) -> AttributionTable:
-    """Measure ``network`` on ``batches``; tables of shards add up to the table of the whole.
+    """Measure ``subject`` on ``batches``; tables of shards add up to the table of the whole.
 
-    ``forward(inputs, categories)`` runs the network and returns its outputs; ``nats(outputs, targets)`` is each row's
-    summed loss; ``sample(outputs, seeds)`` draws targets from the model's own distribution, one seed a row.
-    The reader of every site runs once a forward pass, on activations [rows ... units]; all positions count as tokens,
-    padding included. The network runs in eval mode; its modes and ``requires_grad`` are restored.
-
-    Everything adds up in float64 from terms in the activations' precision (half precision is widened to float32).
-    Second moments of a batch are matrix products in that precision: for float32 a relative error of some 1e-7.
+    The reader of every site runs once a forward pass; all positions count as tokens, padding included. Everything adds
+    up in float64 from products in float64 of what the network computed; second moments of a batch are matrix products
+    in the activations' precision (half precision is widened to float32), for float32 a relative error of some 1e-7.
+    Raises ValueError for sites, categories or values that make no sense, by name.
     """
-    readers = _readers(network, sites)
-    taps = [_Tap(site, len(categories)) for site in sites]
-    counts = torch.zeros(len(categories), dtype=torch.float64)
-    rows = torch.zeros(len(categories), dtype=torch.float64)
-    seen = False
+    table = _empty(subject, moments)
+    taps = [_Tap(site, subject.reader(site), table.sites[site.name]) for site in subject.sites]
+    watch = _Watch(stability) if stability else None
     with ExitStack() as stack:
-        stack.enter_context(_still(network))
-        stack.enter_context(torch.enable_grad())
-        for tap, reader in zip(taps, readers, strict=True):
-            stack.callback(reader.register_forward_pre_hook(tap.before, with_kwargs=True).remove)
-            stack.callback(reader.register_forward_hook(tap.after).remove)
+        stack.enter_context(subject.still())
+        for tap in taps:
+            stack.callback(tap.reader.register_forward_pre_hook(tap.before, with_kwargs=True).remove)
+            if tap.sums.outputs is not None:
+                stack.callback(tap.reader.register_forward_hook(tap.after).remove)
         for batch in batches:
-            if len(batch.categories) == 0:
-                continue
-            segments = _segments(batch, categories)
-            positions = _both_passes(forward, batch, segments, taps, nats, sample, categories, seed)
-            for category, _, number in segments:
-                rows[category] += number
-                counts[category] += number * positions
-            seen = True
-    if not seen:
+            if len(batch.categories):
+                _one_batch(subject, batch, taps, table, seed)
+            if watch and watch.settled(table):
+                break
+    if not bool(table.rows.any()):
         raise ValueError("no batches to measure; give at least one row")
-    return AttributionTable(tuple(categories), counts, rows, {tap.site.name: tap.sums() for tap in taps})
+    cpu = torch.device("cpu")
+    return AttributionTable(
+        table.categories, table.counts, table.rows, table.sampled, {n: s.to(cpu) for n, s in table.sites.items()}
+    )
 
 
-def row_seed(seed: int, row: int) -> int:
-    """Mix a pass's seed and a row's id into 63 bits (splitmix64), so that neighbours do not correlate."""
-    state = (seed * 0x9E3779B97F4A7C15 + row + 0x9E3779B97F4A7C15) & _MASK
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-    return (state ^ (state >> 31)) >> 1
+def _empty(subject: Subject, moments: Moments | None) -> AttributionTable:
+    if moments and moments.sites is not None:
+        for name in moments.sites:
+            subject.site(name)
+    number = len(subject.categories)
+    sums = {}
+    for site in subject.sites:
+        reader = subject.reader(site)
+        device = next(reader.parameters(), torch.empty(0)).device
+        pair = None
+        if moments and (moments.sites is None or site.name in moments.sites):
+            inputs, dim = output_weight(reader, site).shape
+            pair = moments.zeros(number, inputs, device), moments.zeros(number, dim, device)
+        sums[site.name] = SiteSums.zeros(site.units, site.features, number, device, pair)
+    return AttributionTable.empty(subject.categories, sums)
 
 
-_Segment = tuple[int, slice | Tensor, int]
-"""A category, where its rows are, and how many."""
+class _Watch:
+    """Looks now and then whether the implied partition still changes."""
+
+    def __init__(self, stability: Stability) -> None:
+        self._asked = stability
+        self._batches = 0
+        self._agreed = 0
+        self._last: Tensor | None = None
+
+    def settled(self, table: AttributionTable) -> bool:
+        """Count one more batch, and say whether the pass may end."""
+        self._batches += 1
+        if self._batches % self._asked.every:
+            return False
+        if self._asked.reduce:
+            table = table + AttributionTable.empty(table.categories, {n: _nothing(s) for n, s in table.sites.items()})
+            self._asked.reduce(table.tensors())
+        if not bool(table.counts.all()):
+            return False
+        owners = torch.cat([owner.flatten() for owner in self._asked.implied(table).values()])
+        last, self._last = self._last, owners
+        same = last is not None and float((owners == last).double().mean()) >= self._asked.agreement
+        self._agreed = self._agreed + 1 if same else 0
+        return self._agreed >= self._asked.patience
+
+
+def _nothing(sums: SiteSums) -> SiteSums:
+    return sums.like([torch.zeros_like(tensor) for tensor in sums.tensors()])
 
 
 class _Tap:
     """Reduces one site's activations and gradients to sums by category the moment they arrive."""
 
-    def __init__(self, site: Site, categories: int) -> None:
+    def __init__(self, site: Site, reader: nn.Module, sums: SiteSums) -> None:
         self.site = site
-        self._categories = categories
-        self._sums: SiteSums | None = None
+        self.reader = reader
+        self.sums = sums
         self.begin([], 0)
 
-    def begin(self, segments: Sequence[_Segment], rows: int) -> None:
-        """Forget the last batch; ``segments`` are those of the next."""
-        self._segments = segments
+    def begin(self, parts: Sequence[Segment], rows: int) -> None:
+        """Forget the last batch; ``parts`` are those of the next."""
+        self._parts = parts
         self._rows = rows
         self.calls = 0
         self.positions = 0
-        self.labels: Literal["sampled", "true"] = "sampled"
+        self.labels: Literal["sampled", "true"] = "true"
         self.arrived: set[str] = set()
-        self._input_RPU: Tensor | None = None
-        self._fisher_RU: Tensor | None = None
-
-    def sums(self) -> SiteSums:
-        """Return the sums so far, on the CPU."""
-        assert self._sums is not None
-        return self._sums.to(torch.device("cpu"))
+        self._activation: Tensor | None = None
+        self._report_RU: Tensor | None = None
 
     def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         """Capture the reader's input (a forward pre-hook)."""
-        name, units = self.site.name, self.site.units
+        site = self.site
         self.calls += 1
         if self.calls > 1:
             raise ValueError(
-                f"the reader {self.site.reader!r} of site {name!r} ran more than once in a forward pass; "
+                f"the reader {site.reader!r} of site {site.name!r} ran more than once in a forward pass; "
                 f"a site is read at one place: give each use a module of its own"
             )
         if not args or not isinstance(args[0], Tensor):
-            raise ValueError(f"the reader {self.site.reader!r} of site {name!r} must take its input first, as a tensor")
+            raise ValueError(f"the reader {site.reader!r} of site {site.name!r} must take its input first, as a tensor")
         activation: Tensor = args[0]
-        if activation.ndim < 2 or activation.shape[0] != self._rows or activation.shape[-1] != units:
+        at = 1 if site.spatial else -1
+        if activation.ndim < 2 or activation.shape[0] != self._rows or activation.shape[at] != site.features:
+            wanted = f"[{self._rows} {site.features} ...]" if site.spatial else f"[{self._rows} ... {site.features}]"
             raise ValueError(
-                f"site {name!r} has {units} units and the batch {self._rows} rows, so the input of "
-                f"{self.site.reader!r} must be [{self._rows} ... {units}], got {list(activation.shape)}"
+                f"site {site.name!r} has {site.units} units of {site.width} and the batch {self._rows} rows, so the "
+                f"input of {site.reader!r} must be {wanted}, got {list(activation.shape)}"
             )
         # A view of its own, so that the gradient is the one through this reader alone.
         activation = activation.view_as(activation) if activation.requires_grad else activation.detach()
         activation.requires_grad_()
-        self._input_RPU = _widen(activation, self._rows)
-        self.positions = self._input_RPU.shape[1]
+        self._activation = activation.detach()
+        self._read(self._activation)
         activation.register_hook(self._input_gradient)
         return (activation, *args[1:]), kwargs
 
     def after(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        """Listen at the reader's output (a forward hook) and add up the second moment of its input."""
-        assert self._input_RPU is not None
-        name = self.site.name
+        """Listen at the reader's output (a forward hook)."""
         if not isinstance(output, Tensor) or output.shape[0] != self._rows or not output.requires_grad:
             got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                f"the reader {self.site.reader!r} of site {name!r} must return a tensor [{self._rows} ... dim] "
+                f"the reader {self.site.reader!r} of site {self.site.name!r} must return a tensor [{self._rows} ...] "
                 f"that depends on its input, got {got}"
             )
-        if self._sums is None:
-            self._sums = SiteSums.zeros(self.site.units, output.shape[-1], self._categories, output.device)
-        self._add_moment(self._sums.inputs, self._input_RPU)
         output.register_hook(self._output_gradient)
 
+    def _read(self, activation: Tensor) -> None:
+        """Add up what the activations alone say."""
+        site, sums, rows = self.site, self.sums, self._rows
+        arranged = site.arrange(activation)
+        self.positions = arranged.shape[1]
+        rate_RU = _scratch((rows, site.units), activation.device)
+        total_RF, power_RF = (_scratch((rows, site.features), activation.device) for _ in range(2))
+        for some in _chunks(arranged):
+            a_rPUW = arranged[some].to(torch.float64, copy=True)
+            rate_RU[some] = (a_rPUW != 0).any(3).sum(1).double()
+            if site.spatial:
+                total_RF[some], power_RF[some] = a_rPUW.mean(3)[:, 0], a_rPUW.square_().mean(3)[:, 0]
+            else:
+                total_RF[some] = a_rPUW.sum(1).flatten(1)
+                power_RF[some] = a_rPUW.square_().sum(1).flatten(1)
+        self._add(sums.rate, rate_RU)
+        self._add(sums.total, total_RF)
+        self._add(sums.power, power_RF)
+        if sums.inputs is not None:
+            for part in self._parts:
+                sums.inputs.add(part.category, patches(self.reader, site, _wide(activation[part.where])).flatten(0, 1))
+
     def _input_gradient(self, gradient: Tensor) -> None:
-        assert self._sums is not None
-        assert self._input_RPU is not None
-        sums, self.arrived = self._sums, self.arrived | {self.labels}
-        change_RPU = _widen(gradient, self._rows) * self._input_RPU
+        assert self._activation is not None
+        site, sums = self.site, self.sums
+        self.arrived = self.arrived | {self.labels}
+        arranged, gradients = site.arrange(self._activation), site.arrange(gradient.detach())
+        squares_RU, taylor_RU, absolute_RU = (_scratch((self._rows, site.units), gradient.device) for _ in range(3))
+        for some in _chunks(arranged):
+            z_rPU = gradients[some].to(torch.float64, copy=True).mul_(arranged[some]).sum(3)
+            squares_RU[some] = torch.linalg.vecdot(z_rPU, z_rPU, dim=1) / 2
+            if self.labels == "true":
+                taylor_RU[some] = -z_rPU.sum(1)
+                absolute_RU[some] = z_rPU.abs_().sum(1)
         if self.labels == "sampled":
-            self._fisher_RU = fisher_RU = change_RPU.square().sum(1, dtype=torch.float64) / 2
-            self._add(sums.fisher, sums.fisher_squares, fisher_RU)
+            self._add(sums.fisher, squares_RU, sums.fisher_squares)
+            assert self._report_RU is not None
+            self._add(None, self._report_RU + squares_RU, sums.report_squares)
             return
-        assert self._fisher_RU is not None
-        taylor_RU = -change_RPU.sum(1, dtype=torch.float64)
-        self._add(sums.absolute, sums.absolute_squares, change_RPU.abs_().sum(1, dtype=torch.float64))
-        self._add(sums.taylor, None, taylor_RU)
-        self._add(None, sums.report_squares, taylor_RU + self._fisher_RU)
+        self._report_RU = taylor_RU
+        self._add(sums.empirical, squares_RU, sums.empirical_squares)
+        self._add(sums.taylor, taylor_RU, sums.taylor_squares)
+        self._add(sums.absolute, absolute_RU, sums.absolute_squares)
 
     def _output_gradient(self, gradient: Tensor) -> None:
-        if self.labels == "sampled":
-            assert self._sums is not None
-            self._add_moment(self._sums.outputs, _widen(gradient, self._rows))
+        outputs = self.sums.outputs
+        if self.labels == "true" or outputs is None:
+            return
+        for part in self._parts:
+            terms = _wide(gradient.detach()[part.where])
+            if isinstance(self.reader, nn.Conv2d):
+                terms = terms.flatten(2).transpose(1, 2) / terms[0, 0].numel() ** 0.5
+            outputs.add(part.category, terms.reshape(-1, terms.shape[-1]))
 
     def _add(
         self,
-        total_UC: Float64[Tensor, "units categories"] | None,
-        squares_UC: Float64[Tensor, "units categories"] | None,
-        terms_RU: Float64[Tensor, "rows units"],
+        total_XC: Float64[Tensor, "x categories"] | None,
+        terms_RX: Float64[Tensor, "rows x"],
+        squares_XC: Float64[Tensor, "x categories"] | None = None,
     ) -> None:
-        for category, where, _ in self._segments:
-            if total_UC is not None:
-                total_UC[:, category] += terms_RU[where].sum(0)
-            if squares_UC is not None:
-                squares_UC[:, category] += terms_RU[where].square().sum(0)
-
-    def _add_moment(
-        self, moment_CXX: Float64[Tensor, "categories x x"], terms_RPX: Float[Tensor, "rows positions x"]
-    ) -> None:
-        for category, where, _ in self._segments:
-            terms_TX = terms_RPX[where].flatten(0, 1)
-            moment_CXX[category] += terms_TX.T @ terms_TX
+        for part in self._parts:
+            mine_RX = terms_RX[part.where]
+            if total_XC is not None:
+                total_XC[:, part.category] += mine_RX.sum(0)
+            if squares_XC is not None:
+                squares_XC[:, part.category] += mine_RX.square().sum(0)
 
     def check(self, what: Literal["activation", "gradient"], categories: Sequence[str]) -> None:
         """Refuse sums that are not finite."""
-        assert self._sums is not None
-        sums = self._sums
+        sums = self.sums
         if what == "activation":
-            sums_C = sums.inputs.diagonal(dim1=1, dim2=2).sum(1)
+            sums_C = sums.power.sum(0)
         else:
-            sums_C = (sums.fisher + sums.absolute).sum(0) + sums.outputs.diagonal(dim1=1, dim2=2).sum(1)
+            sums_C = (sums.fisher + sums.absolute).sum(0)
+            sums_C = sums_C + sums.outputs.trace() if sums.outputs is not None else sums_C
         bad = (~sums_C.isfinite()).nonzero()
         if len(bad):
             raise ValueError(
@@ -224,20 +287,12 @@ class _Tap:
             )
 
 
-def _both_passes(
-    forward: Callable[[Tensor, Tensor], Tensor],
-    batch: Probe,
-    segments: Sequence[_Segment],
-    taps: Sequence[_Tap],
-    nats: Callable[[Tensor, Tensor], Tensor],
-    sample: Callable[[Tensor, Sequence[int]], Tensor],
-    categories: Sequence[str],
-    seed: int,
-) -> int:
-    """Run one batch through the taps and return the positions a row."""
+def _one_batch(subject: Subject, batch: Probe, taps: Sequence[_Tap], table: AttributionTable, seed: int) -> None:
+    """Run one batch through the taps and count it."""
+    parts = segments(batch, subject.categories)
     for tap in taps:
-        tap.begin(segments, len(batch.categories))
-    outputs = forward(batch.inputs.detach(), batch.categories)
+        tap.begin(parts, len(batch.categories))
+    outputs = subject.forward(batch.inputs.detach(), batch.categories)
     for tap in taps:
         if tap.calls == 0:
             raise ValueError(f"the reader {tap.site.reader!r} of site {tap.site.name!r} did not run in forward")
@@ -246,84 +301,51 @@ def _both_passes(
                 f"site {tap.site.name!r} has {tap.positions} positions a row, site {taps[0].site.name!r} "
                 f"{taps[0].positions}; measure sites with different positions in separate passes"
             )
-        tap.check("activation", categories)
-    seeds = [row_seed(seed, row) for row in batch.ids.tolist()]
-    with torch.no_grad():
-        sampled = sample(outputs.detach(), seeds)
-    for labels, targets in (("sampled", sampled), ("true", batch.targets)):
-        loss_R = nats(outputs, targets)
-        if tuple(loss_R.shape) != (len(batch.categories),):
-            raise ValueError(f"nats must return one loss a row [{len(batch.categories)}], got {list(loss_R.shape)}")
-        for tap in taps:
-            tap.labels = "sampled" if labels == "sampled" else "true"
-        if loss_R.requires_grad:
-            torch.autograd.backward(loss_R.sum(), retain_graph=labels == "sampled")
-        for tap in taps:
-            if labels not in tap.arrived:
-                raise ValueError(f"the loss does not depend on the units of site {tap.site.name!r}; drop the site")
-    positions = taps[0].positions
+        tap.check("activation", subject.categories)
+    _backward(subject, outputs, batch.targets, taps, "true", last=subject.sample is None)
+    if subject.sample is not None:
+        seeds = [row_seed(seed, row) for row in batch.ids.tolist()]
+        with torch.no_grad():
+            sampled = subject.sample(outputs.detach(), seeds)
+        _backward(subject, outputs, sampled, taps, "sampled", last=True)
+    for part in parts:
+        tokens = part.rows * taps[0].positions
+        table.rows[part.category] += part.rows
+        table.counts[part.category] += tokens
+        table.sampled[part.category] += tokens if subject.sample is not None else 0
     for tap in taps:
-        tap.check("gradient", categories)
+        tap.check("gradient", subject.categories)
         tap.begin([], 0)
-    return positions
 
 
-def _readers(network: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
-    if not sites:
-        raise ValueError("no sites to measure; give at least one")
-    names = [site.name for site in sites]
-    if len(set(names)) != len(names):
-        raise ValueError(f"sites must have distinct names, got {names}")
-    modules = dict(network.named_modules())
-    for site in sites:
-        if site.reader not in modules:
-            near = difflib.get_close_matches(site.reader, modules, n=3, cutoff=0.5) or [n for n in modules if n][:3]
-            raise ValueError(
-                f"site {site.name!r}: the network has no module {site.reader!r}; nearest: {', '.join(near) or 'none'}"
-            )
-    return [modules[site.reader] for site in sites]
+def _backward(
+    subject: Subject,
+    outputs: Tensor,
+    targets: Tensor,
+    taps: Sequence[_Tap],
+    labels: Literal["sampled", "true"],
+    *,
+    last: bool,
+) -> None:
+    loss_R = subject.row_nats(outputs, targets)
+    for tap in taps:
+        tap.labels = labels
+    if loss_R.requires_grad:
+        torch.autograd.backward(loss_R.sum(), retain_graph=not last)
+    for tap in taps:
+        if labels not in tap.arrived:
+            raise ValueError(f"the loss does not depend on the units of site {tap.site.name!r}; drop the site")
 
 
-def _segments(batch: Probe, names: Sequence[str]) -> list[_Segment]:
-    """Return where each category's rows are: slices if the batch is in category order, else indices."""
-    categories = batch.categories.cpu()
-    for what, tensor in (("inputs", batch.inputs), ("targets", batch.targets), ("ids", batch.ids)):
-        if len(tensor) != len(categories):
-            raise ValueError(f"a batch has {len(categories)} categories but {len(tensor)} rows of {what}")
-    if int(categories.min()) < 0 or int(categories.max()) >= len(names):
-        raise ValueError(
-            f"a batch has categories {int(categories.min())} to {int(categories.max())}; "
-            f"there are {len(names)}, numbered from 0: {', '.join(names)}"
-        )
-    ordered = bool((categories[1:] >= categories[:-1]).all())
-    segments: list[_Segment] = []
-    start = 0
-    for category, number in enumerate(torch.bincount(categories, minlength=len(names)).tolist()):
-        if number:
-            where = slice(start, start + number) if ordered else (categories == category).nonzero().squeeze(1)
-            segments.append((category, where, number))
-        start += number
-    return segments
+def _chunks(arranged: Tensor) -> Iterable[slice]:
+    """Cut rows into parts of about ``_CHUNK`` elements."""
+    step = max(1, _CHUNK // max(1, arranged[0].numel()))
+    return (slice(start, start + step) for start in range(0, len(arranged), step))
 
 
-def _widen(values: Tensor, rows: int) -> Float[Tensor, "rows positions x"]:
-    """Detach, bring to [rows positions x], and widen half precision to float32."""
-    values = values.detach().reshape(rows, -1, values.shape[-1])
+def _scratch(shape: tuple[int, int], device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64, device=device)
+
+
+def _wide(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-
-
-@contextmanager
-def _still(network: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter gradients for the time being."""
-    modes = [(module, module.training) for module in network.modules()]
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    network.eval()
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter in trained:
-            parameter.requires_grad_(True)

@@ -3,13 +3,17 @@
 Axes: categories C, units U, output dim D. m_c: 0/1, which units are active for category c; M_c = diag(m_c).
 """
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from attribution.moments import LowRank, Second
+
 
 def compensate(
-    moments: Float[Tensor, "categories units units"],
+    moments: Iterable[Second],
     weight: Float[Tensor, "units dim"],
     active: Bool[Tensor, "categories units"],
     shares: Float[Tensor, " categories"],
@@ -17,10 +21,10 @@ def compensate(
 ) -> Float[Tensor, "units dim"]:
     """Return argmin over W' of sum_c p_c E_c ||(m_c o a) W' - a W||^2 + l ||W' - W||^2, in ``weight``'s dtype.
 
-    ``moments[c]`` = E_c[a a^T]; ``shares`` p_c add up to 1; l = ``ridge`` times the mean over units of the pooled
-    second moment. One float64 solve, whatever the number of categories. Since W' = W is among the candidates, the
-    squared error of the output on the measured data never rises. A unit that no category keeps has its weight left
-    alone.
+    ``moments``: E_c[a a^T] of each category, one at a time; ``shares`` p_c add up to 1; l = ``ridge`` times the mean
+    over units of the pooled second moment. One float64 solve, whatever the number of categories. Since W' = W is among
+    the candidates, the squared error of the output on the measured data never rises. A unit that no category keeps has
+    its weight left alone.
     """
     if not ridge > 0:
         raise ValueError(f"ridge must be above 0, got {ridge}; units that depend on each other need it")
@@ -30,7 +34,8 @@ def compensate(
     left_UU = torch.zeros(units, units, dtype=torch.float64, device=weight.device)
     missing_UU = torch.zeros_like(left_UU)
     scale = 0.0
-    for moment_UU, active_U, share in zip(moments, active, shares.tolist(), strict=True):
+    for moment, active_U, share in zip(moments, active, shares.tolist(), strict=True):
+        moment_UU = moment.dense() if isinstance(moment, LowRank) else moment
         pooled_UU = moment_UU.double() * (share * active_U.double())[:, None]
         kept_UU = pooled_UU * active_U
         left_UU += kept_UU

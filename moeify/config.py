@@ -150,13 +150,15 @@ class Training(Closed):
 class Attribution(Closed):
     """One pass over rows of the train split that measures every unit against every category."""
 
-    score: Literal["fisher", "absolute"] = "fisher"
-    """What chooses sets of units: ``fisher`` = 1/2 E[(g a)^2] with labels sampled from the model,
-    ``absolute`` = E|g a|. Both unsigned; nats."""
+    score: Literal["fisher", "empirical", "absolute"] = "fisher"
+    """What chooses sets of units: ``fisher`` = 1/2 E[(g a)^2] with labels sampled from the model, ``empirical`` = the
+    same with true labels, ``absolute`` = E|g a|. All unsigned; nats."""
     rows: PositiveInt = 64
     """Rows of each category."""
     rows_at_once: PositiveInt = 16
     """Rows of one forward pass over all workers."""
+    columns: PositiveInt | None = 2048
+    """Second moments of sites with more units are random sketches of so many columns; ``null``: always exact."""
 
 
 class Compensation(Closed):

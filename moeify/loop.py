@@ -11,7 +11,8 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
-from attribution.measure import measure
+from attribution.measure import Moments, measure
+from attribution.subject import Subject
 from attribution.table import AttributionTable
 from moeify.config import RunConfig
 from moeify.evaluation import held_out_loss, own_other, summarize, tax
@@ -172,11 +173,11 @@ class _Loop:
         # In the model's own order, so that it moves no row: what is seen inside belongs to the row of the same place.
         ordered = (batch.take(model.order(batch.categories)) for batch in batches)
         mine = (batch.shard(self.world.rank, self.world.size) for batch in ordered)
+        subject = Subject(
+            model.network, model.space.readers, self.task.categories, self.task.nats, self.task.sample, model
+        )
         with model.masked():
-            table = measure(
-                model, model.network, model.space.readers, mine, self.task.nats, self.task.sample,
-                self.task.categories, seed=self.config.seed,
-            )  # fmt: skip
+            table = measure(subject, mine, seed=self.config.seed, moments=Moments(asked.columns))
         self.world.sum(table.tensors())
         return table
 

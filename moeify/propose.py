@@ -18,8 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attribution.affinity import group, profile_affinity
-from attribution.moments import schur_residual
-from attribution.table import AttributionTable, Score
+from attribution.table import AttributionTable, Unsigned
 from moeify.assignment import assign
 from moeify.config import Partition as PartitionConfig
 from moeify.config import Round
@@ -62,7 +61,7 @@ def propose(
     weights: Mapping[str, Float[Tensor, "dim units"]],
     config: PartitionConfig,
     rounds: Sequence[Round],
-    score: Score,
+    score: Unsigned,
 ) -> Proposal:
     """Choose the first of ``rounds`` to come: split every leaf that has several categories.
 
@@ -108,7 +107,7 @@ def shuffled(
     return _proposal(partition, proposal.groups, owners, predicted)
 
 
-def choose_groups(partition: Partition, table: AttributionTable, branching: int, score: Score) -> Groups:
+def choose_groups(partition: Partition, table: AttributionTable, branching: int, score: Unsigned) -> Groups:
     """Return leaf -> groups of its categories: those whose attribution profiles agree most stay together."""
     tree = partition.tree
     affinity_CC = profile_affinity(table, score)
@@ -130,7 +129,7 @@ def _choices(
     weight_DU: Tensor,
     config: PartitionConfig,
     rounds: Sequence[Round],
-    score: Score,
+    score: Unsigned,
     site: str,
     leaf: int,
     parts: Sequence[Sequence[str]],
@@ -164,10 +163,10 @@ def _need(categories: int, later: Sequence[Round], config: PartitionConfig) -> i
 
 
 def _values(
-    partition: Partition, table: AttributionTable, score: Score, site: str, leaf: int, parts: Sequence[Sequence[str]]
+    partition: Partition, table: AttributionTable, score: Unsigned, site: str, leaf: int, parts: Sequence[Sequence[str]]
 ) -> Float[np.ndarray, "leaf_units bins"]:
     """Return the attribution mass that stays active if a unit goes to a bin, in nats."""
-    score_UC = table.score(site, score) * (table.counts / table.counts.sum())
+    score_UC = table.score(site, score) * table.shares
     start = partition.starts(site)[leaf]
     mine_LC = score_UC[start : start + partition.widths[site][leaf]]
     columns = [mine_LC[:, [table.categories.index(c) for c in part]].sum(1) for part in parts]
@@ -184,8 +183,6 @@ def _residual(
     owner_L: np.ndarray,
 ) -> float:
     """Return the Schur residual J of one leaf's split in one site, nats per unit over all data."""
-    shares = table.counts / table.counts.sum()
-    inputs_CUU, curvature_CDD = table.second_moment(site), table.curvature(site)
     start = partition.starts(site)[leaf]
     owner = torch.from_numpy(owner_L)
     total = 0.0
@@ -194,9 +191,8 @@ def _residual(
             removed_U: Bool[Tensor, " units"] = torch.zeros(partition.units(site), dtype=torch.bool)
             removed_U[start : start + len(owner)] = (owner != bin_) & (owner != len(parts))
             kept_U = partition.active(site, category) & ~removed_U
-            c = table.categories.index(category)
-            residual = schur_residual(inputs_CUU[c], curvature_CDD[c], weight_DU.t().double(), kept_U, removed_U)
-            total += shares[c].item() * residual
+            share = table.shares[table.categories.index(category)].item()
+            total += share * table.residual(site, category, weight_DU.t().double(), kept_U, removed_U)
     return total
 
 

@@ -47,11 +47,10 @@ def compensate_sites(
 
     ``table`` was measured on the network as it is; its units are in the order from before the cut.
     """
-    shares_C = table.counts / table.counts.sum()
     for site in space.sites:
         present_U = torch.argsort(proposal.order[site.name])
         active_CU = torch.stack([proposal.partition.active(site.name, c)[present_U] for c in table.categories])
         weight_DU = output_weight(network, site)
-        inputs_CUU = table.second_moment(site.name)
-        corrected_UD = compensate(inputs_CUU, weight_DU.t().double(), active_CU, shares_C, ridge)
+        moments = (table.second_moment(site.name, category) for category in table.categories)
+        corrected_UD = compensate(moments, weight_DU.t().double(), active_CU, table.shares, ridge)
         weight_DU.copy_(corrected_UD.t())

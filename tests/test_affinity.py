@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import Float64
+from tables import empty_table
 from torch import Tensor
 
 from attribution.affinity import affinity_graph, group, profile_affinity
@@ -13,8 +14,9 @@ from attribution.table import AttributionTable
 def table(score_UC: Tensor, counts: Tensor | None = None) -> AttributionTable:
     """Units split over two sites."""
     units, categories = score_UC.shape
-    made = AttributionTable.zeros([f"c{i}" for i in range(categories)], {"a": (2, 1), "b": (units - 2, 1)})
+    made = empty_table([f"c{i}" for i in range(categories)], {"a": (2, 1), "b": (units - 2, 1)})
     made.counts.copy_(torch.ones(categories) if counts is None else counts)
+    made.sampled.copy_(made.counts)
     made.sites["a"].fisher.copy_(score_UC[:2] * made.counts)
     made.sites["b"].fisher.copy_(score_UC[2:] * made.counts)
     return made

@@ -1,32 +1,22 @@
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
 from captum.attr import LayerGradientXActivation
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy.stats import spearmanr
+from tables import empty_table
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from attribution.measure import measure, row_seed
+from attribution.measure import Moments, measure
 from attribution.sites import Site
+from attribution.subject import Rows, Subject, row_seed
 from attribution.table import AttributionTable
 
 NAMES = ("a", "b", "c")
-
-
-@dataclass(frozen=True)
-class Rows:
-    inputs: Tensor
-    targets: Tensor
-    categories: Int[Tensor, " rows"]
-    ids: Int[Tensor, " rows"]
-
-    def take(self, index: Tensor | slice) -> "Rows":
-        return Rows(self.inputs[index], self.targets[index], self.categories[index], self.ids[index])
 
 
 class Mlp(nn.Module):
@@ -76,8 +66,22 @@ def mlp() -> Mlp:
         return Mlp().double()
 
 
+def measured(
+    forward: Callable[[Tensor, Tensor], Tensor],
+    network: nn.Module,
+    sites: Sequence[Site],
+    batches: Sequence[Rows],
+    nats: Callable[[Tensor, Tensor], Tensor],
+    sample: Callable[[Tensor, Sequence[int]], Tensor] | None,
+    names: Sequence[str],
+    seed: int = 0,
+) -> AttributionTable:
+    subject = Subject(network, tuple(sites), tuple(names), nats, sample, forward)
+    return measure(subject, batches, seed=seed, moments=Moments())
+
+
 def run_mlp(network: nn.Module, batches: Sequence[Rows], sites: Sequence[Site] = MLP_SITES) -> AttributionTable:
-    return measure(lambda x, _: network(x), network, sites, batches, nats, sample, NAMES, seed=9)
+    return measured(lambda x, _: network(x), network, sites, batches, nats, sample, NAMES, seed=9)
 
 
 def llama() -> LlamaForCausalLM:
@@ -105,13 +109,13 @@ def llama_rows(rows: int) -> Rows:
 
 
 def run_llama(network: LlamaForCausalLM, batches: Sequence[Rows]) -> AttributionTable:
-    return measure(lambda x, _: network(x).logits, network, LLAMA_SITES, batches, nats, sample, NAMES, seed=4)
+    return measured(lambda x, _: network(x).logits, network, LLAMA_SITES, batches, nats, sample, NAMES, seed=4)
 
 
 def oracle(network: Mlp, rows: Rows) -> AttributionTable:
     """Row by row, token by token, with the network cut open by hand."""
     network.eval()
-    table = AttributionTable.zeros(NAMES, {"first": (7, 6), "second": (7, 4)})
+    table = empty_table(NAMES, {"first": (7, 6), "second": (7, 4)})
     for r, c in enumerate(rows.categories.tolist()):
         x = rows.inputs[r]
         first = torch.relu(network.up(x))
@@ -121,31 +125,32 @@ def oracle(network: Mlp, rows: Rows) -> AttributionTable:
         y1.retain_grad()
         table.rows[c] += 1
         table.counts[c] += len(x)
+        table.sampled[c] += len(x)
         drawn = sample(y2.detach()[None], [row_seed(9, int(rows.ids[r]))])
         spots = (first, second, y1, y2)
         loss = F.cross_entropy(y2, drawn[0], reduction="sum")
         sampled = torch.autograd.grad(loss, spots, retain_graph=True)
         true = torch.autograd.grad(F.cross_entropy(y2, rows.targets[r], reduction="sum"), spots[:2])
-        for i, (name, a) in enumerate((("first", first), ("second", second))):
+        for i, (name, a) in enumerate((("first", first.detach()), ("second", second.detach()))):
             sums = table.sites[name]
-            fisher = torch.zeros(7, dtype=torch.float64)
-            absolute, taylor = fisher.clone(), fisher.clone()
+            inputs, outputs = (moment.tensors()[0] for moment in sums.moments)
+            fisher, empirical, absolute, taylor = torch.zeros(4, 7, dtype=torch.float64)
             for t in range(len(x)):
                 fisher += 0.5 * (sampled[i][t] * a[t]) ** 2
+                empirical += 0.5 * (true[i][t] * a[t]) ** 2
                 absolute += (true[i][t] * a[t]).abs()
                 taylor -= true[i][t] * a[t]
-                sums.inputs[c] += torch.outer(a[t], a[t]).detach()
-                sums.outputs[c] += torch.outer(sampled[2 + i][t], sampled[2 + i][t])
-            for total, squares, terms in (
-                (sums.fisher, sums.fisher_squares, fisher),
-                (sums.absolute, sums.absolute_squares, absolute),
-                (sums.taylor, None, taylor),
-                (None, sums.report_squares, taylor + fisher),
-            ):
-                if total is not None:
-                    total[:, c] += terms.detach()
-                if squares is not None:
-                    squares[:, c] += terms.detach() ** 2
+                inputs[c] += torch.outer(a[t], a[t])
+                outputs[c] += torch.outer(sampled[2 + i][t], sampled[2 + i][t])
+                sums.rate[:, c] += (a[t] != 0).double()
+                sums.total[:, c] += a[t]
+                sums.power[:, c] += a[t] ** 2
+            for kind, terms in (
+                ("fisher", fisher), ("empirical", empirical), ("absolute", absolute), ("taylor", taylor)
+            ):  # fmt: skip
+                getattr(sums, kind)[:, c] += terms
+                getattr(sums, f"{kind}_squares")[:, c] += terms**2
+            sums.report_squares[:, c] += (taylor + fisher) ** 2
     return table
 
 
@@ -195,7 +200,7 @@ def test_a_network_of_two_units_gives_the_numbers_worked_out_by_hand() -> None:
         return outputs + torch.tensor([[1.0 if seed % 2 else -1.0] for seed in seeds])
 
     sites = [Site("s", "down", 2)]
-    table = measure(lambda x, _: network(x), network, sites, [rows], half_squares, signs, ["a", "b"])
+    table = measured(lambda x, _: network(x), network, sites, [rows], half_squares, signs, ["a", "b"])
     # Row 1: y = -1, g_y = y - t = -2, g = (-6, 4), g a = (-6, 8). Row 2: y = -2, g_y = 4, g a = (0, -8).
     assert table.sites["s"].taylor.tolist() == [[6, 0], [-8, 8]]
     assert table.score("s", "absolute").tolist() == [[6, 0], [8, 8]]
@@ -204,8 +209,9 @@ def test_a_network_of_two_units_gives_the_numbers_worked_out_by_hand() -> None:
     assert table.report("s").tolist() == [[10.5, 0], [0, 10]]
     # The loss is quadratic and its Hessian the Fisher information: report is the exact rise. Row 1 without unit 1:
     # y = -4, loss 12.5 from 2. Without unit 2: y = 3, loss 2 from 2. Row 2 without unit 2: y = 0, 18 from 8.
-    assert table.curvature("s").flatten().tolist() == [1, 1]
-    assert table.second_moment("s").tolist() == [[[1, 2], [2, 4]], [[0, 0], [0, 1]]]
+    inputs, outputs = (moment.tensors()[0] for moment in table.sites["s"].moments)
+    assert outputs.flatten().tolist() == [1, 1]
+    assert inputs.tolist() == [[[1, 2], [2, 4]], [[0, 0], [0, 1]]]
     assert table.dead("s").tolist() == [False, False]
 
 
@@ -279,7 +285,7 @@ def test_the_network_is_left_as_it_was_even_after_an_error() -> None:
         run_mlp(network, [rows])
     assert state() == before
     with pytest.raises(ValueError, match="nats must return"):
-        measure(lambda x, _: network(x), network, MLP_SITES, [rows], lambda *_: torch.zeros(2), sample, NAMES)
+        measured(lambda x, _: network(x), network, MLP_SITES, [rows], lambda *_: torch.zeros(2), sample, NAMES)
     assert state() == before
 
 
@@ -307,7 +313,7 @@ def test_another_use_of_the_activation_does_not_count_as_the_readers() -> None:
             return self.down(hidden) + 1000 * self.other(hidden)
 
     network, rows = Shared().double(), mlp_rows(9)
-    table = measure(
+    table = measured(
         lambda x, _: network(x), network, [Site("s", "down", 7)], [rows], lambda y, _: y.sum(1), sample, NAMES
     )
     hidden = network.up(rows.inputs)
@@ -319,9 +325,9 @@ def test_bfloat16_activations_are_widened_before_they_are_added_up() -> None:
     rows = mlp_rows(9)
     coarse = Rows(rows.inputs.bfloat16(), rows.targets, rows.categories, rows.ids)
     network = mlp().bfloat16()
-    table = measure(lambda x, _: network(x).float(), network, MLP_SITES, [coarse], nats, sample, NAMES, seed=9)
+    table = measured(lambda x, _: network(x).float(), network, MLP_SITES, [coarse], nats, sample, NAMES, seed=9)
     exact = torch.relu(network.up(coarse.inputs)).double()[:3]
-    torch.testing.assert_close(table.sites["first"].inputs[0], exact.T @ exact, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(table.sites["first"].moments[0].tensors()[0][0], exact.T @ exact, rtol=1e-6, atol=1e-9)
 
 
 def test_taylor_plus_fisher_ranks_single_units_as_ablation_does() -> None:
@@ -339,7 +345,7 @@ def test_taylor_plus_fisher_ranks_single_units_as_ablation_does() -> None:
             optimizer.step()
     rows = Rows(inputs, targets, torch.zeros(600, dtype=torch.int64), torch.arange(600))
     sites = [Site("first", "down", 64), Site("second", "down2", 64)]
-    table = measure(lambda x, _: network(x), network, sites, [rows], nats, sample, ["all"])
+    table = measured(lambda x, _: network(x), network, sites, [rows], nats, sample, ["all"])
     with torch.no_grad():
         base = F.cross_entropy(network(inputs), targets)
         for site in sites:
@@ -369,11 +375,11 @@ def test_bad_input_is_refused_with_its_place_and_the_way_out() -> None:
     with pytest.raises(ValueError, match=r"site 's' has 8 units .* must be \[9 ... 8\], got \[9, 7\]"):
         run_mlp(network, [rows], [Site("s", "down", 8)])
     with pytest.raises(ValueError, match="did not run in forward"):
-        measure(lambda x, _: x, network, MLP_SITES, [rows], nats, sample, NAMES)
+        measured(lambda x, _: x, network, MLP_SITES, [rows], nats, sample, NAMES)
     with pytest.raises(ValueError, match="does not depend on the units of site 'first'"):
-        measure(lambda x, _: network(x).detach(), network, MLP_SITES, [rows], nats, sample, NAMES)
+        measured(lambda x, _: network(x).detach(), network, MLP_SITES, [rows], nats, sample, NAMES)
     with pytest.raises(ValueError, match="more than once in a forward pass"):
-        measure(lambda x, _: network(x) + network(x), network, MLP_SITES, [rows], nats, sample, NAMES)
+        measured(lambda x, _: network(x) + network(x), network, MLP_SITES, [rows], nats, sample, NAMES)
     with pytest.raises(ValueError, match="no batches"):
         run_mlp(network, [])
     with pytest.raises(ValueError, match="no sites"):
@@ -400,4 +406,4 @@ def test_values_that_are_not_finite_are_refused_with_site_and_category() -> None
         return nats(outputs, targets) * torch.where(rows.categories == 2, torch.nan, 1.0)
 
     with pytest.raises(ValueError, match="site 'first' has a NaN or infinite gradient on category 'c'"):
-        measure(lambda x, _: network(x), network, MLP_SITES, [rows], broken, sample, NAMES)
+        measured(lambda x, _: network(x), network, MLP_SITES, [rows], broken, sample, NAMES)

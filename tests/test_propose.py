@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from tables import empty_table
 
 from attribution.table import AttributionTable, SiteSums
 from moeify.config import Partition as PartitionConfig
@@ -16,8 +17,9 @@ UNITS, DIM = 16, 3
 def table_of(favourites: dict[str, list[int]], noise: float = 0.01, seed: int = 0) -> AttributionTable:
     """Each unit matters to the categories listed for it; activations are independent, so J adds up over units."""
     generator = torch.Generator().manual_seed(seed)
-    table = AttributionTable.zeros(CATEGORIES, dict.fromkeys(favourites, (UNITS, DIM)))
+    table = empty_table(CATEGORIES, dict.fromkeys(favourites, (UNITS, DIM)))
     table.counts.fill_(100.0)
+    table.sampled.fill_(100.0)
     table.rows.fill_(10.0)
     for site, owners in favourites.items():
         sums: SiteSums = table.sites[site]
@@ -27,8 +29,9 @@ def table_of(favourites: dict[str, list[int]], noise: float = 0.01, seed: int = 
                 if category in CATEGORIES:
                     sums.fisher[unit, CATEGORIES.index(category)] += 1.0
         for c in range(4):
-            sums.inputs[c] = torch.diag(sums.fisher[:, c] * 100)
-            sums.outputs[c] = torch.eye(DIM, dtype=torch.float64) * 100
+            inputs, outputs = (moment.tensors()[0] for moment in sums.moments)
+            inputs[c] = torch.diag(sums.fisher[:, c] * 100)
+            outputs[c] = torch.eye(DIM, dtype=torch.float64) * 100
     return table
 
 
@@ -92,7 +95,7 @@ def test_a_second_round_nests_in_the_first_and_only_divides_leaves() -> None:
     table = table_of({"s": CLEAR})
     first = propose(whole(table), table, weights(table), CONFIG, rounds(0.25, 0.375), "fisher")
     moved = AttributionTable(
-        table.categories, table.counts, table.rows, {"s": permuted(table.sites["s"], first.order["s"])}
+        table.categories, table.counts, table.rows, table.sampled, {"s": permuted(table.sites["s"], first.order["s"])}
     )
     second = propose(first.partition, moved, weights(moved), CONFIG, rounds(0.375), "fisher")
     assert [n.name for n in first.partition.tree.nodes] == [
@@ -114,10 +117,9 @@ def test_a_second_round_nests_in_the_first_and_only_divides_leaves() -> None:
 
 
 def permuted(sums: SiteSums, order: torch.Tensor) -> SiteSums:
-    moved = [
-        t[:, order][:, :, order] if t is sums.inputs else t if t is sums.outputs else t[order] for t in sums.tensors()
-    ]
-    return SiteSums(*moved)
+    inputs, outputs = (moment.tensors()[0] for moment in sums.moments)
+    moved = [t[:, order][:, :, order] if t is inputs else t if t is outputs else t[order] for t in sums.tensors()]
+    return sums.like(moved)
 
 
 def test_the_random_control_has_the_same_tree_and_widths_and_other_owners() -> None:

@@ -8,7 +8,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
-from attribution.measure import measure
+from attribution.measure import Moments, measure
+from attribution.subject import Subject
 from attribution.table import AttributionTable
 from moeify.loop import run
 from moeify.result import Result
@@ -34,9 +35,8 @@ def table_of_shard(rank: int, size: int) -> AttributionTable:
         object.__setattr__(batch, "inputs", batch.inputs.double())
         object.__setattr__(batch, "targets", batch.targets.double())
     with model.masked():
-        return measure(
-            model, model.network, model.space.readers, batches, task.nats, task.sample, task.categories, seed=0
-        )
+        subject = Subject(model.network, model.space.readers, task.categories, task.nats, task.sample, model)
+        return measure(subject, batches, moments=Moments())
 
 
 def worker(rank: int, size: int, folder: str) -> None:

@@ -1,0 +1,201 @@
+"""What is measured: a network, its sites, its categories and its loss; and the rows it is measured on."""
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from attribution.sites import Site
+
+
+@runtime_checkable
+class Probe(Protocol):
+    """Rows to measure. In category order they are reduced without copies; any order gives the same sums."""
+
+    @property
+    def inputs(self) -> Tensor:
+        """What the network takes; rows first."""
+        ...
+
+    @property
+    def targets(self) -> Tensor:
+        """The true labels, as ``nats`` takes them; rows first."""
+        ...
+
+    @property
+    def categories(self) -> Int[Tensor, " rows"]:
+        """Index of each row's category."""
+        ...
+
+    @property
+    def ids(self) -> Int[Tensor, " rows"]:
+        """Each row's number, the same however rows are batched and sharded: it seeds the row's sampled labels."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch for those who have no class of their own."""
+
+    inputs: Tensor
+    targets: Tensor
+    categories: Int[Tensor, " rows"]
+    ids: Int[Tensor, " rows"]
+
+    def take(self, index: Tensor | slice) -> "Rows":
+        """Return some of the rows."""
+        return Rows(self.inputs[index], self.targets[index], self.categories[index], self.ids[index])
+
+
+def batched(inputs: Tensor, targets: Tensor, categories: Int[Tensor, " rows"], rows_at_once: int) -> list[Rows]:
+    """Cut a whole data set into batches, each an even mix of the categories and in their order."""
+    order = torch.argsort(categories, stable=True)
+    count = -(-len(order) // rows_at_once)
+    whole = Rows(inputs, targets, categories, torch.arange(len(order)))
+    return [whole.take(order[part::count]) for part in range(count)]
+
+
+def plain_forward(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a forward pass that has no use for categories; logits are taken out of a model output."""
+
+    def forward(inputs: Tensor, _: Tensor) -> Tensor:
+        outputs: Any = network(inputs)
+        return outputs if isinstance(outputs, Tensor) else outputs.logits
+
+    return forward
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network with named sites and a loss in nats.
+
+    ``network`` may be wrapped by DistributedDataParallel or sharded by ``fully_shard``; sites are named as in the
+    network inside. Measuring runs it in eval mode and puts back its modes and ``requires_grad``.
+    """
+
+    network: nn.Module
+    sites: tuple[Site, ...]
+    categories: tuple[str, ...]
+    nats: Callable[[Tensor, Tensor], Float[Tensor, " rows"]]
+    """``nats(outputs, targets)``: each row's summed loss."""
+    sample: Callable[[Tensor, Sequence[int]], Tensor] | None = None
+    """``sample(outputs, seeds)``: targets drawn from the model's own distribution, one seed a row. Without it there is
+    no Fisher information with sampled labels."""
+    run: Callable[[Tensor, Tensor], Tensor] | None = None
+    """``run(inputs, categories)``: the forward pass, outputs returned; not given: ``network(inputs)``."""
+
+    def __post_init__(self) -> None:
+        if not self.categories or len(set(self.categories)) != len(self.categories):
+            raise ValueError(f"categories must be distinct names, at least one, got {list(self.categories)}")
+        if not self.sites:
+            raise ValueError("no sites to measure; give at least one")
+        names = [site.name for site in self.sites]
+        if len(set(names)) != len(names):
+            raise ValueError(f"sites must have distinct names, got {names}")
+        for site in self.sites:
+            self.module(site.reader, f"site {site.name!r}")
+
+    @property
+    def inner(self) -> nn.Module:
+        """The network without DistributedDataParallel around it."""
+        network = self.network
+        return network.module if isinstance(network, DistributedDataParallel) else network
+
+    def site(self, name: str) -> Site:
+        """Return a site by name."""
+        for site in self.sites:
+            if site.name == name:
+                return site
+        names = [site.name for site in self.sites]
+        near = difflib.get_close_matches(name, names, n=3) or names[:3]
+        raise ValueError(f"no site {name!r}; nearest: {', '.join(near)}")
+
+    def module(self, name: str, whose: str) -> nn.Module:
+        """Return a submodule of the network by its qualified name; ``whose`` names the asker in errors."""
+        modules = dict(self.inner.named_modules())
+        if name not in modules:
+            near = difflib.get_close_matches(name, modules, n=3, cutoff=0.5) or [n for n in modules if n][:3]
+            raise ValueError(f"{whose}: the network has no module {name!r}; nearest: {', '.join(near) or 'none'}")
+        return modules[name]
+
+    def reader(self, site: Site) -> nn.Module:
+        """Return the module that reads a site's units."""
+        return self.module(site.reader, f"site {site.name!r}")
+
+    def forward(self, inputs: Tensor, categories: Tensor) -> Tensor:
+        """Run the network on rows."""
+        return (self.run or plain_forward(self.inner))(inputs, categories)
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Eval mode, gradients on, none of them a parameter's, for the time being."""
+        network = self.network
+        modes = [(module, module.training) for module in network.modules()]
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        network.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            unsynced = network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
+            with unsynced, torch.enable_grad():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    def row_nats(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " rows"]:
+        """Return each row's summed loss; ValueError where the loss function does not give one a row."""
+        loss_R = self.nats(outputs, targets)
+        if tuple(loss_R.shape) != (len(outputs),):
+            raise ValueError(f"nats must return one loss a row [{len(outputs)}], got {list(loss_R.shape)}")
+        return loss_R
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Where a category's rows are in a batch, and how many: a slice if the batch is in category order."""
+
+    category: int
+    where: slice | Tensor
+    rows: int
+
+
+def segments(batch: Probe, names: Sequence[str]) -> list[Segment]:
+    """Check a batch and return its categories' rows."""
+    categories = batch.categories.cpu()
+    for what, tensor in (("inputs", batch.inputs), ("targets", batch.targets), ("ids", batch.ids)):
+        if len(tensor) != len(categories):
+            raise ValueError(f"a batch has {len(categories)} categories but {len(tensor)} rows of {what}")
+    if int(categories.min()) < 0 or int(categories.max()) >= len(names):
+        raise ValueError(
+            f"a batch has categories {int(categories.min())} to {int(categories.max())}; "
+            f"there are {len(names)}, numbered from 0: {', '.join(names)}"
+        )
+    ordered = bool((categories[1:] >= categories[:-1]).all())
+    found: list[Segment] = []
+    start = 0
+    for category, number in enumerate(torch.bincount(categories, minlength=len(names)).tolist()):
+        if number:
+            where = slice(start, start + number) if ordered else (categories == category).nonzero().squeeze(1)
+            found.append(Segment(category, where, number))
+        start += number
+    return found
+
+
+_MASK = 2**64 - 1
+
+
+def row_seed(seed: int, row: int) -> int:
+    """Mix a pass's seed and a row's id into 63 bits (splitmix64), so that neighbours do not correlate."""
+    state = (seed * 0x9E3779B97F4A7C15 + row + 0x9E3779B97F4A7C15) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (state ^ (state >> 31)) >> 1

@@ -1,0 +1,174 @@
+"""What measuring every unit against every category costs, over a plain forward and backward pass of the same batches.
+
+A Llama of 6 layers with FFN neurons and attention heads as units, rows of four categories. Plain: a training step's
+forward and backward pass, parameter gradients included. Times are medians of ratios of alternating passes in one
+process; memory is the peak of live tensor memory above the weights, from the profiler's allocation events.
+
+The full benchmark takes about four minutes; --quick a smaller network.
+"""
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from attribution.measure import Moments, measure
+from attribution.sites import Site
+from attribution.subject import Rows, Subject
+from benchmarks.report import Cell, Figure, arguments, report
+from moeify.config import LlamaModel
+from moeify.models import build_llama
+
+CATEGORIES = ("a", "b", "c", "d")
+VOCABULARY, LENGTH, ROWS, BATCHES = 4096, 128, 16, 2
+
+
+def main() -> None:
+    """Time each way against the plain passes, and compare its memory."""
+    asked = arguments(__doc__)
+    size, repeats = ((96, 4, 384), 5) if asked.quick else ((256, 6, 1024), 9)
+    hidden, layers, ffn = size
+    model = LlamaModel(kind="llama", hidden=hidden, layers=layers, heads=4, ffn=ffn)
+    network = build_llama(model, vocabulary=VOCABULARY, length=LENGTH, end=0, seed=0).eval()
+    sites = ffn_sites(layers, ffn) + head_sites(layers, hidden // 4)
+    batches = make_batches(ROWS, BATCHES)
+
+    def subject(sampled: bool) -> Subject:
+        return Subject(network, sites, CATEGORIES, nats, sample if sampled else None)
+
+    ways: dict[str, Callable[[], object]] = {
+        "plain forward + backward": lambda: plain(network, batches),
+        "true labels (taylor, |g a|, empirical Fisher)": lambda: measure(subject(False), batches),
+        "and labels sampled (Fisher, report)": lambda: measure(subject(True), batches),
+        "and second moments, sketched to 128": lambda: measure(subject(True), batches, moments=Moments(128)),
+        "and second moments, exact": lambda: measure(subject(True), batches, moments=Moments()),
+        "captum, all layers at once": lambda: captum(network, batches, [s.reader for s in sites], together=True),
+        "captum, one layer at a time": lambda: captum(network, batches, [s.reader for s in sites], together=False),
+    }
+    base = next(iter(ways))
+    ratios = time_ratios(ways, base, repeats)
+    peaks = {name: peak_bytes(way) for name, way in ways.items()}
+    rows: list[dict[str, Cell]] = [
+        {
+            "way": name,
+            "time / plain": statistics.median(ratios[name]),
+            "lowest": min(ratios[name]),
+            "highest": max(ratios[name]),
+            "memory / plain": peaks[name] / peaks[base],
+            "peak MB": peaks[name] / 1e6,
+        }
+        for name in ways
+    ]
+    true, sampled, slow = list(ways)[1], list(ways)[2], list(ways)[-1]
+    figures = [
+        Figure("cost_ratio", statistics.median(ratios[true]), "<= 1.15"),
+        Figure("cost_ratio_sampled", statistics.median(ratios[sampled]), "<= 1.15"),
+        Figure("memory_ratio", peaks[true] / peaks[base], "<= 1.1"),
+        Figure("memory_ratio_sampled", peaks[sampled] / peaks[base], "<= 1.1"),
+        Figure("cost_ratio_captum_one_layer", statistics.median(ratios[slow]), "for comparison"),
+        Figure("memory_ratio_captum_one_layer", peaks[slow] / peaks[base], "for comparison"),
+    ]
+    report("attribution_cost", rows, figures, asked.json, quick=asked.quick)
+
+
+def ffn_sites(layers: int, ffn: int) -> tuple[Site, ...]:
+    """Return the FFN neurons of every layer of a Llama."""
+    return tuple(Site(f"layers.{i}.ffn", f"model.layers.{i}.mlp.down_proj", ffn) for i in range(layers))
+
+
+def head_sites(layers: int, width: int, heads: int = 4) -> tuple[Site, ...]:
+    """Return the attention heads of every layer of a Llama."""
+    return tuple(Site(f"layers.{i}.heads", f"model.layers.{i}.self_attn.o_proj", heads, width) for i in range(layers))
+
+
+def make_batches(rows: int, count: int) -> list[Rows]:
+    """Return random tokens in category order."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for number in range(count):
+        tokens = torch.randint(VOCABULARY, (rows, LENGTH + 1), generator=generator)
+        categories = torch.arange(rows) * len(CATEGORIES) // rows
+        found.append(Rows(tokens[:, :-1], tokens[:, 1:], categories, torch.arange(rows) + number * rows))
+    return found
+
+
+def nats(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return each row's summed cross-entropy."""
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view(len(targets), -1).sum(1)
+
+
+def sample(outputs: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Draw each token from the model's own distribution, one seed a row."""
+    draws = [torch.rand(LENGTH, 1, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    cumulative = outputs.softmax(-1).cumsum_(-1)
+    drawn = torch.searchsorted(cumulative, torch.stack(draws) * cumulative[..., -1:], right=True)
+    return drawn.squeeze(-1).clamp_(max=VOCABULARY - 1)
+
+
+def plain(network: nn.Module, batches: Sequence[Rows]) -> None:
+    """Run forward and backward passes with parameter gradients."""
+    for batch in batches:
+        network.zero_grad(set_to_none=True)
+        outputs: Any = network(batch.inputs)
+        nats(outputs.logits, batch.targets).sum().backward()
+    network.zero_grad(set_to_none=True)
+
+
+def captum(network: nn.Module, batches: Sequence[Rows], readers: Sequence[str], *, together: bool) -> None:
+    """Run Captum's gradient x activation at the inputs of ``readers``, by category, as its users add it up."""
+    from captum.attr import LayerGradientXActivation
+
+    layers = [network.get_submodule(name) for name in readers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for batch in batches:
+
+            def loss(inputs: Tensor, batch: Rows = batch) -> Tensor:
+                outputs: Any = network(inputs)
+                return nats(outputs.logits, batch.targets)
+
+            for chosen in [layers] if together else [[layer] for layer in layers]:
+                found = LayerGradientXActivation(loss, chosen).attribute(batch.inputs, attribute_to_layer_input=True)
+                for each in found:
+                    by_row = (each[0] if isinstance(each, tuple) else each).detach().sum(1)
+                    for category in range(len(CATEGORIES)):
+                        by_row[batch.categories == category].double().sum(0)
+
+
+def time_ratios(ways: dict[str, Callable[[], object]], base: str, repeats: int) -> dict[str, list[float]]:
+    """Run all ways in turn, ``repeats`` times, and return each one's seconds over the base's of the same turn."""
+    ratios: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way()
+    for _ in range(repeats):
+        seconds = {}
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            seconds[name] = time.perf_counter() - started
+        for name in ways:
+            ratios[name].append(seconds[name] / seconds[base])
+    return ratios
+
+
+def peak_bytes(way: Callable[[], object]) -> int:
+    """Return the peak of tensor memory that ``way`` holds beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        way()
+    assert watched.profiler is not None
+    events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+if __name__ == "__main__":
+    main()
