@@ -1,13 +1,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_measure import LLAMA_SITES, MLP_SITES, NAMES, llama, llama_rows, mlp, mlp_rows, nats, sample
 from torch import Tensor, nn
 
 from attribution.measure import Moments, Stability, measure, strongest_category
 from attribution.moments import ExactMoment, LowRank, SketchedMoment, marginals, schur_residual
 from attribution.sites import Site, output_weight, patches
 from attribution.subject import Rows, Subject, batched
-from test_measure import LLAMA_SITES, MLP_SITES, NAMES, llama, llama_rows, mlp, mlp_rows, nats, sample
 
 
 class Cnn(nn.Module):
