@@ -43,7 +43,7 @@ def ablation_rises(
     where = subject.site(site)
     if sets.shape[1] != where.units:
         raise ValueError(f"sets must be [sets {where.units}], the units of site {site!r}, got {list(sets.shape)}")
-    _check_value(value)
+    check_value(value)
     if at_once < 1:
         raise ValueError(f"at_once must be at least one row, got {at_once}")
     sums = CategorySums(subject.categories, len(sets))
@@ -74,7 +74,7 @@ def joint_rises(
     ``removed``: by site, the same units for all categories, or each category its own, as a partition does. Nats per
     token; two forward passes of the data, three with ``value="mean"``.
     """
-    _check_value(value)
+    check_value(value)
     sites = [subject.site(name) for name in removed]
     keeps_CU = {}
     for site in sites:
@@ -204,7 +204,8 @@ class _Part:
         return self._subject.row_nats(outputs, targets).detach().to("cpu", torch.float64)
 
 
-def _check_value(value: str) -> None:
+def check_value(value: str) -> None:
+    """Refuse what is not a ``Value``."""
     if value not in ("zero", "mean"):
         raise ValueError(f"value must be 'zero' or 'mean', got {value!r}")
 
