@@ -14,15 +14,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from attribution.measure import Moments, measure
-from attribution.sites import Site
 from attribution.subject import Rows, Subject
 from benchmarks.report import Cell, Figure, arguments, report
 from moeify.config import LlamaModel
+from moeify.families import readers
+from moeify.language import sample_tokens, token_nats
 from moeify.models import build_llama
 
 CATEGORIES = ("a", "b", "c", "d")
@@ -36,11 +36,11 @@ def main() -> None:
     hidden, layers, ffn = size
     model = LlamaModel(kind="llama", hidden=hidden, layers=layers, heads=4, ffn=ffn)
     network = build_llama(model, vocabulary=VOCABULARY, length=LENGTH, end=0, seed=0).eval()
-    sites = ffn_sites(layers, ffn) + head_sites(layers, hidden // 4)
+    sites = readers(network)
     batches = make_batches(ROWS, BATCHES)
 
     def subject(sampled: bool) -> Subject:
-        return Subject(network, sites, CATEGORIES, nats, sample if sampled else None)
+        return Subject(network, sites, CATEGORIES, token_nats, sample_tokens if sampled else None)
 
     ways: dict[str, Callable[[], object]] = {
         "plain forward + backward": lambda: plain(network, batches),
@@ -77,16 +77,6 @@ def main() -> None:
     report("attribution_cost", rows, figures, asked.json, quick=asked.quick)
 
 
-def ffn_sites(layers: int, ffn: int) -> tuple[Site, ...]:
-    """Return the FFN neurons of every layer of a Llama."""
-    return tuple(Site(f"layers.{i}.ffn", f"model.layers.{i}.mlp.down_proj", ffn) for i in range(layers))
-
-
-def head_sites(layers: int, width: int, heads: int = 4) -> tuple[Site, ...]:
-    """Return the attention heads of every layer of a Llama."""
-    return tuple(Site(f"layers.{i}.heads", f"model.layers.{i}.self_attn.o_proj", heads, width) for i in range(layers))
-
-
 def make_batches(rows: int, count: int) -> list[Rows]:
     """Return random tokens in category order."""
     generator = torch.Generator().manual_seed(0)
@@ -98,25 +88,12 @@ def make_batches(rows: int, count: int) -> list[Rows]:
     return found
 
 
-def nats(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return each row's summed cross-entropy."""
-    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view(len(targets), -1).sum(1)
-
-
-def sample(outputs: Tensor, seeds: Sequence[int]) -> Tensor:
-    """Draw each token from the model's own distribution, one seed a row."""
-    draws = [torch.rand(LENGTH, 1, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    cumulative = outputs.softmax(-1).cumsum_(-1)
-    drawn = torch.searchsorted(cumulative, torch.stack(draws) * cumulative[..., -1:], right=True)
-    return drawn.squeeze(-1).clamp_(max=VOCABULARY - 1)
-
-
 def plain(network: nn.Module, batches: Sequence[Rows]) -> None:
     """Run forward and backward passes with parameter gradients."""
     for batch in batches:
         network.zero_grad(set_to_none=True)
         outputs: Any = network(batch.inputs)
-        nats(outputs.logits, batch.targets).sum().backward()
+        token_nats(outputs.logits, batch.targets).sum().backward()
     network.zero_grad(set_to_none=True)
 
 
@@ -131,7 +108,7 @@ def captum(network: nn.Module, batches: Sequence[Rows], readers: Sequence[str], 
 
             def loss(inputs: Tensor, batch: Rows = batch) -> Tensor:
                 outputs: Any = network(inputs)
-                return nats(outputs.logits, batch.targets)
+                return token_nats(outputs.logits, batch.targets)
 
             for chosen in [layers] if together else [[layer] for layer in layers]:
                 found = LayerGradientXActivation(loss, chosen).attribute(batch.inputs, attribute_to_layer_input=True)

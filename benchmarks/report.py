@@ -1,6 +1,7 @@
 """The form that all benchmarks share: arguments, a table, headline figures, JSON."""
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -23,12 +24,17 @@ class Figure:
     """E.g. ``<= 1``; with the unit, if the name does not say it."""
 
 
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the arguments of every benchmark: ``quick`` (bool) and ``json`` (Path or None)."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--quick", action="store_true", help="a small version that ends within a minute on two cores")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the table and the figures there")
+    return made
+
+
 def arguments(doc: str | None) -> argparse.Namespace:
-    """Parse the arguments of every benchmark: ``quick`` (bool) and ``json`` (Path or None)."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small version that ends within a minute on two cores")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table and the figures there")
-    return parser.parse_args()
+    """Parse the arguments that every benchmark has."""
+    return parser(doc).parse_args()
 
 
 def report(
@@ -39,21 +45,13 @@ def report(
     *,
     quick: bool,
 ) -> None:
-    """Print ``rows`` as a table, then one line a figure; write both as JSON to ``path``.
+    """Print ``rows`` as a table (a new one where the columns change), then one line a figure; write both to ``path``.
 
     The JSON object has ``benchmark``, ``quick``, ``machine``, ``rows``, ``goals`` and ``summary`` (figure -> number).
     """
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [columns, *([_text(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    for line in lines:
-        print(
-            "  ".join(
-                cell.rjust(width) if i else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-        )
-    print()
+    for columns, alike in itertools.groupby(rows, key=lambda row: list(row)):
+        _table(columns, list(alike))
+        print()
     for figure in figures:
         print(f"{name}.{figure.name} = {_text(figure.value)} (goal {figure.goal})")
     if path is not None:
@@ -68,6 +66,14 @@ def report(
                 "summary": {figure.name: figure.value for figure in figures},
             },
         )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Mapping[str, Cell]]) -> None:
+    lines = [columns, *([_text(row[column]) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    for line in lines:
+        cells = zip(line, widths, strict=True)
+        print("  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(cells)))
 
 
 def _text(cell: Cell) -> str:

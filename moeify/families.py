@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attribution.sites import Site
 from moeify.units import FfnUnits, UnitSpace, check, linear
 
 
@@ -22,6 +23,19 @@ def unit_space(network: nn.Module) -> UnitSpace:
             raise ValueError(
                 f"no adapter for {other}; it needs a case in moeify.families that names the Linear layers of each site"
             )
+
+
+def readers(network: nn.Module) -> tuple[Site, ...]:
+    """Return every site that attribution can read: those that are split, and attention heads.
+
+    Heads that share keys and values are one unit, since none of them can go without the others' keys.
+    """
+    sites = unit_space(network).readers
+    match type(network).__name__:
+        case "LlamaForCausalLM":
+            return (*sites, *(_llama_heads(network, i) for i in range(_config(network).num_hidden_layers)))
+        case _:
+            return sites
 
 
 def describe(network: nn.Module) -> dict[str, Any]:
@@ -93,6 +107,12 @@ def _llama_ffn(network: nn.Module, layer: int) -> FfnUnits:
     return FfnUnits(
         f"layers.{layer}.ffn", module, "gate_proj", "up_proj", "down_proj", "silu", up.out_features, bias, bias
     )
+
+
+def _llama_heads(network: nn.Module, layer: int) -> Site:
+    config, reader = _config(network), f"model.layers.{layer}.self_attn.o_proj"
+    groups = config.num_key_value_heads
+    return Site(f"layers.{layer}.heads", reader, groups, linear(network, reader).in_features // groups)
 
 
 def _feed_forward(network: nn.Module, module: str) -> FfnUnits:

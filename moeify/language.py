@@ -92,20 +92,13 @@ class LanguageTask:
         self, outputs: Float[Tensor, "rows length vocabulary"], targets: Int[Tensor, "rows length"]
     ) -> Float[Tensor, " rows"]:
         """Return each window's summed cross-entropy in nats."""
-        losses = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
-        return losses.view(targets.shape).sum(1)
+        return token_nats(outputs, targets)
 
     def sample(
         self, outputs: Float[Tensor, "rows length vocabulary"], seeds: Sequence[int]
     ) -> Int[Tensor, "rows length"]:
-        """Draw each next token as the model predicts it, one seed a window, by inverting the distribution function."""
-        length = outputs.shape[1]
-        draws = [torch.rand(length, 1, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        cumulative = outputs.softmax(-1).cumsum(-1)
-        # Scaled to the last value, which rounding keeps from being 1: no draw lies beyond it.
-        scaled = torch.stack(draws).to(cumulative) * cumulative[..., -1:]
-        drawn = torch.searchsorted(cumulative, scaled, right=True).squeeze(-1)
-        return drawn.clamp_(max=outputs.shape[-1] - 1)
+        """Draw each next token as the model predicts it, one seed a window."""
+        return sample_tokens(outputs, seeds)
 
     def bits_per_byte(self, loss: dict[str, float], split: HeldOut) -> dict[str, float] | None:
         """Return the losses as bits per byte of the split's text; the ends of documents are paid for, not counted."""
@@ -135,3 +128,20 @@ class LanguageTask:
         tokens = torch.from_numpy(windows.astype(np.int64))
         categories = torch.tensor([category for category, _ in picks])
         return Batch(tokens[:, :-1], tokens[:, 1:], categories, torch.arange(first, first + len(picks)))
+
+
+def token_nats(
+    outputs: Float[Tensor, "rows length vocabulary"], targets: Int[Tensor, "rows length"]
+) -> Float[Tensor, " rows"]:
+    """Return each row's summed cross-entropy in nats."""
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).sum(1)
+
+
+def sample_tokens(outputs: Float[Tensor, "rows length vocabulary"], seeds: Sequence[int]) -> Int[Tensor, "rows length"]:
+    """Draw each token from the model's own distribution, one seed a row, by inverting the distribution function."""
+    draws = [torch.rand(outputs.shape[1], 1, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    cumulative = outputs.softmax(-1).cumsum(-1)
+    # Scaled to the last value, which rounding keeps from being 1: no draw lies beyond it.
+    scaled = torch.stack(draws).to(cumulative) * cumulative[..., -1:]
+    drawn = torch.searchsorted(cumulative, scaled, right=True).squeeze(-1)
+    return drawn.clamp_(max=outputs.shape[-1] - 1)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeify.events import Arm
 from moeify.families import describe, rebuild
 from moeify.partition import Partition
 from moeify.split_model import SplitModel
@@ -37,19 +38,28 @@ def load_split(folder: str | Path) -> SplitModel:
     return _load(facts, facts["partition"], read_part(folder, "model"))
 
 
-def load_from_run(folder: Path) -> SplitModel:
-    """Return the split model of a run's newest checkpoint, in eval mode; ValueError where nothing was split yet."""
+def arms_of_run(folder: Path) -> tuple[Arm, ...]:
+    """Return the arms that a run's newest checkpoint holds; ValueError where there is no checkpoint yet."""
+    return tuple(_newest(folder)[2]["arms"])
+
+
+def load_from_run(folder: Path, arm: Arm = "split") -> SplitModel:
+    """Return an arm's model from a run's newest checkpoint, in eval mode; ValueError where it is not there yet."""
+    store, name, facts = _newest(folder)
+    if arm not in facts["arms"]:
+        raise ValueError(f"{folder.name} has not been split yet; its first cut comes after the first training phase")
+    parts = ("parameter/", "buffer/")
+    tensors = store.tensors(name, arm)
+    own = {key.partition("/")[2]: tensor for key, tensor in tensors.items() if key.startswith(parts)}
+    return _load(facts, facts["arms"][arm]["partition"], own)
+
+
+def _newest(folder: Path) -> tuple[FolderStore, str, dict[str, Any]]:
     store = FolderStore(folder, keep=1)
     found = store.newest()
     if found is None:
         raise ValueError(f"{folder.name} has no checkpoint yet; let it train on, or see `moeify show {folder.name}`")
-    facts = store.facts(found.name)
-    if "split" not in facts["arms"]:
-        raise ValueError(f"{folder.name} has not been split yet; its first cut comes after the first training phase")
-    tensors = store.tensors(found.name, "split")
-    parts = ("parameter/", "buffer/")
-    own = {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(parts)}
-    return _load(facts, facts["arms"]["split"]["partition"], own)
+    return store, found.name, store.facts(found.name)
 
 
 def _tensors(model: SplitModel) -> dict[str, Tensor]:

@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict
 
+from attribution.heatmap import DECADES, NEVER, save_png, thinned
+from attribution.heatmap import figure as figure_of
 from moeify.events import RoundEnded, Started
 from moeify.result import MEAN, Result
 from pipelines.journal import read_events
@@ -22,19 +24,11 @@ from pipelines.runs import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Axes of arrays: U units, C categories.
 
-_DPI = 150
 _MOST_COLUMNS = 8
 """Sites side by side."""
-_MOST_ROWS = 400
-"""Units drawn apart in a site: about its height in pixels."""
-_DECADES = 4.0
-"""Powers of ten that the colour scale spans; what matters less has the darkest colour."""
-_NEVER = "#d9d9d9"
-"""Grey, which is not on the colour scale: attribution is exactly zero."""
 _WIDE_LEGEND = 8.0
 """Inches of a figure that hold both entries of the map's legend side by side."""
 _LEAST_GAP = 0.031
@@ -103,12 +97,12 @@ def attribution_map(folder: RunFolder, round_: int) -> Path:
 
     top = max(float(table.max()) for table in tables_UC.values())
     top = top if top > 0.0 else 1.0
-    norm = LogNorm(vmin=top / 10**_DECADES, vmax=top, clip=True)
+    norm = LogNorm(vmin=top / 10**DECADES, vmax=top, clip=True)
     across = min(_MOST_COLUMNS, len(tables_UC))
     down = math.ceil(len(tables_UC) / across)
     longest = max(len(node.name) for node in ownership.nodes)
     wide = 0.3 * len(leaves) + 0.062 * min(longest, 24) + 0.7
-    figure = _figure(max(6.5, wide * across + 1.2), 3.8 * down + 1.0)
+    figure = figure_of(max(6.5, wide * across + 1.2), 3.8 * down + 1.0)
     grid = figure.subplots(down, across, squeeze=False)
     axes = list(grid.flat)
     for spare in axes[len(tables_UC) :]:
@@ -125,7 +119,7 @@ def attribution_map(folder: RunFolder, round_: int) -> Path:
     colours.ax.tick_params(labelsize=7)
     figure.suptitle(f"How much each unit matters to each category\n{folder.id}, round {round_}", fontsize=10)
     frame = Patch(facecolor="white", edgecolor="black", label="an expert after this round's cut; measured before it")
-    zero = Patch(facecolor=_NEVER, label="exactly 0: the category does not run the unit, or it never fires")
+    zero = Patch(facecolor=NEVER, label="exactly 0: the category does not run the unit, or it never fires")
     zeros = any((table == 0.0).any() for table in tables_UC.values())
     figure.legend(
         handles=[frame, zero] if zeros else [frame],
@@ -134,7 +128,7 @@ def attribution_map(folder: RunFolder, round_: int) -> Path:
         fontsize=7.5,
         frameon=False,
     )
-    return _save(figure, attribution_path(folder, round_))
+    return save_png(figure, attribution_path(folder, round_))
 
 
 def tax_separation(folder: RunFolder) -> Path:
@@ -146,7 +140,7 @@ def tax_separation(folder: RunFolder) -> Path:
 
     rounds = [event for event in read_events(folder.journal, 0)[0] if isinstance(event, RoundEnded)]
     end = Result.model_validate_json(folder.result.read_bytes()) if folder.result.is_file() else None
-    figure = _figure(6.6, 4.4)
+    figure = figure_of(6.6, 4.4)
     axis = figure.subplots()
     axis.axhline(0.0, color=_DENSE, linewidth=1.2, linestyle="--", label="dense twin")
     arms = (
@@ -197,7 +191,7 @@ def tax_separation(folder: RunFolder) -> Path:
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(fontsize=7.5, frameon=False, loc="outside lower center", ncols=2)
-    return _save(figure, tax_path(folder))
+    return save_png(figure, tax_path(folder))
 
 
 def _name_rounds(axis: "Axes", rounds: Sequence[RoundEnded]) -> None:
@@ -252,11 +246,11 @@ def _site(
     if owners_U.shape != (units,):
         raise ValueError(f"a site has {units} units of attribution and owners for {len(owners_U)}")
     order_U = np.lexsort((-table_UC.sum(axis=1), owners_U))
-    thin = _thinned(table_UC[order_U])
+    thin = thinned(table_UC[order_U])
     image = axis.imshow(
         np.ma.masked_equal(thin, 0.0),
         aspect="auto",
-        cmap=colormaps["viridis"].with_extremes(bad=_NEVER),
+        cmap=colormaps["viridis"].with_extremes(bad=NEVER),
         norm=norm,
         interpolation="nearest",
         extent=(0, categories, units, 0),
@@ -320,29 +314,3 @@ def _spread(wanted: Sequence[float], gap: float, most: float) -> list[float]:
             middle = min(middle, most - gap * (count - 1) / 2)
         pools.append((count, middle))
     return [middle + gap * (index - (count - 1) / 2) for count, middle in pools for index in range(count)]
-
-
-def _thinned(table_UC: Float[np.ndarray, "U C"]) -> Float[np.ndarray, "rows C"]:
-    """Average neighbouring units where there are more of them than pixels, so that none is skipped."""
-    rows = min(len(table_UC), _MOST_ROWS)
-    starts = np.arange(rows) * len(table_UC) // rows
-    counts = np.diff(np.append(starts, len(table_UC)))
-    return np.add.reduceat(table_UC, starts, axis=0) / counts[:, None]
-
-
-def _figure(width: float, height: float) -> "Figure":
-    """Return a figure of so many inches that belongs to no window."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: "Figure", path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    figure.savefig(draft, format="png")
-    draft.replace(path)
-    return path

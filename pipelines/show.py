@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any, TextIO, get_args
 
 from pydantic import ValidationError
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +15,7 @@ from moeify.events import Arm, Evaluated, Event, Phase, RoundEnded, Started, Ste
 from moeify.result import MEAN, Result
 from pipelines.journal import read_events
 from pipelines.runs import RunFolder, status
+from pipelines.tables import console_for, table_for
 from pipelines.wording import clock, nats, percent, two_digits
 
 Summary = dict[str, Any]
@@ -38,7 +38,7 @@ _ROUND_KEYS = (
 def summary(folder: RunFolder) -> Summary:
     """Return the run as JSON-ready data; null for what is not known yet, and for numbers that are not finite."""
     known = _of_result(_read_result(folder)) if folder.result.is_file() else _of_journal(folder)
-    return {"run": folder.id, "status": status(folder), **_finite(known)}
+    return {"run": folder.id, "status": status(folder), **finite(known)}
 
 
 def to_json(data: Any) -> str:
@@ -124,13 +124,14 @@ def _walk(node: Summary, depth: int = 0) -> Iterator[tuple[Summary, int]]:
         yield from _walk(child, depth + 1)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return plain data with null for numbers that are not finite, which JSON has no word for."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 
@@ -149,7 +150,7 @@ class _Block:
 def print_run(folder: RunFolder, stream: TextIO) -> None:
     """Print the tree, the rounds and the tables; at most 80 columns wide on an 80-column terminal."""
     known = summary(folder)
-    console = _console(stream)
+    console = console_for(stream)
     facts = [known["run"], known["status"]]
     if known["steps"]:
         facts.append(f"{known['steps']:,} steps an arm")
@@ -174,8 +175,8 @@ def print_run(folder: RunFolder, stream: TextIO) -> None:
 
 def print_runs(folders: Sequence[RunFolder], stream: TextIO) -> None:
     """Print one line a run."""
-    console = _console(stream)
-    table = _table(console, "run", "status", "rounds kept", "active", "tax", text=(0, 1))
+    console = console_for(stream)
+    table = table_for(console, "run", "status", "rounds kept", "active", "tax", text=(0, 1))
     for row in listing(folders):
         tax = "damaged" if row["problem"] else nats(row["tax"], signed=True)
         rounds = "-" if row["rounds"] is None else str(row["rounds"])
@@ -211,24 +212,6 @@ def _reached(events: Sequence[Event]) -> str:
     return f"came to: {where}" + (f", {step.work:.0%} of the training" if step else "")
 
 
-def _console(stream: TextIO) -> Console:
-    return Console(file=stream, highlight=False, markup=False, emoji=False)
-
-
-def _table(console: Console, *columns: str, text: Sequence[int] = (0,)) -> Table:
-    """Return an empty table; columns whose position is not in ``text`` hold numbers."""
-    if console.is_terminal:  # a rule below the head; the box puts a blank of its own between columns
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    else:
-        table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for position, column in enumerate(columns):
-        if position in text:
-            table.add_column(column, overflow="fold")
-        else:
-            table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
 def _blocks(known: Summary, console: Console) -> Iterator[_Block]:
     if known["tree"]:
         yield _tree_block(known["tree"], console)
@@ -250,7 +233,7 @@ def _tree_block(tree: Summary, console: Console) -> _Block:
     columns = (
         ("expert", "own units", "share", "active") if telling else ("expert", "serves", "own units", "share", "active")
     )
-    table = _table(console, *columns, text=(0,) if telling else (0, 1))
+    table = table_for(console, *columns, text=(0,) if telling else (0, 1))
     for node, depth in _walk(tree):
         serves = ", ".join(node["categories"]) if depth else "all"
         table.add_row(
@@ -269,7 +252,7 @@ def _named_by_its_categories(node: Summary) -> bool:
 
 def _rounds_block(known: Summary, console: Console) -> _Block:
     columns = ("round", "step", "separation", "tax", "random tax", "J", "random J", "outcome")
-    table = _table(console, *columns, text=(0, 7))
+    table = table_for(console, *columns, text=(0, 7))
     for row in known["rounds"]:
         table.add_row(
             str(row["round"]),
@@ -292,7 +275,7 @@ def _rounds_block(known: Summary, console: Console) -> _Block:
 def _loss_block(known: Summary, console: Console) -> _Block:
     loss, active = known["test_loss"], known["active_fraction"] or {}
     taxes = [known["tax"] or {}, known["tax_random"] or {}]
-    table = _table(console, "category", "active", "dense", "split", "random", "tax", "random tax")
+    table = table_for(console, "category", "active", "dense", "split", "random", "tax", "random tax")
     for category in (*known["categories"], MEAN):
         table.add_row(
             category,
@@ -304,7 +287,7 @@ def _loss_block(known: Summary, console: Console) -> _Block:
 
 
 def _bits_block(known: Summary, console: Console) -> _Block:
-    table = _table(console, "category", *_ARMS)
+    table = table_for(console, "category", *_ARMS)
     for category in (*known["categories"], MEAN):
         table.add_row(category, *(nats(_of_arm(known["bits_per_byte"], arm, category)) for arm in _ARMS))
     return _Block("Test bits per byte", table)
@@ -331,7 +314,7 @@ def _own_other_blocks(known: Summary, console: Console) -> Iterator[_Block]:
     top = [child["categories"] for child in known["tree"]["children"]]
     parts = list(_chunks(top, room))
     for number, part in enumerate(parts, start=1):
-        table = _table(console, "without", *part)
+        table = table_for(console, "without", *part)
         for name, (node, _) in zip(names, nodes, strict=True):
             rises = {category: matrix[category].get(node["name"]) for category in part}
             never = [rise == 0.0 and category not in node["categories"] for category, rise in rises.items()]

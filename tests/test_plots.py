@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from safetensors.numpy import load_file, save_file
 
+from attribution.heatmap import thinned
 from pipelines import plots
 from pipelines.runs import RunFolder
 
@@ -26,13 +27,13 @@ def folder(tmp_path: Path) -> RunFolder:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Figures as they were saved."""
     seen: list[Figure] = []
-    save = plots._save
+    save = plots.save_png
 
     def keep(figure: Figure, path: Path) -> Path:
         seen.append(figure)
         return save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save_png", keep)
     return seen
 
 
@@ -82,11 +83,11 @@ def test_columns_follow_the_leaves_and_rows_their_owners(folder: RunFolder, figu
 
 def test_more_units_than_pixels_are_averaged_not_skipped() -> None:
     table = np.random.default_rng(0).random((1003, 3))
-    thin = plots._thinned(table)
+    thin = thinned(table)
     assert thin.shape == (400, 3)
     assert thin[0] == pytest.approx(table[:2].mean(axis=0))
     assert thin[-1] == pytest.approx(table[1000:].mean(axis=0))
-    assert np.array_equal(plots._thinned(table[:7]), table[:7])
+    assert np.array_equal(thinned(table[:7]), table[:7])
 
 
 def test_an_expert_without_units_in_a_site_is_left_out(folder: RunFolder, figures: list[Figure]) -> None:

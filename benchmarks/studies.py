@@ -1,0 +1,292 @@
+"""Trained networks to study: what they are, the rows they are measured on, and the rows they go on training with.
+
+``text`` needs nothing but the package. The others need a folder of data in ``MOEIFY_STUDY_DATA``: ``mnist`` (the four
+idx files), ``cifar10-resnets/resnet20.safetensors`` with ``cifar10-jpeg`` and ``stories260K-hf`` with
+``text-tinystories``.
+"""
+
+import gzip
+import io
+import json
+import lzma
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attribution.sites import Site
+from attribution.subject import Rows, Subject
+from moeify.families import readers
+from moeify.language import sample_tokens, token_nats
+
+HELD_OUT = 64
+"""Rows of text of each category that losses after retraining are taken on."""
+
+
+class NoDataError(ValueError):
+    """The study's data is not here."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A trained network. ``probe`` and ``held_out`` are parts of the validation split and share no row."""
+
+    name: str
+    subject: Subject
+    probe: list[Rows]
+    """For scores and ablation."""
+    held_out: list[Rows]
+    """For losses after retraining."""
+    train: Callable[[int], Rows]
+    """The rows of a step of retraining."""
+    learning_rate: float
+    """Of retraining: the one that training ended or would go on with."""
+
+
+def folder() -> Path:
+    """Return the folder of study data; NoDataError where there is none."""
+    place = os.environ.get("MOEIFY_STUDY_DATA")
+    if not place or not Path(place).is_dir():
+        raise NoDataError("set MOEIFY_STUDY_DATA to the folder of study data")
+    return Path(place)
+
+
+# --- text -----------------------------------------------------------------------------------------------
+
+
+def text(seed: int, rows: int, quick: bool) -> Study:
+    """The dense network of the shipped text recipe, trained as the recipe says (FFN neurons and heads)."""
+    from moeify.recipe import parse_recipe
+    from moeify.split_model import SplitModel
+    from moeify.tasks import build_task
+    from moeify.training import Contestant, train
+    from moeify.world import Solo
+    from pipelines.runs import cache
+
+    recipe = files("pipelines.recipes").joinpath("text.yaml").read_text(encoding="utf-8")
+    config = parse_recipe(recipe, where="recipe 'text'").model_copy(update={"seed": seed})
+    if quick:
+        model = config.model.model_copy(update={"ffn": 32, "layers": 2})
+        config = config.model_copy(update={"model": model})
+    task = build_task(config, cache=cache(), base=Path.cwd())
+    contestant = Contestant(SplitModel(task.build(), task.categories), config.training)
+    steps = 20 if quick else config.training.steps
+    train(contestant, task, Solo(), config.training, steps, steps, lambda *_: None)
+    network = task.build()
+    network.load_state_dict(contestant.model.network.state_dict())
+    batches = [
+        Rows(batch.inputs, batch.targets, batch.categories, batch.ids)
+        for batch in task.held_out_batches("validation", rows + HELD_OUT, len(task.categories) * rows)
+    ]
+    peak = config.training.learning_rate
+    subject = Subject(network.eval(), readers(network), task.categories, task.nats, task.sample)
+
+    def more(step: int) -> Rows:
+        batch = task.train_batch(config.training.steps + step)
+        return Rows(batch.inputs, batch.targets, batch.categories, batch.ids)
+
+    return Study("text", subject, batches[:1], batches[1:], more, peak / 3)
+
+
+def drawn_label(outputs: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Draw each image's label from the model's own distribution, one seed an image."""
+    return sample_tokens(outputs.unsqueeze(1), seeds).squeeze(1)
+
+
+def stories(seed: int, rows: int, _: bool) -> Study:
+    """A public Llama of 260,032 parameters on its own stories, those in a forest and others."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    length, place = 128, folder()
+    network: Any = AutoModelForCausalLM.from_pretrained(place / "stories260K-hf", dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(place / "stories260K-hf")
+    with lzma.open(place / "text-tinystories" / "tinystories-mini.jsonl.xz", "rt", encoding="utf-8") as file:
+        documents = [json.loads(line) for line in file]
+    names = ("forest", "other")
+    random = np.random.default_rng(seed)
+    rows_of: dict[str, list[list[Tensor]]] = {"validation": [], "train": []}
+    for name in names:
+        mine = [document for document in documents if document["label"] == name and document["id"].startswith("v2-")]
+        order = random.permutation(len(mine))
+        cut = len(mine) // 3
+        for split, part in (("validation", order[:cut]), ("train", order[cut:])):
+            ids = [tokenizer(mine[i]["text"])["input_ids"] for i in part]
+            rows_of[split].append([torch.tensor(each[: length + 1]) for each in ids if len(each) > length])
+    validation = _mixed(rows_of["validation"], rows + HELD_OUT, 2 * rows)
+
+    def more(step: int) -> Rows:
+        picked = np.random.default_rng([seed, step])
+        part = [[each[i] for i in picked.integers(len(each), size=8)] for each in rows_of["train"]]
+        return _mixed(part, 8, 16)[0]
+
+    subject = Subject(network.eval(), readers(network), names, token_nats, sample_tokens)
+    return Study("stories260K", subject, validation[:1], validation[1:], more, 5e-4)
+
+
+def _mixed(parts: Sequence[Sequence[Tensor]], rows: int, at_once: int) -> list[Rows]:
+    """Return batches in category order, of the first ``rows`` token rows of each category."""
+    share = at_once // len(parts)
+    found = []
+    for start in range(0, rows, share):
+        some = [(category, row) for category, part in enumerate(parts) for row in part[start : start + share]]
+        tokens = torch.stack([row for _, row in some])
+        categories = torch.tensor([category for category, _ in some])
+        found.append(Rows(tokens[:, :-1], tokens[:, 1:], categories, torch.arange(len(some)) + start * len(parts)))
+    return found
+
+
+# --- images ---------------------------------------------------------------------------------------------
+
+
+class DigitNet(nn.Module):
+    """Two convolutions and a hidden layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 20, 5, padding=2), nn.Conv2d(20, 40, 5, padding=2)
+        self.hidden, self.head = nn.Linear(40 * 49, 100), nn.Linear(100, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits of [rows 1 28 28]."""
+        x = F.max_pool2d(torch.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(torch.relu(self.conv2(x)), 2).flatten(1)
+        return self.head(torch.relu(self.hidden(x)))
+
+
+DIGIT_SITES = (
+    Site("conv1", "conv2", 20, spatial=True),
+    Site("conv2", "hidden", 40, width=49),
+    Site("hidden", "head", 100),
+)
+
+
+def label_nats(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return each image's cross-entropy."""
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+def mnist(seed: int, rows: int, quick: bool) -> Study:
+    """A small convolutional network trained on MNIST for two passes (channels and hidden units)."""
+    place = folder() / "mnist"
+    images = np.frombuffer(_unzipped(place / "train-images-idx3-ubyte.gz"), np.uint8, offset=16)
+    labels = np.frombuffer(_unzipped(place / "train-labels-idx1-ubyte.gz"), np.uint8, offset=8)
+    x = torch.from_numpy(images.reshape(-1, 1, 28, 28).astype(np.float32) / 255)
+    y = torch.from_numpy(labels.astype(np.int64))
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(x)))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = DigitNet()
+    train, rest = order[5000:], order[:5000]
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    for step in range(20 if quick else 2 * len(train) // 128):
+        some = train[torch.arange(step * 128, (step + 1) * 128) % len(train)]
+        optimizer.zero_grad()
+        F.cross_entropy(network(x[some]), y[some]).backward()
+        optimizer.step()
+    subject = Subject(network.eval(), DIGIT_SITES, tuple(map(str, range(10))), label_nats, drawn_label)
+    return Study("mnist", subject, *_images(x, y, rest, rows), _more(x, y, train, seed), 3e-4)
+
+
+def _unzipped(path: Path) -> bytes:
+    with gzip.open(path) as file:
+        return file.read()
+
+
+class Block(nn.Module):
+    """A residual block of two convolutions, its shortcut without parameters."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.stride = 1 if inputs == outputs else 2
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, self.stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [rows outputs height/stride width/stride]."""
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        if self.stride == 2:
+            quarter = y.shape[1] // 4
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, quarter, quarter))
+        return torch.relu(x + y)
+
+
+class ResNet20(nn.Module):
+    """He et al. 2015, section 4.2 (arXiv 1512.03385), 3 blocks a stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        widths = (16, 16, 32, 64)
+        for stage in (1, 2, 3):
+            blocks = [Block(widths[stage - 1], widths[stage]), *(Block(widths[stage], widths[stage]) for _ in range(2))]
+            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits of [rows 3 32 32]."""
+        x = torch.relu(self.bn1(self.conv1(x)))
+        for stage in (1, 2, 3):
+            x = self.get_submodule(f"layer{stage}")(x)
+        return self.linear(x.mean((2, 3)))
+
+
+def cifar(seed: int, rows: int, _: bool) -> Study:
+    """A public ResNet-20 on CIFAR-10 (JPEG): the channels inside of each block."""
+    from PIL import Image
+    from safetensors.torch import load_file
+
+    place = folder()
+    packed = np.load(place / "cifar10-jpeg" / "cifar10_train_jpeg.npz", allow_pickle=False)
+    data, offsets = packed["data"], packed["offsets"]
+    order = np.random.default_rng(seed).permutation(len(offsets) - 1)[:6000]
+    mean, spread = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    decoded = [Image.open(io.BytesIO(data[offsets[i] : offsets[i + 1]].tobytes())).convert("RGB") for i in order]
+    x = torch.from_numpy(np.stack([np.asarray(image) for image in decoded])).permute(0, 3, 1, 2).float() / 255
+    x, y = (x - mean) / spread, torch.from_numpy(packed["labels"][order].astype(np.int64))
+    network = ResNet20()
+    state = load_file(place / "cifar10-resnets" / "resnet20.safetensors")
+    network.load_state_dict(state, strict=False)
+    sites = tuple(
+        Site(f"layer{s}.{b}", f"layer{s}.{b}.conv2", width, spatial=True)
+        for s, width in ((1, 16), (2, 32), (3, 64))
+        for b in range(3)
+    )
+    rest, train = torch.arange(3000), torch.arange(3000, 6000)
+    subject = Subject(network.eval(), sites, tuple(map(str, packed["classes"])), label_nats, drawn_label)
+    return Study("cifar-jpeg", subject, *_images(x, y, rest, rows), _more(x, y, train, seed), 3e-4)
+
+
+def _images(x: Tensor, y: Tensor, order: Tensor, rows: int) -> tuple[list[Rows], list[Rows]]:
+    """Return ``rows`` images of each class to probe, and the rest to hold out, in class order."""
+    by_class = [order[y[order] == label] for label in range(10)]
+    first = torch.cat([mine[:rows] for mine in by_class])
+    rest = torch.cat([mine[rows:] for mine in by_class])
+    return [[Rows(x[i], y[i], y[i], i) for i in part.split(2500)] for part in (first, rest)]  # type: ignore[return-value]
+
+
+def _more(x: Tensor, y: Tensor, train: Tensor, seed: int) -> Callable[[int], Rows]:
+    def more(step: int) -> Rows:
+        some = train[torch.from_numpy(np.random.default_rng([seed, step]).integers(len(train), size=128))]
+        some = some[y[some].argsort(stable=True)]
+        return Rows(x[some], y[some], y[some], some)
+
+    return more
+
+
+STUDIES: dict[str, Callable[[int, int, bool], Study]] = {
+    "text": text,
+    "stories260K": stories,
+    "mnist": mnist,
+    "cifar-jpeg": cifar,
+}

@@ -1,0 +1,110 @@
+"""What attribution can be asked about outside of a run: the model of a run, or a checkpoint with text in categories."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attribution.subject import Rows, Subject
+from moeify import rows as rows_of
+from moeify import sources
+from moeify.config import RunConfig, TextData
+from moeify.documents import Document
+from moeify.events import Arm
+from moeify.families import readers
+from moeify.language import sample_tokens, token_nats
+from moeify.split_folder import load_from_run
+from moeify.tasks import build_task
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A subject and the rows to measure it on."""
+
+    subject: Subject
+    batches: list[Rows]
+    unit: Literal["token", "example"]
+
+
+def of_run(folder: Path, config: RunConfig, arm: Arm, *, cache: Path, base: Path, rows: int) -> Probed:
+    """Return an arm of a run as its newest checkpoint has it, with ``rows`` train rows of each category.
+
+    A split model runs masked, so that units off a category's route count for nothing there.
+    """
+    model = load_from_run(folder, arm)
+    task = build_task(config, cache=cache, base=base)
+    batches = []
+    for batch in task.probe_batches(0, rows, config.attribution.rows_at_once):
+        batch = batch.take(model.order(batch.categories))
+        batches.append(Rows(batch.inputs, batch.targets, batch.categories, batch.ids))
+
+    def run(inputs: Tensor, categories: Tensor) -> Tensor:
+        with model.masked():
+            return model(inputs, categories)
+
+    sites = readers(model.network)
+    return Probed(Subject(model.network, sites, task.categories, task.nats, task.sample, run), batches, task.unit)
+
+
+def of_checkpoint(folder: Path, data: TextData, *, base: Path, rows: int, rows_at_once: int, seed: int) -> Probed:
+    """Return a causal language model that ``transformers`` saved, with ``rows`` windows of each category's text.
+
+    Tokens are those of the checkpoint's own tokenizer, ``data.length`` a row, documents drawn at random. No code of the
+    checkpoint is run and no pickle is read. ValueError for folders and texts that cannot be used, by name.
+    """
+    network, tokenizer = _pretrained(folder)
+    most = getattr(network.config, "max_position_embeddings", data.length)
+    if data.length > most:
+        raise ValueError(f"data.length is {data.length}, and {folder} takes {most} tokens at most; lower data.length")
+    found = {
+        category: _windows(category, each, tokenizer, data.length, rows, seed)
+        for category, each in sources.read(data.source, base).items()
+    }
+    batches = []
+    first = 0
+    for picks in rows_of.interleaved(np.array([len(each) for each in found.values()]), rows_at_once):
+        tokens = torch.stack([list(found.values())[category][row] for category, row in picks])
+        categories = torch.tensor([category for category, _ in picks])
+        batches.append(Rows(tokens[:, :-1], tokens[:, 1:], categories, torch.arange(first, first + len(picks))))
+        first += len(picks)
+    subject = Subject(network.eval(), readers(network), tuple(found), token_nats, sample_tokens)
+    return Probed(subject, batches, "token")
+
+
+def _pretrained(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json; give a folder that transformers' save_pretrained wrote")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        network: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32, **safe
+        )
+        return network, AutoTokenizer.from_pretrained(folder, **safe)
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} cannot be read as a causal language model ({error})") from error
+
+
+def _windows(
+    category: str, documents: Sequence[Document], tokenizer: Any, length: int, rows: int, seed: int
+) -> list[Tensor]:
+    """Return up to ``rows`` rows of ``length + 1`` tokens, each of one document and none overlapping."""
+    found: list[Tensor] = []
+    for number in rows_of.generator(seed, "probe").permutation(len(documents)):
+        ids = torch.tensor(tokenizer(documents[number].text)["input_ids"], dtype=torch.int64)
+        found += [window for window in ids.split(length + 1) if len(window) == length + 1]
+        if len(found) >= rows:
+            return found[:rows]
+    if not found:
+        raise ValueError(
+            f"data.source: no document of category {category!r} has more than data.length, {length}, tokens; lower it"
+        )
+    return found

@@ -1,0 +1,173 @@
+"""`moeify attribute`: measure a run's model or a checkpoint, say what was found, and leave it as files."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TextIO
+
+import networkx as nx
+import torch
+
+from attribution import files, heatmap
+from attribution.affinity import affinity_graph, profile_affinity, profile_interval
+from attribution.agreement import Agreement, Comparison, Items, compare
+from attribution.measure import measure
+from attribution.table import AttributionTable, Unsigned
+from moeify.subjects import Probed
+from pipelines.tables import console_for, table_for
+
+Say = Callable[[str], None]
+
+TABLE, PARQUET, PICTURE = "attribution.safetensors", "attribution.parquet", "attribution.png"
+AFFINITY, AGREEMENT = "affinity.graphml", "agreement.json"
+
+
+def attribute(
+    probed: Probed, out: Path, *, score: Unsigned, seed: int, agreement: bool, removed: float, say: Say
+) -> tuple[AttributionTable, Comparison | None]:
+    """Measure every unit against every category, write what was found to ``out``, and return it.
+
+    ``removed``: the share of a site's units in the sets that ``agreement`` tries.
+    """
+    say("measuring")
+    table = measure(probed.subject, probed.batches, seed=seed)
+    out.mkdir(parents=True, exist_ok=True)
+    files.save(table, out / TABLE)
+    files.to_parquet(table, out / PARQUET)
+    heatmap.draw(table, out / PICTURE, score)
+    names = table.categories
+    graph = affinity_graph(profile_affinity(table, score), names, profile_interval(table, score, seed=seed))
+    nx.write_graphml(graph, out / AFFINITY)
+    if not agreement:
+        return table, None
+    found = compare(probed.subject, probed.batches, values=("zero", "mean"), removed=removed, seed=seed, said=say)
+    (out / AGREEMENT).write_text(json.dumps(as_json(found), indent=1), encoding="utf-8")
+    return table, found
+
+
+def as_json(found: Comparison) -> dict[str, Any]:
+    """Return a comparison as plain data: a row a method, site, kind of items and stand-in value."""
+    return {"rows": [asdict(row) for row in found.rows], "costs": dict(found.costs), "refused": dict(found.refused)}
+
+
+def summary(table: AttributionTable, score: Unsigned) -> dict[str, Any]:
+    """Return what was found as plain data: sites, units that do nothing, each category's strongest units."""
+    report = {site: table.report(site) for site in table.sites}
+    return {
+        "categories": list(table.categories),
+        "tokens": {c: int(n) for c, n in zip(table.categories, table.counts.tolist(), strict=True)},
+        "sites": {
+            site: {
+                "units": sums.units,
+                "dead": table.dead(site).nonzero().flatten().tolist(),
+                "without_gradient": table.without_gradient(site).nonzero().flatten().tolist(),
+                "strongest": {
+                    category: [
+                        {"unit": int(unit), "nats": float(report[site][unit, c])}
+                        for unit in report[site][:, c].argsort(descending=True, stable=True)[:5]
+                    ]
+                    for c, category in enumerate(table.categories)
+                },
+            }
+            for site, sums in table.sites.items()
+        },
+        "affinity": profile_affinity(table, score).tolist(),
+    }
+
+
+def print_attribution(title: str, table: AttributionTable, score: Unsigned, unit: str, stream: TextIO) -> None:
+    """Print each site's strongest unit for every category, what does nothing, and how alike the categories are."""
+    console = console_for(stream)
+    total = int(table.counts.sum())
+    console.print(f"{title} · {len(table.categories)} categories · {total:,} {unit}s", style="bold")
+    console.print(f"\nStrongest unit of each category (its number: rise of the loss without it, nats per {unit})",
+                  style="bold")  # fmt: skip
+    for chunk in _chunks(table.categories, _room(console.width, 14, 18)):
+        grid = table_for(console, "site", "units", *chunk)
+        for site, sums in table.sites.items():
+            report_UC = table.report(site)
+            best = [report_UC[:, table.categories.index(c)].max(0) for c in chunk]
+            grid.add_row(site, f"{sums.units:,}", *(f"{int(b.indices)}: {float(b.values):+.4f}" for b in best))
+        console.print(grid)
+    for flag, what in (("dead", "never active"), ("without_gradient", "active, but no loss depends on them")):
+        silent = {site: int(getattr(table, flag)(site).sum()) for site in table.sites}
+        if any(silent.values()):
+            told = ", ".join(f"{site} {count}" for site, count in silent.items() if count)
+            console.print(f"units {what}: {told}", style="yellow")
+    affinity_CC = profile_affinity(table, score)
+    console.print(f"\nAffinity of the categories ({score}; 1: the same units, 0: chance)", style="bold")
+    for chunk in _chunks(table.categories, _room(console.width, 14, 9)):
+        grid = table_for(console, "category", *chunk)
+        for row, name in zip(affinity_CC, table.categories, strict=True):
+            grid.add_row(name, *(f"{float(row[table.categories.index(c)]):+.2f}" for c in chunk))
+        console.print(grid)
+
+
+def print_agreement(found: Comparison, stream: TextIO) -> None:
+    """Print one table for single units and one for sets, zeroed: methods down, sites across."""
+    console = console_for(stream)
+    titles: dict[Items, str] = {
+        "units": "Single units: rank correlation (Spearman) with the loss when the unit is zeroed",
+        "sets": "Sets of units: correlation (Pearson) with the loss when the set is zeroed",
+    }
+    for of, title in titles.items():
+        rows = [row for row in found.rows if row.of == of and row.value == "zero"]
+        if not rows:
+            continue
+        console.print(f"\n{title}", style="bold")
+        sites = list(dict.fromkeys(row.site for row in rows))
+        by_method = {method: list(mine) for method, mine in groupby(sorted(rows, key=_method), key=_method)}
+        order = sorted(by_method, key=lambda method: -_key(found, method, of))
+        grid = table_for(console, "method", "all sites", "lowest site", "top 10 %", "true/predicted", "cost")
+        for method in order:
+            mine = by_method[method]
+            worst = min(mine, key=lambda row: _figure(row, of))
+            slopes = sorted(row.slope.value for row in mine if row.slope)
+            mean = found.mean(method, of, "zero")
+            grid.add_row(
+                method,
+                f"{_key(found, method, of):.3f} ±{_half_width(mine, of):.3f}",
+                f"{_figure(worst, of):.2f} {worst.site}",
+                f"{mean.overlap:.0%}",
+                f"{slopes[len(slopes) // 2]:.2f}" if slopes else "-",
+                f"{found.costs[method]:.1f}",
+            )
+        console.print(grid)
+        console.print(f"{len(sites)} sites, {rows[0].items} or so {of} each", style="dim")
+    console.print(
+        f"±: 95 % bootstrap interval; cost: in forward passes of the same rows, exact ablation of single units "
+        f"takes {found.costs['ablation']:,.0f}",
+        style="dim",
+    )
+    for method, reason in found.refused.items():
+        console.print(f"{method} left out: {reason}", style="dim")
+
+
+def _method(row: Agreement) -> str:
+    return row.method
+
+
+def _figure(row: Agreement, of: Items) -> float:
+    return row.spearman.value if of == "units" else row.pearson.value
+
+
+def _key(found: Comparison, method: str, of: Items) -> float:
+    mean = found.mean(method, of, "zero")
+    return mean.spearman if of == "units" else mean.pearson
+
+
+def _half_width(rows: Sequence[Agreement], of: Items) -> float:
+    """Return half the interval of a mean over sites, whose draws are independent."""
+    widths = [row.spearman if of == "units" else row.pearson for row in rows]
+    squares = torch.tensor([((each.high - each.low) / 2) ** 2 for each in widths])
+    return float(squares.nan_to_num().sum().sqrt()) / len(rows)
+
+
+def _room(width: int, taken: int, each: int) -> int:
+    return max(1, (width - taken) // each)
+
+
+def _chunks(names: Sequence[str], size: int) -> list[Sequence[str]]:
+    return [names[start : start + size] for start in range(0, len(names), size)]

@@ -1,0 +1,113 @@
+"""`moeify attribute` through the real command line, on a small run, on a checkpoint, and on bad input."""
+
+import json
+from pathlib import Path
+
+import networkx as nx
+import pyarrow.parquet
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from attribution.files import load
+from pipelines.cli import main
+from tests.texts import write_texts
+
+RECIPE = """name: tiny
+data: {kind: text, source: {kind: jsonl, path: texts.jsonl}, vocabulary: 300, length: 16}
+model: {kind: llama, hidden: 16, layers: 2, heads: 4, ffn: 32}
+training: {steps: 12, rows: 8}
+attribution: {rows: 8, rows_at_once: 8}
+partition: {multiple: 2, min_units: 2}
+rounds: [{train: 4, recover: 4, separation: 0.4}]
+evaluation: {validation_rows: 8, test_rows: 8, rows_at_once: 8}
+"""
+FILES = {"affinity.graphml", "attribution.parquet", "attribution.png", "attribution.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the recipe and, in its runs, a finished run."""
+    place = tmp_path_factory.mktemp("attribute")
+    write_texts(place)
+    (place / "tiny.yaml").write_text(RECIPE, encoding="utf-8")
+    done = call(place, "run", str(place / "tiny.yaml"), "--local", "--quiet")
+    assert done.exit_code == 0, done.output
+    return place
+
+
+def call(place: Path, *arguments: str) -> Result:
+    environment = {"MOEIFY_HOME": str(place / "runs"), "MOEIFY_CACHE": str(place / "cache"), "COLUMNS": "80"}
+    return CliRunner().invoke(main, arguments, env=environment)
+
+
+def test_a_run_is_measured_and_leaves_files(place: Path, tmp_path: Path) -> None:
+    done = call(place, "attribute", "last", "--out", str(tmp_path / "out"))
+    assert done.exit_code == 0, done.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    table = load(tmp_path / "out" / "attribution.safetensors")
+    assert table.categories == ("code", "prose")
+    assert list(table.sites) == ["layers.0.ffn", "layers.1.ffn", "layers.0.heads", "layers.1.heads"]
+    assert table.counts.tolist() == [128, 128]
+    assert all(line in done.output for line in ("layers.1.heads", "256 tokens", "Affinity"))
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
+    graph = nx.read_graphml(tmp_path / "out" / "affinity.graphml")
+    assert set(graph["code"]["prose"]) == {"weight", "lower", "upper"}
+    frame = pyarrow.parquet.read_table(tmp_path / "out" / "attribution.parquet")
+    assert frame.num_rows == (64 + 8) * 2
+
+
+def test_units_off_a_categorys_route_count_for_nothing_in_the_split_arm_alone(place: Path, tmp_path: Path) -> None:
+    for arm in ("split", "dense"):
+        assert call(place, "attribute", "last", "--arm", arm, "--out", str(tmp_path / arm)).exit_code == 0
+    split, dense = (load(tmp_path / arm / "attribution.safetensors") for arm in ("split", "dense"))
+    unused = torch.cat([split.score(f"layers.{i}.ffn", "absolute") == 0 for i in range(2)])
+    assert unused.double().mean() == pytest.approx(0.4, abs=0.05)
+    assert not any(bool((dense.score(site, "absolute") == 0).any()) for site in dense.sites)
+
+
+def test_agreement_is_told_and_kept(place: Path, tmp_path: Path) -> None:
+    done = call(place, "attribute", "last", "--arm", "dense", "--rows", "2", "--agreement", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert all(word in done.stdout for word in ("report", "integrated", "Sets of units", "exact ablation"))
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
+    found = json.loads((tmp_path / "agreement.json").read_text())
+    kinds = {(row["of"], row["value"]) for row in found["rows"]}
+    assert kinds == {(of, value) for of in ("units", "sets") for value in ("zero", "mean")}
+    assert all(-1 <= row["spearman"]["value"] <= 1 for row in found["rows"])
+
+
+def test_a_stock_checkpoint_is_measured_with_its_own_tokenizer(place: Path, tmp_path: Path) -> None:
+    assert call(place, "export", "last", "--category", "code", "--out", str(tmp_path / "model")).exit_code == 0
+    asked = ("attribute", str(tmp_path / "model"), "--data", str(place / "tiny.yaml"), "--rows", "4", "--json")
+    done = call(place, *asked, "--out", str(tmp_path / "out"))
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["categories"] == ["code", "prose"]
+    assert told["tokens"] == {"code": 64, "prose": 64}
+    best = told["sites"]["layers.0.ffn"]["strongest"]["code"][0]
+    table = load(tmp_path / "out" / "attribution.safetensors")
+    assert best["nats"] == float(table.report("layers.0.ffn")[best["unit"], 0])
+    assert best["nats"] == float(table.report("layers.0.ffn")[:, 0].max())
+
+
+def test_mistakes_are_told_in_a_line(place: Path, tmp_path: Path) -> None:
+    cases = {
+        ("attribute", "nothing"): "nothing",
+        ("attribute", "last", "--data", "text"): "--data is for a MODEL",
+        ("attribute", "last", "--rows", "0"): "0 is not in the range",
+    }
+    for asked, told in cases.items():
+        done = call(place, *asked)
+        assert done.exit_code == 2
+        assert told in done.output
+    (tmp_path / "config.json").write_text("{}")
+    done = call(place, "attribute", str(tmp_path))
+    assert done.exit_code == 2
+    assert "needs --data RECIPE" in done.output
+    done = call(place, "attribute", str(tmp_path), "--data", str(place / "tiny.yaml"))
+    assert done.exit_code == 2
+    assert "cannot be read as a causal language model" in done.output
+    done = call(place, "attribute", str(tmp_path), "--data", "digits")
+    assert done.exit_code == 2
+    assert "a language model needs 'text'" in done.output
