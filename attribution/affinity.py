@@ -1,17 +1,21 @@
 """Which categories use the same parts of the network, and which of them to keep together.
 
-Axes: categories C, units U of all sites together.
+Axes: categories C, units U of all sites together, draws D.
 """
 
 from collections.abc import Sequence
 from itertools import combinations
 
 import networkx as nx
+import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
 from attribution.table import AttributionTable, Score
+
+_ELEMENTS = 2**20
+"""Redrawn scores at a time: 8 MB of float64."""
 
 
 def profile_affinity(table: AttributionTable, kind: Score) -> Float64[Tensor, "categories categories"]:
@@ -26,27 +30,91 @@ def profile_affinity(table: AttributionTable, kind: Score) -> Float64[Tensor, "c
     the mean but of raw scores .51 and 1.05, of logarithms .02. On ten classes of digits, the rank correlation of
     affinities from two halves of 20 examples a class was .90 and .93; plain cosine .73 and .87.
     """
-    scores_UC = torch.cat([table.score(site, kind) for site in table.sites])
-    shares_UC = scores_UC / scores_UC.sum(0).clamp(min=torch.finfo(torch.float64).tiny)
-    profiles_UC = shares_UC.sqrt()
-    own_UC = profiles_UC - profiles_UC.mean(1, keepdim=True)
-    norms_C = own_UC.norm(dim=0)
-    directions_UC = own_UC / torch.where(norms_C > 1e-9, norms_C, torch.inf)
-    affinity_CC = (directions_UC.T @ directions_UC).clamp(-1, 1)
+    products_CC = _products(_scores(table, kind))
+    norms_C = products_CC.diagonal().sqrt()
+    norms_C = torch.where(norms_C > 1e-9, norms_C, torch.inf)
+    affinity_CC = (products_CC / torch.outer(norms_C, norms_C)).clamp(-1, 1)
     affinity_CC.fill_diagonal_(1.0)
     return affinity_CC
 
 
-def affinity_graph(matrix: Float[Tensor, "categories categories"], names: Sequence[str]) -> nx.Graph:
-    """Return the complete graph of the categories with the affinities as ``weight``: for drawing and for export."""
-    _check(matrix)
-    if len(names) != len(matrix) or len(set(names)) != len(names):
-        raise ValueError(f"{len(matrix)} categories need as many distinct names, got {list(names)}")
+def profile_interval(
+    table: AttributionTable, kind: Score, *, level: float = 0.95, draws: int = 200, seed: int = 0
+) -> tuple[Float64[Tensor, "categories categories"], Float64[Tensor, "categories categories"]]:
+    """Return the lower and upper ends of confidence intervals for the affinities that endless data would give.
+
+    Parametric bootstrap: ``draws`` times every score is drawn anew, normally with its standard error, and not below 0.
+    Noise in the scores makes profiles look less alike than they are, and redrawing adds as much again; plain
+    percentiles then cover next to nothing. So what redrawing adds on average to the profiles' inner products is
+    subtracted from each draw twice, once for the table's own noise; percentiles of these cosines are the interval. In
+    simulations with 4 to 6 categories, errors of 7 % to 67 % of the scores and level .95, .95 to .97 of the intervals
+    held the true affinity, more where profiles could hardly be told apart; plain percentiles .89 to none.
+
+    The interval may therefore leave out the affinity of the table itself; then that has too much noise in it. From -1
+    to 1 where a category cannot be told from the mean. Scores of different units are drawn as if independent.
+    """
+    if not 0 < level < 1 or draws < 2:
+        raise ValueError(f"level must be between 0 and 1 and draws at least 2, got {level} and {draws}")
+    scores_UC = _scores(table, kind)
+    errors_UC = torch.cat([table.standard_error(site, kind) for site in table.sites])
+    for name, rows in zip(table.categories, table.rows.tolist(), strict=True):
+        if rows < 2:
+            raise ValueError(f"category {name!r} has {rows:g} row and so no standard error; measure more rows of it")
+    generator = torch.Generator().manual_seed(seed)
+    at_once = max(1, _ELEMENTS // scores_UC.numel())
+    redrawn = []
+    for start in range(0, draws, at_once):
+        shape = (min(at_once, draws - start), *scores_UC.shape)
+        noise_DUC = torch.randn(shape, generator=generator, dtype=torch.float64) * errors_UC
+        redrawn.append(_products((scores_UC + noise_DUC).clamp_(min=0)))
+    products_DCC = torch.cat(redrawn)
+    products_DCC = products_DCC - 2 * (products_DCC.mean(0) - _products(scores_UC))
+    squares_DC = products_DCC.diagonal(dim1=1, dim2=2)
+    norms_DC = torch.where(squares_DC > 1e-18, squares_DC, torch.nan).sqrt()
+    affinity_DCC = (products_DCC / (norms_DC.unsqueeze(1) * norms_DC.unsqueeze(2))).clamp(-1, 1)
+    ends = []
+    for unknown, share in ((-1.0, (1 - level) / 2), (1.0, (1 + level) / 2)):
+        quantile = np.quantile(affinity_DCC.nan_to_num(nan=unknown).numpy(), share, axis=0)
+        ends.append(torch.from_numpy(quantile).fill_diagonal_(1.0))
+    return ends[0], ends[1]
+
+
+def _scores(table: AttributionTable, kind: Score) -> Float64[Tensor, "units categories"]:
+    scores_UC = torch.cat([table.score(site, kind) for site in table.sites])
+    if bool((scores_UC < 0).any()):
+        raise ValueError(f"profiles are made of scores that are never negative, and {kind!r} is; take an unsigned one")
+    return scores_UC
+
+
+def _products(
+    scores_UC: Float64[Tensor, "*draws units categories"],
+) -> Float64[Tensor, "*draws categories categories"]:
+    """Return the inner products of the categories' profiles less the mean profile."""
+    shares_UC = scores_UC / scores_UC.sum(-2, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    profiles_UC = shares_UC.sqrt()
+    own_UC = profiles_UC - profiles_UC.mean(-1, keepdim=True)
+    return own_UC.mT @ own_UC
+
+
+def affinity_graph(
+    matrix: Float[Tensor, "categories categories"],
+    names: Sequence[str],
+    interval: tuple[Float[Tensor, "categories categories"], Float[Tensor, "categories categories"]] | None = None,
+) -> nx.Graph:
+    """Return the complete graph of the categories, for drawing and for export.
+
+    An edge has the affinity as ``weight``, and of a given ``interval`` the ends as ``lower`` and ``upper``.
+    """
+    ends = {} if interval is None else dict(zip(("lower", "upper"), interval, strict=True))
+    for values in (matrix, *ends.values()):
+        _check(values)
+        if len(names) != len(values) or len(set(names)) != len(names):
+            raise ValueError(f"{len(values)} categories need as many distinct names, got {list(names)}")
     graph: nx.Graph = nx.Graph()
     graph.add_nodes_from(names)
-    graph.add_weighted_edges_from(
-        (names[i], names[j], float(matrix[i, j])) for i, j in combinations(range(len(names)), 2)
-    )
+    for i, j in combinations(range(len(names)), 2):
+        described = {end: float(values[i, j]) for end, values in ends.items()}
+        graph.add_edge(names[i], names[j], weight=float(matrix[i, j]), **described)
     return graph
 
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import networkx as nx
 import pytest
 import torch
@@ -7,7 +9,7 @@ from jaxtyping import Float64
 from tables import empty_table
 from torch import Tensor
 
-from attribution.affinity import affinity_graph, group, profile_affinity
+from attribution.affinity import affinity_graph, group, profile_affinity, profile_interval
 from attribution.table import AttributionTable
 
 
@@ -75,6 +77,108 @@ def test_the_graph_carries_every_affinity_once() -> None:
     assert graph.edges["b", "d"]["weight"] == float(matrix[1, 3])
     with pytest.raises(ValueError, match="distinct names"):
         affinity_graph(matrix, ["a", "b", "c", "a"])
+
+
+def test_the_graph_carries_intervals_and_can_be_written(tmp_path: Path) -> None:
+    matrix = symmetric(0, 3)
+    graph = affinity_graph(matrix, ["a", "b", "c"], (matrix - 0.1, matrix + 0.1))
+    edge = graph.edges["a", "c"]
+    assert edge == {
+        "weight": float(matrix[0, 2]),
+        "lower": float(matrix[0, 2] - 0.1),
+        "upper": float(matrix[0, 2] + 0.1),
+    }
+    nx.write_graphml(graph, tmp_path / "graph.graphml")
+    assert nx.read_graphml(tmp_path / "graph.graphml").edges["a", "c"] == edge
+    assert set(affinity_graph(matrix, ["a", "b", "c"]).edges["a", "c"]) == {"weight"}
+
+
+def table_of_rows(score_RUC: Tensor) -> AttributionTable:
+    """A table of rows with one token each."""
+    rows, _, categories = score_RUC.shape
+    made = table(score_RUC.mean(0), torch.full((categories,), float(rows), dtype=torch.float64))
+    made.rows.copy_(made.counts)
+    made.sites["a"].fisher_squares.copy_(score_RUC[:, :2].square().sum(0))
+    made.sites["b"].fisher_squares.copy_(score_RUC[:, 2:].square().sum(0))
+    return made
+
+
+def drawn(true_UC: Tensor, rows: int, shape: float) -> Tensor:
+    """Scores of rows around the true ones, gamma distributed: skewed and never negative."""
+    factors = torch._standard_gamma(torch.full((rows, *true_UC.shape), shape, dtype=torch.float64)) / shape
+    return true_UC * factors
+
+
+def true_scores(units: int, likeness: float) -> Tensor:
+    """Two pairs of categories on a common heavy-tailed core."""
+    pairs_UP = likeness * torch.randn(units, 2, dtype=torch.float64)
+    own_UC = 0.4 * torch.randn(units, 4, dtype=torch.float64)
+    return (torch.randn(units, 1, dtype=torch.float64) + pairs_UP[:, [0, 0, 1, 1]] + own_UC).exp()
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape", "level", "least", "most"),
+    [(20, 1.0, 0.95, 0.9, 1), (40, 0.2, 0.95, 0.9, 1), (200, 1.0, 0.95, 0.9, 1), (40, 1.0, 0.5, 0.4, 0.65)],
+)
+def test_intervals_hold_the_true_affinity_about_as_often_as_they_say(
+    rows: int, shape: float, level: float, least: float, most: float
+) -> None:
+    repetitions = 25
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        true_UC = true_scores(80, 0.7)
+        true_CC = profile_affinity(table(true_UC), "fisher")
+        above = torch.triu_indices(4, 4, 1).unbind()
+        covered = 0.0
+        for _ in range(repetitions):
+            sampled = table_of_rows(drawn(true_UC, rows, shape))
+            lower_CC, upper_CC = profile_interval(sampled, "fisher", level=level, draws=120)
+            inside = (lower_CC <= true_CC) & (true_CC <= upper_CC)
+            covered += float(inside[above].double().mean()) / repetitions
+    assert least <= covered <= most
+
+
+def test_categories_drowned_in_noise_get_an_interval_that_says_so() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        alike_UC = torch.rand(50, 1, dtype=torch.float64).expand(50, 3)
+        lower_CC, upper_CC = profile_interval(table_of_rows(drawn(alike_UC, 5, 0.3)), "fisher")
+    off = ~torch.eye(3, dtype=torch.bool)
+    assert bool((upper_CC - lower_CC)[off].min() > 1)
+
+
+def test_intervals_are_deterministic_symmetric_and_narrow_without_noise() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        score_RUC = drawn(true_scores(30, 0.7), 10, 1.0)
+    noisy = table_of_rows(score_RUC)
+    lower_CC, upper_CC = profile_interval(noisy, "fisher", seed=3)
+    again = profile_interval(noisy, "fisher", seed=3)
+    assert torch.equal(lower_CC, again[0])
+    assert torch.equal(upper_CC, again[1])
+    assert not torch.equal(lower_CC, profile_interval(noisy, "fisher", seed=4)[0])
+    assert bool((lower_CC <= upper_CC).all())
+    assert bool((lower_CC >= -1).all() & (upper_CC <= 1).all())
+    for end in (lower_CC, upper_CC):
+        torch.testing.assert_close(end, end.T)
+        assert end.diagonal().tolist() == [1] * 4
+    sure = table_of_rows(score_RUC.mean(0).expand(10, 30, 4))
+    for end in profile_interval(sure, "fisher"):
+        torch.testing.assert_close(end, profile_affinity(sure, "fisher"), rtol=1e-6, atol=1e-6)
+
+
+def test_intervals_and_profiles_refuse_what_makes_no_sense() -> None:
+    noisy = table_of_rows(torch.rand(4, 6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"between 0 and 1 and draws at least 2, got 1\.5 and 200"):
+        profile_interval(noisy, "fisher", level=1.5)
+    with pytest.raises(ValueError, match="a rate carries no squares"):
+        profile_interval(noisy, "rate")
+    noisy.sites["a"].taylor.fill_(-1.0)
+    with pytest.raises(ValueError, match="'taylor' is; take an unsigned one"):
+        profile_affinity(noisy, "taylor")
+    noisy.rows[1] = 1
+    with pytest.raises(ValueError, match="category 'c1' has 1 row and so no standard error"):
+        profile_interval(noisy, "fisher")
 
 
 @given(
