@@ -6,6 +6,7 @@ F (f of some of the source's units), stream D, source blocks or units U, target 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -49,14 +50,19 @@ class Blocks:
         """Units of the site."""
         return len(self.of)
 
+    @cached_property
+    def members(self) -> list[Int[Tensor, " some"]]:
+        """The units of each block."""
+        return [(self.of == block).nonzero().squeeze(1) for block in range(self.size)]
+
     def project(
         self, values: Float[Tensor, "rows terms features"], weight: Float[Tensor, "features dim"]
     ) -> Float[Tensor, "rows terms blocks dim"]:
         """Return each block's share of ``values weight``; the units lie side by side on both."""
         values_RTUW, weight_UWD = values.unflatten(-1, (self.units, -1)), weight.unflatten(0, (self.units, -1))
         found_RTBD = values.new_empty(*values.shape[:2], self.size, weight.shape[1])
-        for block in range(self.size):
-            mine = (self.of == block).nonzero().squeeze(1).to(values.device)
+        for block, mine in enumerate(self.members):
+            mine = mine.to(values.device)
             found_RTBD[:, :, block] = values_RTUW[:, :, mine].flatten(2) @ weight_UWD[mine].flatten(0, 1)
         return found_RTBD
 
@@ -101,11 +107,11 @@ class Arrival:
         found_GuV = values.new_zeros(len(values), units, self.units, dtype=torch.float64)
         for leg in self.legs:
             terms_GfF = (values.mT @ leg.gradient).mul_(leg.through(scaled_fD))
-            found_GuV += self._by_target(terms_GfF.unflatten(1, (units, -1)).sum(2))
+            found_GuV += _by_unit(_by_unit(terms_GfF, self.units).mT, units).mT
         if self.norm:
             # What a unit adds along the normalised stream, the norm takes back.
-            along_GTu = (values * (self.norm.unit @ outputs.mT)).unflatten(-1, (units, -1)).sum(-1)
-            found_GuV -= along_GTu.mT @ self._against(self.norm) / outputs.shape[1]
+            along_GTu = _by_unit(values * (self.norm.unit @ outputs.mT), units)
+            found_GuV -= along_GTu.mT @ self._against / outputs.shape[1]
         return found_GuV
 
     def at_stream(self, blocks: Blocks) -> Float[Tensor, "rows terms blocks dim"]:
@@ -123,16 +129,16 @@ class Arrival:
     def at_outputs(self, outputs: Float[Tensor, "rows terms sources dim"]) -> Float64[Tensor, "rows sources units"]:
         """Return the contributions g x of blocks that put out ``outputs`` where the target is written directly."""
         found = [
-            self._by_target((outputs[..., leg.at] * leg.gradient[:, :, None]).sum(1)).double() for leg in self.legs
+            _by_unit((outputs[..., leg.at] * leg.gradient[:, :, None]).sum(1), self.units).double() for leg in self.legs
         ]
         return torch.stack(found).sum(0)
 
-    def _against(self, norm: Linearised) -> Float[Tensor, "groups terms units"]:
-        found = [self._by_target(leg.gradient * leg.through(norm.unit * norm.scale)) for leg in self.legs]
-        return torch.stack(found).sum(0)
-
-    def _by_target(self, values: Tensor) -> Tensor:
-        return values.unflatten(-1, (self.units, -1)).sum(-1)
+    @cached_property
+    def _against(self) -> Float[Tensor, "groups terms units"]:
+        """How the loss changes with each unit's pre-activations as the normalised stream moves along itself."""
+        assert self.norm
+        scaled_GTD = self.norm.unit * self.norm.scale
+        return torch.stack([_by_unit(leg.gradient * leg.through(scaled_GTD), self.units) for leg in self.legs]).sum(0)
 
 
 @dataclass(frozen=True)
@@ -272,6 +278,11 @@ def _merged(blocks: Blocks, units: slice, values_GUX: Tensor) -> Float64[Tensor,
     """Add up some units by block, on the second axis."""
     found_GBX = values_GUX.new_zeros(len(values_GUX), blocks.size, values_GUX.shape[2])
     return found_GBX.index_add_(1, blocks.of[units].to(values_GUX.device), values_GUX)
+
+
+def _by_unit(values: Tensor, units: int) -> Tensor:
+    """Add up features that lie side by side, on the last axis."""
+    return values if values.shape[-1] == units else values.unflatten(-1, (units, -1)).sum(-1)
 
 
 def _one_group(values: Tensor) -> Tensor:

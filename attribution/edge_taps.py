@@ -108,6 +108,10 @@ class _Tap:
         self.module = module
         self.name = name
         self._clock = clock
+        if any(hasattr(parameter, "full_tensor") for parameter in module.parameters()):
+            raise ValueError(
+                f"the parameters of {name!r} are sharded; edges need a network that each worker holds whole"
+            )
         self.begin(0)
 
     def begin(self, rows: int) -> None:
@@ -195,6 +199,8 @@ class NormTap(_Tap):
     def after(self, norm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Linearise the norm (a forward hook)."""
         stream = self.ran(args[0] if args else None, "input")
+        if not isinstance(output, Tensor):
+            raise ValueError(f"the norm {self.name!r} must return a tensor, got {type(output).__name__}")
         self.output = output
         self.did = linearised(norm, self.name, stream, output)
 

@@ -5,7 +5,7 @@ output weights, through the norm (linearised where it stands) and v's rows of th
 inner product with the loss's gradient at those pre-activations: the first-order rise of the loss if this edge alone
 were cut, every other path left as it is. Edge attribution patching (Syed, Rager and Conmy, "Attribution patching
 outperforms automated circuit discovery", 2023, arXiv 2310.10348) with zero for the corrupted activation, between units
-or blocks of them instead of whole heads and layers. For fixed v the edges of all sources, the embedding's and the biases' share add up to
+or blocks of them instead of whole heads and layers. For fixed v, the edges from all sources and what embeddings and biases add come to
 -g J x, with x the stream.
 
 A batch costs one forward and one backward pass whatever the number of pairs, then matrix products. Between units, with
