@@ -67,6 +67,21 @@ def llama(attention: str = "sdpa", groups: int = 2) -> LlamaForCausalLM:
         return LlamaForCausalLM(config).double()
 
 
+def in_float64(network: LlamaForCausalLM, eps: float) -> LlamaForCausalLM:
+    """Put norms that compute in float64 in the place of the stock ones, which compute in float32."""
+
+    def same(stock: nn.Module) -> nn.RMSNorm:
+        norm = nn.RMSNorm(8, eps=eps, dtype=torch.float64)
+        norm.weight = stock.weight
+        return norm
+
+    network.model.norm = same(network.model.norm)
+    for layer in network.model.layers:
+        layer.input_layernorm = same(layer.input_layernorm)
+        layer.post_attention_layernorm = same(layer.post_attention_layernorm)
+    return network
+
+
 def subject_of(kind: str, bias: bool = True) -> tuple[Subject, list[Rows]]:
     """Return a subject and its data in two uneven batches, the second in no order."""
     network: nn.Module
@@ -148,4 +163,5 @@ def by_category(terms: Tensor, rows: Rows, site: Site) -> Tensor:
 def close(found: Tensor, wanted: Tensor, rtol: float = 1e-9) -> None:
     """Compare element by element, and rounding noise with the largest element."""
     assert found.dtype == torch.float64
-    torch.testing.assert_close(found, wanted.detach(), rtol=rtol, atol=rtol * 1e-3 * float(wanted.abs().max()))
+    wanted = wanted.detach()
+    torch.testing.assert_close(found, wanted, rtol=rtol, atol=rtol * 1e-3 * float(wanted.abs().max()))
