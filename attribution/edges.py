@@ -5,8 +5,8 @@ output weights, through the norm (linearised where it stands) and v's rows of th
 inner product with the loss's gradient at those pre-activations: the first-order rise of the loss if this edge alone
 were cut, every other path left as it is. Edge attribution patching (Syed, Rager and Conmy, "Attribution patching
 outperforms automated circuit discovery", 2023, arXiv 2310.10348) with zero for the corrupted activation, between units
-or blocks of them instead of whole heads and layers. For fixed v, the edges from all sources and what embeddings and biases add come
-to -g J x: x is the stream, J the Jacobian of norm and writers.
+or blocks of them instead of whole heads and layers. For fixed v, the edges from all sources and what embeddings and
+biases add come to -g J x: x is the stream, J the Jacobian of norm and writers.
 
 A batch costs one forward and one backward pass whatever the number of pairs, then matrix products. Between units, with
 f and f' features of both sites, tokens T and stream width D: (T + D) f f' a pair. Between blocks, B of each site:
