@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from attribution.sites import Site
@@ -136,6 +137,7 @@ class Subject:
     def still(self) -> Iterator[None]:
         """Eval mode, gradients on, none of them a parameter's, for the time being."""
         network = self.network
+        _reshard(network)
         modes = [(module, module.training) for module in network.modules()]
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         network.eval()
@@ -146,6 +148,7 @@ class Subject:
             with unsynced, torch.enable_grad():
                 yield
         finally:
+            _reshard(network)
             for module, training in modes:
                 module.training = training
             for parameter in trained:
@@ -157,6 +160,13 @@ class Subject:
         if tuple(loss_R.shape) != (len(outputs),):
             raise ValueError(f"nats must return one loss a row [{len(outputs)}], got {list(loss_R.shape)}")
         return loss_R
+
+
+def _reshard(network: nn.Module) -> None:
+    """Free gathered parameters of ``fully_shard``: their ``requires_grad`` follows the shards' only when gathered."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @dataclass(frozen=True)
