@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attribution.edge_taps import Entry, Writer
 from attribution.sites import Site
 from moeify.units import FfnUnits, UnitSpace, check, linear
+
+HEADS = ".heads"
+"""How the names of sites of attention heads end."""
 
 
 def unit_space(network: nn.Module) -> UnitSpace:
@@ -26,16 +30,37 @@ def unit_space(network: nn.Module) -> UnitSpace:
 
 
 def readers(network: nn.Module) -> tuple[Site, ...]:
-    """Return every site that attribution can read: those that are split, and attention heads.
+    """Return every site that attribution can read, in the network's order: those that are split, and attention heads.
 
     Heads that share keys and values are one unit, since none of them can go without the others' keys.
     """
     sites = unit_space(network).readers
     match type(network).__name__:
         case "LlamaForCausalLM":
-            return (*sites, *(_llama_heads(network, i) for i in range(_config(network).num_hidden_layers)))
+            heads = (_llama_heads(network, i) for i in range(_config(network).num_hidden_layers))
+            return tuple(site for layer in zip(heads, sites, strict=True) for site in layer)
         case _:
             return sites
+
+
+def entries(network: nn.Module) -> tuple[Entry, ...]:
+    """Return the ways into the sites of ``readers`` that have sites before them, for attribution of edges."""
+    match type(network).__name__:
+        case "LlamaForCausalLM":
+            found = []
+            for i in range(_config(network).num_hidden_layers):
+                layer = f"model.layers.{i}"
+                attention = tuple(Writer(f"{layer}.self_attn.{part}_proj") for part in "qkv")
+                ffn = tuple(Writer(f"{layer}.mlp.{part}_proj") for part in ("gate", "up"))
+                found += [
+                    Entry(f"layers.{i}{HEADS}", attention, norm=f"{layer}.input_layernorm"),
+                    Entry(f"layers.{i}.ffn", ffn, norm=f"{layer}.post_attention_layernorm"),
+                ]
+            return tuple(found[1:])
+        case "Autoencoder":
+            return (Entry("decoder.hidden", (Writer("decoder.up"),)),)
+        case other:
+            raise ValueError(f"no adapter for {other}; it needs a case in moeify.families")
 
 
 def describe(network: nn.Module) -> dict[str, Any]:
@@ -112,7 +137,7 @@ def _llama_ffn(network: nn.Module, layer: int) -> FfnUnits:
 def _llama_heads(network: nn.Module, layer: int) -> Site:
     config, reader = _config(network), f"model.layers.{layer}.self_attn.o_proj"
     groups = config.num_key_value_heads
-    return Site(f"layers.{layer}.heads", reader, groups, linear(network, reader).in_features // groups)
+    return Site(f"layers.{layer}{HEADS}", reader, groups, linear(network, reader).in_features // groups)
 
 
 def _feed_forward(network: nn.Module, module: str) -> FfnUnits:

@@ -1,12 +1,13 @@
 """What attribution can be asked about outside of a run: the model of a run, or a checkpoint with text in categories."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from attribution.subject import Rows, Subject
@@ -28,6 +29,10 @@ class Probed:
     subject: Subject
     batches: list[Rows]
     unit: Literal["token", "example"]
+    experts: tuple[str, ...] = ()
+    """Names of the experts, where the model has been split."""
+    owners: Mapping[str, Int[Tensor, " units"]] = field(default_factory=dict)
+    """Site -> expert of each unit, of the sites that have been split."""
 
 
 def of_run(folder: Path, config: RunConfig, arm: Arm, *, cache: Path, base: Path, rows: int) -> Probed:
@@ -46,8 +51,12 @@ def of_run(folder: Path, config: RunConfig, arm: Arm, *, cache: Path, base: Path
         with model.masked():
             return model(inputs, categories)
 
-    sites = readers(model.network)
-    return Probed(Subject(model.network, sites, task.categories, task.nats, task.sample, run), batches, task.unit)
+    subject = Subject(model.network, readers(model.network), task.categories, task.nats, task.sample, run)
+    partition = model.partition
+    if partition.separation == 0:
+        return Probed(subject, batches, task.unit)
+    experts = tuple(node.name for node in partition.tree.nodes)
+    return Probed(subject, batches, task.unit, experts, {site: partition.owners(site) for site in partition.widths})
 
 
 def of_checkpoint(folder: Path, data: TextData, *, base: Path, rows: int, rows_at_once: int, seed: int) -> Probed:
@@ -89,7 +98,7 @@ def _pretrained(folder: Path) -> tuple[Any, Any]:
             folder, use_safetensors=True, dtype=torch.float32, **safe
         )
         return network, AutoTokenizer.from_pretrained(folder, **safe)
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} cannot be read as a causal language model ({error})") from error
 
 

@@ -13,15 +13,18 @@ import torch
 from attribution import files, heatmap
 from attribution.affinity import affinity_graph, profile_affinity, profile_interval
 from attribution.agreement import Agreement, Comparison, Items, compare
-from attribution.measure import measure
+from attribution.edges import measure_edges
+from attribution.graph import EveryEdge, UnitGraph
+from attribution.measure import measure, strongest_category
 from attribution.table import AttributionTable, Unsigned
+from moeify.families import HEADS, entries
 from moeify.subjects import Probed
 from pipelines.tables import console_for, table_for
 
 Say = Callable[[str], None]
 
 TABLE, PARQUET, PICTURE = "attribution.safetensors", "attribution.parquet", "attribution.png"
-AFFINITY, AGREEMENT = "affinity.graphml", "agreement.json"
+AFFINITY, EDGES, AGREEMENT = "affinity.graphml", "edges.graphml", "agreement.json"
 
 
 def attribute(
@@ -40,11 +43,32 @@ def attribute(
     names = table.categories
     graph = affinity_graph(profile_affinity(table, score), names, profile_interval(table, score, seed=seed))
     nx.write_graphml(graph, out / AFFINITY)
+    say("measuring edges")
+    (out / EDGES).write_text(edge_graph(probed, table).graphml(), encoding="utf-8")
     if not agreement:
         return table, None
     found = compare(probed.subject, probed.batches, values=("zero", "mean"), removed=removed, seed=seed, said=say)
     (out / AGREEMENT).write_text(json.dumps(as_json(found), indent=1), encoding="utf-8")
     return table, found
+
+
+def edge_graph(probed: Probed, table: AttributionTable) -> UnitGraph:
+    """Return the graph of what flows between experts, or where nothing was split yet, between categories' own units.
+
+    A block of units is a node: an expert's in a site, or those that matter most to one category; a head is a node of
+    its own. Every node is named by its site and its expert or category.
+    """
+    names = probed.experts or table.categories
+    blocks = dict(probed.owners) or {
+        site: block for site, block in strongest_category(table).items() if not site.endswith(HEADS)
+    }
+    edges = measure_edges(probed.subject, probed.batches, entries(probed.subject.inner), blocks=blocks)
+    graph = UnitGraph.of(table, edges, EveryEdge()).graph
+    called = {
+        node: f"{facts['site']}/{names[facts['block']] if facts['site'] in blocks else facts['block']}"
+        for node, facts in graph.nodes(data=True)
+    }
+    return UnitGraph(nx.relabel_nodes(graph, called))
 
 
 def as_json(found: Comparison) -> dict[str, Any]:
@@ -82,7 +106,7 @@ def print_attribution(title: str, table: AttributionTable, score: Unsigned, unit
     console = console_for(stream)
     total = int(table.counts.sum())
     console.print(f"{title} · {len(table.categories)} categories · {total:,} {unit}s", style="bold")
-    console.print(f"\nStrongest unit of each category (its number: rise of the loss without it, nats per {unit})",
+    console.print(f"\nEach category's strongest unit (number: rise of the loss without it, nats per {unit})",
                   style="bold")  # fmt: skip
     for chunk in _chunks(table.categories, _room(console.width, 14, 18)):
         grid = table_for(console, "site", "units", *chunk)
@@ -109,36 +133,38 @@ def print_agreement(found: Comparison, stream: TextIO) -> None:
     """Print one table for single units and one for sets, zeroed: methods down, sites across."""
     console = console_for(stream)
     titles: dict[Items, str] = {
-        "units": "Single units: rank correlation (Spearman) with the loss when the unit is zeroed",
-        "sets": "Sets of units: correlation (Pearson) with the loss when the set is zeroed",
+        "units": "Single units: rank correlation with the rise of the loss when one is zeroed",
+        "sets": "Sets of units: correlation with the rise of the loss when one is zeroed",
     }
     for of, title in titles.items():
         rows = [row for row in found.rows if row.of == of and row.value == "zero"]
         if not rows:
             continue
         console.print(f"\n{title}", style="bold")
-        sites = list(dict.fromkeys(row.site for row in rows))
+        sites, counts = {row.site for row in rows}, [row.items for row in rows]
         by_method = {method: list(mine) for method, mine in groupby(sorted(rows, key=_method), key=_method)}
         order = sorted(by_method, key=lambda method: -_key(found, method, of))
-        grid = table_for(console, "method", "all sites", "lowest site", "top 10 %", "true/predicted", "cost")
+        grid = table_for(console, "method", "all sites", "lowest", "highest", "top 10 %", "true/predicted", "cost")
         for method in order:
             mine = by_method[method]
-            worst = min(mine, key=lambda row: _figure(row, of))
+            figures = [_figure(row, of) for row in mine]
             slopes = sorted(row.slope.value for row in mine if row.slope)
             mean = found.mean(method, of, "zero")
             grid.add_row(
                 method,
                 f"{_key(found, method, of):.3f} ±{_half_width(mine, of):.3f}",
-                f"{_figure(worst, of):.2f} {worst.site}",
+                f"{min(figures):.2f}",
+                f"{max(figures):.2f}",
                 f"{mean.overlap:.0%}",
-                f"{slopes[len(slopes) // 2]:.2f}" if slopes else "-",
+                f"{slopes[len(slopes) // 2]:.3g}" if slopes else "-",
                 f"{found.costs[method]:.1f}",
             )
         console.print(grid)
-        console.print(f"{len(sites)} sites, {rows[0].items} or so {of} each", style="dim")
+        console.print(f"{len(sites)} sites, {min(counts):,} to {max(counts):,} {of} each", style="dim")
     console.print(
-        f"±: 95 % bootstrap interval; cost: in forward passes of the same rows, exact ablation of single units "
-        f"takes {found.costs['ablation']:,.0f}",
+        f"±: 95 % bootstrap interval; lowest, highest: of the sites; top 10 %: of the strongest tenth, the share\n"
+        f"found; true/predicted: 1 where calibrated; cost: in forward passes of the same rows\n"
+        f"(exact ablation of single units {found.costs['ablation']:,.0f})",
         style="dim",
     )
     for method, reason in found.refused.items():

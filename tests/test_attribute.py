@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from attribution.files import load
+from attribution.graph import UnitGraph
 from pipelines.cli import main
 from tests.texts import write_texts
 
@@ -22,7 +23,7 @@ partition: {multiple: 2, min_units: 2}
 rounds: [{train: 4, recover: 4, separation: 0.4}]
 evaluation: {validation_rows: 8, test_rows: 8, rows_at_once: 8}
 """
-FILES = {"affinity.graphml", "attribution.parquet", "attribution.png", "attribution.safetensors"}
+FILES = {"affinity.graphml", "edges.graphml", "attribution.parquet", "attribution.png", "attribution.safetensors"}
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +48,16 @@ def test_a_run_is_measured_and_leaves_files(place: Path, tmp_path: Path) -> None
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     table = load(tmp_path / "out" / "attribution.safetensors")
     assert table.categories == ("code", "prose")
-    assert list(table.sites) == ["layers.0.ffn", "layers.1.ffn", "layers.0.heads", "layers.1.heads"]
+    assert list(table.sites) == ["layers.0.heads", "layers.0.ffn", "layers.1.heads", "layers.1.ffn"]
     assert table.counts.tolist() == [128, 128]
     assert all(line in done.output for line in ("layers.1.heads", "256 tokens", "Affinity"))
-    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
+    assert max(len(line.rstrip()) for line in done.stdout.splitlines()[:-1]) <= 80
     graph = nx.read_graphml(tmp_path / "out" / "affinity.graphml")
     assert set(graph["code"]["prose"]) == {"weight", "lower", "upper"}
+    edges = UnitGraph.from_graphml((tmp_path / "out" / "edges.graphml").read_text(encoding="utf-8")).graph
+    assert "layers.1.ffn/code" in edges["layers.0.ffn/core"]
+    assert edges["layers.0.ffn/prose"]["layers.1.ffn/core"]["nats.code"] == 0
+    assert edges["layers.0.ffn/prose"]["layers.1.ffn/core"]["nats.prose"] != 0
     frame = pyarrow.parquet.read_table(tmp_path / "out" / "attribution.parquet")
     assert frame.num_rows == (64 + 8) * 2
 
@@ -69,8 +74,8 @@ def test_units_off_a_categorys_route_count_for_nothing_in_the_split_arm_alone(pl
 def test_agreement_is_told_and_kept(place: Path, tmp_path: Path) -> None:
     done = call(place, "attribute", "last", "--arm", "dense", "--rows", "2", "--agreement", "--out", str(tmp_path))
     assert done.exit_code == 0, done.output
-    assert all(word in done.stdout for word in ("report", "integrated", "Sets of units", "exact ablation"))
-    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
+    assert all(word in done.stdout for word in ("report", "integrated", "Sets of units", "ablation"))
+    assert max(len(line.rstrip()) for line in done.stdout.splitlines()[:-1]) <= 80
     found = json.loads((tmp_path / "agreement.json").read_text())
     kinds = {(row["of"], row["value"]) for row in found["rows"]}
     assert kinds == {(of, value) for of in ("units", "sets") for value in ("zero", "mean")}
