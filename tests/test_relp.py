@@ -319,6 +319,34 @@ def test_the_scores_of_a_site_do_not_depend_on_the_other_sites() -> None:
         close(alone[site.name], found[site.name], 1e-12)
 
 
+class Beside(nn.Module):
+    """Units that three modules read, of which the site means one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(17, 6)
+        self.down, self.side, self.skip, self.head = (nn.Linear(6, n) for n in (6, 6, 6, 4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        a = self.embedding(tokens) * 2
+        return self.head(self.down(a) * self.side(a) + self.skip(a))
+
+
+def test_only_the_reader_counts_and_other_paths_from_the_embedding_take_their_half() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Beside().double()
+    drawn = whole(subject_of("mlp")[1])
+    tokens = torch.randint(17, (11, 3), generator=torch.Generator().manual_seed(2))
+    rows, site = Rows(tokens, drawn.targets, drawn.categories, drawn.ids), Site("s", "down", 6)
+    a = (network.embedding(tokens) * 2).detach()
+    product = (network.down(a) * network.side(a) + network.skip(a)).detach().requires_grad_()
+    (back,) = torch.autograd.grad(nats(network.head(product), rows.targets).sum(), product)
+    z = a * ((network.side(a) * back) @ network.down.weight) / 2
+    found = relevance(Subject(network, (site,), NAMES, nats), [rows])
+    close(found["s"], by_category(-z.detach(), rows, site))
+
+
 def test_bad_input_is_refused_with_the_way_out() -> None:
     subject, batches = subject_of("mlp")
     network: Any = subject.network
