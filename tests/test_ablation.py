@@ -89,7 +89,7 @@ def test_batched_ablation_equals_a_slow_loop(kind: str, value: Value) -> None:
     for site in subject.sites:
         sets = torch.cat([single(site.units), torch.rand(3, site.units, generator=generator) < 0.5])
         wanted = torch.stack([slow_rises(subject, batches, site, removed, value) for removed in sets])
-        for at_once in (4, 13, 1000):
+        for at_once in (4, 1000):
             rises = ablation_rises(subject, batches, site.name, sets, value=value, at_once=at_once)
             torch.testing.assert_close(rises, wanted, rtol=1e-10, atol=1e-13)
 
