@@ -118,11 +118,11 @@ class Cuts:
 def compare_cuts(study: Study, methods: Mapping[str, object], size: Size, seed: int) -> Cuts:
     """Cut, compensate, retrain and put back, again and again."""
     subject = study.subject
-    table = measure(subject, study.probe, seed=seed, moments=Moments(2048))
+    table = measure(subject, study.measured, seed=seed, moments=Moments(2048))
     found = {}
     for name in methods:
         try:
-            found[name] = scores(ESTIMATES[name], subject, study.probe, seed=seed)
+            found[name] = scores(ESTIMATES[name], subject, study.measured, seed=seed)
         except ValueError as error:
             _say(f"{study.name}: {name} left out, {error}")
     cutter = Cutter(subject, table, seed)

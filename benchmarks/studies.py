@@ -28,6 +28,8 @@ from moeify.language import sample_tokens, token_nats
 
 HELD_OUT = 64
 """Rows of text of each category that losses after retraining are taken on."""
+MEASURED = 32
+"""Rows of text of each category that are measured before a cut: 4,096 tokens."""
 
 
 class NoDataError(ValueError):
@@ -41,7 +43,9 @@ class Study:
     name: str
     subject: Subject
     probe: list[Rows]
-    """For scores and ablation."""
+    """For scores and exact ablation of units and sets."""
+    measured: list[Rows]
+    """Rows of the train split, many more: for what is known before a cut."""
     held_out: list[Rows]
     """For losses after retraining."""
     train: Callable[[int], Rows]
@@ -92,7 +96,10 @@ def text(seed: int, rows: int, quick: bool) -> Study:
         batch = task.train_batch(config.training.steps + step)
         return Rows(batch.inputs, batch.targets, batch.categories, batch.ids)
 
-    return Study("text", subject, batches[:1], batches[1:], more, peak / 3)
+    measured = [
+        Rows(batch.inputs, batch.targets, batch.categories, batch.ids) for batch in task.probe_batches(1, MEASURED, 32)
+    ]
+    return Study("text", subject, batches[:1], measured, batches[1:], more, peak / 3)
 
 
 def drawn_label(outputs: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -130,7 +137,8 @@ def stories(seed: int, rows: int, _: bool) -> Study:
         return _mixed(part, 8, 16)[0]
 
     subject = Subject(network.eval(), readers(network), names, token_nats, sample_tokens)
-    return Study("stories260K", subject, validation[:1], validation[1:], more, 5e-4)
+    measured = _mixed(rows_of["train"], MEASURED, 32)
+    return Study("stories260K", subject, validation[:1], measured, validation[1:], more, 5e-4)
 
 
 def _mixed(parts: Sequence[Sequence[Tensor]], rows: int, at_once: int) -> list[Rows]:
@@ -149,23 +157,23 @@ def _mixed(parts: Sequence[Sequence[Tensor]], rows: int, at_once: int) -> list[R
 
 
 class DigitNet(nn.Module):
-    """Two convolutions and a hidden layer."""
+    """Two convolutions, the largest value of each map, and a hidden layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(1, 20, 5, padding=2), nn.Conv2d(20, 40, 5, padding=2)
-        self.hidden, self.head = nn.Linear(40 * 49, 100), nn.Linear(100, 10)
+        self.hidden, self.head = nn.Linear(40, 100), nn.Linear(100, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits of [rows 1 28 28]."""
         x = F.max_pool2d(torch.relu(self.conv1(x)), 2)
-        x = F.max_pool2d(torch.relu(self.conv2(x)), 2).flatten(1)
+        x = F.max_pool2d(torch.relu(self.conv2(x)), 14).flatten(1)
         return self.head(torch.relu(self.hidden(x)))
 
 
 DIGIT_SITES = (
     Site("conv1", "conv2", 20, spatial=True),
-    Site("conv2", "hidden", 40, width=49),
+    Site("conv2", "hidden", 40),
     Site("hidden", "head", 100),
 )
 
@@ -187,14 +195,14 @@ def mnist(seed: int, rows: int, quick: bool) -> Study:
         torch.manual_seed(seed)
         network = DigitNet()
     train, rest = order[5000:], order[:5000]
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     for step in range(20 if quick else 2 * len(train) // 128):
         some = train[torch.arange(step * 128, (step + 1) * 128) % len(train)]
         optimizer.zero_grad()
         F.cross_entropy(network(x[some]), y[some]).backward()
         optimizer.step()
     subject = Subject(network.eval(), DIGIT_SITES, tuple(map(str, range(10))), label_nats, drawn_label)
-    return Study("mnist", subject, *_images(x, y, rest, rows), _more(x, y, train, seed), 3e-4)
+    return Study("mnist", subject, *_images(x, y, rest, train, rows), _more(x, y, train, seed), 3e-4)
 
 
 def _unzipped(path: Path) -> bytes:
@@ -264,15 +272,20 @@ def cifar(seed: int, rows: int, _: bool) -> Study:
     )
     rest, train = torch.arange(3000), torch.arange(3000, 6000)
     subject = Subject(network.eval(), sites, tuple(map(str, packed["classes"])), label_nats, drawn_label)
-    return Study("cifar-jpeg", subject, *_images(x, y, rest, rows), _more(x, y, train, seed), 3e-4)
+    return Study("cifar-jpeg", subject, *_images(x, y, rest, train, rows), _more(x, y, train, seed), 3e-4)
 
 
-def _images(x: Tensor, y: Tensor, order: Tensor, rows: int) -> tuple[list[Rows], list[Rows]]:
-    """Return ``rows`` images of each class to probe, and the rest to hold out, in class order."""
-    by_class = [order[y[order] == label] for label in range(10)]
-    first = torch.cat([mine[:rows] for mine in by_class])
-    rest = torch.cat([mine[rows:] for mine in by_class])
-    return [[Rows(x[i], y[i], y[i], i) for i in part.split(2500)] for part in (first, rest)]  # type: ignore[return-value]
+def _images(
+    x: Tensor, y: Tensor, held_out: Tensor, train: Tensor, rows: int
+) -> tuple[list[Rows], list[Rows], list[Rows]]:
+    """Return ``rows`` images of each class to probe, up to 256 of the train split to measure, and the rest."""
+
+    def batches(order: Tensor, first: int, last: int | None) -> list[Rows]:
+        chosen = torch.cat([order[y[order] == label][first:last] for label in range(10)])
+        parts = chosen.view(10, -1).t().reshape(-1) if last is not None else chosen
+        return [Rows(x[i], y[i], y[i], i) for i in (part[y[part].argsort(stable=True)] for part in parts.split(1280))]
+
+    return batches(held_out, 0, rows), batches(train, 0, 256), batches(held_out, rows, None)
 
 
 def _more(x: Tensor, y: Tensor, train: Tensor, seed: int) -> Callable[[int], Rows]:
