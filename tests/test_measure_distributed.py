@@ -134,8 +134,7 @@ def backward(network: nn.Module, rank: int) -> list[Tensor]:
 
 
 def under_ddp(rank: int, folder: Path) -> None:
-    inner = net()
-    network = DistributedDataParallel(inner)
+    network = DistributedDataParallel(net())
     once = backward(network, rank)
     network.train()
     before = state(network)
@@ -149,7 +148,7 @@ def under_ddp(rank: int, folder: Path) -> None:
         keep(table, rank, folder / f"ddp-{name}")
     for twice, single in zip(backward(network, rank), once, strict=True):
         torch.testing.assert_close(twice, 2 * single)
-    sketch = measure_gradients(subject(inner), batches(UNEVEN[rank]), size=64)
+    sketch = measure_gradients(subject(network), batches(UNEVEN[rank]), size=64)
     Group().sum(sketch.tensors())
     neighbours = measure_interactions(subject(network), batches(UNEVEN[rank]), k=9, kind="attribution")
     parts: list[dict[str, Neighbours] | None] = [None, None]
