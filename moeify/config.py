@@ -157,6 +157,9 @@ class Attribution(Closed):
     """Rows of each category."""
     rows_at_once: PositiveInt = 16
     """Rows of one forward pass over all workers."""
+    settled: Fraction | None = None
+    """Stop before all rows are measured when two looks in a row find that this share of units still matters most to the
+    same category as at the look before; a look is every 4 batches. ``null``: measure all rows."""
     columns: PositiveInt | None = 2048
     """Second moments of sites with more units are random sketches of so many columns; ``null``: always exact."""
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
-from attribution.measure import Moments, measure
+from attribution.measure import Moments, Stability, measure, strongest_category
 from attribution.subject import Subject
 from attribution.table import AttributionTable
 from moeify.config import RunConfig
@@ -106,6 +106,9 @@ class _Loop:
         self._evaluate(phase, "before_cut", SPLIT_ARMS)
         self.say.phase("attribute", phase.round)
         table, random_table = self._measure(split, phase.round), self._measure(random, phase.round)
+        if self.config.attribution.settled:
+            rows, others = (int(each.rows.sum()) for each in (table, random_table))
+            self.say.phase("attribute", phase.round, f"settled after {rows:,} rows, the control after {others:,}")
         self.say.phase("partition", phase.round)
         partition, rounds = self.config.partition, list(self.config.rounds[phase.round - 1 :])
         reached = split.partition.separation
@@ -176,8 +179,10 @@ class _Loop:
         subject = Subject(
             model.network, model.space.readers, self.task.categories, self.task.nats, self.task.sample, model
         )
+        settled = Stability(strongest_category, asked.settled, reduce=self.world.sum) if asked.settled else None
         with model.masked():
-            table = measure(subject, mine, seed=self.config.seed, moments=Moments(asked.columns))
+            moments = Moments(asked.columns)
+            table = measure(subject, mine, seed=self.config.seed, moments=moments, stability=settled)
         self.world.sum(table.tensors())
         return table
 

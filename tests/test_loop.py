@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from moeify.events import Evaluated, MemoryTracker, Step
+from moeify.events import Evaluated, MemoryTracker, Phase, Step
 from moeify.loop import run
 from moeify.result import Result
 from moeify.store import FolderStore, MemoryStore
@@ -175,3 +176,13 @@ def test_off_route_units_are_credited_to_no_category_they_do_not_serve(tmp_path:
                     if category not in group["categories"]:
                         assert score_UC[unit, c] == 0
             assert bool((score_UC.sum(0) > 0).all())
+
+
+def test_measuring_stops_when_the_strongest_categories_are_settled() -> None:
+    config, tracker = toy_config(attribution={"rows": 400, "rows_at_once": 16, "settled": 0.8}), MemoryTracker()
+    result = run(config, ToyTask(config), tracker=tracker)
+    assert result.active_fraction["mean"] == pytest.approx(1 - 0.45, abs=0.03)
+    notes = [e.note for e in tracker.events.values() if isinstance(e, Phase) and e.phase == "attribute" and e.note]
+    assert len(notes) == 2
+    rows = [int(word) for word in re.findall(r"\d+", notes[0].replace(",", ""))]
+    assert all(16 * 4 * 3 <= count < 1600 for count in rows)
