@@ -34,6 +34,7 @@ def draw(table: AttributionTable, path: str | Path, kind: Score = "fisher") -> P
     """
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm, SymLogNorm
+    from matplotlib.ticker import MaxNLocator
 
     tables_UC = {site: table.score(site, kind).numpy() for site in table.sites}
     top = max(float(np.abs(each).max()) for each in tables_UC.values()) or 1.0
@@ -42,8 +43,8 @@ def draw(table: AttributionTable, path: str | Path, kind: Score = "fisher") -> P
     colours = colormaps["viridis"].with_extremes(bad=NEVER)
     if signed:
         norm, colours = SymLogNorm(top / 10**DECADES, vmin=-top, vmax=top), colormaps["RdBu_r"].with_extremes(bad=NEVER)
-    across = min(_MOST_COLUMNS, len(tables_UC))
-    down = math.ceil(len(tables_UC) / across)
+    down = math.ceil(len(tables_UC) / _MOST_COLUMNS)
+    across = math.ceil(len(tables_UC) / down)
     made = figure(max(6.5, (0.3 * len(table.categories) + 0.9) * across + 1.2), 3.8 * down + 0.7)
     axes = list(made.subplots(down, across, squeeze=False).flat)
     for spare in axes[len(tables_UC) :]:
@@ -63,6 +64,7 @@ def draw(table: AttributionTable, path: str | Path, kind: Score = "fisher") -> P
         )
         axis.set_title(f"{site}\n{units:,} units", fontsize=9)
         axis.set_xticks(np.arange(categories) + 0.5, table.categories, fontsize=7, rotation=60, ha="right")
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
         axis.tick_params(length=0, labelsize=7)
         axis.spines[:].set_visible(False)
     scale = made.colorbar(image, ax=axes[: len(tables_UC)], aspect=30, pad=0.02, shrink=min(1.0, 1.4 / down))
