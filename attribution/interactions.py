@@ -112,7 +112,7 @@ class Neighbours:
         """Return each unit's ``k`` heaviest neighbours (not given: as many as were asked for), [units units].
 
         Entries are ``lower``, and so is what makes a neighbour heavy: on random clustered units it found more of the
-        true heaviest than ``upper``, .74 against .67 where the clusters were faint and batches small.
+        true heaviest than ``upper``, .74 against .67 where the clusters were faint.
         """
         k = self.k if k is None else k
         if k < 1 or k > max(self.k, self.index.shape[1]):
