@@ -2,18 +2,22 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
 import networkx as nx
 import torch
+from jaxtyping import Float64
+from rich.console import Console
+from torch import Tensor
 
 from attribution import files, heatmap
 from attribution.affinity import affinity_graph, profile_affinity, profile_interval
 from attribution.agreement import Agreement, Comparison, Items, compare
 from attribution.edges import measure_edges
+from attribution.gradients import measure_gradients
 from attribution.graph import EveryEdge, UnitGraph
 from attribution.measure import measure, strongest_category
 from attribution.table import AttributionTable, Unsigned
@@ -22,14 +26,28 @@ from moeify.subjects import Probed
 from pipelines.tables import console_for, table_for
 
 Say = Callable[[str], None]
+Matrix = Float64[Tensor, "categories categories"]
 
 TABLE, PARQUET, PICTURE = "attribution.safetensors", "attribution.parquet", "attribution.png"
 AFFINITY, EDGES, AGREEMENT = "affinity.graphml", "edges.graphml", "agreement.json"
 
 
+@dataclass(frozen=True)
+class Found:
+    """All that was measured."""
+
+    table: AttributionTable
+    score: Unsigned
+    affinity: Matrix
+    """Of the categories' attribution profiles."""
+    cosines: Matrix | None
+    """Of the categories' gradients; None where they cannot be told from noise."""
+    agreement: Comparison | None
+
+
 def attribute(
     probed: Probed, out: Path, *, score: Unsigned, seed: int, agreement: bool, removed: float, say: Say
-) -> tuple[AttributionTable, Comparison | None]:
+) -> Found:
     """Measure every unit against every category, write what was found to ``out``, and return it.
 
     ``removed``: the share of a site's units in the sets that ``agreement`` tries.
@@ -40,16 +58,33 @@ def attribute(
     files.save(table, out / TABLE)
     files.to_parquet(table, out / PARQUET)
     heatmap.draw(table, out / PICTURE, score)
-    names = table.categories
-    graph = affinity_graph(profile_affinity(table, score), names, profile_interval(table, score, seed=seed))
+    say("measuring gradients")
+    affinity = profile_affinity(table, score)
+    graph = affinity_graph(affinity, table.categories, profile_interval(table, score, seed=seed))
+    cosines = _gradient_cosines(probed, seed, graph)
     nx.write_graphml(graph, out / AFFINITY)
     say("measuring edges")
     (out / EDGES).write_text(edge_graph(probed, table).graphml(), encoding="utf-8")
-    if not agreement:
-        return table, None
-    found = compare(probed.subject, probed.batches, values=("zero", "mean"), removed=removed, seed=seed, said=say)
-    (out / AGREEMENT).write_text(json.dumps(as_json(found), indent=1), encoding="utf-8")
-    return table, found
+    found = None
+    if agreement:
+        found = compare(probed.subject, probed.batches, values=("zero", "mean"), removed=removed, seed=seed, said=say)
+        (out / AGREEMENT).write_text(json.dumps(as_json(found), indent=1), encoding="utf-8")
+    return Found(table, score, affinity, cosines, found)
+
+
+def _gradient_cosines(probed: Probed, seed: int, graph: nx.Graph) -> Matrix | None:
+    """Return the cosines of the categories' gradients, and put them on the graph with their interval."""
+    try:
+        sketch = measure_gradients(probed.subject, probed.batches, seed=seed)
+        cosines, ends = sketch.cosines(), sketch.interval()
+    except ValueError:  # Too few rows to tell a gradient from noise: nothing to say of it.
+        return None
+    names = list(probed.subject.categories)
+    for one, other, facts in graph.edges(data=True):
+        at = names.index(one), names.index(other)
+        for key, values in zip(("gradient", "gradient_lower", "gradient_upper"), (cosines, *ends), strict=True):
+            facts[key] = float(values[at])
+    return cosines
 
 
 def edge_graph(probed: Probed, table: AttributionTable) -> UnitGraph:
@@ -76,8 +111,9 @@ def as_json(found: Comparison) -> dict[str, Any]:
     return {"rows": [asdict(row) for row in found.rows], "costs": dict(found.costs), "refused": dict(found.refused)}
 
 
-def summary(table: AttributionTable, score: Unsigned) -> dict[str, Any]:
+def summary(found: Found) -> dict[str, Any]:
     """Return what was found as plain data: sites, units that do nothing, each category's strongest units."""
+    table = found.table
     report = {site: table.report(site) for site in table.sites}
     return {
         "categories": list(table.categories),
@@ -97,17 +133,18 @@ def summary(table: AttributionTable, score: Unsigned) -> dict[str, Any]:
             }
             for site, sums in table.sites.items()
         },
-        "affinity": profile_affinity(table, score).tolist(),
+        "affinity": found.affinity.tolist(),
+        "gradient_cosines": None if found.cosines is None else found.cosines.tolist(),
+        "agreement": None if found.agreement is None else as_json(found.agreement),
     }
 
 
-def print_attribution(title: str, table: AttributionTable, score: Unsigned, unit: str, stream: TextIO) -> None:
+def print_found(title: str, found: Found, unit: str, stream: TextIO) -> None:
     """Print each site's strongest unit for every category, what does nothing, and how alike the categories are."""
-    console = console_for(stream)
+    console, table = console_for(stream), found.table
     total = int(table.counts.sum())
     console.print(f"{title} · {len(table.categories)} categories · {total:,} {unit}s", style="bold")
-    console.print(f"\nEach category's strongest unit (number: rise of the loss without it, nats per {unit})",
-                  style="bold")  # fmt: skip
+    console.print("\nEach category's strongest unit", style="bold")
     for chunk in _chunks(table.categories, _room(console.width, 14, 18)):
         grid = table_for(console, "site", "units", *chunk)
         for site, sums in table.sites.items():
@@ -115,23 +152,31 @@ def print_attribution(title: str, table: AttributionTable, score: Unsigned, unit
             best = [report_UC[:, table.categories.index(c)].max(0) for c in chunk]
             grid.add_row(site, f"{sums.units:,}", *(f"{int(b.indices)}: {float(b.values):+.4f}" for b in best))
         console.print(grid)
+    console.print(f"number of the unit: estimated rise of the loss without it, nats per {unit}", style="dim")
     for flag, what in (("dead", "never active"), ("without_gradient", "active, but no loss depends on them")):
         silent = {site: int(getattr(table, flag)(site).sum()) for site in table.sites}
         if any(silent.values()):
             told = ", ".join(f"{site} {count}" for site, count in silent.items() if count)
             console.print(f"units {what}: {told}", style="yellow")
-    affinity_CC = profile_affinity(table, score)
-    console.print(f"\nAffinity of the categories ({score}; 1: the same units, 0: chance)", style="bold")
-    for chunk in _chunks(table.categories, _room(console.width, 14, 9)):
+    title = f"Affinity of the categories' units ({found.score}; 1: the same, 0: chance)"
+    _print_matrix(console, title, found.affinity, table.categories)
+    if found.cosines is not None:
+        _print_matrix(console, "Cosine of the categories' gradients", found.cosines, table.categories)
+    if found.agreement:
+        _print_agreement(console, found.agreement)
+
+
+def _print_matrix(console: Console, title: str, matrix_CC: Matrix, names: Sequence[str]) -> None:
+    console.print(f"\n{title}", style="bold")
+    for chunk in _chunks(names, _room(console.width, 14, 9)):
         grid = table_for(console, "category", *chunk)
-        for row, name in zip(affinity_CC, table.categories, strict=True):
-            grid.add_row(name, *(f"{float(row[table.categories.index(c)]):+.2f}" for c in chunk))
+        for row, name in zip(matrix_CC, names, strict=True):
+            grid.add_row(name, *(f"{float(row[names.index(c)]):+.2f}" for c in chunk))
         console.print(grid)
 
 
-def print_agreement(found: Comparison, stream: TextIO) -> None:
-    """Print one table for single units and one for sets, zeroed: methods down, sites across."""
-    console = console_for(stream)
+def _print_agreement(console: Console, found: Comparison) -> None:
+    """Print one table for single units and one for sets, zeroed."""
     titles: dict[Items, str] = {
         "units": "Single units: rank correlation with the rise of the loss when one is zeroed",
         "sets": "Sets of units: correlation with the rise of the loss when one is zeroed",

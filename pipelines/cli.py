@@ -218,16 +218,13 @@ def attribute(
     name, probed, config, place, removed = _probed(target, arm, data, rows)
     say = (lambda _: None) if as_json else (lambda text: click.echo(f"{text} ...", err=True))
     score, place = config.attribution.score, out or place
-    table, found = attribute.attribute(
+    found = attribute.attribute(
         probed, place, score=score, seed=config.seed, agreement=agreement, removed=removed, say=say
     )
     if as_json:
-        known = attribute.summary(table, score) | ({"agreement": attribute.as_json(found)} if found else {})
-        click.echo(show.to_json(show.finite(known)))
+        click.echo(show.to_json(show.finite(attribute.summary(found))))
         return
-    attribute.print_attribution(name, table, score, probed.unit, sys.stdout)
-    if found:
-        attribute.print_agreement(found, sys.stdout)
+    attribute.print_found(name, found, probed.unit, sys.stdout)
     click.echo(f"\nfiles:   {place}")
 
 

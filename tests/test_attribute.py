@@ -53,7 +53,9 @@ def test_a_run_is_measured_and_leaves_files(place: Path, tmp_path: Path) -> None
     assert all(line in done.output for line in ("layers.1.heads", "256 tokens", "Affinity"))
     assert max(len(line.rstrip()) for line in done.stdout.splitlines()[:-1]) <= 80
     graph = nx.read_graphml(tmp_path / "out" / "affinity.graphml")
-    assert set(graph["code"]["prose"]) == {"weight", "lower", "upper"}
+    facts = graph["code"]["prose"]
+    assert set(facts) == {"weight", "lower", "upper", "gradient", "gradient_lower", "gradient_upper"}
+    assert facts["gradient_lower"] <= facts["gradient"] <= facts["gradient_upper"]
     edges = UnitGraph.from_graphml((tmp_path / "out" / "edges.graphml").read_text(encoding="utf-8")).graph
     assert "layers.1.ffn/code" in edges["layers.0.ffn/core"]
     assert edges["layers.0.ffn/prose"]["layers.1.ffn/core"]["nats.code"] == 0
