@@ -4,14 +4,14 @@ A token is what the readers' input has as a position; a row of maps, or without 
 Axes: rows R, sets S, units U, features F, categories C.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Float64
-from torch import Tensor, nn
+from torch import Tensor
 
+from attribution.reading import at_readers
 from attribution.sites import Site
 from attribution.subject import Probe, Segment, Subject, segments
 
@@ -131,41 +131,6 @@ class CategorySums:
                     f"inputs of that category"
                 )
         return self.sums_XC / self.tokens_C
-
-
-@contextmanager
-def at_readers(subject: Subject, rows: int, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Hand each named site's activations to its function, and the reader what it returns, for one forward pass.
-
-    ValueError where the activations do not fit the site, and where a reader does not run just once.
-    """
-    ran: list[str] = []
-
-    def hook(site: Site, change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-            at = f"the reader {site.reader!r} of site {site.name!r}"
-            if not args or not isinstance(args[0], Tensor):
-                raise ValueError(f"{at} must take its input first, as a tensor")
-            if site.name in ran:
-                raise ValueError(f"{at} ran more than once in a forward pass; give each use a module of its own")
-            ran.append(site.name)
-            shape, axis = args[0].shape, 1 if site.spatial else -1
-            if len(shape) < 2 or shape[0] != rows or shape[axis] != site.features:
-                wanted = f"[{rows} {site.features} ...]" if site.spatial else f"[{rows} ... {site.features}]"
-                raise ValueError(f"the input of {at} must be {wanted}, got {list(shape)}")
-            return (change(args[0]), *args[1:]), kwargs
-
-        return before
-
-    with ExitStack() as stack:
-        for name, change in changes.items():
-            site = subject.site(name)
-            handle = subject.reader(site).register_forward_pre_hook(hook(site, change), with_kwargs=True)
-            stack.callback(handle.remove)
-        yield
-    for name in changes:
-        if name not in ran:
-            raise ValueError(f"the reader {subject.site(name).reader!r} of site {name!r} did not run in forward")
 
 
 class _Part:

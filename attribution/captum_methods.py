@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from attribution.ablation import CategorySums, at_readers
+from attribution.ablation import CategorySums
+from attribution.reading import at_readers
 from attribution.subject import Probe, Subject, segments
 
 

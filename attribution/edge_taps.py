@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attribution.reading import wide
 from attribution.sites import Site, output_weight, patches
 from attribution.subject import Subject
 
@@ -94,11 +95,6 @@ def linearised(norm: nn.Module, name: str, x: Tensor, y: Tensor) -> Linearised:
         f"the norm {name!r} ({type(norm).__name__}) computes neither a layer norm nor an RMS norm of the last axis; "
         f"edges know these two"
     )
-
-
-def wide(values: Tensor) -> Tensor:
-    """Return half precision as float32, anything else as it is."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 class _Tap:

@@ -9,15 +9,15 @@ M of a unit, candidates N for them, features W of a unit.
 """
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 
+from attribution.reading import apart, at_readers, wide
 from attribution.sites import Site
 from attribution.subject import Probe, Subject, segments
 
@@ -167,11 +167,7 @@ def measure_interactions(
     if not chosen:
         raise ValueError("no sites to measure; name at least one, or leave sites out for all")
     taps = [_Tap(site, subject.reader(site), kind, k, oversample, subject.categories) for site in chosen]
-    with ExitStack() as stack:
-        stack.enter_context(subject.still())
-        stack.enter_context(torch.no_grad() if kind == "coactivation" else nullcontext())
-        for tap in taps:
-            stack.callback(tap.reader.register_forward_pre_hook(tap.before, with_kwargs=True).remove)
+    with subject.still(), torch.set_grad_enabled(kind == "attribution"):
         for batch in batches:
             if len(batch.categories):
                 _one_batch(subject, batch, taps)
@@ -184,10 +180,8 @@ def _one_batch(subject: Subject, batch: Probe, taps: Sequence["_Tap"]) -> None:
     segments(batch, subject.categories)
     for tap in taps:
         tap.begin(batch.categories)
-    outputs = subject.forward(batch.inputs.detach(), batch.categories)
-    for tap in taps:
-        if tap.calls == 0:
-            raise ValueError(f"the reader {tap.site.reader!r} of site {tap.site.name!r} did not run in forward")
+    with at_readers(subject, len(batch.categories), {tap.site.name: tap.read for tap in taps}):
+        outputs = subject.forward(batch.inputs.detach(), batch.categories)
     if taps[0].kind == "attribution":
         loss_R = subject.row_nats(outputs, batch.targets)
         if loss_R.requires_grad:
@@ -204,7 +198,6 @@ class _Tap:
         self, site: Site, reader: nn.Module, kind: Interaction, k: int, oversample: int, names: Sequence[str]
     ) -> None:
         self.site = site
-        self.reader = reader
         self.kind = kind
         self.names = names
         self.sums = _Sums(site.units, k * oversample, next(reader.parameters(), torch.empty(0)).device)
@@ -213,40 +206,21 @@ class _Tap:
     def begin(self, categories: Tensor) -> None:
         """Forget the last batch; ``categories`` are those of the next one's rows."""
         self._categories = categories
-        self.calls = 0
         self.arrived = False
 
-    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-        """Read the reader's input (a forward pre-hook)."""
-        site, rows = self.site, len(self._categories)
-        self.calls += 1
-        if self.calls > 1:
-            raise ValueError(
-                f"the reader {site.reader!r} of site {site.name!r} ran more than once in a forward pass; "
-                f"a site is read at one place: give each use a module of its own"
-            )
-        if not args or not isinstance(args[0], Tensor):
-            raise ValueError(f"the reader {site.reader!r} of site {site.name!r} must take its input first, as a tensor")
-        activation: Tensor = args[0]
-        at = 1 if site.spatial else -1
-        if activation.ndim < 2 or len(activation) != rows or activation.shape[at] != site.features:
-            raise ValueError(
-                f"site {site.name!r} has {site.features} features and the batch {rows} rows, so the input of "
-                f"{site.reader!r} must have as many, got {list(activation.shape)}"
-            )
+    def read(self, activation: Tensor) -> Tensor:
+        """Take the reader's input."""
         if self.kind == "coactivation":
-            a_RPUW = _wide(site.arrange(activation))
+            a_RPUW = wide(self.site.arrange(activation))
             self._absorb((a_RPUW.norm(dim=3) if a_RPUW.shape[3] > 1 else a_RPUW[..., 0].abs()), "activation")
-            return args, kwargs
-        # A view of its own, so that the gradient is the one through this reader alone.
-        activation = activation.view_as(activation) if activation.requires_grad else activation.detach()
-        activation.requires_grad_()
+            return activation
+        activation = apart(activation)
         kept = activation.detach()
         activation.register_hook(lambda gradient: self._gradient(kept, gradient.detach()))
-        return (activation, *args[1:]), kwargs
+        return activation
 
     def _gradient(self, activation: Tensor, gradient: Tensor) -> None:
-        z_RPU = (_wide(self.site.arrange(gradient)) * self.site.arrange(activation)).sum(3)
+        z_RPU = (wide(self.site.arrange(gradient)) * self.site.arrange(activation)).sum(3)
         self._absorb(z_RPU.abs_(), "activation or gradient")
 
     def _absorb(self, strength_RPU: Float[Tensor, "rows positions units"], what: str) -> None:
@@ -338,7 +312,3 @@ def _neighbours(
 ) -> Neighbours:
     upper_UM = torch.where(lower_UM > 0, torch.maximum(lower_UM, excess_UM + bound_U.unsqueeze(1)), 0.0)
     return Neighbours(kind, k, index_UM, lower_UM, upper_UM, total_U, bound_U, tokens, rows)
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -17,6 +17,7 @@ from jaxtyping import Float64, Int
 from torch import Tensor, nn
 
 from attribution.moments import ExactMoment, Moment, SketchedMoment
+from attribution.reading import apart, at_readers, wide
 from attribution.sites import Site, output_weight, patches
 from attribution.subject import Probe, Segment, Subject, row_seed, segments
 from attribution.table import AttributionTable, SiteSums
@@ -84,7 +85,6 @@ def measure(
     with ExitStack() as stack:
         stack.enter_context(subject.still())
         for tap in taps:
-            stack.callback(tap.reader.register_forward_pre_hook(tap.before, with_kwargs=True).remove)
             if tap.sums.outputs is not None:
                 stack.callback(tap.reader.register_forward_hook(tap.after).remove)
         for batch in batches:
@@ -160,39 +160,19 @@ class _Tap:
         """Forget the last batch; ``parts`` are those of the next."""
         self._parts = parts
         self._rows = rows
-        self.calls = 0
         self.positions = 0
         self.labels: Literal["sampled", "true"] = "true"
         self.arrived: set[str] = set()
         self._activation: Tensor | None = None
         self._report_RU: Tensor | None = None
 
-    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-        """Capture the reader's input (a forward pre-hook)."""
-        site = self.site
-        self.calls += 1
-        if self.calls > 1:
-            raise ValueError(
-                f"the reader {site.reader!r} of site {site.name!r} ran more than once in a forward pass; "
-                f"a site is read at one place: give each use a module of its own"
-            )
-        if not args or not isinstance(args[0], Tensor):
-            raise ValueError(f"the reader {site.reader!r} of site {site.name!r} must take its input first, as a tensor")
-        activation: Tensor = args[0]
-        at = 1 if site.spatial else -1
-        if activation.ndim < 2 or activation.shape[0] != self._rows or activation.shape[at] != site.features:
-            wanted = f"[{self._rows} {site.features} ...]" if site.spatial else f"[{self._rows} ... {site.features}]"
-            raise ValueError(
-                f"site {site.name!r} has {site.units} units of {site.width} and the batch {self._rows} rows, so the "
-                f"input of {site.reader!r} must be {wanted}, got {list(activation.shape)}"
-            )
-        # A view of its own, so that the gradient is the one through this reader alone.
-        activation = activation.view_as(activation) if activation.requires_grad else activation.detach()
-        activation.requires_grad_()
+    def read(self, activation: Tensor) -> Tensor:
+        """Take the reader's input, and listen to its gradient."""
+        activation = apart(activation)
         self._activation = activation.detach()
-        self._read(self._activation)
+        self._add_up(self._activation)
         activation.register_hook(self._input_gradient)
-        return (activation, *args[1:]), kwargs
+        return activation
 
     def after(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         """Listen at the reader's output (a forward hook)."""
@@ -204,7 +184,7 @@ class _Tap:
             )
         output.register_hook(self._output_gradient)
 
-    def _read(self, activation: Tensor) -> None:
+    def _add_up(self, activation: Tensor) -> None:
         """Add up what the activations alone say."""
         site, sums, rows = self.site, self.sums, self._rows
         arranged = site.arrange(activation)
@@ -224,7 +204,7 @@ class _Tap:
         self._add(sums.power, power_RF)
         if sums.inputs is not None:
             for part in self._parts:
-                sums.inputs.add(part.category, patches(self.reader, site, _wide(activation[part.where])).flatten(0, 1))
+                sums.inputs.add(part.category, patches(self.reader, site, wide(activation[part.where])).flatten(0, 1))
 
     def _input_gradient(self, gradient: Tensor) -> None:
         assert self._activation is not None
@@ -253,7 +233,7 @@ class _Tap:
         if self.labels == "true" or outputs is None:
             return
         for part in self._parts:
-            terms = _wide(gradient.detach()[part.where])
+            terms = wide(gradient.detach()[part.where])
             if isinstance(self.reader, nn.Conv2d):
                 terms = terms.flatten(2).transpose(1, 2) / terms[0, 0].numel() ** 0.5
             outputs.add(part.category, terms.reshape(-1, terms.shape[-1]))
@@ -292,10 +272,9 @@ def _one_batch(subject: Subject, batch: Probe, taps: Sequence[_Tap], table: Attr
     parts = segments(batch, subject.categories)
     for tap in taps:
         tap.begin(parts, len(batch.categories))
-    outputs = subject.forward(batch.inputs.detach(), batch.categories)
+    with at_readers(subject, len(batch.categories), {tap.site.name: tap.read for tap in taps}):
+        outputs = subject.forward(batch.inputs.detach(), batch.categories)
     for tap in taps:
-        if tap.calls == 0:
-            raise ValueError(f"the reader {tap.site.reader!r} of site {tap.site.name!r} did not run in forward")
         if tap.positions != taps[0].positions:
             raise ValueError(
                 f"site {tap.site.name!r} has {tap.positions} positions a row, site {taps[0].site.name!r} "
@@ -345,7 +324,3 @@ def _chunks(arranged: Tensor) -> Iterable[slice]:
 
 def _scratch(shape: tuple[int, int], device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=torch.float64, device=device)
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

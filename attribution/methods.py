@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from attribution.ablation import CategorySums, Value, ablation_rises, at_readers, check_value, single
+from attribution.ablation import CategorySums, Value, ablation_rises, check_value, single
 from attribution.captum_methods import along_the_input
 from attribution.measure import measure
+from attribution.reading import at_readers
 from attribution.relp import relevance
 from attribution.sites import Site, output_weight
 from attribution.subject import Probe, Subject, row_seed, segments

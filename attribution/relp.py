@@ -17,7 +17,8 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attribution.ablation import CategorySums, at_readers
+from attribution.ablation import CategorySums
+from attribution.reading import apart, at_readers
 from attribution.subject import Probe, Subject, segments
 
 _ADDITIVE = frozenset(
@@ -77,8 +78,7 @@ def _one_batch(subject: Subject, batch: Probe, sums: Mapping[str, CategorySums])
 
     def capturing(name: str) -> Callable[[Tensor], Tensor]:
         def capture(x: Tensor) -> Tensor:
-            # A view of its own, so that the relevance is the one through this reader alone.
-            found[name] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+            found[name] = apart(x)
             return found[name]
 
         return capture

@@ -390,7 +390,7 @@ def test_bad_input_is_refused_with_its_place_and_the_way_out() -> None:
     with pytest.raises(ValueError, match="no batches"):
         measure_interactions(subject, [rows.take(slice(0, 0))])
     wrong = Subject(subject.network, (Site("s", "down", 7),), NAMES, nats)
-    with pytest.raises(ValueError, match=r"site 's' has 7 features and the batch 12 rows"):
+    with pytest.raises(ValueError, match=r"site 's' has 7 units .* must be .12 ... 7., got .12, 3, 8."):
         measure_interactions(wrong, [rows])
     unread = Subject(subject.network, MLP_SITES, NAMES, nats, run=lambda x, _: x)
     with pytest.raises(ValueError, match="did not run in forward"):

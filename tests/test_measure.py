@@ -15,8 +15,7 @@ from attribution.measure import Moments, measure
 from attribution.sites import Site
 from attribution.subject import Rows, Subject, row_seed
 from attribution.table import AttributionTable
-
-NAMES = ("a", "b", "c")
+from tests.subjects import NAMES, nats, sample
 
 
 class Mlp(nn.Module):
@@ -34,19 +33,6 @@ class Mlp(nn.Module):
 
 
 MLP_SITES = [Site("first", "down", 7), Site("second", "down2", 7)]
-
-
-def nats(outputs: Tensor, targets: Tensor) -> Tensor:
-    losses = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
-    return losses.view(len(outputs), -1).sum(1)
-
-
-def sample(outputs: Tensor, seeds: Sequence[int]) -> Tensor:
-    drawn = [
-        torch.multinomial(row.flatten(0, -2).softmax(-1), 1, generator=torch.Generator().manual_seed(seed))
-        for row, seed in zip(outputs.view(len(outputs), -1, outputs.shape[-1]), seeds, strict=True)
-    ]
-    return torch.stack(drawn).view(outputs.shape[:-1])
 
 
 def mlp_rows(rows: int, positions: int | None = None) -> Rows:
