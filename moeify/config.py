@@ -1,7 +1,7 @@
 """What a recipe may say: frozen, closed models, the only home of defaults.
 
 A variant is a class here with its own ``kind``, a function where it is used and a ``case`` that calls it.
-This module imports pydantic alone, so that schema and validation need no torch.
+This module needs pydantic alone, so that schema and validation need no torch.
 """
 
 import itertools
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+from moeify.arms import Arm, Control, cut, twins
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -256,6 +258,10 @@ class RunConfig(Closed):
     attribution: Attribution = Attribution()
     partition: Partition = Partition()
     rounds: Annotated[tuple[Round, ...], Field(min_length=1)]
+    controls: tuple[Control, ...] = ("random",)
+    """What is trained beside the dense twin and the split model, on the same rows. ``random``: a split into the same
+    tree and widths with owners drawn; ``told``: a dense twin that is given the category, as a split model is by its
+    routes. Each adds a whole arm's cost."""
     budget: Budget | None = None
     """``null`` keeps every round whatever its tax."""
     evaluation: Evaluation = Evaluation()
@@ -269,6 +275,7 @@ class RunConfig(Closed):
             *self._data_misfits(),
             *self._model_misfits(),
             *self._rounds_misfits(),
+            *self._controls_misfits(),
             *self._rows_misfits(),
         ]:
             raise ValueError("\n".join(misfits))
@@ -299,6 +306,10 @@ class RunConfig(Closed):
         if any(b <= a for a, b in itertools.pairwise(separations)):
             yield f"rounds: got separation {separations}, wanted it to rise from round to round"
 
+    def _controls_misfits(self) -> Iterator[str]:
+        if len(set(self.controls)) < len(self.controls):
+            yield f"controls: got {list(self.controls)}, wanted each control once"
+
     def _rows_misfits(self) -> Iterator[str]:
         for path, rows in (
             ("training.rows", self.training.rows),
@@ -310,6 +321,21 @@ class RunConfig(Closed):
                     f"{path}: got {rows}, which {self.cluster.workers} workers cannot share equally, "
                     f"wanted a multiple of cluster.workers"
                 )
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """Every model that is trained, in this order."""
+        return self.twins + self.cut_arms
+
+    @property
+    def twins(self) -> tuple[Arm, ...]:
+        """The arms that train from the first step on and are never cut; the dense twin first."""
+        return twins(self.controls)
+
+    @property
+    def cut_arms(self) -> tuple[Arm, ...]:
+        """The arms that fork from the dense twin at the first cut; the split model first."""
+        return cut(self.controls)
 
     @property
     def category_count(self) -> int | None:

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from moeify.arms import Arm
 from moeify.config import Evaluation
-from moeify.events import Arm, RoundEnded
+from moeify.events import RoundEnded
 from moeify.partition import Partition
 from moeify.result import MEAN, Result
 from moeify.split_model import SplitModel
@@ -43,7 +44,7 @@ def own_other(
 
 
 def tax(loss: Mapping[str, float], twin: Mapping[str, float]) -> dict[str, float]:
-    """Return category -> nats above the dense twin, and their ``mean``."""
+    """Return category -> nats above a twin, and their ``mean``."""
     rises = {category: loss[category] - twin[category] for category in twin}
     return {**rises, MEAN: sum(rises.values()) / len(rises)}
 
@@ -69,7 +70,8 @@ def summarize(
         bits_per_byte={arm: each for arm, each in bits.items() if each is not None} or None,
         own_other=rises,
         tax=tax(losses["split"], losses["dense"]),
-        tax_random=tax(losses["random"], losses["dense"]),
+        tax_random=tax(losses["random"], losses["dense"]) if "random" in losses else None,
+        tax_told=tax(losses["split"], losses["told"]) if "told" in losses else None,
         steps=steps,
         seconds=seconds,
     )

@@ -7,10 +7,7 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Arm = Literal["dense", "split", "random"]
-"""``dense``: the dense twin; ``split``: owners by attribution; ``random``: same tree and widths, owners drawn."""
-SPLIT_ARMS: tuple[Arm, ...] = ("split", "random")
-"""The arms that are cut; they fork from the dense twin at the first cut."""
+from moeify.arms import Arm
 
 
 class _Event(BaseModel):
@@ -35,6 +32,8 @@ class Started(_Event):
     sites: dict[str, int]
     """Site -> units."""
     rounds: int
+    arms: tuple[Arm, ...] = ("dense", "split", "random")
+    """In the order they are trained; the default is for journals from before a recipe chose them."""
 
 
 class Phase(_Event):
@@ -88,12 +87,14 @@ class RoundEnded(_Event):
     tax: float
     """Mean over categories of the nats above the dense twin on validation data, after recovery."""
     tax_by_category: dict[str, float]
-    tax_random: float
-    """Mean tax of the random split of equal sizes."""
+    tax_random: float | None
+    """Mean tax of the random split of equal sizes; None without that control."""
+    tax_told: float | None = None
+    """Mean over categories of the split model's nats above the told twin; None without that control."""
     predicted: float
     """J of the cut: nats per unit that the kept units cannot make up for, before retraining."""
-    predicted_random: float
-    """J of a random cut of equal sizes on the same network."""
+    predicted_random: float | None
+    """J of a random cut of equal sizes on the same network; None without the random control."""
     accepted: bool
     seconds: float
     tree: dict[str, Any]

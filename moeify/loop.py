@@ -3,8 +3,9 @@
 Every worker runs this one function. It knows no Ray, no MLflow, no file format and no kind of model: a ``Task`` gives
 data, loss and network, a ``World`` the other workers, a ``Store`` keeps checkpoints, a ``Tracker`` takes events.
 
-Three arms run side by side on the same data in the same order: the dense twin, the split model, and the control that is
-split at random into the same tree and widths. Up to the first cut they are one and the same, so only one is trained.
+Arms run side by side on the same data in the same order: the dense twin, the split model, and the recipe's controls:
+``random``, split at random into the same tree and widths, and ``told``, a dense twin that is given the category. Up to
+the first cut, arms that are cut are one and the same as the dense twin, so that only the twins are trained.
 """
 
 import time
@@ -14,9 +15,10 @@ from typing import Literal
 from attribution.measure import Moments, Stability, measure, strongest_category
 from attribution.subject import Subject
 from attribution.table import AttributionTable
+from moeify.arms import Arm
 from moeify.config import RunConfig
 from moeify.evaluation import held_out_loss, own_other, summarize, tax
-from moeify.events import SPLIT_ARMS, Arm, MemoryTracker, Tracker
+from moeify.events import MemoryTracker, Tracker
 from moeify.plan import PlannedPhase, check_reachable, plan
 from moeify.propose import NothingToSplitError, Proposal, propose, shuffled
 from moeify.report import Reporter
@@ -99,16 +101,17 @@ class _Loop:
                     self._checkpoint()
 
     def _cut(self, phase: PlannedPhase) -> None:
-        """Attribute, partition, prune and compensate: the split arm by attribution, the control at random."""
+        """Attribute, partition, prune and compensate: the split arm by attribution, its control at random."""
         before = self.state.name
         self.state.fork(self.config, self.task)
-        split, random = self.state.arms["split"].model, self.state.arms["random"].model
-        self._evaluate(phase, "before_cut", SPLIT_ARMS)
+        models = {arm: self.state.arms[arm].model for arm in self.config.cut_arms}
+        self._evaluate(phase, "before_cut", self.config.cut_arms)
         self.say.phase("attribute", phase.round)
-        table, random_table = self._measure(split, phase.round), self._measure(random, phase.round)
+        tables = {arm: self._measure(model, phase.round) for arm, model in models.items()}
+        split, table = models["split"], tables["split"]
         if self.config.attribution.settled:
-            rows, others = (int(each.rows.sum()) for each in (table, random_table))
-            self.say.phase("attribute", phase.round, f"settled after {rows:,} rows, the control after {others:,}")
+            rows = [f"{int(each.rows.sum()):,}" for each in tables.values()]
+            self.say.phase("attribute", phase.round, f"settled after {' rows, the control after '.join(rows)} rows")
         self.say.phase("partition", phase.round)
         partition, rounds = self.config.partition, list(self.config.rounds[phase.round - 1 :])
         reached = split.partition.separation
@@ -120,16 +123,19 @@ class _Loop:
             )
         except NothingToSplitError as reason:
             return self.say.phase("partition", phase.round, str(reason))
-        blind = shuffled(split.partition, proposal, table, split.output_weights, self.config.seed)
-        control = shuffled(random.partition, proposal, random_table, random.output_weights, self.config.seed)
-        self.state.undo, self.state.predicted = before, (proposal.predicted, blind.predicted)
+        cuts, blind = {"split": proposal}, None
+        if (random := models.get("random")) is not None:
+            blind = shuffled(split.partition, proposal, table, split.output_weights, self.config.seed).predicted
+            mine = tables["random"], random.output_weights
+            cuts["random"] = shuffled(random.partition, proposal, *mine, self.config.seed)
+        self.state.undo, self.state.predicted = before, (proposal.predicted, blind)
         if proposal.partition.separation < rounds[0].separation - 1e-9:
             got, asked = proposal.partition.separation, rounds[0].separation
             self.say.phase("partition", phase.round, f"separation {got:.3f} of {asked:.3f}: widths leave no more room")
-        self._apply(self.state.arms["split"], proposal, table)
-        self._apply(self.state.arms["random"], control, random_table)
+        for arm in models:
+            self._apply(self.state.arms[arm], cuts[arm], tables[arm])
         self.say.cut(phase.round, proposal, table)
-        self._evaluate(phase, "after_cut", SPLIT_ARMS)
+        self._evaluate(phase, "after_cut", self.config.cut_arms)
         return None
 
     def _apply(self, contestant: Contestant, proposal: Proposal, table: AttributionTable) -> None:
@@ -145,7 +151,9 @@ class _Loop:
         losses = self._evaluate(phase, "recovered", tuple(self.state.arms))
         if self.state.undo is None:
             return
-        taxes = {arm: tax(losses[arm], losses["dense"]) for arm in SPLIT_ARMS}
+        taxes: dict[Arm, dict[str, float]] = {
+            arm: tax(losses[arm], losses["dense"]) for arm in self.config.arms if arm != "dense"
+        }
         accepted = self.config.budget is None or taxes["split"]["mean"] <= self.config.budget.tax
         partition = self.state.arms["split"].model.partition
         record = self.say.judged(phase, partition, self.state.predicted, taxes, accepted)

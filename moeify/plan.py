@@ -32,9 +32,9 @@ def plan(config: RunConfig) -> tuple[PlannedPhase, ...]:
 
 
 def training_work(config: RunConfig) -> int:
-    """Return the optimizer steps of all arms together: one arm up to the first cut, three from there."""
-    alone = config.rounds[0].train
-    return alone + 3 * (config.training.steps - alone)
+    """Return the optimizer steps of all arms together: up to the first cut twins alone, from there every arm."""
+    steps = config.training.steps
+    return len(config.twins) * steps + len(config.cut_arms) * (steps - config.rounds[0].train)
 
 
 def check_reachable(config: RunConfig, categories: int | None) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Literal
 
 from attribution.table import AttributionTable
+from moeify.arms import Arm
 from moeify.config import RunConfig
-from moeify.events import Arm, Artifact, Evaluated, Phase, RoundEnded, Started, Step, Tracker
+from moeify.events import Artifact, Evaluated, Phase, RoundEnded, Started, Step, Tracker
 from moeify.partition import Partition
 from moeify.plan import PlannedPhase, training_work
 from moeify.propose import Proposal
@@ -43,6 +44,7 @@ class Reporter:
                 parameters=sum(p.numel() for p in model.parameters()),
                 sites={site.name: site.units for site in model.space.sites},
                 rounds=len(self.config.rounds),
+                arms=self.config.arms,
             )
         )
         for name, content in task.assets().items():
@@ -72,8 +74,8 @@ class Reporter:
         """Say how far an arm's training has come."""
         if not self.speaks:
             return
-        alone = self.config.rounds[0].train
-        spent = sum(c.step - (0 if a == "dense" else alone) for a, c in state.arms.items())
+        trunk = self.config.rounds[0].train
+        spent = sum(c.step - (trunk if a in self.config.cut_arms else 0) for a, c in state.arms.items())
         self.tracker.emit(
             Step(
                 id=f"step/{arm}/{contestant.step}",
@@ -129,11 +131,11 @@ class Reporter:
         self,
         phase: PlannedPhase,
         partition: Partition,
-        predicted: tuple[float, float],
+        predicted: tuple[float, float | None],
         taxes: Mapping[Arm, Mapping[str, float]],
         accepted: bool,
     ) -> RoundEnded:
-        """Say how a round ended, and return its record."""
+        """Say how a round ended, and return its record; ``taxes`` are above the dense twin."""
         record = RoundEnded(
             id=f"round/{phase.round}",
             time=time.time(),
@@ -142,7 +144,8 @@ class Reporter:
             separation=partition.separation,
             tax=taxes["split"]["mean"],
             tax_by_category={c: nats for c, nats in taxes["split"].items() if c != "mean"},
-            tax_random=taxes["random"]["mean"],
+            tax_random=taxes["random"]["mean"] if "random" in taxes else None,
+            tax_told=taxes["split"]["mean"] - taxes["told"]["mean"] if "told" in taxes else None,
             predicted=predicted[0],
             predicted_random=predicted[1],
             accepted=accepted,

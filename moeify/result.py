@@ -4,14 +4,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from moeify.events import Arm, RoundEnded
+from moeify.arms import Arm
+from moeify.events import RoundEnded
 
 MEAN = "mean"
 """The key that stands beside the categories for their unweighted mean."""
 
 
 class Result(BaseModel):
-    """Held-out figures of the three arms, and the tree that the split arm ended with."""
+    """Held-out figures of all arms, and the tree that the split arm ended with."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="constants")
 
@@ -33,8 +34,10 @@ class Result(BaseModel):
     """Category -> expert -> rise of the category's test loss, in nats per unit, when that expert is ablated."""
     tax: dict[str, float]
     """Category -> nats per unit of the split model above the dense twin on test data; and ``mean``."""
-    tax_random: dict[str, float]
-    """The same of the random split."""
+    tax_random: dict[str, float] | None
+    """The same of the random split; None without that control."""
+    tax_told: dict[str, float] | None = None
+    """Category -> nats per unit of the split model above the told twin on test data; and ``mean``; None without it."""
     steps: PositiveInt
     """Optimizer steps of every arm."""
     seconds: float

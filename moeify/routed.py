@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -36,6 +36,8 @@ class Routes:
     partition: Partition
     bounds: tuple[int, ...] = ()
     """Row offsets by leaf position: position k serves rows ``bounds[k] .. bounds[k + 1]``."""
+    categories: Int[Tensor, " rows"] | None = None
+    """Category index of each row in this batch, for blocks that are told; rows in the order in which they run."""
     ablated: frozenset[int] = field(default_factory=frozenset)
     """Nodes whose own units give nothing."""
     masked: bool = False
@@ -85,6 +87,8 @@ class RoutedFfn(nn.Module):
             self.add_module(name, child)
         self.units = units
         self.routes = routes
+        self.told: nn.Embedding | None = None
+        """What is added to the units' pre-activations by category (``moeify.told``); one position a row."""
 
     def forward(self, x: Float[Tensor, "rows *positions dim"]) -> Float[Tensor, "rows *positions out"]:
         """Return what the active units write."""
@@ -97,12 +101,14 @@ class RoutedFfn(nn.Module):
         up, down = self._linear(self.units.up), self._linear(self.units.down)
         gate = self._linear(self.units.gate) if self.units.gate else None
         flat_ND = x.reshape(-1, x.shape[-1])
+        told_NU = None if self.told is None else self.told(self.routes.categories)
         out_ND = _rectangles(
             flat_ND,
             gate.weight if gate else None,
             gate.bias if gate else None,
             up.weight,
             up.bias,
+            told_NU,
             down.weight,
             down.bias,
             self.routes.rectangles(self.units.name, flat_ND.shape[0] // max(1, x.shape[0])),
@@ -112,6 +118,8 @@ class RoutedFfn(nn.Module):
 
     def _masked(self, x: Tensor) -> Tensor:
         up = self._linear(self.units.up)(x)
+        if self.told is not None:
+            up = up + self.told(self.routes.categories)
         active = up if self.units.gate is None else self._linear(self.units.gate)(x)
         hidden = _activate(active, self.units.activation)
         if self.units.gate is not None:
@@ -138,6 +146,7 @@ class _Rectangles(torch.autograd.Function):
         gate_bias_U: Tensor | None,
         up_UD: Tensor,
         up_bias_U: Tensor | None,
+        told_NU: Tensor | None,
         down_DU: Tensor,
         down_bias_D: Tensor | None,
         rectangles: list[Rectangle],
@@ -149,6 +158,8 @@ class _Rectangles(torch.autograd.Function):
         hidden: list[Tensor] = []
         for rows, units in rectangles:
             up_nu = F.linear(x_ND[rows], up_UD[units], None if up_bias_U is None else up_bias_U[units])
+            if told_NU is not None:
+                up_nu += told_NU[rows, units]
             if gate_UD is None:
                 hidden.append(up_nu)
                 active_nu = _activate(up_nu, activation)
@@ -160,6 +171,7 @@ class _Rectangles(torch.autograd.Function):
         ctx.save_for_backward(x_ND, gate_UD, gate_bias_U, up_UD, up_bias_U, down_DU, down_bias_D, *hidden)
         ctx.rectangles = rectangles
         ctx.activation = activation
+        ctx.told = told_NU is not None
         return out_ND
 
     @staticmethod
@@ -172,6 +184,7 @@ class _Rectangles(torch.autograd.Function):
         gate_grad, gate_bias_grad, up_grad, up_bias_grad, down_grad = (
             None if p is None else torch.zeros_like(p) for p in parameters
         )
+        told_grad = x_ND.new_zeros(x_ND.shape[0], up_UD.shape[0]) if ctx.told else None
         assert up_grad is not None
         assert down_grad is not None
         saved = iter(hidden)
@@ -193,13 +206,15 @@ class _Rectangles(torch.autograd.Function):
                 x_grad_ND[rows].addmm_(gate_grad_nu, gate_UD[units])
                 if gate_bias_grad is not None:
                     gate_bias_grad[units] = gate_grad_nu.sum(0)
+            if told_grad is not None:
+                told_grad[rows, units] = up_grad_nu
             torch.mm(up_grad_nu.t(), x_nD, out=up_grad[units])
             x_grad_ND[rows].addmm_(up_grad_nu, up_UD[units])
             if up_bias_grad is not None:
                 up_bias_grad[units] = up_grad_nu.sum(0)
             down_grad[:, units] = out_grad_nD.t() @ active_nu
         down_bias_grad = None if down_bias_D is None else out_grad_ND.sum(0)
-        grads_out = (x_grad_ND, gate_grad, gate_bias_grad, up_grad, up_bias_grad, down_grad, down_bias_grad)
+        grads_out = (x_grad_ND, gate_grad, gate_bias_grad, up_grad, up_bias_grad, told_grad, down_grad, down_bias_grad)
         return (*grads_out, None, None)
 
 

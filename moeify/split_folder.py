@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify.events import Arm
+from moeify.arms import Arm
 from moeify.families import describe, rebuild
 from moeify.partition import Partition
 from moeify.split_model import SplitModel
@@ -47,11 +47,14 @@ def load_from_run(folder: Path, arm: Arm = "split") -> SplitModel:
     """Return an arm's model from a run's newest checkpoint, in eval mode; ValueError where it is not there yet."""
     store, name, facts = _newest(folder)
     if arm not in facts["arms"]:
+        if "split" in facts["arms"]:
+            there = ", ".join(facts["arms"])
+            raise ValueError(f"{folder.name} has no arm {arm!r}, only {there}; its recipe's controls do not ask for it")
         raise ValueError(f"{folder.name} has not been split yet; its first cut comes after the first training phase")
     parts = ("parameter/", "buffer/")
     tensors = store.tensors(name, arm)
     own = {key.partition("/")[2]: tensor for key, tensor in tensors.items() if key.startswith(parts)}
-    return _load(facts, facts["arms"][arm]["partition"], own)
+    return _load(facts, facts["arms"][arm]["partition"], own, told=arm == "told")
 
 
 def _newest(folder: Path) -> tuple[FolderStore, str, dict[str, Any]]:
@@ -69,8 +72,10 @@ def _tensors(model: SplitModel) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _load(facts: Mapping[str, Any], partition: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SplitModel:
-    model = SplitModel(rebuild(facts["network"]), facts["categories"], Partition.from_json(partition))
+def _load(
+    facts: Mapping[str, Any], partition: Mapping[str, Any], tensors: Mapping[str, Tensor], *, told: bool = False
+) -> SplitModel:
+    model = SplitModel(rebuild(facts["network"]), facts["categories"], Partition.from_json(partition), told=told)
     own = _tensors(model)
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())

@@ -11,16 +11,25 @@ from moeify.families import unit_space
 from moeify.models import logits
 from moeify.partition import Partition
 from moeify.routed import Routes, install
+from moeify.told import tell
 from moeify.units import output_weight
 
 
 class SplitModel(nn.Module):
     """A network, its unit space and the partition that routes it. Undivided, it is the dense network itself.
 
-    ``network`` keeps the stock architecture's parameter names; its units lie in tree order.
+    ``network`` keeps the stock architecture's parameter names; its units lie in tree order. ``told``: the network also
+    learns to use each row's category, see ``moeify.told``; undivided, that is the told twin.
     """
 
-    def __init__(self, network: nn.Module, categories: Sequence[str], partition: Partition | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        categories: Sequence[str],
+        partition: Partition | None = None,
+        *,
+        told: bool = False,
+    ) -> None:
         super().__init__()
         self.space = unit_space(network)
         self.categories = tuple(categories)
@@ -32,6 +41,8 @@ class SplitModel(nn.Module):
             if site.name not in self.partition.widths or self.partition.units(site.name) != site.units:
                 raise ValueError(f"the partition does not cover the {site.units} units of site {site.name!r}")
         install(network, self.space.sites, self.routes)
+        self.told = tell(network, self.routes, len(self.categories)) if told else ()
+        """Vectors of each category that the network learns, where it is told; rows are categories."""
         self.network = network
 
     @property
@@ -66,7 +77,8 @@ class SplitModel(nn.Module):
         in_order = bool((positions[1:] >= positions[:-1]).all())
         order = None if in_order else torch.argsort(positions, stable=True)
         if order is not None:
-            inputs, positions = inputs[order], positions[order]
+            inputs, positions, categories = inputs[order], positions[order], categories[order]
+        self.routes.categories = categories
         counts = torch.bincount(positions, minlength=len(self.categories))
         self.routes.bounds = (0, *counts.cumsum(0).tolist())
         outputs = logits(self.network, inputs)

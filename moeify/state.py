@@ -8,8 +8,9 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from moeify.arms import Arm
 from moeify.config import RunConfig
-from moeify.events import SPLIT_ARMS, Arm, RoundEnded
+from moeify.events import RoundEnded
 from moeify.families import describe, rebuild
 from moeify.partition import Partition
 from moeify.split_model import SplitModel
@@ -23,7 +24,7 @@ class State:
     """A run between two moments of its plan."""
 
     arms: dict[Arm, Contestant]
-    """The dense twin alone until the first cut, when the other arms fork from it."""
+    """Twins alone until the first cut, when the arms that are cut fork from the dense one."""
     done: int = 0
     """Phases of the plan that are behind us."""
     rounds: list[RoundEnded] = field(default_factory=list)
@@ -31,22 +32,22 @@ class State:
     """What is left of a round's step in separation after roll-backs, 0..1."""
     undo: str | None = None
     """The checkpoint from before the open round's cut; None where no round is open."""
-    predicted: tuple[float, float] = (0.0, 0.0)
-    """J of the open round's cut, and of a random one; nats."""
+    predicted: tuple[float, float | None] = (0.0, None)
+    """J of the open round's cut, and of a random one where that is a control; nats."""
     seconds: float = 0.0
     """Wall time up to the last checkpoint, all attempts together."""
 
     @classmethod
     def fresh(cls, config: RunConfig, task: Task) -> Self:
         """Return the state before the first step."""
-        return cls({"dense": Contestant(SplitModel(task.build(), task.categories), config.training)})
+        return cls({arm: _untrained(task, arm, config) for arm in config.twins})
 
     def fork(self, config: RunConfig, task: Task) -> None:
         """Let the arms that will be cut go on from where the dense twin stands, if they have not forked yet."""
         dense = self.arms["dense"]
-        for arm in SPLIT_ARMS:
+        for arm in config.cut_arms:
             if arm not in self.arms:
-                twin = Contestant(SplitModel(task.build(), task.categories), config.training)
+                twin = _untrained(task, arm, config)
                 twin.load(dense.tensors())
                 twin.step = dense.step
                 self.arms[arm] = twin
@@ -88,22 +89,27 @@ class State:
         )
 
     def roll_back(self, store: Store, config: RunConfig) -> None:
-        """Return every split arm to the checkpoint before the open round's cut; the steps spent since stay spent.
+        """Return every arm that was cut to the checkpoint before the open round's cut; steps spent since stay spent.
 
         An arm's step is its place in the data and the schedule, so it moves on: the twin's tokens stay equal.
         """
         assert self.undo is not None
         facts = store.facts(self.undo)
-        for arm in SPLIT_ARMS:
+        for arm in config.cut_arms:
             step = self.arms[arm].step
             source: Arm = arm if arm in facts["arms"] else "dense"
             self.arms[arm] = _contestant(store, self.undo, source, facts, config)
             self.arms[arm].step = step
 
 
+def _untrained(task: Task, arm: Arm, config: RunConfig) -> Contestant:
+    return Contestant(SplitModel(task.build(), task.categories, told=arm == "told"), config.training)
+
+
 def _contestant(store: Store, name: str, arm: Arm, facts: dict[str, Any], config: RunConfig) -> Contestant:
     partition = Partition.from_json(facts["arms"][arm]["partition"])
-    contestant = Contestant(SplitModel(rebuild(facts["network"]), facts["categories"], partition), config.training)
+    model = SplitModel(rebuild(facts["network"]), facts["categories"], partition, told=arm == "told")
+    contestant = Contestant(model, config.training)
     contestant.load(store.tensors(name, arm))
     contestant.step = facts["arms"][arm]["step"]
     return contestant

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from attribution.subject import Rows, Subject
 from moeify import rows as rows_of
 from moeify import sources
+from moeify.arms import Arm
 from moeify.config import RunConfig, TextData
 from moeify.documents import Document
-from moeify.events import Arm
 from moeify.families import readers
 from moeify.language import sample_tokens, token_nats
 from moeify.split_folder import load_from_run

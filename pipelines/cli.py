@@ -9,13 +9,14 @@ import json
 import sys
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from moeify.arms import Arm
+
 if TYPE_CHECKING:
     from moeify.config import RunConfig
-    from moeify.events import Arm
     from moeify.subjects import Probed
     from pipelines.runs import RunFolder
 
@@ -199,14 +200,14 @@ def export(run_: str, category: str | None, split: bool, out: Path) -> None:
 
 @main.command()
 @click.argument("target", metavar="RUN_OR_MODEL")
-@click.option("--arm", type=click.Choice(["split", "dense", "random"]), help="Of a run; split where it has been split.")
+@click.option("--arm", type=click.Choice(get_args(Arm)), help="Of a run; split where it has been split.")
 @click.option("--data", metavar="RECIPE", help="For a MODEL: the recipe whose data section gives text in categories.")
 @click.option("--rows", type=click.IntRange(min=1), help="Rows of each category (16, or as the recipe says).")
 @click.option("--agreement", is_flag=True, help="Hold every method against exact ablation, too (minutes).")
 @click.option("--out", "-o", metavar="DIR", type=click.Path(path_type=Path), help="Where the files go.")
 @_JSON
 def attribute(
-    target: str, arm: "Arm | None", data: str | None, rows: int | None, agreement: bool, out: Path | None, as_json: bool
+    target: str, arm: Arm | None, data: str | None, rows: int | None, agreement: bool, out: Path | None, as_json: bool
 ) -> None:
     """Measure which unit of RUN_OR_MODEL matters to which category.
 
@@ -283,7 +284,7 @@ def _drive(folder: "RunFolder", config: "RunConfig", *, local: bool, quiet: bool
 
 
 def _probed(
-    target: str, arm: "Arm | None", data: str | None, rows: int | None
+    target: str, arm: Arm | None, data: str | None, rows: int | None
 ) -> tuple[str, "Probed", "RunConfig", Path, float]:
     """Return what to call the model, what to measure, the recipe, the folder of files and the share a cut removes."""
     from moeify.config import TextData

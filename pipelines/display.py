@@ -122,9 +122,11 @@ def milestones(event: Event) -> Iterator[str]:
                 f"{units:,} units in {_counted(len(event.sites), 'site')}, {event.steps:,} steps an arm"
             )
         case RoundEnded():
+            random = "" if event.tax_random is None else f"random {event.tax_random:+.3f}, "
+            told = "" if event.tax_told is None else f"over told {event.tax_told:+.3f}, "
             yield (
                 f"round {event.round} {'accepted' if event.accepted else 'rolled back'}: "
-                f"separation {percent(event.separation)}, tax {event.tax:+.3f} nats, random {event.tax_random:+.3f}, "
+                f"separation {percent(event.separation)}, tax {event.tax:+.3f} nats, {random}{told}"
                 f"J {two_digits(event.predicted)}"
             )
         case Evaluated(moment="test") if event.loss:

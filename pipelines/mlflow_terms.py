@@ -2,16 +2,18 @@
 
 Losses are ``train/<arm>/<category>``, ``validation/...`` and ``test/...`` in nats per unit, at the optimizer step they
 were measured, with ``mean`` over categories beside them; ``tax/...`` is of the rounds, on validation data, and
-``test/tax/...`` of the end. At a cut ``validation`` has two points at one step, before and after: the curve drops or
-jumps there. MLflow makes a section of charts of what comes before a key's last slash.
+``test/tax/...`` of the end, ``tax_told`` above the told twin where there is one. At a cut ``validation`` has two points
+at one step, before and after: the curve drops or jumps there. MLflow makes a section of charts of what comes before a
+key's last slash.
 """
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from moeify.arms import Arm
 from moeify.events import Evaluated, Event, RoundEnded, Step
 from moeify.result import MEAN, Result
 from pipelines.journal import read_events
@@ -21,6 +23,14 @@ from pipelines.wording import nats, percent, two_digits
 _LONGEST_PARAM = 6000
 _LONGEST_KEY = 250
 """Characters that MLflow takes."""
+
+_ARM_WORDS: dict[Arm, str] = {
+    "dense": "dense twin",
+    "told": "told twin",
+    "split": "split",
+    "random": "random split",
+}
+_TAX_WORDS = {"tax": "tax", "tax_random": "random split's tax", "tax_told": "above the told twin"}
 
 Point = tuple[str, float, int]
 """Metric's key, value, step."""
@@ -42,9 +52,13 @@ def points_of(event: Event, unit: str) -> Iterable[Point]:
             yield "tax/mean", event.tax, event.step
             for category, tax in event.tax_by_category.items():
                 yield _key("tax", category), tax, event.step
-            yield "tax_random/mean", event.tax_random, event.step
+            if event.tax_random is not None:
+                yield "tax_random/mean", event.tax_random, event.step
+            if event.tax_told is not None:
+                yield "tax_told/mean", event.tax_told, event.step
             yield "predicted_J/split", event.predicted, event.step
-            yield "predicted_J/random", event.predicted_random, event.step
+            if event.predicted_random is not None:
+                yield "predicted_J/random", event.predicted_random, event.step
             yield "accepted", float(event.accepted), event.step
         case _:
             return
@@ -53,9 +67,18 @@ def points_of(event: Event, unit: str) -> Iterable[Point]:
 def final_points(result: Result) -> Iterable[Point]:
     """Yield what a result adds to its losses: the tax on test data, and what share of the units runs."""
     for category in (*result.categories, MEAN):
-        yield _key("test/tax", category), result.tax[category], result.steps
-        yield _key("test/tax_random", category), result.tax_random[category], result.steps
+        for name, tax in _taxes(result):
+            yield _key("test", name, category), tax[category], result.steps
         yield _key("test/active_fraction", category), result.active_fraction[category], result.steps
+
+
+def _taxes(result: Result) -> Iterable[tuple[str, dict[str, float]]]:
+    """Yield the name and the figures of every tax that the run's controls give."""
+    yield "tax", result.tax
+    if result.tax_random is not None:
+        yield "tax_random", result.tax_random
+    if result.tax_told is not None:
+        yield "tax_told", result.tax_told
 
 
 def _with_mean(loss: Mapping[str, float]) -> Iterable[tuple[str, float]]:
@@ -91,44 +114,55 @@ def summary(folder: RunFolder, status: str) -> str:
     if folder.result.is_file():
         lines += _result_table(Result.model_validate_json(folder.result.read_bytes()))
     if rounds:
-        lines += [
-            "**Rounds**, validation, nats; tax: above the dense twin after recovery; J: predicted from the cut alone",
-            "",
-            "| round | separation | tax | random split's tax | J | random split's J | outcome |",
-            "|---|--:|--:|--:|--:|--:|---|",
-        ]
-        for event in rounds:
-            outcome = "kept" if event.accepted else "rolled back"
-            lines.append(
-                f"| {event.round} | {percent(event.separation)} | {nats(event.tax, signed=True)} "
-                f"| {nats(event.tax_random, signed=True)} | {two_digits(event.predicted)} "
-                f"| {two_digits(event.predicted_random)} | {outcome} |"
-            )
-        lines.append("")
+        lines += _rounds_table(rounds)
     kept = [event.tree for event in rounds if event.accepted]
     if kept:
         lines += ["**Expert tree**, units", "", "```text", *_tree_lines(kept[-1]), "```"]
     return "\n".join(lines)
 
 
+def _rounds_table(rounds: Sequence[RoundEnded]) -> list[str]:
+    random = any(event.tax_random is not None for event in rounds)
+    told = any(event.tax_told is not None for event in rounds)
+    heads = ["round", "separation", "tax"]
+    heads += ["random split's tax"] * random + ["above the told twin"] * told + ["J"] + ["random split's J"] * random
+    lines = [
+        "**Rounds**, validation, nats; tax: above the dense twin after recovery; J: predicted from the cut alone",
+        "",
+        _row([*heads, "outcome"]),
+        f"|---|{'--:|' * (len(heads) - 1)}---|",
+    ]
+    for event in rounds:
+        cells = [str(event.round), percent(event.separation), nats(event.tax, signed=True)]
+        cells += [nats(event.tax_random, signed=True)] * random + [nats(event.tax_told, signed=True)] * told
+        cells += [two_digits(event.predicted)] + [two_digits(event.predicted_random)] * random
+        lines.append(_row([*cells, "kept" if event.accepted else "rolled back"]))
+    return [*lines, ""]
+
+
 def _result_table(result: Result) -> list[str]:
+    taxes = dict(_taxes(result))
+    heads = [*(_ARM_WORDS[arm] for arm in result.test_loss), *(_TAX_WORDS[name] for name in taxes)]
     lines = [
         f"**Test loss**, nats per {result.unit}; tax: above the dense twin; active: share of the units that run",
         "",
-        "| category | dense twin | split | random split | tax | random split's tax | active |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        _row(["category", *heads, "active"]),
+        f"|---|{'--:|' * (len(heads) + 1)}",
     ]
     for category in (*result.categories, MEAN):
-        losses = (dict(_with_mean(result.test_loss[arm]))[category] for arm in ("dense", "split", "random"))
-        taxes = (result.tax[category], result.tax_random[category])
+        losses = (dict(_with_mean(loss))[category] for loss in result.test_loss.values())
         cells = [
             category,
             *(nats(loss) for loss in losses),
-            *(nats(tax, signed=True) for tax in taxes),
+            *(nats(tax[category], signed=True) for tax in taxes.values()),
             percent(result.active_fraction[category]),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(_row(cells))
     return [*lines, ""]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _tree_lines(node: dict[str, Any], depth: int = 0) -> Iterable[str]:

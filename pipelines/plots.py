@@ -33,7 +33,7 @@ _WIDE_LEGEND = 8.0
 """Inches of a figure that hold both entries of the map's legend side by side."""
 _LEAST_GAP = 0.031
 """Fraction of a site's height below which two experts' names would run into each other."""
-_SPLIT, _RANDOM, _DENSE = "#0072B2", "#D55E00", "#555555"
+_SPLIT, _RANDOM, _DENSE, _TOLD = "#0072B2", "#D55E00", "#555555", "#009E73"
 """Of the Okabe-Ito palette, which colour-blind readers can tell apart."""
 
 
@@ -134,7 +134,8 @@ def attribution_map(folder: RunFolder, round_: int) -> Path:
 def tax_separation(folder: RunFolder) -> Path:
     """Draw tax against separation over the journal's rounds and at the run's end, and return the picture's path.
 
-    Rounds are judged on validation data while training goes on; the end is on test data, when it is over.
+    Rounds are judged on validation data while training goes on; the end is on test data, when it is over. The told
+    twin, which has no separation, is a line at its last tax; controls that the recipe leaves out are not drawn.
     """
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -143,21 +144,18 @@ def tax_separation(folder: RunFolder) -> Path:
     figure = figure_of(6.6, 4.4)
     axis = figure.subplots()
     axis.axhline(0.0, color=_DENSE, linewidth=1.2, linestyle="--", label="dense twin")
+    if (told := _told(rounds, end)) is not None:
+        axis.axhline(told[0], color=_TOLD, linewidth=1.2, linestyle="-.", label=f"told twin, {told[1]}")
+    random_end = end.tax_random[MEAN] if end and end.tax_random else None
     arms = (
         ("split by attribution", _SPLIT, "o", [event.tax for event in rounds], end.tax[MEAN] if end else None),
-        (
-            "random split, same sizes",
-            _RANDOM,
-            "s",
-            [e.tax_random for e in rounds],
-            end.tax_random[MEAN] if end else None,
-        ),
+        ("random split, same sizes", _RANDOM, "s", [event.tax_random for event in rounds], random_end),
     )
-    separation = [event.separation for event in rounds]
     for label, colour, marker, taxes, last in arms:
-        axis.plot(separation, taxes, color=colour, linewidth=1.2, alpha=0.7)
+        known = [(e.separation, t, e.accepted) for e, t in zip(rounds, taxes, strict=True) if t is not None]
+        axis.plot([s for s, *_ in known], [t for _, t, _ in known], color=colour, linewidth=1.2, alpha=0.7)
         for kept in (True, False):
-            points = [(s, t) for s, t, e in zip(separation, taxes, rounds, strict=True) if e.accepted == kept]
+            points = [(s, t) for s, t, accepted in known if accepted == kept]
             if points:
                 axis.plot(
                     *zip(*points, strict=True),
@@ -194,23 +192,43 @@ def tax_separation(folder: RunFolder) -> Path:
     return save_png(figure, tax_path(folder))
 
 
+def _told(rounds: Sequence[RoundEnded], end: Result | None) -> tuple[float, str] | None:
+    """Return the told twin's mean loss above the dense twin's and when it was that; None without a told twin.
+
+    It is what is left of ``tax`` without ``tax_told``, the split model's loss above either twin's.
+    """
+    if end:
+        if end.tax_told is None:
+            return None
+        tax, when = end.tax[MEAN] - end.tax_told[MEAN], "end of the run (test)"
+    elif rounds and (over := rounds[-1].tax_told) is not None:
+        tax, when = rounds[-1].tax - over, f"round {rounds[-1].round}"
+    else:
+        return None
+    return (tax, when) if math.isfinite(tax) else None
+
+
 def _name_rounds(axis: "Axes", rounds: Sequence[RoundEnded]) -> None:
     """Write each round's number above its points; rounds at one place share the words."""
     places: dict[float, list[RoundEnded]] = defaultdict(list)
     for event in rounds:
         places[round(event.separation, 2)].append(event)
     for events in places.values():
-        highest = max(events, key=lambda event: max(event.tax, event.tax_random))
+        highest = max(events, key=_highest)
         numbers = ", ".join(str(event.round) for event in events)
         axis.annotate(
             f"round {numbers}" if len(events) == 1 else f"rounds {numbers}",
-            (highest.separation, max(highest.tax, highest.tax_random)),
+            (highest.separation, _highest(highest)),
             xytext=(0, 8),
             textcoords="offset points",
             ha="center",
             fontsize=8,
             color=_DENSE,
         )
+
+
+def _highest(event: RoundEnded) -> float:
+    return event.tax if event.tax_random is None else max(event.tax, event.tax_random)
 
 
 def _unit(folder: RunFolder) -> str:

@@ -5,13 +5,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, TextIO, get_args
+from typing import Any, TextIO
 
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from moeify.events import Arm, Evaluated, Event, Phase, RoundEnded, Started, Step
+from moeify.arms import Arm
+from moeify.events import Evaluated, Event, Phase, RoundEnded, Started, Step
 from moeify.result import MEAN, Result
 from pipelines.journal import read_events
 from pipelines.runs import RunFolder, status
@@ -20,8 +21,7 @@ from pipelines.wording import clock, nats, percent, two_digits
 
 Summary = dict[str, Any]
 
-_ARMS: tuple[Arm, ...] = get_args(Arm)
-
+_TOLD_NOTE = "\nover told: the split model above the told twin, which is given the category too"
 _ROUND_KEYS = (
     "round",
     "step",
@@ -29,6 +29,7 @@ _ROUND_KEYS = (
     "tax",
     "tax_by_category",
     "tax_random",
+    "tax_told",
     "predicted",
     "predicted_random",
     "accepted",
@@ -59,6 +60,7 @@ def _of_result(result: Result) -> Summary:
     return {
         "categories": list(result.categories),
         "unit": result.unit,
+        "arms": list(result.test_loss),
         "steps": result.steps,
         "seconds": result.seconds,
         "tree": result.tree,
@@ -68,6 +70,7 @@ def _of_result(result: Result) -> Summary:
         "bits_per_byte": result.bits_per_byte,
         "tax": result.tax,
         "tax_random": result.tax_random,
+        "tax_told": result.tax_told,
         "own_other": result.own_other,
     }
 
@@ -86,15 +89,17 @@ def _of_journal(folder: RunFolder) -> Summary:
     return {
         "categories": list(started.categories) if started else None,
         "unit": started.unit if started else None,
+        "arms": list(started.arms) if started else None,
         "steps": started.steps if started else None,
         "seconds": None,
         "tree": tree,
         "active_fraction": active_fraction(tree) if tree else None,
         "rounds": [_round(event) for event in rounds],
-        "test_loss": {arm: tested.get(arm) for arm in _ARMS} if tested else None,
+        "test_loss": {arm: tested.get(arm) for arm in started.arms} if started and tested else None,
         "bits_per_byte": None,
-        "tax": _tax(tested, "split"),
-        "tax_random": _tax(tested, "random"),
+        "tax": _tax(tested, "split", "dense"),
+        "tax_random": _tax(tested, "random", "dense"),
+        "tax_told": _tax(tested, "split", "told"),
         "own_other": None,
     }
 
@@ -103,10 +108,10 @@ def _round(event: RoundEnded) -> Summary:
     return event.model_dump(include=set(_ROUND_KEYS))
 
 
-def _tax(tested: Mapping[str, Mapping[str, float]], arm: str) -> dict[str, float] | None:
-    if not {arm, "dense"} <= tested.keys():
+def _tax(tested: Mapping[str, Mapping[str, float]], arm: Arm, twin: Arm) -> dict[str, float] | None:
+    if not {arm, twin} <= tested.keys():
         return None
-    rises = {category: loss - tested["dense"][category] for category, loss in tested[arm].items()}
+    rises = {category: loss - tested[twin][category] for category, loss in tested[arm].items()}
     return {**rises, MEAN: fmean(rises.values())}
 
 
@@ -251,45 +256,60 @@ def _named_by_its_categories(node: Summary) -> bool:
 
 
 def _rounds_block(known: Summary, console: Console) -> _Block:
-    columns = ("round", "step", "separation", "tax", "random tax", "J", "random J", "outcome")
-    table = table_for(console, *columns, text=(0, 7))
+    random, told = ("random" in known["arms"], "told" in known["arms"])
+    columns = ["round", "step", "separation", *_tax_heads(known), "J"]
+    columns += [_head("random J", narrow=told)] if random else []
+    table = table_for(console, *columns, "outcome", text=(0, len(columns)))
     for row in known["rounds"]:
         table.add_row(
             str(row["round"]),
             f"{row['step']:,}",
             percent(row["separation"]),
-            nats(row["tax"], signed=True),
-            nats(row["tax_random"], signed=True),
+            *(nats(row[key], signed=True) for key in _tax_keys(known)),
             two_digits(row["predicted"]),
-            two_digits(row["predicted_random"]),
+            *([two_digits(row["predicted_random"])] if random else []),
             "kept" if row["accepted"] else "rolled back",
         )
     unit = known["unit"] or "unit"
-    return _Block(
-        f"Rounds (validation; tax and J in nats per {unit})",
-        table,
-        "tax: above the dense twin after recovery; J: predicted from the cut alone",
-    )
+    note = "tax: above the dense twin after recovery; J: predicted from the cut alone"
+    return _Block(f"Rounds (validation; tax and J in nats per {unit})", table, f"{note}{_TOLD_NOTE if told else ''}")
 
 
 def _loss_block(known: Summary, console: Console) -> _Block:
     loss, active = known["test_loss"], known["active_fraction"] or {}
-    taxes = [known["tax"] or {}, known["tax_random"] or {}]
-    table = table_for(console, "category", "active", "dense", "split", "random", "tax", "random tax")
+    taxes = [known[key] or {} for key in _tax_keys(known)]
+    table = table_for(console, "category", "active", *known["arms"], *_tax_heads(known))
     for category in (*known["categories"], MEAN):
         table.add_row(
             category,
             percent(active.get(category)),
-            *(nats(_of_arm(loss, arm, category)) for arm in _ARMS),
+            *(nats(_of_arm(loss, arm, category)) for arm in known["arms"]),
             *(nats(tax.get(category), signed=True) for tax in taxes),
         )
-    return _Block(f"Test loss (nats per {known['unit']}; tax: above the dense twin)", table)
+    note = _TOLD_NOTE.removeprefix("\n") if "told" in known["arms"] else ""
+    return _Block(f"Test loss (nats per {known['unit']}; tax: above the dense twin)", table, note)
+
+
+def _tax_keys(known: Summary) -> tuple[str, ...]:
+    """Return the summary's taxes that this run's controls give."""
+    return ("tax", *(key for arm, key in (("random", "tax_random"), ("told", "tax_told")) if arm in known["arms"]))
+
+
+def _tax_heads(known: Summary) -> Iterator[str]:
+    """Yield what stands above those taxes; with the told twin's columns, heads take two lines to fit 80 columns."""
+    words = {"tax": "tax", "tax_random": "random tax", "tax_told": "over told"}
+    for key in _tax_keys(known):
+        yield _head(words[key], narrow="told" in known["arms"])
+
+
+def _head(words: str, *, narrow: bool) -> str:
+    return words.replace(" ", "\n") if narrow else words
 
 
 def _bits_block(known: Summary, console: Console) -> _Block:
-    table = table_for(console, "category", *_ARMS)
+    table = table_for(console, "category", *known["arms"])
     for category in (*known["categories"], MEAN):
-        table.add_row(category, *(nats(_of_arm(known["bits_per_byte"], arm, category)) for arm in _ARMS))
+        table.add_row(category, *(nats(_of_arm(known["bits_per_byte"], arm, category)) for arm in known["arms"]))
     return _Block("Test bits per byte", table)
 
 

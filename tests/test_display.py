@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moeify.events import Arm, Evaluated, Event, Failed, Finished, Phase, RoundEnded, Started, Step
+from moeify.arms import Arm
+from moeify.events import Evaluated, Event, Failed, Finished, Phase, RoundEnded, Started, Step
 from pipelines.display import PlainDisplay, RunState, TerminalDisplay, choose_display
 
 STARTED = Started(

@@ -25,6 +25,7 @@ KEYS = {
     "status",
     "categories",
     "unit",
+    "arms",
     "steps",
     "seconds",
     "tree",
@@ -34,6 +35,7 @@ KEYS = {
     "bits_per_byte",
     "tax",
     "tax_random",
+    "tax_told",
     "own_other",
 }
 
@@ -150,6 +152,7 @@ def test_a_finished_run_is_told_by_its_result_under_stable_keys(folder: runs.Run
             "tax": 0.02,
             "tax_by_category": dict.fromkeys(CATEGORIES, 0.02),
             "tax_random": 0.05,
+            "tax_told": None,
             "predicted": 0.01,
             "predicted_random": 0.1,
             "accepted": True,
@@ -188,7 +191,7 @@ def test_an_unfinished_run_is_told_as_far_as_it_came(folder: runs.RunFolder) -> 
     assert [row["accepted"] for row in known["rounds"]] == [True, False]
     assert known["tax"] == {"python": 0.25, "prose": 0.25, "c": 0.25, "mean": 0.25}
     assert known["test_loss"]["random"] is None
-    assert known["tax_random"] is known["own_other"] is None
+    assert known["tax_random"] is known["tax_told"] is known["own_other"] is None
     text = printed(folder)
     assert "came to: round 2, test" in text
     assert f"go on with: moeify resume {folder.id}" in text
