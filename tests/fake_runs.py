@@ -1,12 +1,14 @@
 """A run folder as the loop leaves it, made by hand: for readers of run folders."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from moeify.arms import Arm, Control, cut, twins
 from moeify.config import RunConfig
 from moeify.events import Artifact, Evaluated, Event, Finished, Phase, RoundEnded, Started, Step
 from moeify.result import Result
@@ -56,7 +58,11 @@ def losses(base: float) -> dict[str, float]:
     return {category: base + 0.1 * index for index, category in enumerate(CATEGORIES)}
 
 
-def story() -> list[Event]:
+def arms_of(controls: Collection[Control]) -> tuple[Arm, ...]:
+    return (*twins(controls), *cut(controls))
+
+
+def story(controls: Collection[Control] = ("random",)) -> list[Event]:
     """Return what a run of two rounds says, the second of which is rolled back."""
     now = 1_700_000_000.0
     events: list[Event] = [
@@ -69,11 +75,12 @@ def story() -> list[Event]:
             parameters=1000,
             sites={"layers.0.ffn": 384},
             rounds=2,
+            arms=arms_of(controls),
         ),
         Phase(id="phase/1/train", time=now, phase="train", round=1),
     ]
     for round_, steps in ((1, range(10, 40, 10)), (2, range(40, 70, 10))):
-        for arm in ("dense", "split", "random"):
+        for arm in arms_of(controls):
             for step in steps:
                 events.append(
                     Step(
@@ -113,9 +120,10 @@ def story() -> list[Event]:
                 separation=0.2 * round_,
                 tax=0.01 * round_**2,
                 tax_by_category=dict.fromkeys(CATEGORIES, 0.01 * round_),
-                tax_random=0.04 * round_,
+                tax_random=0.04 * round_ if "random" in controls else None,
+                tax_told=0.01 * round_**2 + 0.03 if "told" in controls else None,
                 predicted=0.02 * round_,
-                predicted_random=0.05 * round_,
+                predicted_random=0.05 * round_ if "random" in controls else None,
                 accepted=round_ == 1,
                 seconds=12.0,
                 tree=TREE,
@@ -168,21 +176,23 @@ def leave_rounds(folder: RunFolder, sites: int = 4, units: int = 384, shares: li
         (place / "partition.json").write_text(json.dumps(partition))
 
 
-def finish(folder: RunFolder) -> None:
+def finish(folder: RunFolder, controls: Collection[Control] = ("random",)) -> None:
     """Write the result and say that the run ended."""
-    rounds = tuple(event for event in story() if isinstance(event, RoundEnded))
+    rounds = tuple(event for event in story(controls) if isinstance(event, RoundEnded))
     mean = {"mean": 0.02}
+    bases: dict[Arm, float] = {"dense": 3.5, "told": 3.45, "split": 3.52, "random": 3.6}
     result = Result(
         categories=CATEGORIES,
         unit="token",
         tree=TREE,
         active_fraction={**dict.fromkeys(CATEGORIES, 0.5), "mean": 0.5},
         rounds=rounds,
-        test_loss={"dense": losses(3.5), "split": losses(3.52), "random": losses(3.6)},
+        test_loss={arm: losses(bases[arm]) for arm in arms_of(controls)},
         bits_per_byte=None,
         own_other={},
         tax=dict.fromkeys(CATEGORIES, 0.02) | mean,
-        tax_random=dict.fromkeys(CATEGORIES, 0.1) | mean,
+        tax_random=dict.fromkeys(CATEGORIES, 0.1) | mean if "random" in controls else None,
+        tax_told=dict.fromkeys((*CATEGORIES, "mean"), 0.07) if "told" in controls else None,
         steps=100,
         seconds=60.0,
     )

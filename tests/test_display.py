@@ -10,7 +10,7 @@ from rich.console import Console
 
 from moeify.arms import Arm
 from moeify.events import Evaluated, Event, Failed, Finished, Phase, RoundEnded, Started, Step
-from pipelines.display import PlainDisplay, RunState, TerminalDisplay, choose_display
+from pipelines.display import PlainDisplay, RunState, TerminalDisplay, choose_display, milestones
 
 STARTED = Started(
     id="started",
@@ -54,6 +54,13 @@ def ended(number: int = 1, accepted: bool = True) -> RoundEnded:
         seconds=9.0,
         tree={},
     )
+
+
+def test_a_round_is_told_with_the_controls_that_it_has() -> None:
+    (usual,) = milestones(ended())
+    assert "tax +0.012 nats, random -0.046, J 0.034" in usual
+    (told,) = milestones(ended().model_copy(update={"tax_random": None, "tax_told": 0.1}))
+    assert "tax +0.012 nats, over told +0.100, J 0.034" in told
 
 
 def phase(number: int, name: Any = "train", note: str = "") -> Phase:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from moeify.events import Evaluated, MemoryTracker, Phase, Step
+from moeify.events import Evaluated, MemoryTracker, Phase, Started, Step
 from moeify.loop import run
 from moeify.result import Result
 from moeify.store import FolderStore, MemoryStore
@@ -62,6 +62,47 @@ def test_two_rounds_give_every_category_its_leaf_at_the_asked_separation() -> No
     assert work[-1] == 1.0
 
 
+def test_a_told_twin_trains_from_the_first_step_and_the_split_model_is_held_against_it() -> None:
+    config, tracker = toy_config(controls=["told", "random"]), MemoryTracker()
+    result = run(config, ToyTask(config), tracker=tracker)
+    assert list(result.test_loss) == ["dense", "told", "split", "random"]
+    losses = result.test_loss
+    assert result.tax_told is not None
+    assert result.tax_told == pytest.approx(
+        {
+            **{c: losses["split"][c] - losses["told"][c] for c in "abcd"},
+            "mean": sum(losses["split"][c] - losses["told"][c] for c in "abcd") / 4,
+        }
+    )
+    seen = {e.id: e.loss for e in tracker.events.values() if isinstance(e, Evaluated)}
+    for ended in result.rounds:
+        split, told = (seen[f"evaluated/{arm}/{ended.round}/recovered"] for arm in ("split", "told"))
+        assert ended.tax_told == pytest.approx(sum(split[c] - told[c] for c in "abcd") / 4)
+    taken = [e for e in tracker.events.values() if isinstance(e, Step)]
+    assert [e.step for e in taken if e.arm == "told"] == [e.step for e in taken if e.arm == "dense"]
+    work = [e.work for e in taken]
+    assert work == sorted(work)
+    assert work[-1] == 1.0
+    assert work[0] == pytest.approx(5 / (2 * 60 + 2 * 45))
+    (started,) = (e for e in tracker.events.values() if isinstance(e, Started))
+    assert started.arms == ("dense", "told", "split", "random")
+
+
+def test_controls_change_nothing_of_the_other_arms() -> None:
+    results = {}
+    for controls in ((), ("random",), ("told",)):
+        config = toy_config(controls=controls)
+        results[controls] = run(config, ToyTask(config))
+    plain = results[()]
+    assert set(plain.test_loss) == {"dense", "split"}
+    assert plain.tax_random is plain.tax_told is None
+    assert all(r.tax_random is r.predicted_random is r.tax_told is None for r in plain.rounds)
+    for result in results.values():
+        for arm in ("dense", "split"):
+            assert result.test_loss[arm] == plain.test_loss[arm]  # type: ignore[index]
+        assert result.tree == plain.tree
+
+
 def test_ablating_an_expert_touches_only_the_categories_it_serves() -> None:
     config = toy_config()
     result = run(config, ToyTask(config))
@@ -88,7 +129,7 @@ def test_the_same_recipe_gives_the_same_bits_and_another_seed_does_not(tmp_path:
 
 
 def test_a_run_killed_at_every_checkpoint_ends_with_the_same_bits(tmp_path: Path) -> None:
-    config = toy_config()
+    config = toy_config(controls=["random", "told"])
     calm = FolderStore(tmp_path / "calm", 2)
     tracker = MemoryTracker()
     wanted = outcome(run(config, ToyTask(config), store=calm, tracker=tracker))
@@ -104,6 +145,7 @@ def test_a_run_killed_at_every_checkpoint_ends_with_the_same_bits(tmp_path: Path
             else:
                 break
         assert outcome(result) == wanted
+        assert set(final(calm)) == {"dense", "told", "split", "random"}
         for arm, tensors in final(calm).items():
             for name, tensor in tensors.items():
                 assert torch.equal(tensor, final(stormy)[arm][name]), (arm, name)
@@ -130,6 +172,17 @@ def test_a_round_beyond_the_tax_budget_is_rolled_back_and_the_step_halved() -> N
     assert result.tree["children"] == []
     steps = {e.arm: e.step for e in tracker.events.values() if isinstance(e, Step)}
     assert steps == {"dense": 60, "split": 60, "random": 60}
+
+
+@pytest.mark.usefixtures("heavy_tax")
+def test_a_roll_back_leaves_the_told_twin_alone() -> None:
+    calm = toy_config(controls=["told"])
+    undone = toy_config(controls=["told"], budget={"tax": 0.5})
+    one, other = (run(config, ToyTask(config)) for config in (calm, undone))
+    assert all(r.accepted for r in one.rounds)
+    assert not any(r.accepted for r in other.rounds)
+    assert one.test_loss["told"] == other.test_loss["told"]
+    assert one.test_loss["split"] != other.test_loss["split"]
 
 
 @pytest.mark.usefixtures("heavy_tax")

@@ -21,6 +21,8 @@ def test_the_plan_lists_every_phase_once_and_ends_with_all_steps() -> None:
 
 def test_work_counts_the_common_trunk_once() -> None:
     assert training_work(toy_config()) == 15 + 3 * 45
+    assert training_work(toy_config(controls=[])) == 15 + 2 * 45
+    assert training_work(toy_config(controls=["random", "told"])) == 2 * 15 + 4 * 45
 
 
 def rounds(*steps: tuple[float, int]) -> list[dict[str, float]]:

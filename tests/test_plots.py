@@ -148,6 +148,34 @@ def test_tax_is_drawn_for_both_splits_with_the_rolled_back_hollow(folder: RunFol
     assert list(lines["random split, same sizes, after recovery"].get_ydata()) == [0.04]
 
 
+def test_the_told_twin_is_a_line_at_its_last_tax(tmp_path: Path, figures: list[Figure]) -> None:
+    folder = fake_run(tmp_path)
+    tell(folder, story(["random", "told"]))
+    plots.tax_separation(folder)
+    (line,) = (line for line in figures[0].axes[0].lines if str(line.get_label()).startswith("told twin"))
+    assert line.get_label() == "told twin, round 2"
+    assert list(line.get_ydata()) == pytest.approx([-0.03, -0.03])
+    finish(folder, ["random", "told"])
+    plots.tax_separation(folder)
+    (line,) = (line for line in figures[1].axes[0].lines if str(line.get_label()).startswith("told twin"))
+    assert line.get_label() == "told twin, end of the run (test)"
+    assert list(line.get_ydata()) == pytest.approx([-0.05, -0.05])
+
+
+def test_what_was_not_controlled_for_is_not_drawn(folder: RunFolder, tmp_path: Path, figures: list[Figure]) -> None:
+    plots.tax_separation(folder)
+    bare = fake_run(tmp_path, 2)
+    tell(bare, story([]))
+    plots.tax_separation(bare)
+    finish(bare, [])
+    plots.tax_separation(bare)
+    usual, *others = ([str(line.get_label()) for line in figure.axes[0].lines] for figure in figures)
+    assert not any(label.startswith("told") for label in usual)
+    for labels in others:
+        assert not any(label.startswith(("random", "told")) for label in labels)
+        assert "split by attribution, after recovery" in labels
+
+
 def test_the_end_of_the_run_is_drawn_beside_its_rounds(folder: RunFolder, figures: list[Figure]) -> None:
     finish(folder)
     plots.tax_separation(folder)

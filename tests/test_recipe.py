@@ -102,6 +102,19 @@ def test_a_key_of_another_kind_is_found_and_so_is_one_that_stands_elsewhere() ->
     assert any(line.startswith("steps: ") and line.endswith("nearest key: training.steps") for line in found)
 
 
+def test_controls_are_a_closed_list_of_names_each_once() -> None:
+    assert parse_recipe(GOOD, where="x").arms == ("dense", "split", "random")
+    assert parse_recipe(changed(controls=["random", "told"]), where="x").arms == ("dense", "told", "split", "random")
+    assert parse_recipe(changed(controls=[]), where="x").arms == ("dense", "split")
+    for controls, told in (
+        (["random", "tolt"], "controls[1]: got 'tolt', wanted one of 'random', 'told'; nearest: 'told'"),
+        (["dense"], "controls[0]: got 'dense', wanted one of 'random', 'told'"),
+        (["told", "told"], "controls: got ['told', 'told'], wanted each control once"),
+        ("told", "controls: got 'told', wanted a list, each one of 'random', 'told'"),
+    ):
+        assert problems(changed(controls=controls)) == (told,)
+
+
 def test_a_missing_kind_lists_the_kinds() -> None:
     assert "data.kind: got nothing, wanted one of 'digits', 'text'" in problems(changed(data={"test": 0.2}))
 

@@ -242,6 +242,85 @@ def test_tables_fit_80_columns_however_many_experts_there_are(
     assert text.count("+0.0100") == 10 * 10 + 2 * 11
 
 
+TOLD = RESULT.model_copy(
+    update={
+        "test_loss": {"dense": {}, "told": dict.fromkeys(CATEGORIES, 12.75), **RESULT.test_loss},
+        "bits_per_byte": None,
+        "rounds": (ended(1, True, TREE).model_copy(update={"tax_told": 0.03, "step": 1200}), ended(2, False, TREE)),
+        "tax_told": dict.fromkeys((*CATEGORIES, "mean"), -0.25),
+    }
+)
+
+
+def test_the_told_twins_columns_stand_where_there_is_one_and_fit_80_columns(
+    folder: runs.RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    finish(folder)
+    assert "told" not in printed(folder)
+    deep = {arm: {c: nats + 10 for c, nats in loss.items()} for arm, loss in TOLD.test_loss.items()}
+    finish(folder, TOLD.model_copy(update={"test_loss": deep}))
+    text = printed(folder)
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    for line in (
+        "category active dense told split random tax tax told",
+        "prose 60.0% 14.0000 22.7500 14.1000 14.3000 +0.1000 +0.3000 -0.2500",
+        "1 1,200 33.0% +0.0200 +0.0500 +0.0300 0.010 0.10 kept",
+        "over told: the split model above the told twin, which is given the category too",
+    ):
+        assert line in lines
+    known = json.loads(show.to_json(show.summary(folder)))
+    assert set(known) == KEYS
+    assert known["arms"] == ["dense", "told", "split", "random"]
+    assert known["tax_told"]["mean"] == -0.25
+    assert [row["tax_told"] for row in known["rounds"]] == [0.03, None]
+
+
+def test_what_was_not_controlled_for_is_not_shown(folder: runs.RunFolder) -> None:
+    loss = {arm: RESULT.test_loss[arm] for arm in ("dense", "split")}
+    bare = ended(1, True, TREE).model_copy(update={"tax_random": None, "predicted_random": None})
+    update = {"test_loss": loss, "bits_per_byte": loss, "tax_random": None, "rounds": (bare,)}
+    finish(folder, RESULT.model_copy(update=update))
+    text = printed(folder)
+    assert "random" not in text
+    assert "told" not in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "prose 60.0% 4.0000 4.1000 +0.1000" in lines
+    assert "1 5 33.0% +0.0200 0.010 kept" in lines
+
+
+def test_an_unfinished_run_with_a_told_twin_is_held_against_it(folder: runs.RunFolder) -> None:
+    with JournalTracker(folder.journal) as journal:
+        journal.emit(STARTED.model_copy(update={"arms": ("dense", "told", "split")}))
+        for arm, nats in (("dense", 3.0), ("told", 2.5), ("split", 3.25)):
+            loss = dict.fromkeys(CATEGORIES, nats)
+            journal.emit(
+                Evaluated(id=arm, time=1.0, arm=arm, round=2, step=10, moment="test", split="test", loss=loss)  # type: ignore[arg-type]
+            )
+    known = show.summary(folder)
+    assert list(known["test_loss"]) == known["arms"] == ["dense", "told", "split"]
+    assert known["tax_told"] == dict.fromkeys((*CATEGORIES, "mean"), 0.75)
+    assert known["tax_random"] is None
+
+
+def test_files_from_before_recipes_chose_their_controls_are_read(folder: runs.RunFolder) -> None:
+    finish(folder)
+    old = json.loads(folder.result.read_text())
+    del old["tax_told"]
+    for row in old["rounds"]:
+        del row["tax_told"]
+    folder.result.write_text(json.dumps(old))
+    lines = [json.loads(line) for line in folder.journal.read_text().splitlines()]
+    del lines[0]["arms"]
+    folder.journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    known = show.summary(folder)
+    assert known["arms"] == ["dense", "split", "random"]
+    assert known["tax_told"] is None
+    folder.result.unlink()
+    assert show.summary(folder)["arms"] == ["dense", "split", "random"]
+
+
 def nested(tree: dict[str, Any], name: str) -> dict[str, Any]:
     return {**tree, "name": name}
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from fake_runs import CATEGORIES, fake_run, finish, leave_rounds, recipe, story, tell
 
+from moeify.arms import Control
 from moeify.events import Failed
+from moeify.result import Result
 from pipelines import tracking
 from pipelines.journal import follow
-from pipelines.mlflow_terms import flat, points_of
+from pipelines.mlflow_terms import final_points, flat, points_of, summary
 from pipelines.runs import RunBusyError, RunFolder, hold
 from pipelines.tracking import MlflowFollower, Progress, deliver, where_to_look
 
@@ -130,6 +132,36 @@ def test_a_run_is_told_whole_and_once(home: Path, folder: RunFolder) -> None:
     assert curve(home, parent, "tax_random/mean") == [(30, 0.04), (60, 0.08)]
     assert curve(home, found["round 2"], "separation") == [(60, 0.4)]
     assert curve(home, parent, "tokens_per_second/dense")[0] == (10, 40_000.0)
+
+
+def test_the_told_twin_has_its_curves_and_columns(home: Path) -> None:
+    controls: list[Control] = ["random", "told"]
+    folder = fake_run(home)
+    tell(folder, story(controls))
+    finish(folder, controls)
+    deliver(folder, recipe())
+    parent = runs(home)[folder.id]
+    assert [step for step, _ in curve(home, parent, "train/told/python")] == [10, 20, 30, 40, 50, 60]
+    assert curve(home, parent, "tax_told/mean") == [(30, 0.04), (60, 0.07)]
+    assert curve(home, parent, "test/tax_told/web") == [(100, 0.07)]
+    note = parent.data.tags["mlflow.note.content"]
+    for row in (
+        "| category | dense twin | told twin | split | random split | tax | random split's tax | above the told twin |",
+        "| python | 3.5000 | 3.4500 | 3.5200 | 3.6000 | +0.0200 | +0.1000 | +0.0700 | 50.0% |",
+        "| 1 | 20.0% | +0.0100 | +0.0400 | +0.0400 | 0.020 | 0.050 | kept |",
+    ):
+        assert row in note
+
+
+def test_a_run_without_controls_tells_nothing_of_them(folder: RunFolder) -> None:
+    usual = {key for event in story() for key, _, _ in points_of(event, "token")}
+    bare = {key for event in story([]) for key, _, _ in points_of(event, "token")}
+    assert {key for key in usual if "random" in key}
+    assert bare == {key for key in usual if "random" not in key}
+    finish(folder, [])
+    result = Result.model_validate_json(folder.result.read_bytes())
+    assert not [key for key, _, _ in final_points(result) if "random" in key or "told" in key]
+    assert "told" not in summary(folder, "finished")
 
 
 def test_what_is_delivered_twice_shows_once(home: Path, folder: RunFolder) -> None:
