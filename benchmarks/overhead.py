@@ -141,11 +141,12 @@ def _bare_worker(rank: int, recipe: str, run: str, port: int, scratch: str) -> N
     size = config.cluster.workers
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     task = build_task(config, cache=cache(), base=Path(run))
-    contestants = [Contestant(SplitModel(task.build(), task.categories), config.training) for _ in range(3)]
+    models = {arm: SplitModel(task.build(), task.categories, told=arm == "told") for arm in config.arms}
+    contestants = {arm: Contestant(model, config.training) for arm, model in models.items()}
     dist.barrier()
     began = time.perf_counter()
-    for contestant, routed in zip(contestants, (False, True, True), strict=True):
-        cuts = _cuts(config, Path(run)) if routed else {}
+    for arm, contestant in contestants.items():
+        cuts = _cuts(config, Path(run)) if arm in config.cut_arms else {}
         for step in range(min(cuts, default=0), config.training.steps):
             if step in cuts:
                 contestant.model.repartition(cuts[step])

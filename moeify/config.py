@@ -261,7 +261,7 @@ class RunConfig(Closed):
     controls: tuple[Control, ...] = ("random",)
     """What is trained beside the dense twin and the split model, on the same rows. ``random``: a split into the same
     tree and widths with owners drawn; ``told``: a dense twin that is given the category, as a split model is by its
-    routes. Each adds a whole arm's cost."""
+    routes. ``told`` costs a whole arm, ``random`` one from the first cut on."""
     budget: Budget | None = None
     """``null`` keeps every round whatever its tax."""
     evaluation: Evaluation = Evaluation()
