@@ -1,7 +1,7 @@
 """What a recipe may say: frozen, closed models, the only home of defaults.
 
 A variant is a class here with its own ``kind``, a function where it is used and a ``case`` that calls it.
-This module needs pydantic alone, so that schema and validation need no torch.
+This module imports nothing heavier than pydantic, so that schema and validation need no torch.
 """
 
 import itertools
@@ -272,14 +272,18 @@ class RunConfig(Closed):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         if misfits := [
+            *self._controls_misfits(),
             *self._data_misfits(),
             *self._model_misfits(),
             *self._rounds_misfits(),
-            *self._controls_misfits(),
             *self._rows_misfits(),
         ]:
             raise ValueError("\n".join(misfits))
         return self
+
+    def _controls_misfits(self) -> Iterator[str]:
+        if len(set(self.controls)) < len(self.controls):
+            yield f"controls: got {list(self.controls)}, wanted each control once"
 
     def _data_misfits(self) -> Iterator[str]:
         held_out = self.data.validation + self.data.test
@@ -306,10 +310,6 @@ class RunConfig(Closed):
         if any(b <= a for a, b in itertools.pairwise(separations)):
             yield f"rounds: got separation {separations}, wanted it to rise from round to round"
 
-    def _controls_misfits(self) -> Iterator[str]:
-        if len(set(self.controls)) < len(self.controls):
-            yield f"controls: got {list(self.controls)}, wanted each control once"
-
     def _rows_misfits(self) -> Iterator[str]:
         for path, rows in (
             ("training.rows", self.training.rows),
@@ -321,6 +321,19 @@ class RunConfig(Closed):
                     f"{path}: got {rows}, which {self.cluster.workers} workers cannot share equally, "
                     f"wanted a multiple of cluster.workers"
                 )
+
+    @property
+    def category_count(self) -> int | None:
+        """How many categories the data has; None where only the data itself says."""
+        match self.data:
+            case DigitsData():
+                return 10
+            case TextData(source=InstalledText(sources=sources)):
+                return len(sources)
+            case TextData(source=TextFolders(categories=categories)):
+                return len(categories)
+            case _:
+                return None
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -336,16 +349,3 @@ class RunConfig(Closed):
     def cut_arms(self) -> tuple[Arm, ...]:
         """The arms that fork from the dense twin at the first cut; the split model first."""
         return cut(self.controls)
-
-    @property
-    def category_count(self) -> int | None:
-        """How many categories the data has; None where only the data itself says."""
-        match self.data:
-            case DigitsData():
-                return 10
-            case TextData(source=InstalledText(sources=sources)):
-                return len(sources)
-            case TextData(source=TextFolders(categories=categories)):
-                return len(categories)
-            case _:
-                return None
