@@ -63,17 +63,6 @@ def entries(network: nn.Module) -> tuple[Entry, ...]:
             raise ValueError(f"no adapter for {other}; it needs a case in moeify.families")
 
 
-def input_embedding(network: nn.Module) -> nn.Embedding | None:
-    """Return the module that turns tokens into vectors; None where inputs are numbers already."""
-    match type(network).__name__:
-        case "LlamaForCausalLM":
-            embedding = network.get_submodule("model.embed_tokens")
-            assert isinstance(embedding, nn.Embedding)
-            return embedding
-        case _:
-            return None
-
-
 def describe(network: nn.Module) -> dict[str, Any]:
     """Return plain data from which ``rebuild`` makes a network of the same shape."""
     match type(network).__name__:

@@ -88,7 +88,7 @@ class RoutedFfn(nn.Module):
         self.units = units
         self.routes = routes
         self.told: nn.Embedding | None = None
-        """What is added to the units' pre-activations by category (``moeify.told``); one position a row."""
+        """Category -> what is added to what ``up`` gives, where the block is told; see ``moeify.told``."""
 
     def forward(self, x: Float[Tensor, "rows *positions dim"]) -> Float[Tensor, "rows *positions out"]:
         """Return what the active units write."""
@@ -97,18 +97,23 @@ class RoutedFfn(nn.Module):
     def _linear(self, name: str) -> nn.Linear:
         return cast(nn.Linear, self.get_submodule(name))
 
+    def _told(self, x: Tensor) -> Tensor | None:
+        if self.told is None:
+            return None
+        assert self.routes.categories is not None
+        return self.told(self.routes.categories.repeat_interleave(x.shape[:-1].numel() // max(1, x.shape[0])))
+
     def _routed(self, x: Tensor) -> Tensor:
         up, down = self._linear(self.units.up), self._linear(self.units.down)
         gate = self._linear(self.units.gate) if self.units.gate else None
         flat_ND = x.reshape(-1, x.shape[-1])
-        told_NU = None if self.told is None else self.told(self.routes.categories)
         out_ND = _rectangles(
             flat_ND,
             gate.weight if gate else None,
             gate.bias if gate else None,
             up.weight,
             up.bias,
-            told_NU,
+            self._told(x),
             down.weight,
             down.bias,
             self.routes.rectangles(self.units.name, flat_ND.shape[0] // max(1, x.shape[0])),
@@ -118,8 +123,8 @@ class RoutedFfn(nn.Module):
 
     def _masked(self, x: Tensor) -> Tensor:
         up = self._linear(self.units.up)(x)
-        if self.told is not None:
-            up = up + self.told(self.routes.categories)
+        if (told_NU := self._told(x)) is not None:
+            up = up + told_NU.view(up.shape)
         active = up if self.units.gate is None else self._linear(self.units.gate)(x)
         hidden = _activate(active, self.units.activation)
         if self.units.gate is not None:

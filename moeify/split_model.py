@@ -41,8 +41,8 @@ class SplitModel(nn.Module):
             if site.name not in self.partition.widths or self.partition.units(site.name) != site.units:
                 raise ValueError(f"the partition does not cover the {site.units} units of site {site.name!r}")
         install(network, self.space.sites, self.routes)
-        self.told = tell(network, self.routes, len(self.categories)) if told else ()
-        """Vectors of each category that the network learns, where it is told; rows are categories."""
+        self.told = tell(network, len(self.categories)) if told else ()
+        """Biases of each category [categories units] that the network learns, where it is told; by block."""
         self.network = network
 
     @property

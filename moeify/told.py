@@ -1,50 +1,28 @@
-"""How a told twin is given the category: a learned vector of each category, zero to begin with.
+"""How a told twin is given the category: every hidden unit learns a bias for each category, zero to begin with.
 
 Routing by label tells a split model what a row is, so a dense twin that is not told is no fair rival. A told twin must
-know the category wherever routes act:
-
-- a language model adds the vector to the output of its input embedding, at every position; the residual stream carries
-  it to every layer;
-- the autoencoder adds one to the pre-activations of the encoder's hidden layer and another to those of the decoder's,
-  as a bias of each category. Told at the encoder alone, the decoder would have to learn the category through the code,
-  which a split decoder need not.
+know the category where routes act, which is at the units of every feed-forward block. Other places were tried and made
+weaker rivals (benchmarks/LOG.md): told at the encoder alone, an autoencoder has to bring the category through its code;
+a vector of each category added to the input embedding left a small Llama behind the dense twin.
 
 Adding zero changes no bit, so a told twin begins as the dense twin itself.
 """
 
-from typing import Any
-
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from moeify.families import input_embedding
-from moeify.routed import RoutedFfn, Routes
+from moeify.routed import RoutedFfn
 
 
-def tell(network: nn.Module, routes: Routes, categories: int) -> tuple[nn.Parameter, ...]:
-    """Let a routed network add a vector of each row's category, in place; return the vectors, a row a category.
+def tell(network: nn.Module, categories: int) -> tuple[nn.Parameter, ...]:
+    """Let the routed blocks of a network add a bias of each row's category, in place; return the biases by block.
 
-    They become parameters of the network. Which category a row has is read from ``routes``.
+    They become parameters of the network. Which category a row has, a block reads from its routes.
     """
-    like = next(network.parameters())
-
-    def vectors(width: int) -> nn.Embedding:
-        zeros = torch.zeros(categories, width, dtype=like.dtype, device=like.device)
-        return nn.Embedding.from_pretrained(zeros, freeze=False)
-
-    added = []
-    if (embedding := input_embedding(network)) is not None:
-        told = vectors(embedding.embedding_dim)
-
-        def add(module: nn.Module, args: Any, written: Float[Tensor, "rows positions dim"]) -> Tensor:
-            return written + told(routes.categories)[:, None]
-
-        embedding.register_forward_hook(add)
-        network.add_module("told", told)
-        added.append(told)
-    else:
-        for block in [module for module in network.modules() if isinstance(module, RoutedFfn)]:
-            block.told = vectors(block.units.units)
-            added.append(block.told)
-    return tuple(vector for each in added for vector in each.parameters())
+    found: list[nn.Parameter] = []
+    for block in [module for module in network.modules() if isinstance(module, RoutedFfn)]:
+        like = next(block.parameters())
+        zeros = torch.zeros(categories, block.units.units, dtype=like.dtype, device=like.device)
+        block.told = nn.Embedding.from_pretrained(zeros, freeze=False)
+        found += block.told.parameters()
+    return tuple(found)

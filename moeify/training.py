@@ -24,7 +24,7 @@ class Contestant:
     def __init__(self, model: SplitModel, training: Training) -> None:
         self.model = model
         self.step = 0
-        told = {id(p) for p in model.told}  # one vector a category
+        told = {id(p) for p in model.told}  # biases, one vector a category
         matrices = [p for p in model.parameters() if p.dim() > 1 and id(p) not in told]
         vectors = [p for p in model.parameters() if p.dim() <= 1 or id(p) in told]
         self.optimizer = torch.optim.AdamW(

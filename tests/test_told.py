@@ -20,7 +20,10 @@ from tests.networks import CATEGORIES, rows_for, tiny_autoencoder, tiny_llama
 from tests.toy import TEXT_CONFIG, ToyTask, ToyTextTask, toy_config
 
 NETWORKS = {"llama": tiny_llama(), "autoencoder": tiny_autoencoder()}
-PLACES = {"llama": ["told.weight"], "autoencoder": ["decoder.told.weight", "encoder.told.weight"]}
+PLACES = {
+    "llama": ["model.layers.0.mlp.told.weight", "model.layers.1.mlp.told.weight"],
+    "autoencoder": ["decoder.told.weight", "encoder.told.weight"],
+}
 ROWS = torch.tensor([3, 0, 1, 1, 2, 0])
 
 
@@ -34,8 +37,8 @@ def pair(family: str) -> tuple[SplitModel, SplitModel, torch.Tensor]:
 def fill(model: SplitModel) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for vectors in model.told:
-            vectors.copy_(torch.randn(vectors.shape, generator=generator, dtype=vectors.dtype))
+        for biases in model.told:
+            biases.copy_(torch.randn(biases.shape, generator=generator, dtype=biases.dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -48,13 +51,13 @@ def test_before_the_first_step_it_is_the_dense_twin_bit_for_bit(family: str, dty
 
 
 @pytest.mark.parametrize("family", ["llama", "autoencoder"])
-def test_it_is_the_dense_network_and_a_vector_of_each_category(family: str) -> None:
+def test_it_is_the_dense_network_and_a_bias_of_each_category_and_unit(family: str) -> None:
     told, dense, _ = pair(family)
     mine, theirs = (dict(model.network.named_parameters()) for model in (told, dense))
     assert sorted(mine.keys() - theirs.keys()) == PLACES[family]
     assert not theirs.keys() - mine.keys()
     assert {id(p) for p in told.told} == {id(mine[name]) for name in PLACES[family]}
-    assert all(len(vectors) == len(CATEGORIES) and not vectors.any() for vectors in told.told)
+    assert all(len(biases) == len(CATEGORIES) and not biases.any() for biases in told.told)
     assert dense.told == ()
 
 
@@ -65,7 +68,7 @@ def test_telling_draws_no_random_number() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "autoencoder"])
-def test_a_row_gets_its_own_categorys_vector_wherever_it_stands_in_the_batch(family: str) -> None:
+def test_a_row_gets_its_own_categorys_biases_wherever_it_stands_in_the_batch(family: str) -> None:
     told, _, inputs = pair(family)
     fill(told)
     together = told(inputs, ROWS)
@@ -76,26 +79,29 @@ def test_a_row_gets_its_own_categorys_vector_wherever_it_stands_in_the_batch(fam
         assert not torch.allclose(alone, other)
 
 
-def test_the_vector_reaches_a_language_model_at_every_position_and_each_hidden_layer_of_an_autoencoder() -> None:
+def test_every_hidden_unit_gets_its_bias_at_every_position() -> None:
     told, dense, inputs = pair("llama")
     fill(told)
-    vectors, embedding = told.told[0], dense.network.get_submodule("model.embed_tokens")
-    seen = []
-    told.network.get_submodule("model.layers.0").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    block = told.network.get_submodule("model.layers.1.mlp")
+    block.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     told(inputs, ROWS.sort().values)
-    torch.testing.assert_close(seen[0], embedding(inputs) + vectors[ROWS.sort().values][:, None])
+    x, got = seen[0]
+    gate, up, down = (dense.network.get_submodule(f"model.layers.1.mlp.{n}_proj") for n in ("gate", "up", "down"))
+    bias = told.told[1][ROWS.sort().values][:, None]
+    torch.testing.assert_close(got, down(torch.nn.functional.silu(gate(x)) * (up(x) + bias)))
 
     told, dense, inputs = pair("autoencoder")
     fill(told)
     hidden: torch.Tensor = inputs
-    for part, vectors in zip(("encoder", "decoder"), told.told, strict=True):
+    for part, biases in zip(("encoder", "decoder"), told.told, strict=True):
         up, down = (dense.network.get_submodule(f"{part}.{name}") for name in ("up", "down"))
-        hidden = down(torch.relu(up(hidden) + vectors[ROWS]))
+        hidden = down(torch.relu(up(hidden) + biases[ROWS]))
     torch.testing.assert_close(told(inputs, ROWS), hidden)
 
 
 @pytest.mark.parametrize("family", ["llama", "autoencoder"])
-def test_gradients_reach_the_vectors_and_equal_those_of_the_masked_oracle(family: str) -> None:
+def test_gradients_reach_the_biases_and_equal_those_of_the_masked_oracle(family: str) -> None:
     told, _, inputs = pair(family)
     fill(told)
 
@@ -114,7 +120,7 @@ def test_gradients_reach_the_vectors_and_equal_those_of_the_masked_oracle(family
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_the_vectors_are_not_decayed() -> None:
+def test_the_biases_are_not_decayed() -> None:
     config = toy_config(training={"steps": 60, "weight_decay": 0.5})
     contestant = Contestant(SplitModel(ToyTask(config).build(), "abcd", told=True), config.training)
     decayed, spared = ({id(p) for p in group["params"]} for group in contestant.optimizer.param_groups)
@@ -172,7 +178,7 @@ def test_a_runs_told_twin_is_read_back_as_it_was_tested(task_class: type[ToyTask
     task = task_class(config)
     result = run(config, task, store=FolderStore(tmp_path, 1))
     told = load_from_run(tmp_path, "told")
-    assert all(bool(vectors.any()) for vectors in told.told)
+    assert all(bool(biases.any()) for biases in told.told)
     assert held_out_loss(told, task, Solo(), config.evaluation, "test") == result.test_loss["told"]
     with pytest.raises(ValueError, match=r"has no arm 'random', only dense, told, split; its recipe's controls"):
         load_from_run(tmp_path, "random")
