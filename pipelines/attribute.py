@@ -20,6 +20,7 @@ from attribution.edges import measure_edges
 from attribution.gradients import measure_gradients
 from attribution.graph import EveryEdge, UnitGraph
 from attribution.measure import measure, strongest_category
+from attribution.subject import Rows
 from attribution.table import AttributionTable, Unsigned
 from moeify.families import HEADS, entries
 from moeify.subjects import Probed
@@ -50,7 +51,8 @@ def attribute(
 ) -> Found:
     """Measure every unit against every category, write what was found to ``out``, and return it.
 
-    ``removed``: the share of a site's units in the sets that ``agreement`` tries.
+    ``removed``: the share of a site's units in the sets that ``agreement`` tries, on a few of the rows, since exact
+    ablation takes a forward pass a unit.
     """
     say("measuring")
     table = measure(probed.subject, probed.batches, seed=seed)
@@ -67,9 +69,20 @@ def attribute(
     (out / EDGES).write_text(edge_graph(probed, table).graphml(), encoding="utf-8")
     found = None
     if agreement:
-        found = compare(probed.subject, probed.batches, values=("zero", "mean"), removed=removed, seed=seed, said=say)
+        few = _few(probed.batches, len(table.categories))
+        found = compare(probed.subject, few, values=("zero", "mean"), removed=removed, seed=seed, said=say)
         (out / AGREEMENT).write_text(json.dumps(as_json(found), indent=1), encoding="utf-8")
     return Found(table, score, affinity, cosines, found)
+
+
+def _few(batches: Sequence[Rows], categories: int) -> list[Rows]:
+    """Return the first batches, as many as it takes to have two rows of every category, or all."""
+    counts = torch.zeros(categories, dtype=torch.int64)
+    for number, batch in enumerate(batches, 1):
+        counts += torch.bincount(batch.categories, minlength=categories)
+        if bool((counts >= 2).all()):
+            return list(batches[:number])
+    return list(batches)
 
 
 def _gradient_cosines(probed: Probed, seed: int, graph: nx.Graph) -> Matrix | None:
