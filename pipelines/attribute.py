@@ -41,8 +41,8 @@ class Found:
     score: Unsigned
     affinity: Matrix
     """Of the categories' attribution profiles."""
-    cosines: Matrix | None
-    """Of the categories' gradients; None where they cannot be told from noise."""
+    cosines: Matrix | str
+    """Of the categories' gradients; why not, where they cannot be told from noise."""
     agreement: Comparison | None
 
 
@@ -85,13 +85,16 @@ def _few(batches: Sequence[Rows], categories: int) -> list[Rows]:
     return list(batches)
 
 
-def _gradient_cosines(probed: Probed, seed: int, graph: nx.Graph) -> Matrix | None:
-    """Return the cosines of the categories' gradients, and put them on the graph with their interval."""
+def _gradient_cosines(probed: Probed, seed: int, graph: nx.Graph) -> Matrix | str:
+    """Return the cosines of the categories' gradients, and put them on the graph with their interval.
+
+    Over few rows, or at the end of training, a gradient may be all noise; then the reason is returned.
+    """
     try:
         sketch = measure_gradients(probed.subject, probed.batches, seed=seed)
         cosines, ends = sketch.cosines(), sketch.interval()
-    except ValueError:  # Too few rows to tell a gradient from noise: nothing to say of it.
-        return None
+    except ValueError as error:
+        return str(error)
     names = list(probed.subject.categories)
     for one, other, facts in graph.edges(data=True):
         at = names.index(one), names.index(other)
@@ -147,7 +150,7 @@ def summary(found: Found) -> dict[str, Any]:
             for site, sums in table.sites.items()
         },
         "affinity": found.affinity.tolist(),
-        "gradient_cosines": None if found.cosines is None else found.cosines.tolist(),
+        "gradient_cosines": None if isinstance(found.cosines, str) else found.cosines.tolist(),
         "agreement": None if found.agreement is None else as_json(found.agreement),
     }
 
@@ -173,7 +176,9 @@ def print_found(title: str, found: Found, unit: str, stream: TextIO) -> None:
             console.print(f"units {what}: {told}", style="yellow")
     title = f"Affinity of the categories' units ({found.score}; 1: the same, 0: chance)"
     _print_matrix(console, title, found.affinity, table.categories)
-    if found.cosines is not None:
+    if isinstance(found.cosines, str):
+        console.print(f"No cosines of gradients: {found.cosines}", style="dim")
+    else:
         _print_matrix(console, "Cosine of the categories' gradients", found.cosines, table.categories)
     if found.agreement:
         _print_agreement(console, found.agreement)
@@ -218,10 +223,11 @@ def _print_agreement(console: Console, found: Comparison) -> None:
                 f"{found.costs[method]:.1f}",
             )
         console.print(grid)
-        console.print(f"{len(sites)} sites, {min(counts):,} to {max(counts):,} {of} each", style="dim")
+        each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
+        console.print(f"{len(sites)} sites, {each} {of} each", style="dim")
     console.print(
-        f"±: 95 % bootstrap interval; lowest, highest: of the sites; top 10 %: of the strongest tenth, the share\n"
-        f"found; true/predicted: 1 where calibrated; cost: in forward passes of the same rows\n"
+        f"±: 95 % bootstrap interval; lowest, highest: of the sites; top 10 %: of the strongest tenth, the share "
+        f"found; true/predicted: 1 where calibrated; cost: in forward passes of the same rows "
         f"(exact ablation of single units {found.costs['ablation']:,.0f})",
         style="dim",
     )
