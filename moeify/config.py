@@ -171,9 +171,32 @@ class Compensation(Closed):
     """Pull towards the weights before the cut, as a fraction of the mean second moment of a unit's activation."""
 
 
+class AffinityGrouping(Closed):
+    """Categories whose attribution profiles are most alike stay together; costs next to nothing."""
+
+    kind: Literal["affinity"]
+    balanced: bool = True
+    """Groups as equal in size as can be; ``false``: of any size."""
+
+
+class ResidualGrouping(Closed):
+    """Those categories stay together that lose the least J at an equal active budget (``moeify.grouping``)."""
+
+    kind: Literal["residual"]
+    balanced: bool = True
+    """Groups as equal in size as can be; ``false``: of any size."""
+    candidates: PositiveInt = 48
+    """Pairs of groups, those with the most alike profiles, of which each merge tries every one."""
+
+
+Grouping = Annotated[AffinityGrouping | ResidualGrouping, Field(discriminator="kind")]
+
+
 class Partition(Closed):
     """How units find their owners."""
 
+    grouping: Grouping = AffinityGrouping(kind="affinity")
+    """Which categories part and which stay together."""
     budget: Literal["knapsack", "equal"] = "knapsack"
     """How a round's separation is shared out over sites: by least rise of J, or the same everywhere."""
     multiple: PositiveInt = 8

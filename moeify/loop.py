@@ -17,8 +17,9 @@ from attribution.table import AttributionTable
 from moeify.config import RunConfig
 from moeify.evaluation import held_out_loss, own_other, summarize, tax
 from moeify.events import SPLIT_ARMS, Arm, MemoryTracker, Tracker
+from moeify.grouping import NothingToSplitError
 from moeify.plan import PlannedPhase, check_reachable, plan
-from moeify.propose import NothingToSplitError, Proposal, propose, shuffled
+from moeify.propose import Proposal, propose, shuffled
 from moeify.report import Reporter
 from moeify.result import Result
 from moeify.split_model import SplitModel

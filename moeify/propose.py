@@ -1,14 +1,13 @@
 """From attribution to a cut: which categories part, how wide each expert is in each site, which unit goes where.
 
-For each leaf with several categories: group them by affinity; for each site the curve J(expert width) from exact
-assignments; a knapsack over all sites spends the round's separation where it costs least; the assignment at the
+For each leaf with several categories: group them (``moeify.grouping``); for each site the curve J(expert width) from
+exact assignments; a knapsack over all sites spends the round's separation where it costs least; the assignment at the
 chosen width names the owners. Everything is deterministic in the reduced table, so every rank gets the same answer.
 
 Axes: U units of a site, L units that a leaf owns in it, B bins (the K children, then the leaf itself), C categories.
 """
 
 import bisect
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,20 +16,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attribution.affinity import group, profile_affinity
 from attribution.table import AttributionTable, Unsigned
 from moeify.assignment import assign
 from moeify.config import Partition as PartitionConfig
 from moeify.config import Round
+from moeify.grouping import Groups, choose_groups
 from moeify.knapsack import Curve, cheapest
 from moeify.partition import Partition
-
-Groups = Mapping[int, Sequence[tuple[str, ...]]]
-"""Leaf (its index in the tree) -> the groups of categories that part."""
-
-
-class NothingToSplitError(ValueError):
-    """No leaf is left that could be divided further."""
+from moeify.trials import most_given
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,7 @@ def propose(
     far as there is room. Raises NothingToSplitError where every leaf serves one category, ValueError where an expert
     has too few units for its children.
     """
-    groups = choose_groups(partition, table, rounds[0].branching, score)
+    groups = choose_groups(partition, table, weights, config, rounds[0], score)
     choices = {
         (site, leaf): _choices(partition, table, weights[site], config, rounds, score, site, leaf, parts)
         for site in partition.widths
@@ -107,22 +100,6 @@ def shuffled(
     return _proposal(partition, proposal.groups, owners, predicted)
 
 
-def choose_groups(partition: Partition, table: AttributionTable, branching: int, score: Unsigned) -> Groups:
-    """Return leaf -> groups of its categories: those whose attribution profiles agree most stay together."""
-    tree = partition.tree
-    affinity_CC = profile_affinity(table, score)
-    found = {}
-    for leaf in tree.leaves:
-        categories = tree.nodes[leaf].categories
-        if len(categories) > 1:
-            rows = torch.tensor([table.categories.index(c) for c in categories])
-            parts = group(affinity_CC[rows][:, rows], min(branching, len(categories)), balanced=True)
-            found[leaf] = [tuple(categories[i] for i in part) for part in parts]
-    if not found:
-        raise NothingToSplitError("every leaf serves one category; nothing is left to split")
-    return found
-
-
 def _choices(
     partition: Partition,
     table: AttributionTable,
@@ -136,8 +113,7 @@ def _choices(
 ) -> list[_Choice]:
     """Return what each expert width would cost, from the narrowest allowed to the widest there is room for."""
     width, children = partition.widths[site][leaf], len(parts)
-    kept_back = math.ceil(config.min_core * width) if leaf == 0 else 0
-    widest = (width - kept_back) // children // config.multiple * config.multiple
+    widest = most_given(partition, config, site, leaf) // children // config.multiple * config.multiple
     need = max(_need(len(part), rounds[1:], config) for part in parts)
     if widest < need:
         raise ValueError(
@@ -204,10 +180,7 @@ def _spend(
     choices: Mapping[tuple[str, int], list[_Choice]],
 ) -> dict[tuple[str, int], _Choice]:
     """Choose one width for each site and leaf so that the separation is reached, if there is room, at the least J."""
-    categories = partition.tree.categories
-    total = len(categories) * sum(partition.units(site) for site in partition.widths)
-    active = sum(partition.active_units(category) for category in categories)
-    asked = math.ceil(active - (1.0 - separation) * total - 1e-9)
+    asked = partition.surplus(separation)
     saved = {  # active units, added up over categories, that each choice spares
         (site, leaf): [len(partition.tree.nodes[leaf].categories) * (len(groups[leaf]) - 1) * o.width for o in options]
         for (site, leaf), options in choices.items()

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 from tables import empty_table
@@ -8,7 +6,7 @@ from attribution.table import AttributionTable, SiteSums
 from moeify.config import Partition as PartitionConfig
 from moeify.config import Round
 from moeify.partition import Partition
-from moeify.propose import NothingToSplitError, choose_groups, propose, shuffled
+from moeify.propose import propose, shuffled
 
 CATEGORIES = ("a", "b", "c", "d")
 UNITS, DIM = 16, 3
@@ -157,17 +155,3 @@ def test_an_expert_with_too_few_units_for_its_children_is_named() -> None:
     config = PartitionConfig(multiple=4, min_units=16)
     with pytest.raises(ValueError, match="'core' owns 16 units of site 's', too few for 2 children of 16"):
         propose(whole(table), table, weights(table), config, rounds(0.2), "fisher")
-
-
-def test_when_every_leaf_serves_one_category_there_is_nothing_to_split() -> None:
-    table = table_of({"s": CLEAR})
-    done = propose(whole(table), table, weights(table), CONFIG, rounds(0.25, branching=4), "fisher").partition
-    with pytest.raises(NothingToSplitError):
-        choose_groups(done, table, 2, "fisher")
-
-
-def test_branching_divides_evenly() -> None:
-    table = table_of({"s": CLEAR})
-    groups = choose_groups(whole(table), table, 3, "fisher")[0]
-    assert len(groups) == 3
-    assert max(len(g) for g in groups) <= math.ceil(4 / 3)
