@@ -1,7 +1,7 @@
 """What a recipe may say: frozen, closed models, the only home of defaults.
 
 A variant is a class here with its own ``kind``, a function where it is used and a ``case`` that calls it.
-This module imports pydantic alone, so that schema and validation need no torch.
+This module imports nothing heavier than pydantic, so that schema and validation need no torch.
 """
 
 import itertools
@@ -9,11 +9,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    WithJsonSchema,
+    model_validator,
+)
+
+from moeify.given_tree import Nested, read_tree
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 """A name that is also safe as one path component."""
+
+Tree = Annotated[
+    Nested,
+    BeforeValidator(read_tree),
+    WithJsonSchema(
+        {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 2}]}}
+    ),
+]
+"""Names of categories in nested lists; see ``moeify.given_tree``."""
 
 BuiltinSource = Literal["python", "prose", "c", "web"]
 
@@ -278,6 +298,10 @@ class RunConfig(Closed):
     training: Training
     attribution: Attribution = Attribution()
     partition: Partition = Partition()
+    tree: Tree | None = None
+    """The expert tree, or as much of it as is wanted, e.g. ``[[python, c], [prose, web]]``: each round makes the groups
+    of one more level, whatever its branching. Flat groups, and categories that are not named, are left to attribution.
+    ``null``: all is."""
     rounds: Annotated[tuple[Round, ...], Field(min_length=1)]
     budget: Budget | None = None
     """``null`` keeps every round whatever its tax."""
@@ -335,14 +359,14 @@ class RunConfig(Closed):
                 )
 
     @property
-    def category_count(self) -> int | None:
-        """How many categories the data has; None where only the data itself says."""
+    def category_names(self) -> tuple[str, ...] | None:
+        """The categories of the data; None where only the data itself says."""
         match self.data:
             case DigitsData():
-                return 10
+                return tuple(map(str, range(10)))
             case TextData(source=InstalledText(sources=sources)):
-                return len(sources)
+                return sources
             case TextData(source=TextFolders(categories=categories)):
-                return len(categories)
+                return tuple(categories)
             case _:
                 return None

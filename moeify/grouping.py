@@ -19,6 +19,7 @@ from attribution.agglomeration import Pick, agglomerate
 from attribution.table import AttributionTable, Unsigned
 from moeify.config import AffinityGrouping, ResidualGrouping, Round
 from moeify.config import Partition as PartitionConfig
+from moeify.given_tree import Nested, branches, given_groups
 from moeify.partition import Partition
 from moeify.trials import Trials, even_cut
 
@@ -40,32 +41,38 @@ def choose_groups(
     config: PartitionConfig,
     round_: Round,
     score: Unsigned,
+    tree: Nested | None = None,
 ) -> Groups:
     """Return leaf -> groups of its categories, for every leaf with several.
 
-    ``weights`` holds each site's output weights. Raises NothingToSplitError where every leaf serves one category.
+    ``weights`` holds each site's output weights. What ``tree``, the recipe's, gives is taken as it is
+    (``moeify.given_tree``), balanced or not. Raises NothingToSplitError where every leaf serves one category.
     """
-    tree = partition.tree
-    leaves = [leaf for leaf in tree.leaves if len(tree.nodes[leaf].categories) > 1]
+    nodes = partition.tree.nodes
+    leaves = [leaf for leaf in partition.tree.leaves if len(nodes[leaf].categories) > 1]
     if not leaves:
         raise NothingToSplitError("every leaf serves one category; nothing is left to split")
     cut = even_cut(partition, leaves, round_.separation)
     affinity_CC = profile_affinity(table, score)
     found = {}
     for leaf in leaves:
-        categories = tree.nodes[leaf].categories
+        categories = nodes[leaf].categories
         rows = torch.tensor([table.categories.index(c) for c in categories])
         affinity = affinity_CC[rows][:, rows].tolist()
-        start = [[i] for i in range(len(categories))]
-        count = min(round_.branching, len(categories))
-        room = -(-len(categories) // count) if config.grouping.balanced else len(categories)
+        given = [[categories.index(c) for c in group] for group in given_groups(tree, categories)]
+        free = [i for i in range(len(categories)) if not any(i in group for group in given)]
+        start, apart = [*given, *([i] for i in free)], [group[0] for group in given]
+        count = branches(len(given), len(free), round_.branching)
+        even = max(-(-len(categories) // count), *map(len, given), 1)
+        room = even if config.grouping.balanced else len(categories)
         match config.grouping:
             case AffinityGrouping():
-                parts = agglomerate(start, count, room, _most_alike(affinity))
+                parts = agglomerate(start, count, room, _most_alike(affinity), apart)
             case ResidualGrouping(candidates=candidates):
                 trials = Trials(partition, table, weights, config, score, leaf, cut)
-                parts = agglomerate(start, count, room, _least_residual(affinity, categories, trials, candidates))
-                parts = _settled(parts, room, categories, trials)
+                pick = _least_residual(affinity, categories, trials, candidates)
+                parts = agglomerate(start, count, room, pick, apart)
+                parts = _settled(parts, free, room, categories, trials)
             case _:
                 assert_never(config.grouping)
         found[leaf] = [tuple(categories[i] for i in part) for part in parts]
@@ -101,13 +108,14 @@ def _least_residual(
     return pick
 
 
-def _settled(parts: Sequence[Sequence[int]], room: int, categories: Sequence[str], trials: Trials) -> list[list[int]]:
-    """Let categories change places, or go to another group with room, while J falls; at most ``_SWEEPS`` times all.
+def _settled(
+    parts: Sequence[Sequence[int]], free: Sequence[int], room: int, categories: Sequence[str], trials: Trials
+) -> list[list[int]]:
+    """Let free categories change places, or go to another group with room, as long as J falls.
 
-    A sweep costs at most one trial for each pair of categories and for each category and group.
+    At most ``_SWEEPS`` sweeps over all of them; one costs up to a trial a pair of categories, and a category and group.
     """
-    number = len(categories)
-    steps = [*combinations(range(number), 2), *((i, -1 - k) for i in range(number) for k in range(len(parts)))]
+    steps = [*combinations(free, 2), *((i, -1 - k) for i in free for k in range(len(parts)))]
     best = [sorted(part) for part in parts]
     least = _cost(best, categories, trials)
     for _ in range(_SWEEPS):

@@ -18,7 +18,7 @@ from moeify.config import RunConfig
 from moeify.evaluation import held_out_loss, own_other, summarize, tax
 from moeify.events import SPLIT_ARMS, Arm, MemoryTracker, Tracker
 from moeify.grouping import NothingToSplitError
-from moeify.plan import PlannedPhase, check_reachable, plan
+from moeify.plan import PlannedPhase, check_categories, plan
 from moeify.propose import Proposal, propose, shuffled
 from moeify.report import Reporter
 from moeify.result import Result
@@ -43,7 +43,7 @@ def run(
 ) -> Result:
     """Run the recipe, from the store's newest checkpoint where there is one, and return what came out.
 
-    Raises ValueError, before any training, for separations that the rounds cannot reach.
+    Raises ValueError, before any training, for categories that the data lacks and separations out of reach.
     """
     return _Loop(config, task, world or Solo(), store or MemoryStore(), tracker or MemoryTracker()).run()
 
@@ -52,7 +52,7 @@ class _Loop:
     """One worker's view of a run."""
 
     def __init__(self, config: RunConfig, task: Task, world: World, store: Store, tracker: Tracker) -> None:
-        check_reachable(config, len(task.categories))
+        check_categories(config, task.categories)
         self.config = config
         self.task = task
         self.world = world
@@ -115,10 +115,9 @@ class _Loop:
         reached = split.partition.separation
         step = self.state.step_scale * (rounds[0].separation - reached)
         rounds[0] = rounds[0].model_copy(update={"separation": reached + step})
+        score, tree = self.config.attribution.score, self.config.tree
         try:
-            proposal = propose(
-                split.partition, table, split.output_weights, partition, rounds, self.config.attribution.score
-            )
+            proposal = propose(split.partition, table, split.output_weights, partition, rounds, score, tree)
         except NothingToSplitError as reason:
             return self.say.phase("partition", phase.round, str(reason))
         blind = shuffled(split.partition, proposal, table, split.output_weights, self.config.seed)

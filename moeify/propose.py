@@ -20,6 +20,7 @@ from attribution.table import AttributionTable, Unsigned
 from moeify.assignment import assign
 from moeify.config import Partition as PartitionConfig
 from moeify.config import Round
+from moeify.given_tree import Nested, foreseen
 from moeify.grouping import Groups, choose_groups
 from moeify.knapsack import Curve, cheapest
 from moeify.partition import Partition
@@ -55,17 +56,18 @@ def propose(
     config: PartitionConfig,
     rounds: Sequence[Round],
     score: Unsigned,
+    tree: Nested | None = None,
 ) -> Proposal:
     """Choose the first of ``rounds`` to come: split every leaf that has several categories.
 
     ``rounds`` are this round and those after it, whose experts need room as well; ``weights`` holds each site's output
-    weights. Where rounding to ``config.multiple`` leaves too little room for the round's separation, the cut goes as
-    far as there is room. Raises NothingToSplitError where every leaf serves one category, ValueError where an expert
-    has too few units for its children.
+    weights; ``tree`` is the recipe's. Where rounding to ``config.multiple`` leaves too little room for the round's
+    separation, the cut goes as far as there is room. Raises NothingToSplitError where every leaf serves one category,
+    ValueError where an expert has too few units for its children.
     """
-    groups = choose_groups(partition, table, weights, config, rounds[0], score)
+    groups = choose_groups(partition, table, weights, config, rounds[0], score, tree)
     choices = {
-        (site, leaf): _choices(partition, table, weights[site], config, rounds, score, site, leaf, parts)
+        (site, leaf): _choices(partition, table, weights[site], config, rounds, score, site, leaf, parts, tree)
         for site in partition.widths
         for leaf, parts in groups.items()
     }
@@ -110,11 +112,12 @@ def _choices(
     site: str,
     leaf: int,
     parts: Sequence[Sequence[str]],
+    tree: Nested | None,
 ) -> list[_Choice]:
     """Return what each expert width would cost, from the narrowest allowed to the widest there is room for."""
     width, children = partition.widths[site][leaf], len(parts)
     widest = most_given(partition, config, site, leaf) // children // config.multiple * config.multiple
-    need = max(_need(len(part), rounds[1:], config) for part in parts)
+    need = max(_need(part, rounds[1:], config, tree) for part in parts)
     if widest < need:
         raise ValueError(
             f"expert {partition.tree.nodes[leaf].name!r} owns {width} units of site {site!r}, too few for {children} "
@@ -130,11 +133,11 @@ def _choices(
     return found
 
 
-def _need(categories: int, later: Sequence[Round], config: PartitionConfig) -> int:
-    """Return the fewest units an expert of so many categories needs, its own later children included."""
-    if categories > 1 and later:
-        children = min(later[0].branching, categories)
-        return children * _need(-(-categories // children), later[1:], config)
+def _need(categories: Sequence[str], later: Sequence[Round], config: PartitionConfig, tree: Nested | None) -> int:
+    """Return the fewest units an expert of these categories needs, its own later children included."""
+    if len(categories) > 1 and later:
+        children = foreseen(tree, categories, later[0].branching)
+        return len(children) * max(_need(child, later[1:], config, tree) for child in children)
     return -(-config.min_units // config.multiple) * config.multiple
 
 

@@ -12,6 +12,7 @@ from attribution.table import AttributionTable
 from moeify.assignment import assign
 from moeify.config import Partition as PartitionConfig
 from moeify.config import Round
+from moeify.given_tree import Nested
 from moeify.grouping import NothingToSplitError, choose_groups
 from moeify.partition import Partition
 from moeify.propose import propose
@@ -201,3 +202,30 @@ def test_branching_divides_evenly() -> None:
         groups = choose_groups(whole(table), table, weights(table), config, a_round(3), "fisher")[0]
         assert len(groups) == 3
         assert max(len(g) for g in groups) <= math.ceil(4 / 3)
+
+
+@pytest.mark.parametrize("config", [AFFINITY, residual()])
+def test_given_groups_stay_whole_and_apart_and_the_others_go_where_they_belong(config: PartitionConfig) -> None:
+    table = planted(["ace", "bdf"], "abcdef")
+
+    def groups(tree: Nested | None, branching: int = 2) -> list[str]:
+        got = choose_groups(whole(table), table, weights(table), config, a_round(branching, 0.4), "fisher", tree)[0]
+        return ["".join(part) for part in got]
+
+    assert groups(None) == ["ace", "bdf"]
+    assert groups((("a", "b", "c"), ("d", "e", "f"))) == ["abc", "def"], "given, against attribution"
+    assert groups((("a", "b"), "c", ("d", "e", "f"))) == ["ab", "c", "def"], "given groups win over branching"
+    assert groups((("a", "c"), "d")) == ["ace", "bdf"], "free categories join those like them"
+    assert groups((("a", "b"),))[0].startswith("ab")
+    assert len(groups((("a", "b"), ("c", "d")), 4)) == 4
+    assert groups((("a", "b", "c", "d"), "e")) == ["abcd", "ef"], "as balanced as what is given allows"
+
+
+def test_what_is_given_below_is_not_used_before_its_round() -> None:
+    table = planted(["ace", "bdf"], "abcdef")
+    tree = ((("a", "b"), "c"), ("d", "e", "f"))
+    first = propose(whole(table), table, weights(table), AFFINITY, [a_round(), a_round(2, 0.4)], "fisher", tree)
+    assert [node.name for node in first.partition.tree.nodes] == ["core", "a+b+c", "d+e+f"]
+    second = choose_groups(first.partition, table, weights(table), AFFINITY, a_round(2, 0.4), "fisher", tree)
+    assert second[1] == [("a", "b"), ("c",)]
+    assert len(second[2]) == 2

@@ -186,3 +186,19 @@ def test_measuring_stops_when_the_strongest_categories_are_settled() -> None:
     assert len(notes) == 2
     rows = [int(word) for word in re.findall(r"\d+", notes[0].replace(",", ""))]
     assert all(16 * 4 * 3 <= count < 1600 for count in rows)
+
+
+def test_a_given_tree_is_followed_and_what_it_leaves_open_is_divided() -> None:
+    config = toy_config(tree=[["a", "d"], ["b", "c"]])
+    result = run(config, ToyTask(config))
+    assert [child["name"] for child in result.tree["children"]] == ["a+d", "b+c"]
+    assert [len(child["children"]) for child in result.tree["children"]] == [2, 2]
+    partial = toy_config(tree=[["a", "d"]])
+    assert "a+d" in [child["name"] for child in run(partial, ToyTask(partial)).tree["children"]]
+
+
+def test_a_tree_with_strangers_is_refused_before_any_training() -> None:
+    config, tracker = toy_config(tree=[["a", "z"], ["b", "c"]]), MemoryTracker()
+    with pytest.raises(ValueError, match="tree: got 'z', which is no category of the data"):
+        run(config, ToyTask(config), tracker=tracker)
+    assert not tracker.events

@@ -202,6 +202,20 @@ def test_the_schema_knows_every_key_and_says_what_it_is() -> None:
     json.dumps(schema)
 
 
+def test_a_tree_is_read_told_about_and_written_back() -> None:
+    config = parse_recipe(changed(tree=[["0", "1"], [["2", "3"], "4"]]), where="my.yaml")
+    assert config.tree == (("0", "1"), (("2", "3"), "4"))
+    assert parse_recipe(to_yaml(config), where="again") == config
+    found = problems(changed(tree=[[0, "1"], ["2"], ["3", "1"]], colour=1))
+    assert "tree[0][0]: got 0, wanted the name of a category, in quotes if it is a number, or a list" in found
+    assert any(line.startswith("tree[1]: got a group of one") for line in found)
+    assert "tree[2][1]: got '1' again, wanted every category once" in found
+    assert len(found) == 4
+    assert problems(changed(tree=3)) == ("tree: got 3, wanted a list of groups, each the name of a category or a list",)
+    (line,) = problems(changed(tree=[["0", "on"], "2"]))
+    assert line.startswith("tree: got 'on', which is no category of the data")
+
+
 # --- whatever is thrown at it ---------------------------------------------------------------------------
 
 PLAIN = st.recursive(
