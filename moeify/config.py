@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from moeify.given_tree import Nested, read_tree
+from moeify.given_tree import Nested, names, read_tree
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -225,6 +225,9 @@ class Partition(Closed):
     """Fewest units an expert owns in a site."""
     min_core: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Least fraction of a site that stays with the root, the shared core."""
+    unrouted: tuple[Name, ...] = ()
+    """Categories that no expert is made for: from the first cut on they run on the core alone. In the tree they share a
+    leaf without units below the core; their active fraction is the core's, and counts in separation like any other."""
     compensation: Compensation | None = Compensation()
     """``null`` cuts without correction."""
 
@@ -317,6 +320,7 @@ class RunConfig(Closed):
             *self._model_misfits(),
             *self._rounds_misfits(),
             *self._rows_misfits(),
+            *self._unrouted_misfits(),
         ]:
             raise ValueError("\n".join(misfits))
         return self
@@ -345,6 +349,16 @@ class RunConfig(Closed):
         separations = [r.separation for r in self.rounds]
         if any(b <= a for a, b in itertools.pairwise(separations)):
             yield f"rounds: got separation {separations}, wanted it to rise from round to round"
+
+    def _unrouted_misfits(self) -> Iterator[str]:
+        unrouted = self.partition.unrouted
+        if len(set(unrouted)) < len(unrouted):
+            yield f"partition.unrouted: got {list(unrouted)}, wanted each category once"
+        for name in names(self.tree or ()):
+            if name in unrouted:
+                yield f"partition.unrouted: got {name!r}, which tree gives an expert; name it in one of the two"
+        if unrouted and self.partition.min_core == 0.0:
+            yield "partition.min_core: got 0, wanted more, since partition.unrouted categories have the core alone"
 
     def _rows_misfits(self) -> Iterator[str]:
         for path, rows in (

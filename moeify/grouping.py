@@ -43,20 +43,18 @@ def choose_groups(
     score: Unsigned,
     tree: Nested | None = None,
 ) -> Groups:
-    """Return leaf -> groups of its categories, for every leaf with several.
+    """Return leaf -> groups of its categories, for every leaf with several; unrouted ones make the last group.
 
     ``weights`` holds each site's output weights. What ``tree``, the recipe's, gives is taken as it is
     (``moeify.given_tree``), balanced or not. Raises NothingToSplitError where every leaf serves one category.
     """
-    nodes = partition.tree.nodes
-    leaves = [leaf for leaf in partition.tree.leaves if len(nodes[leaf].categories) > 1]
+    leaves = divisible_leaves(partition, config)
     if not leaves:
         raise NothingToSplitError("every leaf serves one category; nothing is left to split")
-    cut = even_cut(partition, leaves, round_.separation)
+    cut = even_cut(partition, list(leaves), round_.separation)
     affinity_CC = profile_affinity(table, score)
     found = {}
-    for leaf in leaves:
-        categories = nodes[leaf].categories
+    for leaf, (categories, unrouted) in leaves.items():
         rows = torch.tensor([table.categories.index(c) for c in categories])
         affinity = affinity_CC[rows][:, rows].tolist()
         given = [[categories.index(c) for c in group] for group in given_groups(tree, categories)]
@@ -75,8 +73,27 @@ def choose_groups(
                 parts = _settled(parts, free, room, categories, trials)
             case _:
                 assert_never(config.grouping)
-        found[leaf] = [tuple(categories[i] for i in part) for part in parts]
+        found[leaf] = [*(tuple(categories[i] for i in part) for part in parts), *([unrouted] if unrouted else [])]
     return found
+
+
+def divisible_leaves(
+    partition: Partition, config: PartitionConfig
+) -> dict[int, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Return the leaves that can be divided, each with its categories that part there and those that stay unrouted."""
+    found = {}
+    for leaf in partition.tree.leaves:
+        categories = partition.tree.nodes[leaf].categories
+        routed = tuple(c for c in categories if is_routed([c], config))
+        unrouted = tuple(c for c in categories if c not in routed)
+        if len(routed) > 1 or (routed and unrouted):
+            found[leaf] = (routed, unrouted)
+    return found
+
+
+def is_routed(part: Sequence[str], config: PartitionConfig) -> bool:
+    """Say whether a group's categories get an expert."""
+    return not set(part) <= set(config.unrouted)
 
 
 def _most_alike(affinity: Sequence[Sequence[float]]) -> Pick:

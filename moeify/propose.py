@@ -5,6 +5,7 @@ exact assignments; a knapsack over all sites spends the round's separation where
 chosen width names the owners. Everything is deterministic in the reduced table, so every rank gets the same answer.
 
 Axes: U units of a site, L units that a leaf owns in it, B bins (the K children, then the leaf itself), C categories.
+Unrouted categories are a child without units.
 """
 
 import bisect
@@ -21,7 +22,7 @@ from moeify.assignment import assign
 from moeify.config import Partition as PartitionConfig
 from moeify.config import Round
 from moeify.given_tree import Nested, foreseen
-from moeify.grouping import Groups, choose_groups
+from moeify.grouping import Groups, choose_groups, is_routed
 from moeify.knapsack import Curve, cheapest
 from moeify.partition import Partition
 from moeify.trials import most_given
@@ -115,9 +116,9 @@ def _choices(
     tree: Nested | None,
 ) -> list[_Choice]:
     """Return what each expert width would cost, from the narrowest allowed to the widest there is room for."""
-    width, children = partition.widths[site][leaf], len(parts)
+    width, children = partition.widths[site][leaf], sum(is_routed(part, config) for part in parts)
     widest = most_given(partition, config, site, leaf) // children // config.multiple * config.multiple
-    need = max(_need(part, rounds[1:], config, tree) for part in parts)
+    need = max(_need(part, rounds[1:], config, tree) for part in parts if is_routed(part, config))
     if widest < need:
         raise ValueError(
             f"expert {partition.tree.nodes[leaf].name!r} owns {width} units of site {site!r}, too few for {children} "
@@ -127,7 +128,7 @@ def _choices(
     value_LB = _values(partition, table, score, site, leaf, parts)
     found = []
     for each in sorted({need, *range(max(need, config.multiple), widest + 1, config.multiple)}):
-        capacity = np.array([*[each] * children, width - each * children])
+        capacity = np.array([*[each * is_routed(part, config) for part in parts], width - each * children])
         owner_L = assign(value_LB, capacity).owner
         found.append(_Choice(each, owner_L, _residual(partition, table, weight_DU, site, leaf, parts, owner_L)))
     return found
@@ -185,7 +186,7 @@ def _spend(
     """Choose one width for each site and leaf so that the separation is reached, if there is room, at the least J."""
     asked = partition.surplus(separation)
     saved = {  # active units, added up over categories, that each choice spares
-        (site, leaf): [len(partition.tree.nodes[leaf].categories) * (len(groups[leaf]) - 1) * o.width for o in options]
+        (site, leaf): [_experts_spared(groups[leaf], config) * o.width for o in options]
         for (site, leaf), options in choices.items()
     }
     wanted = min(asked, sum(savings[-1] for savings in saved.values()))
@@ -199,6 +200,12 @@ def _spend(
         case "equal":
             picks = _same_share(partition, wanted, saved, choices)
     return {key: options[pick] for (key, options), pick in zip(choices.items(), picks, strict=True)}
+
+
+def _experts_spared(parts: Sequence[Sequence[str]], config: PartitionConfig) -> int:
+    """Return how many new experts a category does not run, added up over categories; an unrouted one runs none."""
+    routed = [is_routed(part, config) for part in parts]
+    return sum(len(part) * (sum(routed) - own) for part, own in zip(parts, routed, strict=True))
 
 
 def _same_share(

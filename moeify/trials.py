@@ -65,7 +65,7 @@ class Trials:
     def cost(self, parts: Sequence[Sequence[str]]) -> float:
         """Return J of giving each group an expert, nats per unit (token or example) over all data.
 
-        Categories of the leaf that are in no group keep to the units that the leaf keeps.
+        Categories of the leaf that are in no group, the unrouted ones, keep to the units that the leaf keeps.
         """
         members = tuple(sorted(tuple(sorted(self._categories.index(c) for c in part)) for part in parts))
         if members not in self._known:

@@ -202,3 +202,19 @@ def test_a_tree_with_strangers_is_refused_before_any_training() -> None:
     with pytest.raises(ValueError, match="tree: got 'z', which is no category of the data"):
         run(config, ToyTask(config), tracker=tracker)
     assert not tracker.events
+
+
+def test_an_unrouted_category_keeps_to_the_core_and_loses_nothing_when_experts_are_removed(tmp_path: Path) -> None:
+    partition = {"multiple": 2, "min_units": 2, "unrouted": ["b"]}
+    first, second = toy_config().rounds
+    config = toy_config(partition=partition, rounds=[first, second.model_copy(update={"separation": 0.35})])
+    result = run(config, ToyTask(config), store=FolderStore(tmp_path, 2))
+    (leaf,) = [child for child in result.tree["children"] if child["name"] == "b"]
+    assert leaf["units"] == 0
+    assert not leaf["children"]
+    total = 2 * 32
+    assert result.active_fraction["b"] == result.tree["units"] / total
+    assert result.active_fraction["b"] == min(result.active_fraction.values())
+    assert result.active_fraction["mean"] == pytest.approx(1 - 0.35, abs=0.03)
+    assert set(result.own_other["b"].values()) == {0.0}
+    assert all(other["b"] == 0.0 for other in result.own_other.values())

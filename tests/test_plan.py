@@ -70,3 +70,23 @@ def test_names_that_are_no_categories_are_all_told() -> None:
     with pytest.raises(ValueError, match=r"(?s)tree: got 'x'.*\ntree: got 'y'"):
         check_categories(toy_config(tree=[["a", "x"], ["b", "y"]]), NAMES[:4])
     check_categories(toy_config(tree=[["a", "x"], ["b", "y"]]), None)
+
+
+def test_unrouted_categories_count_in_what_can_be_reached() -> None:
+    """One category with an expert of .9 spares that to the three others."""
+    alone = {"unrouted": ["b", "c", "d"], "min_core": 0.1}
+    check_categories(toy_config(rounds=rounds((0.675, 2)), partition=alone), NAMES[:4])
+    with pytest.raises(ValueError, match=r"rounds.0.separation: got 0.68, at most 0.675"):
+        check_categories(toy_config(rounds=rounds((0.68, 2)), partition=alone), NAMES[:4])
+    # Two pairs of .45 each, and two that run neither: (4 x .45 + 2 x .9) / 6; then the pairs part: 4 x .225 / 6.
+    two = {"unrouted": ["e", "f"], "min_core": 0.1}
+    check_categories(toy_config(rounds=rounds((0.6, 2), (0.75, 2)), partition=two), NAMES[:6])
+    for steps, most in (((0.61, 2),), "0.600"), (((0.6, 2), (0.76, 2)), "0.750"):
+        with pytest.raises(ValueError, match=f"at most {most} can be reached"):
+            check_categories(toy_config(rounds=rounds(*steps), partition=two), NAMES[:6])
+
+
+def test_unrouted_names_must_be_categories_but_not_all_of_them() -> None:
+    for names, told in ((["a", "bb"], "partition.unrouted: got 'bb', which is no"), (list(NAMES[:4]), "got all cat")):
+        with pytest.raises(ValueError, match=told):
+            check_categories(toy_config(partition={"unrouted": names}), NAMES[:4])

@@ -216,6 +216,17 @@ def test_a_tree_is_read_told_about_and_written_back() -> None:
     assert line.startswith("tree: got 'on', which is no category of the data")
 
 
+def test_unrouted_categories_must_fit_the_rest() -> None:
+    partition = {"unrouted": ["0", "0", "1"], "min_core": 0.0}
+    assert problems(changed(partition=partition, tree=[["1", "2"], "3"])) == (
+        "partition.unrouted: got ['0', '0', '1'], wanted each category once",
+        "partition.unrouted: got '1', which tree gives an expert; name it in one of the two",
+        "partition.min_core: got 0, wanted more, since partition.unrouted categories have the core alone",
+    )
+    (line,) = problems(changed(partition={"unrouted": ["ten"]}))
+    assert line.startswith("partition.unrouted: got 'ten', which is no category of the data")
+
+
 # --- whatever is thrown at it ---------------------------------------------------------------------------
 
 PLAIN = st.recursive(
