@@ -212,6 +212,15 @@ class ResidualGrouping(Closed):
 Grouping = Annotated[AffinityGrouping | ResidualGrouping, Field(discriminator="kind")]
 
 
+class NullTest(Closed):
+    """Whether there is anything to split: an expert is divided only where that costs less J than with labels that are
+    permuted across rows (``moeify.null_test``). Costs one attribution pass a permutation."""
+
+    permutations: Annotated[int, Field(ge=3)] = 8
+    level: Fraction = 0.05
+    """Largest p-value of an expert that is divided."""
+
+
 class Partition(Closed):
     """How units find their owners."""
 
@@ -228,6 +237,8 @@ class Partition(Closed):
     unrouted: tuple[Name, ...] = ()
     """Categories that no expert is made for: from the first cut on they run on the core alone. In the tree they share a
     leaf without units below the core; their active fraction is the core's, and counts in separation like any other."""
+    null_test: NullTest | None = None
+    """``null`` divides whatever can be divided."""
     compensation: Compensation | None = Compensation()
     """``null`` cuts without correction."""
 
@@ -321,6 +332,7 @@ class RunConfig(Closed):
             *self._rounds_misfits(),
             *self._rows_misfits(),
             *self._unrouted_misfits(),
+            *self._null_test_misfits(),
         ]:
             raise ValueError("\n".join(misfits))
         return self
@@ -359,6 +371,13 @@ class RunConfig(Closed):
                 yield f"partition.unrouted: got {name!r}, which tree gives an expert; name it in one of the two"
         if unrouted and self.partition.min_core == 0.0:
             yield "partition.min_core: got 0, wanted more, since partition.unrouted categories have the core alone"
+
+    def _null_test_misfits(self) -> Iterator[str]:
+        if self.partition.null_test and self.attribution.settled:
+            yield (
+                f"attribution.settled: got {self.attribution.settled:g}, wanted null beside partition.null_test, "
+                f"whose passes must all measure the same rows"
+            )
 
     def _rows_misfits(self) -> Iterator[str]:
         for path, rows in (

@@ -6,7 +6,7 @@ the least J at an equal active budget; by J, categories then change places as lo
 deterministic in the table.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import combinations, islice
 from typing import assert_never
 
@@ -42,15 +42,20 @@ def choose_groups(
     round_: Round,
     score: Unsigned,
     tree: Nested | None = None,
+    only: Collection[int] | None = None,
 ) -> Groups:
     """Return leaf -> groups of its categories, for every leaf with several; unrouted ones make the last group.
 
     ``weights`` holds each site's output weights. What ``tree``, the recipe's, gives is taken as it is
-    (``moeify.given_tree``), balanced or not. Raises NothingToSplitError where every leaf serves one category.
+    (``moeify.given_tree``), balanced or not. ``only``: the leaves that may be divided, those that passed the null
+    test; ``None``: all. Raises NothingToSplitError where there is none.
     """
     leaves = divisible_leaves(partition, config)
     if not leaves:
         raise NothingToSplitError("every leaf serves one category; nothing is left to split")
+    leaves = {leaf: parts for leaf, parts in leaves.items() if only is None or leaf in only}
+    if not leaves:
+        raise NothingToSplitError("no leaf's split beats permuted labels; nothing is worth splitting")
     cut = even_cut(partition, list(leaves), round_.separation)
     affinity_CC = profile_affinity(table, score)
     found = {}

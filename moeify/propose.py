@@ -9,7 +9,7 @@ Unrouted categories are a child without units.
 """
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,15 +58,16 @@ def propose(
     rounds: Sequence[Round],
     score: Unsigned,
     tree: Nested | None = None,
+    only: Collection[int] | None = None,
 ) -> Proposal:
     """Choose the first of ``rounds`` to come: split every leaf that has several categories.
 
     ``rounds`` are this round and those after it, whose experts need room as well; ``weights`` holds each site's output
-    weights; ``tree`` is the recipe's. Where rounding to ``config.multiple`` leaves too little room for the round's
-    separation, the cut goes as far as there is room. Raises NothingToSplitError where every leaf serves one category,
-    ValueError where an expert has too few units for its children.
+    weights; ``tree`` is the recipe's; ``only`` are the leaves that may be split, ``None`` for all. Where rounding to
+    ``config.multiple`` leaves too little room for the round's separation, the cut goes as far as there is room. Raises
+    NothingToSplitError where no leaf can be split, ValueError where an expert has too few units for its children.
     """
-    groups = choose_groups(partition, table, weights, config, rounds[0], score, tree)
+    groups = choose_groups(partition, table, weights, config, rounds[0], score, tree, only)
     choices = {
         (site, leaf): _choices(partition, table, weights[site], config, rounds, score, site, leaf, parts, tree)
         for site in partition.widths

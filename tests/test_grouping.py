@@ -229,3 +229,11 @@ def test_what_is_given_below_is_not_used_before_its_round() -> None:
     second = choose_groups(first.partition, table, weights(table), AFFINITY, a_round(2, 0.4), "fisher", tree)
     assert second[1] == [("a", "b"), ("c",)]
     assert len(second[2]) == 2
+
+
+def test_only_the_leaves_that_passed_are_divided() -> None:
+    table = random_table(0, "abcd")
+    first = propose(whole(table), table, weights(table), AFFINITY, [a_round()], "fisher").partition
+    assert set(choose_groups(first, table, weights(table), AFFINITY, a_round(2, 0.4), "fisher", only={2})) == {2}
+    with pytest.raises(NothingToSplitError, match="permuted labels"):
+        choose_groups(first, table, weights(table), AFFINITY, a_round(2, 0.4), "fisher", only=set())

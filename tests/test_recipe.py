@@ -227,6 +227,17 @@ def test_unrouted_categories_must_fit_the_rest() -> None:
     assert line.startswith("partition.unrouted: got 'ten', which is no category of the data")
 
 
+def test_a_null_test_wants_all_rows_measured() -> None:
+    partition = {"null_test": {"permutations": 8}}
+    assert problems(changed(partition=partition, attribution={"settled": 0.9})) == (
+        "attribution.settled: got 0.9, wanted null beside partition.null_test, whose passes must all measure the same "
+        "rows",
+    )
+    assert parse_recipe(changed(partition=partition), where="my.yaml").partition.null_test is not None
+    (line,) = problems(changed(partition={"null_test": {"permutations": 2}}))
+    assert line == "partition.null_test.permutations: got 2, wanted a whole number >= 3"
+
+
 # --- whatever is thrown at it ---------------------------------------------------------------------------
 
 PLAIN = st.recursive(
