@@ -396,7 +396,7 @@ def test_values_that_are_not_finite_are_refused_with_site_and_category() -> None
 
 
 def test_several_draws_of_labels_give_the_mean_of_each() -> None:
-    network, rows = mlp(), mlp_rows(9, positions=2)
+    network, rows = mlp().eval(), mlp_rows(9, positions=2)
     drawn: list[Tensor] = []
 
     def watched(outputs: Tensor, seeds: Sequence[int]) -> Tensor:
