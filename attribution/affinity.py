@@ -3,7 +3,7 @@
 Axes: categories C, units U of all sites together, draws D.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import networkx as nx
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from attribution.agglomeration import agglomerate
 from attribution.table import AttributionTable, Score
 
 _ELEMENTS = 2**20
@@ -131,40 +132,23 @@ def group(matrix: Float[Tensor, "categories categories"], count: int, balanced: 
         raise ValueError(f"cannot make {count} groups of {number} categories; ask for 1 to {number}")
     room = -(-number // count) if balanced else number
     affinity = matrix.double().tolist()
-    groups = [[i] for i in range(number)]
-    # A way to finish: which of the final groups each group could end up in.
-    plan = _pack([1] * number, count, room)
-    while len(groups) > count:
-        assert plan is not None
-        pairs = sorted(
-            combinations(range(len(groups)), 2),
-            key=lambda pair: (-_linkage(affinity, groups[pair[0]], groups[pair[1]]), pair),
-        )
-        for i, j in pairs:
-            merged = [*groups[:i], groups[i] + groups[j], *groups[i + 1 : j], *groups[j + 1 :]]
-            new_plan = _pack([len(members) for members in merged], count, room)
-            if new_plan is None and plan[i] == plan[j]:
-                new_plan = plan[:j] + plan[j + 1 :]
-            if new_plan is not None:
-                groups, plan = merged, new_plan
-                break
-    return sorted(sorted(members) for members in groups)
+
+    def pick(groups: Sequence[Sequence[int]], allowed: Callable[[int, int], bool]) -> tuple[int, int]:
+        return next((i, j) for i, j in by_linkage(affinity, groups) if allowed(i, j))
+
+    return agglomerate([[i] for i in range(number)], count, room, pick)
+
+
+def by_linkage(affinity: Sequence[Sequence[float]], groups: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Return the pairs of groups, the highest mean affinity across first, of equals the first pair."""
+    return sorted(
+        combinations(range(len(groups)), 2),
+        key=lambda pair: (-_linkage(affinity, groups[pair[0]], groups[pair[1]]), pair),
+    )
 
 
 def _linkage(affinity: Sequence[Sequence[float]], one: Sequence[int], other: Sequence[int]) -> float:
     return sum(affinity[i][j] for i in one for j in other) / (len(one) * len(other))
-
-
-def _pack(sizes: Sequence[int], count: int, room: int) -> list[int] | None:
-    """Place groups of these sizes into ``count`` final ones of ``room`` (first fit, largest first), if it succeeds."""
-    left, places = [room] * count, [0] * len(sizes)
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        fitting = [place for place in range(count) if left[place] >= sizes[i]]
-        if not fitting:
-            return None
-        places[i] = fitting[0]
-        left[fitting[0]] -= sizes[i]
-    return places
 
 
 def _check(matrix: Tensor) -> None:

@@ -50,6 +50,7 @@ ESTIMATES: Mapping[str, Method] = {
     "fisher": Fisher("sampled"),
     "empirical": Fisher("true"),
     "report": TaylorFisher(),
+    "report8": TaylorFisher(samples=8),
     "integrated": IntegratedGradients(8),
     "conductance": Conductance(8),
     "influence": InternalInfluence(8),

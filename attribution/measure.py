@@ -69,18 +69,24 @@ def measure(
     batches: Iterable[Probe],
     *,
     seed: int = 0,
+    samples: int = 1,
     moments: Moments | None = None,
     stability: Stability | None = None,
 ) -> AttributionTable:
     """Measure ``subject`` on ``batches``; tables of shards add up to the table of the whole.
+
+    A batch costs a forward pass, a backward pass with true labels and, if the subject can sample, one more for each of
+    ``samples`` draws of labels, whose mean makes the Fisher information less noisy; no gradient is a parameter's.
 
     The reader of every site runs once a forward pass; all positions count as tokens, padding included. Everything adds
     up in float64 from products in float64 of what the network computed; second moments of a batch are matrix products
     in the activations' precision (half precision is widened to float32), for float32 a relative error of some 1e-7.
     Raises ValueError for sites, categories or values that make no sense, by name.
     """
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}; leave out the subject's 'sample' for none")
     table = _empty(subject, moments)
-    taps = [_Tap(site, subject.reader(site), table.sites[site.name]) for site in subject.sites]
+    taps = [_Tap(site, subject.reader(site), table.sites[site.name], samples) for site in subject.sites]
     watch = _Watch(stability) if stability else None
     with ExitStack() as stack:
         stack.enter_context(subject.still())
@@ -89,7 +95,7 @@ def measure(
                 stack.callback(tap.reader.register_forward_hook(tap.after).remove)
         for batch in batches:
             if len(batch.categories):
-                _one_batch(subject, batch, taps, table, seed)
+                _one_batch(subject, batch, taps, table, seed, samples)
             if watch and watch.settled(table):
                 break
     if not bool(table.rows.any()):
@@ -150,10 +156,11 @@ def _nothing(sums: SiteSums) -> SiteSums:
 class _Tap:
     """Reduces one site's activations and gradients to sums by category the moment they arrive."""
 
-    def __init__(self, site: Site, reader: nn.Module, sums: SiteSums) -> None:
+    def __init__(self, site: Site, reader: nn.Module, sums: SiteSums, samples: int) -> None:
         self.site = site
         self.reader = reader
         self.sums = sums
+        self.samples = samples
         self.begin([], 0)
 
     def begin(self, parts: Sequence[Segment], rows: int) -> None:
@@ -164,7 +171,9 @@ class _Tap:
         self.labels: Literal["sampled", "true"] = "true"
         self.arrived: set[str] = set()
         self._activation: Tensor | None = None
-        self._report_RU: Tensor | None = None
+        self._taylor_RU: Tensor | None = None
+        self._fisher_RU: Tensor | float = 0.0
+        self._drawn = 0
 
     def read(self, activation: Tensor) -> Tensor:
         """Take the reader's input, and listen to its gradient."""
@@ -219,11 +228,14 @@ class _Tap:
                 taylor_RU[some] = -z_rPU.sum(1)
                 absolute_RU[some] = z_rPU.abs_().sum(1)
         if self.labels == "sampled":
-            self._add(sums.fisher, squares_RU, sums.fisher_squares)
-            assert self._report_RU is not None
-            self._add(None, self._report_RU + squares_RU, sums.report_squares)
+            self._drawn += 1
+            self._fisher_RU = self._fisher_RU + squares_RU / self.samples
+            if self._drawn == self.samples:
+                assert self._taylor_RU is not None
+                self._add(sums.fisher, self._fisher_RU, sums.fisher_squares)
+                self._add(None, self._taylor_RU + self._fisher_RU, sums.report_squares)
             return
-        self._report_RU = taylor_RU
+        self._taylor_RU = taylor_RU
         self._add(sums.empirical, squares_RU, sums.empirical_squares)
         self._add(sums.taylor, taylor_RU, sums.taylor_squares)
         self._add(sums.absolute, absolute_RU, sums.absolute_squares)
@@ -236,7 +248,7 @@ class _Tap:
             terms = wide(gradient.detach()[part.where])
             if isinstance(self.reader, nn.Conv2d):
                 terms = terms.flatten(2).transpose(1, 2) / terms[0, 0].numel() ** 0.5
-            outputs.add(part.category, terms.reshape(-1, terms.shape[-1]))
+            outputs.add(part.category, terms.reshape(-1, terms.shape[-1]) / self.samples**0.5)
 
     def _add(
         self,
@@ -267,7 +279,9 @@ class _Tap:
             )
 
 
-def _one_batch(subject: Subject, batch: Probe, taps: Sequence[_Tap], table: AttributionTable, seed: int) -> None:
+def _one_batch(
+    subject: Subject, batch: Probe, taps: Sequence[_Tap], table: AttributionTable, seed: int, samples: int
+) -> None:
     """Run one batch through the taps and count it."""
     parts = segments(batch, subject.categories)
     for tap in taps:
@@ -284,9 +298,11 @@ def _one_batch(subject: Subject, batch: Probe, taps: Sequence[_Tap], table: Attr
     _backward(subject, outputs, batch.targets, taps, "true", last=subject.sample is None)
     if subject.sample is not None:
         seeds = [row_seed(seed, row) for row in batch.ids.tolist()]
-        with torch.no_grad():
-            sampled = subject.sample(outputs.detach(), seeds)
-        _backward(subject, outputs, sampled, taps, "sampled", last=True)
+        for number in range(samples):
+            with torch.no_grad():
+                sampled = subject.sample(outputs.detach(), seeds)
+            _backward(subject, outputs, sampled, taps, "sampled", last=number == samples - 1)
+            seeds = [row_seed(each, 1) for each in seeds]
     for part in parts:
         tokens = part.rows * taps[0].positions
         table.rows[part.category] += part.rows

@@ -52,8 +52,11 @@ class Fisher:
 
     labels: Literal["sampled", "true"]
     """``sampled``: from the model's own distribution."""
+    samples: int = 1
+    """Draws of labels, a backward pass each, that the mean is taken over; of sampled labels alone."""
 
     def __post_init__(self) -> None:
+        _check_count("samples", self.samples)
         if self.labels not in ("sampled", "true"):
             raise ValueError(f"labels must be 'sampled' or 'true', got {self.labels!r}")
 
@@ -65,6 +68,12 @@ class TaylorFisher:
     The expansion of LeCun, Denker and Solla 1989 (Optimal Brain Damage), of activations in place of weights, with the
     first order, which they drop, kept and the Fisher information for the Hessian.
     """
+
+    samples: int = 1
+    """Draws of labels, a backward pass each, that the mean is taken over: over few rows the noise of one draw shows."""
+
+    def __post_init__(self) -> None:
+        _check_count("samples", self.samples)
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class IntegratedGradients:
     """Nodes of the Gauss-Legendre rule, as Captum's default."""
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps)
+        _check_count("steps", self.steps)
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ class Conductance:
     """Steps along the input's path, between Captum's Gauss-Legendre nodes; they leave out its two ends."""
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps)
+        _check_count("steps", self.steps)
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,7 @@ class InternalInfluence:
     """Nodes of the Gauss-Legendre rule along the input's path; Captum has its weights in float32."""
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps)
+        _check_count("steps", self.steps)
 
 
 @dataclass(frozen=True)
@@ -191,16 +200,19 @@ def scores(method: Method, subject: Subject, batches: Sequence[Probe], *, seed: 
 def all_scores(
     methods: Sequence[Method], subject: Subject, batches: Sequence[Probe], *, seed: int = 0
 ) -> dict[Method, Scores]:
-    """Return the scores of several methods; those that ``measure`` knows share its pass.
+    """Return the scores of several methods; those that ``measure`` knows share its passes.
 
     ``batches`` are gone through again and again. ValueError where a method makes no sense for the network.
     """
-    table: AttributionTable | None = None
+    tables: dict[int, AttributionTable] = {}
     found: dict[Method, Scores] = {}
     for method in methods:
-        if table is None and isinstance(method, Taylor | Absolute | Fisher | TaylorFisher | ActivationRate | Wanda):
-            table = measure(subject, batches, seed=seed)
-        found[method] = _scores(method, subject, batches, table)
+        samples = method.samples if isinstance(method, Fisher | TaylorFisher) else 1
+        if isinstance(method, Taylor | Absolute | Fisher | TaylorFisher | ActivationRate | Wanda) and (
+            samples not in tables
+        ):
+            tables[samples] = measure(subject, batches, seed=seed, samples=samples)
+        found[method] = _scores(method, subject, batches, tables.get(samples))
     return found
 
 
@@ -317,6 +329,6 @@ def _along_the_activations(
     return total * reached["whole"].double()
 
 
-def _check_steps(steps: int) -> None:
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+def _check_count(what: str, count: int) -> None:
+    if count < 1:
+        raise ValueError(f"{what} must be at least 1, got {count}")

@@ -43,6 +43,8 @@ CORE = 1 / 3
 WIDTHS = ("equal", "best", "random")
 GUIDES = ("fisher", "absolute", "wanda", "magnitude")
 BLURS = (0.0, 0.25, 0.5, 0.75, 1.0)
+MEASURED = "(loss at once)"
+"""Beside the methods: the held-out loss right after the cut, measured and not foreseen."""
 SLOW = ("conductance", "influence", "integrated")
 
 
@@ -311,15 +313,15 @@ def cut_rows(cuts: Mapping[str, Sequence[Cuts]]) -> list[dict[str, Cell]]:
     """Return a line for each network and method: whole partitions."""
     rows: list[dict[str, Cell]] = []
     for name, found in cuts.items():
-        for method in found[0].predicted:
+        for method in (*found[0].predicted, MEASURED):
             rows.append({"network": name, "what": "partitions", "method": method})
+            foreseen = [c.immediate if method == MEASURED else c.predicted[method] for c in found]
             for label, third in (("", False), (" best third", True)):
-                each = [correlations(c.predicted[method], c.retrained, third) for c in found]
+                each = [correlations(p, c.retrained, third) for p, c in zip(foreseen, found, strict=True)]
                 rows[-1][f"retrained pearson{label}"] = interval([p for p, _ in each])
                 rows[-1][f"retrained spearman{label}"] = interval([s for _, s in each])
-            rows[-1]["at once pearson"] = interval(
-                [correlations(c.predicted[method], c.immediate, False)[0] for c in found]
-            )
+            at_once = [correlations(p, c.immediate, False)[0] for p, c in zip(foreseen, found, strict=True)]
+            rows[-1]["at once pearson"] = interval(at_once)
     return rows
 
 

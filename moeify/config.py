@@ -9,13 +9,32 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    WithJsonSchema,
+    model_validator,
+)
 
 from moeify.arms import Arm, Control, cut, twins
+from moeify.given_tree import Nested, names, read_tree
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 """A name that is also safe as one path component."""
+
+Tree = Annotated[
+    Nested,
+    BeforeValidator(read_tree),
+    WithJsonSchema(
+        {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 2}]}}
+    ),
+]
+"""Names of categories in nested lists; see ``moeify.given_tree``."""
 
 BuiltinSource = Literal["python", "prose", "c", "web"]
 
@@ -173,9 +192,41 @@ class Compensation(Closed):
     """Pull towards the weights before the cut, as a fraction of the mean second moment of a unit's activation."""
 
 
+class AffinityGrouping(Closed):
+    """Categories whose attribution profiles are most alike stay together; costs next to nothing."""
+
+    kind: Literal["affinity"]
+    balanced: bool = True
+    """Groups as equal in size as can be; ``false``: of any size."""
+
+
+class ResidualGrouping(Closed):
+    """Those categories stay together that lose the least J at an equal active budget (``moeify.grouping``)."""
+
+    kind: Literal["residual"]
+    balanced: bool = True
+    """Groups as equal in size as can be; ``false``: of any size."""
+    candidates: PositiveInt = 48
+    """Pairs of groups, those with the most alike profiles, of which each merge tries every one."""
+
+
+Grouping = Annotated[AffinityGrouping | ResidualGrouping, Field(discriminator="kind")]
+
+
+class NullTest(Closed):
+    """Whether there is anything to split: an expert is divided only where that costs less J than with labels that are
+    permuted across rows (``moeify.null_test``). Costs one attribution pass a permutation."""
+
+    permutations: Annotated[int, Field(ge=3)] = 8
+    level: Fraction = 0.05
+    """Largest p-value of an expert that is divided."""
+
+
 class Partition(Closed):
     """How units find their owners."""
 
+    grouping: Grouping = AffinityGrouping(kind="affinity")
+    """Which categories part and which stay together."""
     budget: Literal["knapsack", "equal"] = "knapsack"
     """How a round's separation is shared out over sites: by least rise of J, or the same everywhere."""
     multiple: PositiveInt = 8
@@ -184,6 +235,11 @@ class Partition(Closed):
     """Fewest units an expert owns in a site."""
     min_core: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Least fraction of a site that stays with the root, the shared core."""
+    unrouted: tuple[Name, ...] = ()
+    """Categories that no expert is made for: from the first cut on they run on the core alone. In the tree they share a
+    leaf without units below the core; their active fraction is the core's, and counts in separation like any other."""
+    null_test: NullTest | None = None
+    """``null`` divides whatever can be divided."""
     compensation: Compensation | None = Compensation()
     """``null`` cuts without correction."""
 
@@ -257,6 +313,10 @@ class RunConfig(Closed):
     training: Training
     attribution: Attribution = Attribution()
     partition: Partition = Partition()
+    tree: Tree | None = None
+    """The expert tree, or as much of it as is wanted, e.g. ``[[python, c], [prose, web]]``: each round makes the groups
+    of one more level, whatever its branching. Flat groups, and categories that are not named, are left to attribution.
+    ``null``: all is."""
     rounds: Annotated[tuple[Round, ...], Field(min_length=1)]
     controls: tuple[Control, ...] = ("random",)
     """What is trained beside the dense twin and the split model, on the same rows. ``random``: a split into the same
@@ -277,6 +337,8 @@ class RunConfig(Closed):
             *self._model_misfits(),
             *self._rounds_misfits(),
             *self._rows_misfits(),
+            *self._unrouted_misfits(),
+            *self._null_test_misfits(),
         ]:
             raise ValueError("\n".join(misfits))
         return self
@@ -310,6 +372,23 @@ class RunConfig(Closed):
         if any(b <= a for a, b in itertools.pairwise(separations)):
             yield f"rounds: got separation {separations}, wanted it to rise from round to round"
 
+    def _unrouted_misfits(self) -> Iterator[str]:
+        unrouted = self.partition.unrouted
+        if len(set(unrouted)) < len(unrouted):
+            yield f"partition.unrouted: got {list(unrouted)}, wanted each category once"
+        for name in names(self.tree or ()):
+            if name in unrouted:
+                yield f"partition.unrouted: got {name!r}, which tree gives an expert; name it in one of the two"
+        if unrouted and self.partition.min_core == 0.0:
+            yield "partition.min_core: got 0, wanted more, since partition.unrouted categories have the core alone"
+
+    def _null_test_misfits(self) -> Iterator[str]:
+        if self.partition.null_test and self.attribution.settled:
+            yield (
+                f"attribution.settled: got {self.attribution.settled:g}, wanted null beside partition.null_test, "
+                f"whose passes must all measure the same rows"
+            )
+
     def _rows_misfits(self) -> Iterator[str]:
         for path, rows in (
             ("training.rows", self.training.rows),
@@ -323,15 +402,15 @@ class RunConfig(Closed):
                 )
 
     @property
-    def category_count(self) -> int | None:
-        """How many categories the data has; None where only the data itself says."""
+    def category_names(self) -> tuple[str, ...] | None:
+        """The categories of the data; None where only the data itself says."""
         match self.data:
             case DigitsData():
-                return 10
+                return tuple(map(str, range(10)))
             case TextData(source=InstalledText(sources=sources)):
-                return len(sources)
+                return sources
             case TextData(source=TextFolders(categories=categories)):
-                return len(categories)
+                return tuple(categories)
             case _:
                 return None
 

@@ -10,17 +10,20 @@ the first cut, arms that are cut are one and the same as the dense twin, so that
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from attribution.measure import Moments, Stability, measure, strongest_category
 from attribution.subject import Subject
 from attribution.table import AttributionTable
 from moeify.arms import Arm
-from moeify.config import RunConfig
+from moeify.config import Round, RunConfig
 from moeify.evaluation import held_out_loss, own_other, summarize, tax
 from moeify.events import MemoryTracker, Tracker
-from moeify.plan import PlannedPhase, check_reachable, plan
-from moeify.propose import NothingToSplitError, Proposal, propose, shuffled
+from moeify.grouping import NothingToSplitError
+from moeify.null_test import Relabel, null_test
+from moeify.plan import PlannedPhase, check_categories, plan
+from moeify.propose import Proposal, propose, shuffled
 from moeify.report import Reporter
 from moeify.result import Result
 from moeify.split_model import SplitModel
@@ -44,7 +47,7 @@ def run(
 ) -> Result:
     """Run the recipe, from the store's newest checkpoint where there is one, and return what came out.
 
-    Raises ValueError, before any training, for separations that the rounds cannot reach.
+    Raises ValueError, before any training, for categories that the data lacks and separations out of reach.
     """
     return _Loop(config, task, world or Solo(), store or MemoryStore(), tracker or MemoryTracker()).run()
 
@@ -53,7 +56,7 @@ class _Loop:
     """One worker's view of a run."""
 
     def __init__(self, config: RunConfig, task: Task, world: World, store: Store, tracker: Tracker) -> None:
-        check_reachable(config, len(task.categories))
+        check_categories(config, task.categories)
         self.config = config
         self.task = task
         self.world = world
@@ -112,15 +115,15 @@ class _Loop:
         if self.config.attribution.settled:
             rows = [f"{int(each.rows.sum()):,}" for each in tables.values()]
             self.say.phase("attribute", phase.round, f"settled after {' rows, the control after '.join(rows)} rows")
-        self.say.phase("partition", phase.round)
         partition, rounds = self.config.partition, list(self.config.rounds[phase.round - 1 :])
         reached = split.partition.separation
         step = self.state.step_scale * (rounds[0].separation - reached)
         rounds[0] = rounds[0].model_copy(update={"separation": reached + step})
+        passed = self._null_test(split, table, phase.round, rounds[0])
+        self.say.phase("partition", phase.round)
+        score, tree = self.config.attribution.score, self.config.tree
         try:
-            proposal = propose(
-                split.partition, table, split.output_weights, partition, rounds, self.config.attribution.score
-            )
+            proposal = propose(split.partition, table, split.output_weights, partition, rounds, score, tree, passed)
         except NothingToSplitError as reason:
             return self.say.phase("partition", phase.round, str(reason))
         cuts, blind = {"split": proposal}, None
@@ -137,6 +140,16 @@ class _Loop:
         self.say.cut(phase.round, proposal, table)
         self._evaluate(phase, "after_cut", self.config.cut_arms)
         return None
+
+    def _null_test(self, model: SplitModel, table: AttributionTable, number: int, round_: Round) -> set[int] | None:
+        """Return the leaves whose split beats those of permuted labels; None where the recipe does not ask."""
+        if not (asked := self.config.partition.null_test):
+            return None
+        measure = partial(self._measure, model, number)
+        weights = model.output_weights
+        found = null_test(model.partition, table, weights, self.config, round_, asked.permutations, measure, number)
+        self.say.phase("attribute", number, "; ".join(map(str, found.values())))
+        return {leaf for leaf, verdict in found.items() if verdict.p <= asked.level}
 
     def _apply(self, contestant: Contestant, proposal: Proposal, table: AttributionTable) -> None:
         """Correct the kept output weights, put the units into tree order and route by the new partition."""
@@ -177,10 +190,10 @@ class _Loop:
             self.task, split.partition, self.state.rounds, losses, wounded, self.config.training.steps, seconds
         )
 
-    def _measure(self, model: SplitModel, round_: int) -> AttributionTable:
+    def _measure(self, model: SplitModel, round_: int, relabel: Relabel = iter) -> AttributionTable:
         """Return the attribution of every unit to every category, of all workers' rows together."""
         asked = self.config.attribution
-        batches = self.task.probe_batches(round_, asked.rows, asked.rows_at_once)
+        batches = relabel(self.task.probe_batches(round_, asked.rows, asked.rows_at_once))
         # In the model's own order, so that it moves no row: what is seen inside belongs to the row of the same place.
         ordered = (batch.take(model.order(batch.categories)) for batch in batches)
         mine = (batch.shard(self.world.rank, self.world.size) for batch in ordered)

@@ -5,6 +5,7 @@ from them and can never disagree.
 """
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,13 @@ class Partition:
     def active_units(self, category: str) -> int:
         """Return how many units of all sites lie on a category's route."""
         return sum(widths[node] for widths in self.widths.values() for node in self.tree.route(category))
+
+    def surplus(self, separation: float) -> int:
+        """Return how many active units, added up over categories, are too many for a separation; below 0: too few."""
+        categories = self.tree.categories
+        total = len(categories) * sum(sum(widths) for widths in self.widths.values())
+        active = sum(self.active_units(category) for category in categories)
+        return math.ceil(active - (1.0 - separation) * total - 1e-9)
 
     @property
     def active_fraction(self) -> dict[str, float]:

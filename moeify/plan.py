@@ -1,9 +1,11 @@
 """The run as a flat list of phases. A checkpoint lies between any two, so a resumed run just goes on down the list."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from moeify.config import RunConfig
+from moeify.given_tree import foreseen, names, strangers
 
 Kind = Literal["train", "cut", "recover", "judge", "finish"]
 
@@ -37,30 +39,50 @@ def training_work(config: RunConfig) -> int:
     return len(config.twins) * steps + len(config.cut_arms) * (steps - config.rounds[0].train)
 
 
-def check_reachable(config: RunConfig, categories: int | None) -> None:
-    """Raise ValueError for a round whose separation its experts have no room for; pass where categories are unknown.
+def check_categories(config: RunConfig, categories: Sequence[str] | None) -> None:
+    """Raise ValueError where the recipe does not fit the data's categories; pass where they are unknown.
 
-    Counts in fractions of a site with groups of equal size and every expert as wide as its siblings; the cut itself
-    counts in whole units.
+    A line for each name that is none of them, or else one for a round whose separation its experts have no room for.
     """
     if categories is None:
         return
+    unrouted = config.partition.unrouted
+    problems = [
+        *strangers("tree", names(config.tree or ()), categories),
+        *strangers("partition.unrouted", unrouted, categories),
+    ]
+    if not set(categories) - set(unrouted):
+        problems.append("partition.unrouted: got all categories, wanted at least one left for an expert of its own")
+    if problems:
+        raise ValueError("\n".join(problems))
+    _check_reachable(config, [category for category in categories if category not in unrouted], len(unrouted))
+
+
+def _check_reachable(config: RunConfig, routed: Sequence[str], unrouted: int) -> None:
+    """Raise ValueError for a round whose separation its experts have no room for.
+
+    Counts in fractions of a site with the groups to expect and every expert as wide as its siblings; the cut itself
+    counts in whole units.
+    """
+    number = len(routed) + unrouted
     reached = 0.0
-    leaves = [(categories, 1.0 - config.partition.min_core)]  # categories of the leaf, fraction of units it may give
-    for number, round_ in enumerate(config.rounds, start=1):
-        parts = [(size, width, min(round_.branching, size)) for size, width in leaves]
-        most = reached + sum(size * (k - 1) * width / k for size, width, k in parts) / categories
+    leaves = [(tuple(routed), 1.0 - config.partition.min_core)]  # what a leaf serves, fraction of units it may give
+    for place, round_ in enumerate(config.rounds):
+        splits = [(foreseen(config.tree, serves, round_.branching), room) for serves, room in leaves]
+        alone = unrouted if place == 0 else 0  # they leave the routed at the first cut, and spare every expert
+        spared = [
+            (sum(map(len, parts)) * (len(parts) - 1) + alone * len(parts)) / number for parts, _ in splits
+        ]  # by a unit of the experts' width
+        most = reached + sum(each * room / len(parts) for each, (parts, room) in zip(spared, splits, strict=True))
         if round_.separation > most + 1e-9:
             raise ValueError(
-                f"rounds.{number - 1}.separation: got {round_.separation}, at most {most:.3f} can be reached there; "
+                f"rounds.{place}.separation: got {round_.separation}, at most {most:.3f} can be reached there; "
                 f"lower it, raise the separation of the round before, or lower partition.min_core"
             )
-        saved = round_.separation - reached
-        per_width = sum(size * (k - 1) for size, _, k in parts) / categories
-        width = saved / per_width if per_width else 0.0
+        width = (round_.separation - reached) / sum(spared) if sum(spared) else 0.0
         leaves = [
-            (share, min(width, room / k) if k > 1 else room)
-            for size, room, k in parts
-            for share in (size // k + (i < size % k) for i in range(k))
+            (part, min(width, room / len(parts)) if len(parts) > 1 or alone else room)
+            for parts, room in splits
+            for part in parts
         ]
         reached = round_.separation

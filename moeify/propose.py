@@ -1,15 +1,15 @@
 """From attribution to a cut: which categories part, how wide each expert is in each site, which unit goes where.
 
-For each leaf with several categories: group them by affinity; for each site the curve J(expert width) from exact
-assignments; a knapsack over all sites spends the round's separation where it costs least; the assignment at the
+For each leaf with several categories: group them (``moeify.grouping``); for each site the curve J(expert width) from
+exact assignments; a knapsack over all sites spends the round's separation where it costs least; the assignment at the
 chosen width names the owners. Everything is deterministic in the reduced table, so every rank gets the same answer.
 
 Axes: U units of a site, L units that a leaf owns in it, B bins (the K children, then the leaf itself), C categories.
+Unrouted categories are a child without units.
 """
 
 import bisect
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,20 +17,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attribution.affinity import group, profile_affinity
 from attribution.table import AttributionTable, Unsigned
 from moeify.assignment import assign
 from moeify.config import Partition as PartitionConfig
 from moeify.config import Round
+from moeify.given_tree import Nested, foreseen
+from moeify.grouping import Groups, choose_groups, is_routed
 from moeify.knapsack import Curve, cheapest
 from moeify.partition import Partition
-
-Groups = Mapping[int, Sequence[tuple[str, ...]]]
-"""Leaf (its index in the tree) -> the groups of categories that part."""
-
-
-class NothingToSplitError(ValueError):
-    """No leaf is left that could be divided further."""
+from moeify.trials import most_given
 
 
 @dataclass(frozen=True)
@@ -62,17 +57,19 @@ def propose(
     config: PartitionConfig,
     rounds: Sequence[Round],
     score: Unsigned,
+    tree: Nested | None = None,
+    only: Collection[int] | None = None,
 ) -> Proposal:
     """Choose the first of ``rounds`` to come: split every leaf that has several categories.
 
     ``rounds`` are this round and those after it, whose experts need room as well; ``weights`` holds each site's output
-    weights. Where rounding to ``config.multiple`` leaves too little room for the round's separation, the cut goes as
-    far as there is room. Raises NothingToSplitError where every leaf serves one category, ValueError where an expert
-    has too few units for its children.
+    weights; ``tree`` is the recipe's; ``only`` are the leaves that may be split, ``None`` for all. Where rounding to
+    ``config.multiple`` leaves too little room for the round's separation, the cut goes as far as there is room. Raises
+    NothingToSplitError where no leaf can be split, ValueError where an expert has too few units for its children.
     """
-    groups = choose_groups(partition, table, rounds[0].branching, score)
+    groups = choose_groups(partition, table, weights, config, rounds[0], score, tree, only)
     choices = {
-        (site, leaf): _choices(partition, table, weights[site], config, rounds, score, site, leaf, parts)
+        (site, leaf): _choices(partition, table, weights[site], config, rounds, score, site, leaf, parts, tree)
         for site in partition.widths
         for leaf, parts in groups.items()
     }
@@ -107,22 +104,6 @@ def shuffled(
     return _proposal(partition, proposal.groups, owners, predicted)
 
 
-def choose_groups(partition: Partition, table: AttributionTable, branching: int, score: Unsigned) -> Groups:
-    """Return leaf -> groups of its categories: those whose attribution profiles agree most stay together."""
-    tree = partition.tree
-    affinity_CC = profile_affinity(table, score)
-    found = {}
-    for leaf in tree.leaves:
-        categories = tree.nodes[leaf].categories
-        if len(categories) > 1:
-            rows = torch.tensor([table.categories.index(c) for c in categories])
-            parts = group(affinity_CC[rows][:, rows], min(branching, len(categories)), balanced=True)
-            found[leaf] = [tuple(categories[i] for i in part) for part in parts]
-    if not found:
-        raise NothingToSplitError("every leaf serves one category; nothing is left to split")
-    return found
-
-
 def _choices(
     partition: Partition,
     table: AttributionTable,
@@ -133,12 +114,12 @@ def _choices(
     site: str,
     leaf: int,
     parts: Sequence[Sequence[str]],
+    tree: Nested | None,
 ) -> list[_Choice]:
     """Return what each expert width would cost, from the narrowest allowed to the widest there is room for."""
-    width, children = partition.widths[site][leaf], len(parts)
-    kept_back = math.ceil(config.min_core * width) if leaf == 0 else 0
-    widest = (width - kept_back) // children // config.multiple * config.multiple
-    need = max(_need(len(part), rounds[1:], config) for part in parts)
+    width, children = partition.widths[site][leaf], sum(is_routed(part, config) for part in parts)
+    widest = most_given(partition, config, site, leaf) // children // config.multiple * config.multiple
+    need = max(_need(part, rounds[1:], config, tree) for part in parts if is_routed(part, config))
     if widest < need:
         raise ValueError(
             f"expert {partition.tree.nodes[leaf].name!r} owns {width} units of site {site!r}, too few for {children} "
@@ -148,17 +129,17 @@ def _choices(
     value_LB = _values(partition, table, score, site, leaf, parts)
     found = []
     for each in sorted({need, *range(max(need, config.multiple), widest + 1, config.multiple)}):
-        capacity = np.array([*[each] * children, width - each * children])
+        capacity = np.array([*[each * is_routed(part, config) for part in parts], width - each * children])
         owner_L = assign(value_LB, capacity).owner
         found.append(_Choice(each, owner_L, _residual(partition, table, weight_DU, site, leaf, parts, owner_L)))
     return found
 
 
-def _need(categories: int, later: Sequence[Round], config: PartitionConfig) -> int:
-    """Return the fewest units an expert of so many categories needs, its own later children included."""
-    if categories > 1 and later:
-        children = min(later[0].branching, categories)
-        return children * _need(-(-categories // children), later[1:], config)
+def _need(categories: Sequence[str], later: Sequence[Round], config: PartitionConfig, tree: Nested | None) -> int:
+    """Return the fewest units an expert of these categories needs, its own later children included."""
+    if len(categories) > 1 and later:
+        children = foreseen(tree, categories, later[0].branching)
+        return len(children) * max(_need(child, later[1:], config, tree) for child in children)
     return -(-config.min_units // config.multiple) * config.multiple
 
 
@@ -204,12 +185,9 @@ def _spend(
     choices: Mapping[tuple[str, int], list[_Choice]],
 ) -> dict[tuple[str, int], _Choice]:
     """Choose one width for each site and leaf so that the separation is reached, if there is room, at the least J."""
-    categories = partition.tree.categories
-    total = len(categories) * sum(partition.units(site) for site in partition.widths)
-    active = sum(partition.active_units(category) for category in categories)
-    asked = math.ceil(active - (1.0 - separation) * total - 1e-9)
+    asked = partition.surplus(separation)
     saved = {  # active units, added up over categories, that each choice spares
-        (site, leaf): [len(partition.tree.nodes[leaf].categories) * (len(groups[leaf]) - 1) * o.width for o in options]
+        (site, leaf): [_experts_spared(groups[leaf], config) * o.width for o in options]
         for (site, leaf), options in choices.items()
     }
     wanted = min(asked, sum(savings[-1] for savings in saved.values()))
@@ -223,6 +201,12 @@ def _spend(
         case "equal":
             picks = _same_share(partition, wanted, saved, choices)
     return {key: options[pick] for (key, options), pick in zip(choices.items(), picks, strict=True)}
+
+
+def _experts_spared(parts: Sequence[Sequence[str]], config: PartitionConfig) -> int:
+    """Return how many new experts a category does not run, added up over categories; an unrouted one runs none."""
+    routed = [is_routed(part, config) for part in parts]
+    return sum(len(part) * (sum(routed) - own) for part, own in zip(parts, routed, strict=True))
 
 
 def _same_share(

@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from moeify import strict_yaml
 from moeify.config import RunConfig
-from moeify.plan import check_reachable
+from moeify.plan import check_categories
 
 _LARGEST = 1_000_000
 """Bytes of a recipe."""
@@ -70,11 +70,11 @@ def parse_recipe(text: str, *, where: str) -> RunConfig:
     try:
         config = _validate(data)
     except ValidationError as error:
-        raise RecipeError(where, list(_problems(data, error))) from None
+        raise RecipeError(where, list(dict.fromkeys(_problems(data, error)))) from None
     try:
-        check_reachable(config, config.category_count)
+        check_categories(config, config.category_names)
     except ValueError as error:
-        raise RecipeError(where, [str(error)]) from None
+        raise RecipeError(where, str(error).split("\n")) from None
     return config
 
 
@@ -131,7 +131,8 @@ def _lines(data: dict[str, Any], detail: ErrorDetails) -> Iterator[str]:
     match detail["type"]:
         case "value_error":  # our own validators, which know best; one line for each thing they found
             for message in str(detail["ctx"]["error"]).split("\n"):
-                yield f"{place.path}.{message}" if place.path else message
+                dot = "." if place.path and message[0] not in ":[" else ""
+                yield f"{place.path}{dot}{message}"
         case "union_tag_invalid" | "union_tag_not_found":
             kinds = list(place.node["discriminator"]["mapping"])
             given = _look_up(data, [*place.keys, "kind"])

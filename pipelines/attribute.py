@@ -20,6 +20,7 @@ from attribution.edges import measure_edges
 from attribution.gradients import measure_gradients
 from attribution.graph import EveryEdge, UnitGraph
 from attribution.measure import measure, strongest_category
+from attribution.subject import Rows
 from attribution.table import AttributionTable, Unsigned
 from moeify.families import HEADS, entries
 from moeify.subjects import Probed
@@ -29,6 +30,8 @@ Say = Callable[[str], None]
 Matrix = Float64[Tensor, "categories categories"]
 
 TABLE, PARQUET, PICTURE = "attribution.safetensors", "attribution.parquet", "attribution.png"
+SAMPLES = 8
+"""Draws of labels for the Fisher information: what is read by people is worth being less noisy."""
 AFFINITY, EDGES, AGREEMENT = "affinity.graphml", "edges.graphml", "agreement.json"
 
 
@@ -40,8 +43,8 @@ class Found:
     score: Unsigned
     affinity: Matrix
     """Of the categories' attribution profiles."""
-    cosines: Matrix | None
-    """Of the categories' gradients; None where they cannot be told from noise."""
+    cosines: Matrix | str
+    """Of the categories' gradients; why not, where they cannot be told from noise."""
     agreement: Comparison | None
 
 
@@ -50,10 +53,11 @@ def attribute(
 ) -> Found:
     """Measure every unit against every category, write what was found to ``out``, and return it.
 
-    ``removed``: the share of a site's units in the sets that ``agreement`` tries.
+    ``removed``: the share of a site's units in the sets that ``agreement`` tries, on a few of the rows, since exact
+    ablation takes a forward pass a unit.
     """
     say("measuring")
-    table = measure(probed.subject, probed.batches, seed=seed)
+    table = measure(probed.subject, probed.batches, seed=seed, samples=SAMPLES)
     out.mkdir(parents=True, exist_ok=True)
     files.save(table, out / TABLE)
     files.to_parquet(table, out / PARQUET)
@@ -67,18 +71,32 @@ def attribute(
     (out / EDGES).write_text(edge_graph(probed, table).graphml(), encoding="utf-8")
     found = None
     if agreement:
-        found = compare(probed.subject, probed.batches, values=("zero", "mean"), removed=removed, seed=seed, said=say)
+        few = _few(probed.batches, len(table.categories))
+        found = compare(probed.subject, few, values=("zero", "mean"), removed=removed, seed=seed, said=say)
         (out / AGREEMENT).write_text(json.dumps(as_json(found), indent=1), encoding="utf-8")
     return Found(table, score, affinity, cosines, found)
 
 
-def _gradient_cosines(probed: Probed, seed: int, graph: nx.Graph) -> Matrix | None:
-    """Return the cosines of the categories' gradients, and put them on the graph with their interval."""
+def _few(batches: Sequence[Rows], categories: int) -> list[Rows]:
+    """Return the first batches, as many as it takes to have two rows of every category, or all."""
+    counts = torch.zeros(categories, dtype=torch.int64)
+    for number, batch in enumerate(batches, 1):
+        counts += torch.bincount(batch.categories, minlength=categories)
+        if bool((counts >= 2).all()):
+            return list(batches[:number])
+    return list(batches)
+
+
+def _gradient_cosines(probed: Probed, seed: int, graph: nx.Graph) -> Matrix | str:
+    """Return the cosines of the categories' gradients, and put them on the graph with their interval.
+
+    Over few rows, or at the end of training, a gradient may be all noise; then the reason is returned.
+    """
     try:
         sketch = measure_gradients(probed.subject, probed.batches, seed=seed)
         cosines, ends = sketch.cosines(), sketch.interval()
-    except ValueError:  # Too few rows to tell a gradient from noise: nothing to say of it.
-        return None
+    except ValueError as error:
+        return str(error)
     names = list(probed.subject.categories)
     for one, other, facts in graph.edges(data=True):
         at = names.index(one), names.index(other)
@@ -134,7 +152,7 @@ def summary(found: Found) -> dict[str, Any]:
             for site, sums in table.sites.items()
         },
         "affinity": found.affinity.tolist(),
-        "gradient_cosines": None if found.cosines is None else found.cosines.tolist(),
+        "gradient_cosines": None if isinstance(found.cosines, str) else found.cosines.tolist(),
         "agreement": None if found.agreement is None else as_json(found.agreement),
     }
 
@@ -160,7 +178,9 @@ def print_found(title: str, found: Found, unit: str, stream: TextIO) -> None:
             console.print(f"units {what}: {told}", style="yellow")
     title = f"Affinity of the categories' units ({found.score}; 1: the same, 0: chance)"
     _print_matrix(console, title, found.affinity, table.categories)
-    if found.cosines is not None:
+    if isinstance(found.cosines, str):
+        console.print(f"No cosines of gradients: {found.cosines}", style="dim")
+    else:
         _print_matrix(console, "Cosine of the categories' gradients", found.cosines, table.categories)
     if found.agreement:
         _print_agreement(console, found.agreement)
@@ -205,10 +225,11 @@ def _print_agreement(console: Console, found: Comparison) -> None:
                 f"{found.costs[method]:.1f}",
             )
         console.print(grid)
-        console.print(f"{len(sites)} sites, {min(counts):,} to {max(counts):,} {of} each", style="dim")
+        each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
+        console.print(f"{len(sites)} sites, {each} {of} each", style="dim")
     console.print(
-        f"±: 95 % bootstrap interval; lowest, highest: of the sites; top 10 %: of the strongest tenth, the share\n"
-        f"found; true/predicted: 1 where calibrated; cost: in forward passes of the same rows\n"
+        f"±: 95 % bootstrap interval; lowest, highest: of the sites; top 10 %: of the strongest tenth, the share "
+        f"found; true/predicted: 1 where calibrated; cost: in forward passes of the same rows "
         f"(exact ablation of single units {found.costs['ablation']:,.0f})",
         style="dim",
     )

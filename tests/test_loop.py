@@ -239,3 +239,35 @@ def test_measuring_stops_when_the_strongest_categories_are_settled() -> None:
     assert len(notes) == 2
     rows = [int(word) for word in re.findall(r"\d+", notes[0].replace(",", ""))]
     assert all(16 * 4 * 3 <= count < 1600 for count in rows)
+
+
+def test_a_given_tree_is_followed_and_what_it_leaves_open_is_divided() -> None:
+    config = toy_config(tree=[["a", "d"], ["b", "c"]])
+    result = run(config, ToyTask(config))
+    assert [child["name"] for child in result.tree["children"]] == ["a+d", "b+c"]
+    assert [len(child["children"]) for child in result.tree["children"]] == [2, 2]
+    partial = toy_config(tree=[["a", "d"]])
+    assert "a+d" in [child["name"] for child in run(partial, ToyTask(partial)).tree["children"]]
+
+
+def test_a_tree_with_strangers_is_refused_before_any_training() -> None:
+    config, tracker = toy_config(tree=[["a", "z"], ["b", "c"]]), MemoryTracker()
+    with pytest.raises(ValueError, match="tree: got 'z', which is no category of the data"):
+        run(config, ToyTask(config), tracker=tracker)
+    assert not tracker.events
+
+
+def test_an_unrouted_category_keeps_to_the_core_and_loses_nothing_when_experts_are_removed(tmp_path: Path) -> None:
+    partition = {"multiple": 2, "min_units": 2, "unrouted": ["b"]}
+    first, second = toy_config().rounds
+    config = toy_config(partition=partition, rounds=[first, second.model_copy(update={"separation": 0.35})])
+    result = run(config, ToyTask(config), store=FolderStore(tmp_path, 2))
+    (leaf,) = [child for child in result.tree["children"] if child["name"] == "b"]
+    assert leaf["units"] == 0
+    assert not leaf["children"]
+    total = 2 * 32
+    assert result.active_fraction["b"] == result.tree["units"] / total
+    assert result.active_fraction["b"] == min(result.active_fraction.values())
+    assert result.active_fraction["mean"] == pytest.approx(1 - 0.35, abs=0.03)
+    assert set(result.own_other["b"].values()) == {0.0}
+    assert all(other["b"] == 0.0 for other in result.own_other.values())

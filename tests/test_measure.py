@@ -393,3 +393,39 @@ def test_values_that_are_not_finite_are_refused_with_site_and_category() -> None
 
     with pytest.raises(ValueError, match="site 'first' has a NaN or infinite gradient on category 'c'"):
         measured(lambda x, _: network(x), network, MLP_SITES, [rows], broken, sample, NAMES)
+
+
+def test_several_draws_of_labels_give_the_mean_of_each() -> None:
+    network, rows = mlp().eval(), mlp_rows(9, positions=2)
+    drawn: list[Tensor] = []
+
+    def watched(outputs: Tensor, seeds: Sequence[int]) -> Tensor:
+        drawn.append(sample(outputs, seeds))
+        return drawn[-1]
+
+    asked = Subject(network, tuple(MLP_SITES), NAMES, nats, watched)
+    found = measure(asked, [rows], seed=3, samples=3, moments=Moments())
+    assert len(drawn) == 3
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], sample(network(rows.inputs), [row_seed(3, row) for row in rows.ids.tolist()]))
+
+    def alone(row: int, labels: Tensor) -> AttributionTable:
+        some = slice(row, row + 1)
+        subject = Subject(network, asked.sites, NAMES, nats, lambda _, __: labels[some])
+        return measure(subject, [rows.take(some)], moments=Moments())
+
+    tables = [[alone(row, labels) for row in range(9)] for labels in drawn]
+    for site in ("first", "second"):
+        fisher_RUC = torch.stack([torch.stack([t.sites[site].fisher for t in each]) for each in tables]).mean(0)
+        taylor_RUC = torch.stack([t.sites[site].taylor for t in tables[0]])
+        sums = found.sites[site]
+        torch.testing.assert_close(sums.fisher, fisher_RUC.sum(0), rtol=1e-12, atol=0)
+        torch.testing.assert_close(sums.fisher_squares, fisher_RUC.square().sum(0), rtol=1e-12, atol=0)
+        report_RUC = taylor_RUC + fisher_RUC
+        torch.testing.assert_close(sums.report_squares, report_RUC.square().sum(0), rtol=1e-12, atol=1e-15)
+        (curvature,) = sums.outputs.tensors() if sums.outputs else ()
+        by_row = [[t.sites[site].outputs for t in each] for each in tables]
+        alone_RCDD = torch.stack([torch.stack([m.tensors()[0] for m in each if m]) for each in by_row]).mean(0)
+        torch.testing.assert_close(curvature, alone_RCDD.sum(0), rtol=1e-12, atol=1e-15)
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+        measure(asked, [rows], samples=0)

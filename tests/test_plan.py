@@ -1,7 +1,9 @@
 import pytest
 
-from moeify.plan import check_reachable, plan, training_work
+from moeify.plan import check_categories, plan, training_work
 from tests.toy import toy_config
+
+NAMES = tuple("abcdefghij")
 
 
 def test_the_plan_lists_every_phase_once_and_ends_with_all_steps() -> None:
@@ -38,7 +40,7 @@ def rounds(*steps: tuple[float, int]) -> list[dict[str, float]]:
     ],
 )
 def test_separations_within_reach_pass(steps: list[tuple[float, int]], categories: int) -> None:
-    check_reachable(toy_config(rounds=rounds(*steps), partition={"min_core": 0.1}), categories)
+    check_categories(toy_config(rounds=rounds(*steps), partition={"min_core": 0.1}), NAMES[:categories])
 
 
 @pytest.mark.parametrize(
@@ -46,9 +48,47 @@ def test_separations_within_reach_pass(steps: list[tuple[float, int]], categorie
 )
 def test_separations_out_of_reach_say_what_can_be_reached(steps: list[tuple[float, int]], most: str) -> None:
     with pytest.raises(ValueError, match=f"at most {most} can be reached"):
-        check_reachable(toy_config(rounds=rounds(*steps), partition={"min_core": 0.1}), 4)
+        check_categories(toy_config(rounds=rounds(*steps), partition={"min_core": 0.1}), NAMES[:4])
 
 
 def test_a_round_with_nothing_left_to_split_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rounds.1.separation: got 0.6, at most 0.500"):
-        check_reachable(toy_config(rounds=rounds((0.5, 4), (0.6, 2))), 4)
+        check_categories(toy_config(rounds=rounds((0.5, 4), (0.6, 2))), NAMES[:4])
+
+
+def test_given_groups_count_in_what_can_be_reached() -> None:
+    """Of ten categories nine stay together, so only the tenth's children are without grandchildren."""
+    tree = [["a", "b", "c", "d", "e", "f", "g", "h", "i"], "j"]
+    config = toy_config(rounds=rounds((0.1, 2), (0.5, 2)), tree=tree, partition={"min_core": 0.0})
+    with pytest.raises(ValueError, match=r"rounds.1.separation: got 0.5, at most 0.145"):
+        check_categories(config, NAMES)  # .1 + 9 x .05 / 10
+    k_way = toy_config(rounds=rounds((0.675, 2)), tree=[["a", "b"], ["c", "d"], ["e", "f"], ["g", "h"]])
+    check_categories(k_way, NAMES[:8])  # four given groups although two were asked for
+    with pytest.raises(ValueError, match=r"rounds.0.separation: got 0.675, at most 0.450"):
+        check_categories(toy_config(rounds=rounds((0.675, 2))), NAMES[:8])
+
+
+def test_names_that_are_no_categories_are_all_told() -> None:
+    with pytest.raises(ValueError, match=r"(?s)tree: got 'x'.*\ntree: got 'y'"):
+        check_categories(toy_config(tree=[["a", "x"], ["b", "y"]]), NAMES[:4])
+    check_categories(toy_config(tree=[["a", "x"], ["b", "y"]]), None)
+
+
+def test_unrouted_categories_count_in_what_can_be_reached() -> None:
+    """One category with an expert of .9 spares that to the three others."""
+    alone = {"unrouted": ["b", "c", "d"], "min_core": 0.1}
+    check_categories(toy_config(rounds=rounds((0.675, 2)), partition=alone), NAMES[:4])
+    with pytest.raises(ValueError, match=r"rounds.0.separation: got 0.68, at most 0.675"):
+        check_categories(toy_config(rounds=rounds((0.68, 2)), partition=alone), NAMES[:4])
+    # Two pairs of .45 each, and two that run neither: (4 x .45 + 2 x .9) / 6; then the pairs part: 4 x .225 / 6.
+    two = {"unrouted": ["e", "f"], "min_core": 0.1}
+    check_categories(toy_config(rounds=rounds((0.6, 2), (0.75, 2)), partition=two), NAMES[:6])
+    for steps, most in (((0.61, 2),), "0.600"), (((0.6, 2), (0.76, 2)), "0.750"):
+        with pytest.raises(ValueError, match=f"at most {most} can be reached"):
+            check_categories(toy_config(rounds=rounds(*steps), partition=two), NAMES[:6])
+
+
+def test_unrouted_names_must_be_categories_but_not_all_of_them() -> None:
+    for names, told in ((["a", "bb"], "partition.unrouted: got 'bb', which is no"), (list(NAMES[:4]), "got all cat")):
+        with pytest.raises(ValueError, match=told):
+            check_categories(toy_config(partition={"unrouted": names}), NAMES[:4])

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 from tables import empty_table
@@ -7,8 +5,9 @@ from tables import empty_table
 from attribution.table import AttributionTable, SiteSums
 from moeify.config import Partition as PartitionConfig
 from moeify.config import Round
+from moeify.grouping import NothingToSplitError
 from moeify.partition import Partition
-from moeify.propose import NothingToSplitError, choose_groups, propose, shuffled
+from moeify.propose import propose, shuffled
 
 CATEGORIES = ("a", "b", "c", "d")
 UNITS, DIM = 16, 3
@@ -159,15 +158,53 @@ def test_an_expert_with_too_few_units_for_its_children_is_named() -> None:
         propose(whole(table), table, weights(table), config, rounds(0.2), "fisher")
 
 
-def test_when_every_leaf_serves_one_category_there_is_nothing_to_split() -> None:
-    table = table_of({"s": CLEAR})
-    done = propose(whole(table), table, weights(table), CONFIG, rounds(0.25, branching=4), "fisher").partition
+def unrouted(*names: str, **changes: object) -> PartitionConfig:
+    return PartitionConfig.model_validate({"multiple": 1, "min_units": 1, "unrouted": names, **changes})
+
+
+def test_unrouted_categories_get_no_expert_and_run_on_the_core_alone() -> None:
+    table = table_of({"s": ["ab"] * 4 + ["c"] * 4 + ["abcd"] * 8}, noise=0.0)
+    # Experts of 4 units: a, b and c run 12 of 16 units, d the core's 8: 1 - (3 x 12 + 8) / 64.
+    proposal = propose(whole(table), table, weights(table), unrouted("d"), rounds(0.3125), "fisher")
+    tree, partition = proposal.partition.tree, proposal.partition
+    assert [(node.name, node.parent) for node in tree.nodes] == [("core", None), ("a+b", 0), ("c", 0), ("d", 0)]
+    assert partition.widths["s"] == (8, 4, 4, 0)
+    assert partition.active_fraction == {"a": 0.75, "b": 0.75, "c": 0.75, "d": 0.5}
+    assert partition.separation == 0.3125
+    assert proposal.predicted == pytest.approx(0.0, abs=1e-4)
+    assert proposal.order["s"].tolist() == [*range(8, 16), *range(8)]
+
+
+def test_what_the_unrouted_lose_counts_in_the_predicted_rise() -> None:
+    table = table_of({"s": ["abd"] * 4 + ["cd"] * 4 + ["abcd"] * 8}, noise=0.0)
+    proposal = propose(whole(table), table, weights(table), unrouted("d"), rounds(0.3125), "fisher")
+    assert proposal.partition.widths["s"] == (8, 4, 4, 0)
+    # d loses eight units, each of 1/2 tr(H) E[a^2] = 1/2 DIM, for a quarter of the data.
+    assert proposal.predicted == pytest.approx(0.25 * 8 * 0.5 * DIM, rel=1e-4)
+
+
+def test_one_category_alone_may_be_moved_out_of_a_core_that_all_others_share() -> None:
+    table = table_of({"s": ["a"] * 4 + ["abcd"] * 12})
+    proposal = propose(whole(table), table, weights(table), unrouted("b", "c", "d"), rounds(0.1875), "fisher")
+    assert [node.name for node in proposal.partition.tree.nodes] == ["core", "a", "b+c+d"]
+    assert proposal.partition.widths["s"] == (12, 4, 0)
+    assert proposal.partition.separation == 0.1875  # three categories of four are spared four units of 16
+    control = shuffled(whole(table), proposal, table, weights(table), seed=0)
+    assert control.partition == proposal.partition
     with pytest.raises(NothingToSplitError):
-        choose_groups(done, table, 2, "fisher")
+        propose(
+            proposal.partition, table, weights(table), unrouted("b", "c", "d"), rounds(0.2), "fisher"
+        )  # the unrouted are not divided
 
 
-def test_branching_divides_evenly() -> None:
-    table = table_of({"s": CLEAR})
-    groups = choose_groups(whole(table), table, 3, "fisher")[0]
-    assert len(groups) == 3
-    assert max(len(g) for g in groups) <= math.ceil(4 / 3)
+def test_a_later_round_divides_the_routed_only() -> None:
+    table = table_of({"s": ["ab"] * 4 + ["c"] * 4 + ["abcd"] * 8})
+    for grouping in ({"kind": "affinity"}, {"kind": "residual"}):
+        config = unrouted("d", grouping=grouping)
+        first = propose(whole(table), table, weights(table), config, rounds(0.3, 0.4), "fisher")
+        sums = {"s": permuted(table.sites["s"], first.order["s"])}
+        moved = AttributionTable(table.categories, table.counts, table.rows, table.sampled, sums)
+        second = propose(first.partition, moved, weights(moved), config, rounds(0.4), "fisher").partition
+        names = [node.name for node in second.tree.nodes]
+        assert names == ["core", "a+b", "a", "b", "c", "d"]
+        assert second.active_fraction["d"] == first.partition.active_fraction["d"]

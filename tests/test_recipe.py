@@ -215,6 +215,42 @@ def test_the_schema_knows_every_key_and_says_what_it_is() -> None:
     json.dumps(schema)
 
 
+def test_a_tree_is_read_told_about_and_written_back() -> None:
+    config = parse_recipe(changed(tree=[["0", "1"], [["2", "3"], "4"]]), where="my.yaml")
+    assert config.tree == (("0", "1"), (("2", "3"), "4"))
+    assert parse_recipe(to_yaml(config), where="again") == config
+    found = problems(changed(tree=[[0, "1"], ["2"], ["3", "1"]], colour=1))
+    assert "tree[0][0]: got 0, wanted the name of a category, in quotes if it is a number, or a list" in found
+    assert any(line.startswith("tree[1]: got a group of one") for line in found)
+    assert "tree[2][1]: got '1' again, wanted every category once" in found
+    assert len(found) == 4
+    assert problems(changed(tree=3)) == ("tree: got 3, wanted a list of groups, each the name of a category or a list",)
+    (line,) = problems(changed(tree=[["0", "on"], "2"]))
+    assert line.startswith("tree: got 'on', which is no category of the data")
+
+
+def test_unrouted_categories_must_fit_the_rest() -> None:
+    partition = {"unrouted": ["0", "0", "1"], "min_core": 0.0}
+    assert problems(changed(partition=partition, tree=[["1", "2"], "3"])) == (
+        "partition.unrouted: got ['0', '0', '1'], wanted each category once",
+        "partition.unrouted: got '1', which tree gives an expert; name it in one of the two",
+        "partition.min_core: got 0, wanted more, since partition.unrouted categories have the core alone",
+    )
+    (line,) = problems(changed(partition={"unrouted": ["ten"]}))
+    assert line.startswith("partition.unrouted: got 'ten', which is no category of the data")
+
+
+def test_a_null_test_wants_all_rows_measured() -> None:
+    partition = {"null_test": {"permutations": 8}}
+    assert problems(changed(partition=partition, attribution={"settled": 0.9})) == (
+        "attribution.settled: got 0.9, wanted null beside partition.null_test, whose passes must all measure the same "
+        "rows",
+    )
+    assert parse_recipe(changed(partition=partition), where="my.yaml").partition.null_test is not None
+    (line,) = problems(changed(partition={"null_test": {"permutations": 2}}))
+    assert line == "partition.null_test.permutations: got 2, wanted a whole number >= 3"
+
+
 # --- whatever is thrown at it ---------------------------------------------------------------------------
 
 PLAIN = st.recursive(
