@@ -65,6 +65,8 @@ RESIDUALS: tuple[str, str] = ("kfac", "J")
 """What second moments say of a set: ``J``, the Schur residual, with the kept units' weights fitted again; ``kfac``, the
 same without: 1/2 tr(H W_R^T A_RR W_R)."""
 _NOT_NATS = ("wanda", "magnitude", "rate", "random")
+EVERY = "*"
+"""Stands for all sites together."""
 SELECTORS = ("fisher", "absolute", "wanda", "magnitude")
 """Whose choices, more or less blurred, are the sets that are tried."""
 
@@ -90,6 +92,7 @@ class Agreement:
 
     method: str
     site: str
+    """Or ``EVERY``, for the units of all sites together: whether sites can be compared with each other."""
     of: Items
     value: Value
     """What stood in for the removed units."""
@@ -126,9 +129,14 @@ class Comparison:
     refused: Mapping[str, str]
     """Methods that make no sense for the network, and why."""
 
+    def pooled(self, method: str, value: Value) -> Agreement | None:
+        """Return the agreement on the units of all sites together; None where the method was refused."""
+        wanted = (method, EVERY, "units", value)
+        return next((r for r in self.rows if (r.method, r.site, r.of, r.value) == wanted), None)
+
     def mean(self, method: str, of: Items, value: Value) -> Means:
         """Return the means over all sites; NaN where there are no such rows."""
-        mine = [row for row in self.rows if (row.method, row.of, row.value) == (method, of, value)]
+        mine = [r for r in self.rows if (r.method, r.of, r.value) == (method, of, value) and r.site != EVERY]
         if not mine:
             return Means(math.nan, math.nan, math.nan)
         each = [(row.spearman.value, row.pearson.value, row.overlap.value) for row in mine]
@@ -174,6 +182,7 @@ def compare(
     costs["kfac"] = costs["J"]
     generator = torch.Generator().manual_seed(seed)
     rows: list[Agreement] = []
+    pools: dict[tuple[str, Value], list[tuple[Tensor, Tensor]]] = {}
     for site in subject.sites:
         units = {name: each[site.name] for name, each in found.items()}
         guides = [units[name] for name in SELECTORS if name in units]
@@ -190,10 +199,13 @@ def compare(
                 said(f"exact ablation ({value}) of {len(each)} {of}: {site.name}")
                 with _timed(costs, "ablation" if of == "units" else "sets"):
                     truth_XC = ablation_rises(subject, batches, site.name, each, value=value)
-                rows += [
-                    agreement(name, site.name, of, value, estimate_XC, truth_XC, draws, seed)
-                    for name, estimate_XC in predicted[of].items()
-                ]
+                for name, estimate_XC in predicted[of].items():
+                    rows.append(agreement(name, site.name, of, value, estimate_XC, truth_XC, draws, seed))
+                    if of == "units":
+                        pools.setdefault((name, value), []).append((estimate_XC, truth_XC))
+    for (name, value), parts in pools.items():
+        estimate_XC, truth_XC = (torch.cat(some) for some in zip(*parts, strict=True))
+        rows.append(agreement(name, EVERY, "units", value, estimate_XC, truth_XC, draws, seed))
     forward = _forward_seconds(subject, batches)
     costs["ablation"] /= len(values)
     costs = {name: seconds / forward for name, seconds in costs.items() if name != "sets" and name not in refused}

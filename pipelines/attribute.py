@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attribution import files, heatmap
 from attribution.affinity import affinity_graph, profile_affinity, profile_interval
-from attribution.agreement import Agreement, Comparison, Items, compare
+from attribution.agreement import EVERY, Agreement, Comparison, Items, compare
 from attribution.edges import measure_edges
 from attribution.gradients import measure_gradients
 from attribution.graph import EveryEdge, UnitGraph
@@ -202,7 +202,7 @@ def _print_agreement(console: Console, found: Comparison) -> None:
         "sets": "Sets of units: correlation with the rise of the loss when one is zeroed",
     }
     for of, title in titles.items():
-        rows = [row for row in found.rows if row.of == of and row.value == "zero"]
+        rows = [row for row in found.rows if row.of == of and row.value == "zero" and row.site != EVERY]
         if not rows:
             continue
         console.print(f"\n{title}", style="bold")
@@ -217,7 +217,7 @@ def _print_agreement(console: Console, found: Comparison) -> None:
             mean = found.mean(method, of, "zero")
             grid.add_row(
                 method,
-                f"{_key(found, method, of):.3f} ±{_half_width(mine, of):.3f}",
+                f"{_key(found, method, of):.3f} ±{_half_width(found, method, mine):.3f}",
                 f"{min(figures):.2f}",
                 f"{max(figures):.2f}",
                 f"{mean.overlap:.0%}",
@@ -246,14 +246,17 @@ def _figure(row: Agreement, of: Items) -> float:
 
 
 def _key(found: Comparison, method: str, of: Items) -> float:
-    mean = found.mean(method, of, "zero")
-    return mean.spearman if of == "units" else mean.pearson
+    """Return the figure of all sites: of their units together, or the mean over their sets."""
+    pooled = found.pooled(method, "zero")
+    return pooled.spearman.value if pooled and of == "units" else found.mean(method, of, "zero").pearson
 
 
-def _half_width(rows: Sequence[Agreement], of: Items) -> float:
-    """Return half the interval of a mean over sites, whose draws are independent."""
-    widths = [row.spearman if of == "units" else row.pearson for row in rows]
-    squares = torch.tensor([((each.high - each.low) / 2) ** 2 for each in widths])
+def _half_width(found: Comparison, method: str, rows: Sequence[Agreement]) -> float:
+    """Return half the interval of that figure; the draws of different sites are independent."""
+    pooled = found.pooled(method, "zero")
+    if pooled and rows[0].of == "units":
+        return (pooled.spearman.high - pooled.spearman.low) / 2
+    squares = torch.tensor([((row.pearson.high - row.pearson.low) / 2) ** 2 for row in rows])
     return float(squares.nan_to_num().sum().sqrt()) / len(rows)
 
 

@@ -70,6 +70,10 @@ def test_the_oracle_agrees_with_itself_and_chance_does_not() -> None:
     subject, batches = subject_of("mlp")
     found = compare(subject, batches, {"oracle": Ablation("zero"), "taylor": Taylor(), "random": Random(0)}, sets=8)
     assert found.mean("oracle", "units", "zero") == pytest.approx((1.0, 1.0, 1.0))
+    pooled = found.pooled("oracle", "zero")
+    assert pooled is not None
+    assert (pooled.items, pooled.spearman.value) == (15, pytest.approx(1.0))
+    assert found.pooled("nothing", "zero") is None
     assert abs(found.mean("random", "units", "zero")[0]) < 0.7
     rows = {(row.method, row.site): row for row in found.rows if row.of == "units"}
     assert rows["oracle", "first"].slope is not None
