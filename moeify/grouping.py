@@ -17,10 +17,11 @@ from torch import Tensor
 from attribution.affinity import by_linkage, profile_affinity
 from attribution.agglomeration import Pick, agglomerate
 from attribution.table import AttributionTable, Unsigned
-from moeify.config import AffinityGrouping, ResidualGrouping, Round
-from moeify.config import Partition as PartitionConfig
+from moeify.config import Round
 from moeify.given_tree import Nested, branches, given_groups
 from moeify.partition import Partition
+from moeify.partition_config import AffinityGrouping, ResidualGrouping
+from moeify.partition_config import Partition as PartitionConfig
 from moeify.trials import Trials, even_cut
 
 Groups = Mapping[int, Sequence[tuple[str, ...]]]

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from attribution.table import AttributionTable, Unsigned
 from moeify.assignment import assign
-from moeify.config import Partition as PartitionConfig
 from moeify.config import Round
 from moeify.given_tree import Nested, foreseen
 from moeify.grouping import Groups, choose_groups, is_routed
 from moeify.knapsack import Curve, cheapest
 from moeify.partition import Partition
+from moeify.partition_config import Partition as PartitionConfig
 from moeify.trials import most_given
 
 

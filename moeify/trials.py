@@ -18,8 +18,8 @@ from attribution.moments import SketchedMoment
 from attribution.removals import Removals
 from attribution.table import AttributionTable, Unsigned
 from moeify.assignment import assign
-from moeify.config import Partition as PartitionConfig
 from moeify.partition import Partition
+from moeify.partition_config import Partition as PartitionConfig
 
 _ELEMENTS = 2**28
 """Numbers that the inverted moments of all trials may hold: 2 GB of float64."""

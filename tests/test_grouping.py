@@ -10,11 +10,11 @@ import torch
 from attribution.sites import Site
 from attribution.table import AttributionTable
 from moeify.assignment import assign
-from moeify.config import Partition as PartitionConfig
 from moeify.config import Round
 from moeify.given_tree import Nested
 from moeify.grouping import NothingToSplitError, choose_groups
 from moeify.partition import Partition
+from moeify.partition_config import Partition as PartitionConfig
 from moeify.propose import propose
 from moeify.trials import Trials
 from tests.tables import empty_table

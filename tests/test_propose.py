@@ -3,10 +3,10 @@ import torch
 from tables import empty_table
 
 from attribution.table import AttributionTable, SiteSums
-from moeify.config import Partition as PartitionConfig
 from moeify.config import Round
 from moeify.grouping import NothingToSplitError
 from moeify.partition import Partition
+from moeify.partition_config import Partition as PartitionConfig
 from moeify.propose import propose, shuffled
 
 CATEGORIES = ("a", "b", "c", "d")
