@@ -9,7 +9,7 @@ the first cut, arms that are cut are one and the same as the dense twin, so that
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -109,16 +109,9 @@ class _Loop:
         self.state.fork(self.config, self.task)
         models = {arm: self.state.arms[arm].model for arm in self.config.cut_arms}
         self._evaluate(phase, "before_cut", self.config.cut_arms)
-        self.say.phase("attribute", phase.round)
-        tables = {arm: self._measure(model, phase.round) for arm, model in models.items()}
+        tables = self._attribute(models, phase.round)
         split, table = models["split"], tables["split"]
-        if self.config.attribution.settled:
-            rows = [f"{int(each.rows.sum()):,}" for each in tables.values()]
-            self.say.phase("attribute", phase.round, f"settled after {' rows, the control after '.join(rows)} rows")
-        partition, rounds = self.config.partition, list(self.config.rounds[phase.round - 1 :])
-        reached = split.partition.separation
-        step = self.state.step_scale * (rounds[0].separation - reached)
-        rounds[0] = rounds[0].model_copy(update={"separation": reached + step})
+        partition, rounds = self.config.partition, self._to_come(phase.round, split.partition.separation)
         passed = self._null_test(split, table, phase.round, rounds[0])
         self.say.phase("partition", phase.round)
         score, tree = self.config.attribution.score, self.config.tree
@@ -140,6 +133,22 @@ class _Loop:
         self.say.cut(phase.round, proposal, table)
         self._evaluate(phase, "after_cut", self.config.cut_arms)
         return None
+
+    def _attribute(self, models: Mapping[Arm, SplitModel], number: int) -> dict[Arm, AttributionTable]:
+        """Measure the arms that are about to be cut."""
+        self.say.phase("attribute", number)
+        tables = {arm: self._measure(model, number) for arm, model in models.items()}
+        if self.config.attribution.settled:
+            rows = [f"{int(each.rows.sum()):,}" for each in tables.values()]
+            self.say.phase("attribute", number, f"settled after {' rows, the control after '.join(rows)} rows")
+        return tables
+
+    def _to_come(self, number: int, reached: float) -> list[Round]:
+        """Return this round and those after it; this one goes as far as roll-backs have left of its step."""
+        rounds = list(self.config.rounds[number - 1 :])
+        separation = reached + self.state.step_scale * (rounds[0].separation - reached)
+        rounds[0] = rounds[0].model_copy(update={"separation": separation})
+        return rounds
 
     def _null_test(self, model: SplitModel, table: AttributionTable, number: int, round_: Round) -> set[int] | None:
         """Return the leaves whose split beats those of permuted labels; None where the recipe does not ask."""
