@@ -165,20 +165,14 @@ def compare(
     costs: dict[str, float] = {}
     refused: dict[str, str] = {}
     found: dict[str, Scores] = {}
+    table: AttributionTable | None = None
     for name, method in methods.items():
         said(f"scores: {name}")
-        with _timed(costs, name):
-            try:
-                found[name] = scores(method, subject, batches, seed=seed)
-            except ValueError as error:
-                refused[name] = str(error)
-    table = None
+        with _timed(costs, name), _refusals(refused, [name]):
+            found[name] = scores(method, subject, batches, seed=seed)
     said("second moments")
-    with _timed(costs, "J"):
-        try:
-            table = _second_moments(subject, batches, columns, seed)
-        except ValueError as error:
-            refused |= dict.fromkeys(RESIDUALS, str(error))
+    with _timed(costs, "J"), _refusals(refused, RESIDUALS):
+        table = _second_moments(subject, batches, columns, seed)
     costs["kfac"] = costs["J"]
     generator = torch.Generator().manual_seed(seed)
     rows: list[Agreement] = []
@@ -186,20 +180,19 @@ def compare(
     for site in subject.sites:
         units = {name: each[site.name] for name, each in found.items()}
         guides = [units[name] for name in SELECTORS if name in units]
-        sets_SU = cut_sets(guides, site.units, round(removed * site.units), sets, generator)
-        items: dict[Items, Tensor] = {"units": single(site.units), "sets": sets_SU}
-        if not len(sets_SU):
-            del items["sets"]
-        predicted: dict[Items, Scores] = {of: {n: x.double() @ e for n, e in units.items()} for of, x in items.items()}
-        if table is not None:
-            for of, each in items.items():
-                predicted[of] |= _residuals(subject, table, site.name, each)
-        for value in values:
-            for of, each in items.items():
-                said(f"exact ablation ({value}) of {len(each)} {of}: {site.name}")
-                with _timed(costs, "ablation" if of == "units" else "sets"):
-                    truth_XC = ablation_rises(subject, batches, site.name, each, value=value)
-                for name, estimate_XC in predicted[of].items():
+        items: dict[Items, Bool[Tensor, "items units"]] = {"units": single(site.units)}
+        chosen_SU = cut_sets(guides, site.units, round(removed * site.units), sets, generator)
+        if len(chosen_SU):
+            items["sets"] = chosen_SU
+        for of, items_XU in items.items():
+            predicted = {name: items_XU.double() @ score_UC for name, score_UC in units.items()}
+            if table is not None:
+                predicted |= _residuals(subject, table, site.name, items_XU)
+            for value in values:
+                said(f"exact ablation ({value}) of {len(items_XU)} {of}: {site.name}")
+                with _timed(costs, "ablation" if of == "units" else "ablation of sets"):
+                    truth_XC = ablation_rises(subject, batches, site.name, items_XU, value=value)
+                for name, estimate_XC in predicted.items():
                     rows.append(agreement(name, site.name, of, value, estimate_XC, truth_XC, draws, seed))
                     if of == "units":
                         pools.setdefault((name, value), []).append((estimate_XC, truth_XC))
@@ -207,9 +200,19 @@ def compare(
         estimate_XC, truth_XC = (torch.cat(some) for some in zip(*parts, strict=True))
         rows.append(agreement(name, EVERY, "units", value, estimate_XC, truth_XC, draws, seed))
     forward = _forward_seconds(subject, batches)
+    costs = {name: seconds / forward for name, seconds in costs.items() if name not in refused}
     costs["ablation"] /= len(values)
-    costs = {name: seconds / forward for name, seconds in costs.items() if name != "sets" and name not in refused}
+    costs.pop("ablation of sets", None)
     return Comparison(tuple(rows), costs, refused)
+
+
+@contextmanager
+def _refusals(refused: dict[str, str], names: Sequence[str]) -> Iterator[None]:
+    """Take down why methods make no sense here."""
+    try:
+        yield
+    except ValueError as error:
+        refused |= dict.fromkeys(names, str(error))
 
 
 def cut_sets(
