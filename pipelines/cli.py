@@ -202,7 +202,7 @@ def export(run_: str, category: str | None, split: bool, out: Path) -> None:
 @click.argument("target", metavar="RUN_OR_MODEL")
 @click.option("--arm", type=click.Choice(get_args(Arm)), help="Of a run; split where it has been split.")
 @click.option("--data", metavar="RECIPE", help="For a MODEL: the recipe whose data section gives text in categories.")
-@click.option("--rows", type=click.IntRange(min=1), help="Rows of each category (16, or as the recipe says).")
+@click.option("--rows", type=click.IntRange(min=2), help="Rows of each category (16, or as the recipe says).")
 @click.option("--agreement", is_flag=True, help="Hold every method against exact ablation, too (minutes).")
 @click.option("--out", "-o", metavar="DIR", type=click.Path(path_type=Path), help="Where the files go.")
 @_JSON
