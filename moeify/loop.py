@@ -139,8 +139,9 @@ class _Loop:
         self.say.phase("attribute", number)
         tables = {arm: self._measure(model, number) for arm, model in models.items()}
         if self.config.attribution.settled:
-            rows = [f"{int(each.rows.sum()):,}" for each in tables.values()]
-            self.say.phase("attribute", number, f"settled after {' rows, the control after '.join(rows)} rows")
+            total = len(self.task.categories) * self.config.attribution.rows
+            told = ", ".join(f"{int(table.rows.sum()):,} for {arm}" for arm, table in tables.items())
+            self.say.phase("attribute", number, f"rows measured of {total:,} at most: {told}")
         return tables
 
     def _to_come(self, number: int, reached: float) -> list[Round]:

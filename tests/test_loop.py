@@ -237,8 +237,17 @@ def test_measuring_stops_when_the_strongest_categories_are_settled() -> None:
     assert result.active_fraction["mean"] == pytest.approx(1 - 0.45, abs=0.03)
     notes = [e.note for e in tracker.events.values() if isinstance(e, Phase) and e.phase == "attribute" and e.note]
     assert len(notes) == 2
-    rows = [int(word) for word in re.findall(r"\d+", notes[0].replace(",", ""))]
-    assert all(16 * 4 * 3 <= count < 1600 for count in rows)
+    for note in notes:
+        found = re.fullmatch(r"rows measured of 1,600 at most: ([\d,]+) for split, ([\d,]+) for random", note)
+        assert found is not None
+        assert all(16 * 4 * 3 <= int(count.replace(",", "")) < 1600 for count in found.groups())
+
+
+def test_a_pass_that_never_settles_measures_every_row_and_says_so() -> None:
+    config, tracker = toy_config(attribution={"rows": 32, "rows_at_once": 16, "settled": 0.9999}), MemoryTracker()
+    run(config, ToyTask(config), tracker=tracker)
+    notes = [e.note for e in tracker.events.values() if isinstance(e, Phase) and e.phase == "attribute" and e.note]
+    assert notes == ["rows measured of 128 at most: 128 for split, 128 for random"] * 2
 
 
 def test_a_given_tree_is_followed_and_what_it_leaves_open_is_divided() -> None:
