@@ -64,7 +64,7 @@ ESTIMATES: Mapping[str, Method] = {
 RESIDUALS: tuple[str, str] = ("kfac", "J")
 """What second moments say of a set: ``J``, the Schur residual, with the kept units' weights fitted again; ``kfac``, the
 same without: 1/2 tr(H W_R^T A_RR W_R)."""
-_NOT_NATS = ("wanda", "magnitude", "rate", "random")
+_NOT_NATS = Wanda | WeightMagnitude | ActivationRate | Random
 EVERY = "*"
 """Stands for all sites together."""
 SELECTORS = ("fisher", "absolute", "wanda", "magnitude")
@@ -174,6 +174,7 @@ def compare(
     with _timed(costs, "J"), _refusals(refused, RESIDUALS):
         table = _second_moments(subject, batches, columns, seed)
     costs["kfac"] = costs["J"]
+    nats = {name: not isinstance(methods.get(name), _NOT_NATS) for name in (*found, *RESIDUALS)}
     generator = torch.Generator().manual_seed(seed)
     rows: list[Agreement] = []
     pools: dict[tuple[str, Value], list[tuple[Tensor, Tensor]]] = {}
@@ -193,12 +194,14 @@ def compare(
                 with _timed(costs, "ablation" if of == "units" else "ablation of sets"):
                     truth_XC = ablation_rises(subject, batches, site.name, items_XU, value=value)
                 for name, estimate_XC in predicted.items():
-                    rows.append(agreement(name, site.name, of, value, estimate_XC, truth_XC, draws, seed))
+                    rows.append(
+                        agreement(name, site.name, of, value, estimate_XC, truth_XC, draws, seed, nats=nats[name])
+                    )
                     if of == "units":
                         pools.setdefault((name, value), []).append((estimate_XC, truth_XC))
     for (name, value), parts in pools.items():
         estimate_XC, truth_XC = (torch.cat(some) for some in zip(*parts, strict=True))
-        rows.append(agreement(name, EVERY, "units", value, estimate_XC, truth_XC, draws, seed))
+        rows.append(agreement(name, EVERY, "units", value, estimate_XC, truth_XC, draws, seed, nats=nats[name]))
     forward = _forward_seconds(subject, batches)
     costs = {name: seconds / forward for name, seconds in costs.items() if name not in refused}
     costs["ablation"] /= len(values)
@@ -252,8 +255,10 @@ def agreement(
     truth_XC: Float[Tensor, "items categories"],
     draws: int,
     seed: int,
+    *,
+    nats: bool,
 ) -> Agreement:
-    """Hold one method's estimates against the truth."""
+    """Hold one method's estimates against the truth; ``nats``: whether they speak of nats."""
     estimate, truth = estimate_XC.double().numpy(), truth_XC.double().numpy()
     picks_BX = np.random.default_rng(seed).integers(len(truth), size=(draws, len(truth)))
     return Agreement(
@@ -265,7 +270,7 @@ def agreement(
         bootstrap(lambda x, y: spearman(x, y).mean(-1), estimate, truth, picks_BX),
         bootstrap(lambda x, y: pearson(x, y).mean(-1), estimate, truth, picks_BX),
         bootstrap(lambda x, y: top_overlap(x, y, 0.1).mean(-1), estimate, truth, picks_BX),
-        bootstrap(slope, estimate, truth, picks_BX) if method not in _NOT_NATS else None,
+        bootstrap(slope, estimate, truth, picks_BX) if nats else None,
     )
 
 

@@ -79,6 +79,10 @@ def test_the_oracle_agrees_with_itself_and_chance_does_not() -> None:
     assert rows["oracle", "first"].slope is not None
     assert rows["oracle", "first"].slope.value == pytest.approx(1)
     assert rows["random", "first"].slope is None
+    renamed = compare(subject, batches, {"mine": Random(0), "magnitude": Taylor()}, sets=8, draws=10)
+    slopes = {row.method: row.slope for row in renamed.rows if row.of == "units" and row.site == "first"}
+    assert slopes["mine"] is None
+    assert slopes["magnitude"] is not None
     assert set(found.costs) == {"oracle", "taylor", "random", "kfac", "J", "ablation"}
 
 
@@ -98,7 +102,7 @@ def test_every_method_is_held_against_zero_and_mean_ablation_of_units_and_sets()
     mine = next(
         r for r in found.rows if (r.method, r.site, r.of, r.value) == ("taylor", "layers.1.ffn", "units", "mean")
     )
-    assert mine == agreement("taylor", "layers.1.ffn", "units", "mean", estimate, truth, 20, 0)
+    assert mine == agreement("taylor", "layers.1.ffn", "units", "mean", estimate, truth, 20, 0, nats=True)
     # Two heads: no eight different sets.
     assert not any(row.of == "sets" for row in found.rows if row.site == "layers.0.heads")
 
