@@ -12,9 +12,6 @@ from attribution.edge_taps import Entry, Writer
 from attribution.sites import Site
 from moeify.units import FfnUnits, UnitSpace, check, linear
 
-HEADS = ".heads"
-"""How the names of sites of attention heads end."""
-
 
 def unit_space(network: nn.Module) -> UnitSpace:
     """Return the sites of a network's units; ValueError for a network without an adapter."""
@@ -53,7 +50,7 @@ def entries(network: nn.Module) -> tuple[Entry, ...]:
                 attention = tuple(Writer(f"{layer}.self_attn.{part}_proj") for part in "qkv")
                 ffn = tuple(Writer(f"{layer}.mlp.{part}_proj") for part in ("gate", "up"))
                 found += [
-                    Entry(f"layers.{i}{HEADS}", attention, norm=f"{layer}.input_layernorm"),
+                    Entry(f"layers.{i}.heads", attention, norm=f"{layer}.input_layernorm"),
                     Entry(f"layers.{i}.ffn", ffn, norm=f"{layer}.post_attention_layernorm"),
                 ]
             return tuple(found[1:])
@@ -137,7 +134,7 @@ def _llama_ffn(network: nn.Module, layer: int) -> FfnUnits:
 def _llama_heads(network: nn.Module, layer: int) -> Site:
     config, reader = _config(network), f"model.layers.{layer}.self_attn.o_proj"
     groups = config.num_key_value_heads
-    return Site(f"layers.{layer}{HEADS}", reader, groups, linear(network, reader).in_features // groups)
+    return Site(f"layers.{layer}.heads", reader, groups, linear(network, reader).in_features // groups)
 
 
 def _feed_forward(network: nn.Module, module: str) -> FfnUnits:

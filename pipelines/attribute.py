@@ -22,7 +22,7 @@ from attribution.graph import EveryEdge, UnitGraph
 from attribution.measure import measure, strongest_category
 from attribution.subject import Rows
 from attribution.table import AttributionTable, Unsigned
-from moeify.families import HEADS, entries
+from moeify.families import entries
 from moeify.subjects import Probed
 from pipelines.tables import console_for, table_for
 
@@ -108,12 +108,13 @@ def _gradient_cosines(probed: Probed, seed: int, graph: nx.Graph) -> Matrix | st
 def edge_graph(probed: Probed, table: AttributionTable) -> UnitGraph:
     """Return the graph of what flows between experts, or where nothing was split yet, between categories' own units.
 
-    A block of units is a node: an expert's in a site, or those that matter most to one category; a head is a node of
-    its own. Every node is named by its site and its expert or category.
+    A block of units is a node: an expert's in a site, or those that matter most to one category; a unit of
+    several features, as a head is, stands alone. Every node is named by its site and its expert or category.
     """
     names = probed.experts or table.categories
+    strongest = strongest_category(table)
     blocks = dict(probed.owners) or {
-        site: block for site, block in strongest_category(table).items() if not site.endswith(HEADS)
+        site.name: strongest[site.name] for site in probed.subject.sites if site.width == 1
     }
     edges = measure_edges(probed.subject, probed.batches, entries(probed.subject.inner), blocks=blocks)
     graph = UnitGraph.of(table, edges, EveryEdge()).graph
