@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 
 from attribution.files import load
 from attribution.graph import UnitGraph
@@ -122,6 +123,13 @@ def test_mistakes_are_told_in_a_line(place: Path, tmp_path: Path) -> None:
     done = call(place, "attribute", str(tmp_path), "--data", str(place / "tiny.yaml"))
     assert done.exit_code == 2
     assert "cannot be read as a causal language model" in done.output
+    assert call(place, "export", "last", "--category", "code", "--out", str(tmp_path / "pickled")).exit_code == 0
+    weights = tmp_path / "pickled" / "model.safetensors"
+    torch.save(load_file(weights), tmp_path / "pickled" / "pytorch_model.bin")
+    weights.unlink()
+    done = call(place, "attribute", str(tmp_path / "pickled"), "--data", str(place / "tiny.yaml"))
+    assert done.exit_code == 2
+    assert "safetensors" in done.output
     done = call(place, "attribute", str(tmp_path), "--data", "digits")
     assert done.exit_code == 2
     assert "a language model needs 'text'" in done.output
