@@ -370,8 +370,9 @@ def test_the_network_is_left_as_it_was_even_after_an_error() -> None:
         )
 
     before = state()
-    for kind in ("coactivation", "attribution"):
-        measure_interactions(subject, [rows], kind=kind)  # type: ignore[arg-type]
+    kinds: tuple[Interaction, ...] = ("coactivation", "attribution")
+    for kind in kinds:
+        measure_interactions(subject, [rows], kind=kind)
         assert state() == before
     rows.inputs[0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):

@@ -9,13 +9,13 @@ from jaxtyping import Float
 from scipy.stats import spearmanr
 from tables import empty_table
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from attribution.measure import Moments, measure
 from attribution.sites import Site
 from attribution.subject import Rows, Subject, row_seed
 from attribution.table import AttributionTable
-from tests.subjects import NAMES, nats, sample
+from tests.subjects import NAMES, llama, nats, sample
 
 
 class Mlp(nn.Module):
@@ -68,22 +68,6 @@ def measured(
 
 def run_mlp(network: nn.Module, batches: Sequence[Rows], sites: Sequence[Site] = MLP_SITES) -> AttributionTable:
     return measured(lambda x, _: network(x), network, sites, batches, nats, sample, NAMES, seed=9)
-
-
-def llama() -> LlamaForCausalLM:
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=17,
-            hidden_size=8,
-            intermediate_size=12,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=8,
-            use_cache=False,
-        )
-        return LlamaForCausalLM(config).double()
 
 
 LLAMA_SITES = [Site(f"layers.{i}.ffn", f"model.layers.{i}.mlp.down_proj", 12) for i in range(2)]
