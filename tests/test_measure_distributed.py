@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from jaxtyping import Int
 from safetensors.torch import load_file, save_file
@@ -24,6 +23,7 @@ from attribution.sites import Site
 from attribution.subject import Rows, Subject
 from attribution.table import AttributionTable
 from moeify.world import Group
+from tests.gloo import run_together
 
 NAMES = ("a", "b", "c")
 ROWS = 18
@@ -221,21 +221,17 @@ def keep(table: AttributionTable, rank: int, path: Path) -> None:
         save_file({f"{i:03d}": tensor for i, tensor in enumerate(table.tensors())}, path)
 
 
-def worker(rank: int, size: int, path: str) -> None:
-    torch.set_num_threads(1)
+def worker(rank: int, folder: Path) -> None:
     warnings.simplefilter("error")
-    folder = Path(path)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     under_ddp(rank, folder)
     under_fsdp(rank, folder)
     stopping(rank, folder)
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workers")
-    mp.start_processes(worker, args=(2, str(folder)), nprocs=2, start_method="spawn")
+    run_together(worker, folder)
     return folder
 
 

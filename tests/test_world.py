@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from attribution.measure import Moments, measure
@@ -16,6 +14,7 @@ from moeify.result import Result
 from moeify.split_model import SplitModel
 from moeify.store import FolderStore
 from moeify.world import Group, Solo
+from tests.gloo import run_together
 from tests.toy import ToyTask, toy_config
 
 
@@ -39,27 +38,24 @@ def table_of_shard(rank: int, size: int) -> AttributionTable:
         return measure(subject, batches, moments=Moments())
 
 
-def worker(rank: int, size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+def worker(rank: int, folder: Path) -> None:
     world = Group()
     numbers = [torch.tensor([1.0 + rank]), torch.tensor([[1], [rank]], dtype=torch.int64)]
     world.sum(numbers)
     assert numbers[0].tolist() == [3.0]
     assert numbers[1].tolist() == [[2], [1]]
     assert world.share(f"rank {rank}") == "rank 0"
-    table = table_of_shard(rank, size)
+    table = table_of_shard(rank, world.size)
     world.sum(table.tensors())
     config = toy_config(cluster={"workers": 2})
-    result = run(config, ToyTask(config), world=world, store=FolderStore(Path(folder), 2))
+    result = run(config, ToyTask(config), world=world, store=FolderStore(folder, 2))
     if rank == 0:
-        save_file({f"{i:03d}": tensor for i, tensor in enumerate(table.tensors())}, f"{folder}/table.safetensors")
-        Path(folder, "result.json").write_text(result.model_dump_json())
-    dist.destroy_process_group()
+        save_file({f"{i:03d}": tensor for i, tensor in enumerate(table.tensors())}, folder / "table.safetensors")
+        (folder / "result.json").write_text(result.model_dump_json())
 
 
 def test_two_workers_equal_one(tmp_path: Path) -> None:
-    mp.start_processes(worker, args=(2, str(tmp_path)), nprocs=2, start_method="spawn")
+    run_together(worker, tmp_path)
     both = load_file(tmp_path / "table.safetensors")
     for i, one in enumerate(table_of_shard(0, 1).tensors()):
         two = both[f"{i:03d}"]
