@@ -11,6 +11,7 @@ the first cut, arms that are cut are one and the same as the dense twin, so that
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from attribution.measure import Moments, Stability, measure, strongest_category
@@ -31,7 +32,8 @@ from moeify.state import State
 from moeify.store import MemoryStore, Store
 from moeify.surgery import compensate_sites, permute
 from moeify.task import HeldOut, Task
-from moeify.training import Contestant, Progress, train
+from moeify.training import Contestant, Report, train
+from moeify.twin_cache import TwinCache
 from moeify.world import Solo, World
 
 Moment = Literal["before_cut", "after_cut", "recovered", "test"]
@@ -44,23 +46,30 @@ def run(
     world: World | None = None,
     store: Store | None = None,
     tracker: Tracker | None = None,
+    twins: Path | None = None,
 ) -> Result:
     """Run the recipe, from the store's newest checkpoint where there is one, and return what came out.
 
-    Raises ValueError, before any training, for categories that the data lacks and separations out of reach.
+    ``twins``: a folder of twins that runs which differ in their cuts share (``moeify.twin_cache``). Raises ValueError,
+    before any training, for categories that the data lacks and separations out of reach.
     """
-    return _Loop(config, task, world or Solo(), store or MemoryStore(), tracker or MemoryTracker()).run()
+    world = world or Solo()
+    known = TwinCache(twins, config, task, world) if twins else None
+    return _Loop(config, task, world, store or MemoryStore(), tracker or MemoryTracker(), known).run()
 
 
 class _Loop:
     """One worker's view of a run."""
 
-    def __init__(self, config: RunConfig, task: Task, world: World, store: Store, tracker: Tracker) -> None:
+    def __init__(
+        self, config: RunConfig, task: Task, world: World, store: Store, tracker: Tracker, twins: TwinCache | None
+    ) -> None:
         check_categories(config, task.categories)
         self.config = config
         self.task = task
         self.world = world
         self.store = store
+        self.twins = twins
         self.say = Reporter(config, store, tracker, speaks=world.rank == 0)
         self.state = self._begin()
         self.began = time.time() - self.state.seconds
@@ -93,15 +102,19 @@ class _Loop:
         self.say.phase(kind, phase.round)
         every = self.config.checkpoints.every
         for arm, contestant in self.state.arms.items():
-
-            def report(contestant: Contestant, progress: Progress, arm: Arm = arm) -> None:
-                self.say.step(arm, phase.round, self.state, contestant, progress)
-
+            report: Report = partial(self.say.step, arm, phase.round, self.state)
+            twins = self.twins if arm in self.config.twins else None
+            if twins:
+                report = twins.recording(arm, contestant, report)
+                if contestant.step < phase.until and twins.take(arm, contestant, phase.until, report):
+                    continue
             while contestant.step < phase.until:
                 stop = min(phase.until, contestant.step - contestant.step % every + every)
                 train(contestant, self.task, self.world, self.config.training, stop, self.config.tracking.every, report)
                 if contestant.step < phase.until:
                     self._checkpoint()
+            if twins:
+                twins.keep(arm, contestant)
 
     def _cut(self, phase: PlannedPhase) -> None:
         """Attribute, partition, prune and compensate: the split arm by attribution, its control at random."""

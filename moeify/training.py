@@ -76,6 +76,10 @@ class Progress:
     """Since the last report."""
 
 
+Report = Callable[[Contestant, Progress], None]
+"""Hears how a step went."""
+
+
 def learning_rate(training: Training, step: int) -> float:
     """Return the rate of a step: linear warm-up, then a cosine down to ``final_learning_rate`` of the peak."""
     warm = max(1, round(training.warmup * training.steps))
@@ -93,7 +97,7 @@ def train(
     training: Training,
     until: int,
     every: int,
-    report: Callable[[Contestant, Progress], None],
+    report: Report,
 ) -> None:
     """Train up to step ``until`` in place; every rank calls ``report`` after each ``every``-th step and the last one.
 

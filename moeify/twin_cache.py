@@ -1,0 +1,112 @@
+"""Twins that were trained before: the same recipe but for its cuts trains the same twins, bit for bit, so take those.
+
+Runs that are compared (methods on one seed) differ in when and how they cut, and a twin is never cut. A twin's state at
+a step is a function of the initial weights, the data, the training settings and the number of workers; these are
+hashed, the weights and sample batches by their content. What is found is checked by its hashes like any checkpoint.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from moeify.arms import Arm
+from moeify.config import RunConfig
+from moeify.store import CorruptCheckpointError, read_manifest, read_part, verify_folder, write_folder
+from moeify.task import Task
+from moeify.training import Contestant, Progress, Report
+from moeify.world import World
+
+
+class TwinCache:
+    """The twins of one recipe, task and world below ``folder``, one entry for each arm and step that a phase ended at.
+
+    An entry is as large as a checkpoint of the arm; nothing is ever dropped, the folder is the caller's.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, task: Task, world: World) -> None:
+        self._world = world
+        self._folder = folder / _key(config, task, world)
+        self._told: dict[Arm, list[tuple[int, Progress]]] = {}
+
+    def recording(self, arm: Arm, contestant: Contestant, report: Report) -> Report:
+        """Return ``report``, which from now on also keeps what it hears, if it hears it from the first step on."""
+        if contestant.step == 0:
+            self._told[arm] = []
+
+        def heard(contestant: Contestant, progress: Progress) -> None:
+            if arm in self._told:
+                self._told[arm].append((contestant.step, progress))
+            report(contestant, progress)
+
+        return heard
+
+    def take(self, arm: Arm, contestant: Contestant, until: int, report: Report) -> bool:
+        """Bring the twin to step ``until`` if that is known, with the reports on the way; say whether it was."""
+        there = self._world.share(self._world.rank == 0 and self._is_good(arm, until))
+        if not there:
+            return False
+        entry = self._entry(arm, until)
+        for step, progress in read_manifest(entry)["facts"]["reports"]:
+            if contestant.step < step:
+                contestant.step = step
+                report(contestant, Progress(**progress))
+        contestant.load(read_part(entry, "twin"))
+        contestant.step = until
+        return True
+
+    def keep(self, arm: Arm, contestant: Contestant) -> None:
+        """Keep the twin as it stands for other runs; not if an earlier attempt trained a part of it unheard."""
+        if self._world.rank or arm not in self._told or self._is_good(arm, contestant.step):
+            return
+        facts = {"reports": [[step, asdict(progress)] for step, progress in self._told[arm]]}
+        with self._lock():
+            write_folder(self._entry(arm, contestant.step), facts, {"twin": contestant.tensors()})
+
+    def _is_good(self, arm: Arm, step: int) -> bool:
+        entry = self._entry(arm, step)
+        with self._lock():
+            try:
+                verify_folder(entry)
+            except CorruptCheckpointError:
+                return False  # there is none, or it is damaged: trained again, and replaced
+        return True
+
+    def _entry(self, arm: Arm, step: int) -> Path:
+        return self._folder / f"{arm}-{step:09d}"
+
+    def _lock(self) -> FileLock:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self._folder / ".lock")
+
+
+def _key(config: RunConfig, task: Task, world: World) -> str:
+    """Return the hash of all that a twin's bits depend on, and of the steps that are reported."""
+    whole = {"seed": True, "data": True, "model": True, "training": True}
+    settings = config.model_dump(mode="json", include={**whole, "checkpoints": {"every"}, "tracking": {"every"}})
+    machine = [
+        version("moeify"),
+        torch.__version__,
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability(),
+        torch.get_num_threads(),
+    ]
+    digest = hashlib.sha256(json.dumps([settings, machine, world.size], sort_keys=True).encode())
+    for tensor in _content(config, task):
+        digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _content(config: RunConfig, task: Task) -> Iterator[Tensor]:
+    yield from task.build().state_dict().values()
+    for step in (0, config.training.steps // 2, config.training.steps - 1):
+        batch = task.train_batch(step)
+        yield from (batch.inputs, batch.targets, batch.categories, batch.ids)
