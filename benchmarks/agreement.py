@@ -21,7 +21,6 @@ from itertools import product
 import numpy as np
 import torch
 from jaxtyping import Bool
-from scipy.stats import t as student
 from torch import Tensor, nn
 
 from attribution.ablation import Value
@@ -32,7 +31,7 @@ from attribution.methods import scores
 from attribution.sites import Site, output_weight
 from attribution.subject import Rows, Subject
 from attribution.table import AttributionTable
-from benchmarks.report import Cell, Figure, parser, report
+from benchmarks.report import Cell, Figure, mean_interval, parser, report
 from benchmarks.studies import STUDIES, NoDataError, Study
 from moeify.assignment import assign
 from moeify.compensation import compensate
@@ -340,10 +339,8 @@ def interval(values: Sequence[float]) -> str | None:
     known = [value for value in values if math.isfinite(value)]
     if not known:
         return None
-    if len(known) == 1:
-        return f"{known[0]:.3f}"
-    half = float(student.ppf(0.975, len(known) - 1)) * statistics.stdev(known) / len(known) ** 0.5
-    return f"{statistics.mean(known):.3f} ±{half:.3f}"
+    mean, half = mean_interval(known)
+    return f"{mean:.3f}" if math.isnan(half) else f"{mean:.3f} ±{half:.3f}"
 
 
 def figures(units: Mapping[tuple[str, str], Sequence[Comparison]], cuts: Mapping[str, Sequence[Cuts]]) -> list[Figure]:

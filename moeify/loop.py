@@ -129,7 +129,8 @@ class _Loop:
         self.say.phase("partition", phase.round)
         score, tree = self.config.attribution.score, self.config.tree
         try:
-            proposal = propose(split.partition, table, split.output_weights, partition, rounds, score, tree, passed)
+            known = (split.partition, table, split.output_weights, partition, rounds, score, tree, passed)
+            proposal = propose(*known, inputs=split.input_weights, seed=self.config.seed)
         except NothingToSplitError as reason:
             return self.say.phase("partition", phase.round, str(reason))
         cuts, blind = {"split": proposal}, None

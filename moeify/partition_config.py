@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from moeify.closed import Closed, Fraction, Name
+from moeify.owners_config import AttributionOwners, Owners
 
 
 class Compensation(Closed):
@@ -49,6 +50,8 @@ class Partition(Closed):
 
     grouping: Grouping = AffinityGrouping(kind="affinity")
     """Which categories part and which stay together."""
+    owners: Owners = AttributionOwners(kind="attribution")
+    """Which unit goes to which expert. Widths are ``budget``'s, whatever the owners."""
     budget: Literal["knapsack", "equal"] = "knapsack"
     """How a round's separation is shared out over sites: by least rise of J, or the same everywhere."""
     multiple: PositiveInt = 8

@@ -18,11 +18,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attribution.table import AttributionTable, Unsigned
-from moeify.assignment import assign
 from moeify.config import Round
 from moeify.given_tree import Nested, foreseen
 from moeify.grouping import Groups, choose_groups, is_routed
 from moeify.knapsack import Curve, cheapest
+from moeify.owners import Choose, Leaf, chooser
 from moeify.partition import Partition
 from moeify.partition_config import Partition as PartitionConfig
 from moeify.trials import most_given
@@ -59,20 +59,30 @@ def propose(
     score: Unsigned,
     tree: Nested | None = None,
     only: Collection[int] | None = None,
+    *,
+    inputs: Mapping[str, Float[Tensor, "units features"]] | None = None,
+    seed: int = 0,
 ) -> Proposal:
     """Choose the first of ``rounds`` to come: split every leaf that has several categories.
 
     ``rounds`` are this round and those after it, whose experts need room as well; ``weights`` holds each site's output
-    weights; ``tree`` is the recipe's; ``only`` are the leaves that may be split, ``None`` for all. Where rounding to
-    ``config.multiple`` leaves too little room for the round's separation, the cut goes as far as there is room. Raises
-    NothingToSplitError where no leaf can be split, ValueError where an expert has too few units for its children.
+    weights, ``inputs`` its input weights, which some ways to find owners ask for; ``tree`` is the recipe's; ``only``
+    are the leaves that may be split, ``None`` for all. Where rounding to ``config.multiple`` leaves too little room for
+    the round's separation, the cut goes as far as there is room. Raises NothingToSplitError where no leaf can be split,
+    ValueError where an expert has too few units for its children.
     """
     groups = choose_groups(partition, table, weights, config, rounds[0], score, tree, only)
-    choices = {
-        (site, leaf): _choices(partition, table, weights[site], config, rounds, score, site, leaf, parts, tree)
-        for site in partition.widths
-        for leaf, parts in groups.items()
-    }
+    choices = {}
+    for place, site in enumerate(partition.widths):
+        for leaf, parts in groups.items():
+            start = partition.starts(site)[leaf]
+            mine = slice(start, start + partition.widths[site][leaf])
+            draw = (seed, len(partition.tree.nodes), leaf, place)
+            known = Leaf(table, site, mine, parts, weights[site], inputs[site] if inputs else None, draw)
+            choose = chooser(config.owners, known, score)
+            choices[site, leaf] = _choices(
+                partition, table, weights[site], config, rounds, choose, site, leaf, parts, tree
+            )
     chosen = _spend(partition, config, rounds[0].separation, groups, choices)
     owners = {key: choice.owner_L for key, choice in chosen.items()}
     return _proposal(partition, groups, owners, sum(choice.predicted for choice in chosen.values()))
@@ -110,7 +120,7 @@ def _choices(
     weight_DU: Tensor,
     config: PartitionConfig,
     rounds: Sequence[Round],
-    score: Unsigned,
+    choose: Choose,
     site: str,
     leaf: int,
     parts: Sequence[Sequence[str]],
@@ -126,11 +136,10 @@ def _choices(
             f"children of {need} (partition.min_units, room for later rounds); lower partition.min_units, "
             f"partition.multiple or the separation of earlier rounds"
         )
-    value_LB = _values(partition, table, score, site, leaf, parts)
     found = []
     for each in sorted({need, *range(max(need, config.multiple), widest + 1, config.multiple)}):
         capacity = np.array([*[each * is_routed(part, config) for part in parts], width - each * children])
-        owner_L = assign(value_LB, capacity).owner
+        owner_L = choose(capacity)
         found.append(_Choice(each, owner_L, _residual(partition, table, weight_DU, site, leaf, parts, owner_L)))
     return found
 
@@ -141,17 +150,6 @@ def _need(categories: Sequence[str], later: Sequence[Round], config: PartitionCo
         children = foreseen(tree, categories, later[0].branching)
         return len(children) * max(_need(child, later[1:], config, tree) for child in children)
     return -(-config.min_units // config.multiple) * config.multiple
-
-
-def _values(
-    partition: Partition, table: AttributionTable, score: Unsigned, site: str, leaf: int, parts: Sequence[Sequence[str]]
-) -> Float[np.ndarray, "leaf_units bins"]:
-    """Return the attribution mass that stays active if a unit goes to a bin, in nats."""
-    score_UC = table.score(site, score) * table.shares
-    start = partition.starts(site)[leaf]
-    mine_LC = score_UC[start : start + partition.widths[site][leaf]]
-    columns = [mine_LC[:, [table.categories.index(c) for c in part]].sum(1) for part in parts]
-    return torch.stack([*columns, torch.stack(columns).sum(0)], dim=1).numpy()
 
 
 def _residual(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from attribution.sites import Site
@@ -98,6 +99,12 @@ def linear(network: nn.Module, name: str) -> nn.Linear:
 def output_weight(network: nn.Module, site: UnitSite) -> Tensor:
     """Return the parameter [dim units] through which a site's units write."""
     return network.get_parameter(site.output)
+
+
+def input_weight(network: nn.Module, site: UnitSite) -> Tensor:
+    """Return a copy [units features] of all that a site's units read by: weights and biases side by side."""
+    parts = [network.get_parameter(part.parameter) for part in site.slices if part.axis == 0]
+    return torch.cat([part.reshape(site.units, -1) for part in parts], dim=1)
 
 
 def check(network: nn.Module, sites: Sequence[UnitSite]) -> UnitSpace:
