@@ -177,3 +177,7 @@ def mean_loss(result: Result, arm: Arm) -> float:
 def signed(found: tuple[float, float]) -> str:
     """Return a mean and half of its interval."""
     return f"{found[0]:+.4f} ±{found[1]:.4f}"
+
+
+if __name__ == "__main__":
+    main()
