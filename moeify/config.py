@@ -59,18 +59,45 @@ class TextFolders(Closed):
 
 
 class JsonLines(Closed):
-    """One JSON object a line; a field names the category."""
+    """One JSON object a line; a field names the category, where there is one."""
 
     kind: Literal["jsonl"]
     path: Path
     """The file, or one compressed with xz or gzip. A relative path starts at the recipe's folder."""
     text: str = "text"
     """The field that holds the document."""
-    category: str = "category"
-    """The field that holds the category."""
+    category: str | None = "category"
+    """The field that holds the category; ``null``: documents have none, and ``data.discover`` finds them."""
 
 
 Source = Annotated[InstalledText | TextFolders | JsonLines, Field(discriminator="kind")]
+
+
+class Tfidf(Closed):
+    """Counts of BPE tokens, weighted by how few documents have them, and reduced by a truncated SVD."""
+
+    kind: Literal["tfidf"]
+    dimensions: PositiveInt = 64
+    """Singular vectors that are kept."""
+
+
+class Discover(Closed):
+    """Categories that are clusters of whole documents: spherical k-means, fitted on the train split."""
+
+    number: Annotated[int, Field(ge=2)] | None = None
+    """Clusters; ``null``: the number from 2 to ``most`` whose mean silhouette on train documents is largest."""
+    most: Annotated[int, Field(ge=2)] = 8
+    """Clusters, where ``number`` is null."""
+    restarts: PositiveInt = 10
+    """Starts of k-means; the one whose documents are nearest to their centroids counts."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    embedding: Tfidf = Tfidf(kind="tfidf")
+    """What documents are compared by."""
+
+
+def cluster_names(number: int) -> tuple[str, ...]:
+    """Return the names of discovered categories, the largest first."""
+    return tuple(f"cluster-{place}" for place in range(number))
 
 
 class TextData(Closed):
@@ -78,14 +105,23 @@ class TextData(Closed):
 
     kind: Literal["text"]
     source: Source
+    discover: Discover | None = None
+    """Take clusters of documents for categories; labels of the source are only compared with them. ``null``: labels
+    are the categories."""
     vocabulary: Annotated[int, Field(ge=257, le=65_000)] = 1024
     """Tokens of the byte-level BPE, the 256 bytes and the end-of-document token included."""
     length: Annotated[int, Field(ge=8)] = 128
     """Tokens a row."""
     validation: Fraction = 0.05
-    """Share of each category's bytes, by whole documents."""
+    """Share of each category's bytes (of all, where categories are discovered), by whole documents."""
     test: Fraction = 0.1
-    """Share of each category's bytes, by whole documents."""
+    """Share of each category's bytes (of all, where categories are discovered), by whole documents."""
+
+    @model_validator(mode="after")
+    def _has_categories(self) -> Self:
+        if self.discover is None and self.source.kind == "jsonl" and self.source.category is None:
+            raise ValueError("source.category: got null, wanted a field; name one, or set data.discover")
+        return self
 
 
 class DigitsData(Closed):
@@ -337,6 +373,8 @@ class RunConfig(Closed):
         match self.data:
             case DigitsData():
                 return tuple(map(str, range(10)))
+            case TextData(discover=Discover(number=number)):
+                return None if number is None else cluster_names(number)
             case TextData(source=InstalledText(sources=sources)):
                 return sources
             case TextData(source=TextFolders(categories=categories)):

@@ -16,6 +16,8 @@ from moeify.documents import Document, distinct
 
 LEAST_MEGABYTES = 2.0
 """What every installed source must yield, in 10^6 bytes."""
+UNLABELLED = ""
+"""The one category of documents that have none."""
 _MARGIN = 1.25
 """How much more than it may keep an installed source reads, since duplicates are dropped."""
 _SHOWN = 5
@@ -45,6 +47,8 @@ def fingerprint(source: Source, base: Path) -> str:
 
 def read(source: Source, base: Path) -> dict[str, list[Document]]:
     """Return each category's distinct documents, categories in the recipe's order (by name for JSON lines).
+
+    JSON lines without a category field are all ``UNLABELLED``.
 
     Raises:
         ValueError: The source cannot be read, says something else than text in at least two well-named categories, or
@@ -124,7 +128,7 @@ def _files(folder: Path, pattern: str) -> list[tuple[str, Path]]:
 # --- JSON lines ---------------------------------------------------------------------------------------
 
 
-def _json_lines(path: Path, text: str, category: str) -> dict[str, list[Document]]:
+def _json_lines(path: Path, text: str, category: str | None) -> dict[str, list[Document]]:
     found: dict[str, list[Document]] = {}
     problems: list[str] = []
     count = 0
@@ -144,15 +148,19 @@ def _json_lines(path: Path, text: str, category: str) -> dict[str, list[Document
     if count:
         more = [f"and {count - _SHOWN} more lines"] if count > _SHOWN else []
         raise ValueError("\n".join([f"data.source.path: {path} has {count} bad lines", *problems, *more]))
-    if len(found) < 2:
+    if category is None:
+        if not any(found.values()):
+            raise ValueError(f"data.source.path: {path} has no text, wanted at least one document")
+    elif len(found) < 2:
         raise ValueError(
             f"data.source.path: {path} has {len(found)} categories ({', '.join(found) or 'no document'}), wanted at "
-            f"least 2; data.source.category, {category!r}, names the field that tells them apart"
+            f"least 2; data.source.category, {category!r}, names the field that tells them apart; "
+            f"null leaves that to data.discover"
         )
     return dict(sorted(found.items()))
 
 
-def _entry(line: bytes, text: str, category: str) -> tuple[str, str]:
+def _entry(line: bytes, text: str, category: str | None) -> tuple[str, str]:
     """Return category and text of one line, or raise ValueError with what is wrong with it."""
     try:
         entry = json.loads(line.decode("utf-8-sig"))
@@ -164,18 +172,20 @@ def _entry(line: bytes, text: str, category: str) -> tuple[str, str]:
         raise ValueError("not JSON that can be read: it is nested too deeply") from None
     if not isinstance(entry, dict):
         raise ValueError(f"got {type(entry).__name__}, wanted an object")
-    for field in (text, category):
+    for field in (text,) if category is None else (text, category):
         if field not in entry:
-            raise ValueError(f"no field {field!r}, got {', '.join(map(repr, list(entry)[:8])) or 'no fields'}")
+            way_out = "; data.source.category null is for lines without" if field == category else ""
+            got = ", ".join(map(repr, list(entry)[:8])) or "no fields"
+            raise ValueError(f"no field {field!r}, got {got}{way_out}")
         if not isinstance(entry[field], str):
             raise ValueError(f"field {field!r} is {type(entry[field]).__name__}, wanted a string")
-    if problem := _misnamed(entry[category]):
+    if category is not None and (problem := _misnamed(entry[category])):
         raise ValueError(f"field {category!r}: {problem}")
     try:
         entry[text].encode()
     except UnicodeEncodeError:
         raise ValueError(f"field {text!r} holds half a surrogate pair, which is no Unicode text") from None
-    return entry[category], entry[text]
+    return UNLABELLED if category is None else entry[category], entry[text]
 
 
 def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:

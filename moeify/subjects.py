@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attribution.subject import Rows, Subject
 from moeify import rows as rows_of
-from moeify import sources
+from moeify import tokens as tokens_of
 from moeify.arms import Arm
 from moeify.config import RunConfig, TextData
 from moeify.documents import Document
@@ -71,7 +71,7 @@ def of_checkpoint(folder: Path, data: TextData, *, base: Path, rows: int, rows_a
         raise ValueError(f"data.length is {data.length}, and {folder} takes {most} tokens at most; lower data.length")
     found = {
         category: _windows(category, each, tokenizer, data.length, rows, seed)
-        for category, each in sources.read(data.source, base).items()
+        for category, each in tokens_of.read(data, base).items()
     }
     batches = []
     first = 0

@@ -1,7 +1,7 @@
 """Text as tokens: a byte-level BPE trained on the train split, and every split's tokens, prepared once and cached.
 
-A cache entry's name is a hash of all that it depends on: the documents, the recipe's data section, the version of
-the tokenizers package and the code that prepares. So an entry is never out of date, and one that is there is whole.
+A cache entry's name is a hash of all that it depends on: the documents, the recipe's data section, the versions of
+the packages that prepare and the code that does. So an entry is never out of date, and one that is there is whole.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from moeify import corpora, documents, excerpts, sources
-from moeify.config import TextData
+from moeify.config import Discover, TextData
 from moeify.documents import SPLITS, Document, Split
 
 END = "<|end|>"
@@ -47,7 +47,8 @@ class Tokens:
     end: int
     """Id of the end token."""
     assets: Mapping[str, bytes]
-    """The tokenizer's files, by name, as ``transformers.AutoTokenizer`` reads them."""
+    """The tokenizer's files, by name, as ``transformers.AutoTokenizer`` reads them; ``discovered.json`` where
+    categories were discovered."""
 
 
 def prepare(data: TextData, cache: Path, base: Path) -> Tokens:
@@ -69,10 +70,22 @@ def prepare(data: TextData, cache: Path, base: Path) -> Tokens:
     return tokens
 
 
+def read(data: TextData, base: Path) -> dict[str, list[Document]]:
+    """Return each category's distinct documents of all splits, discovered categories' too; nothing is cached."""
+    if data.discover is None:
+        return sources.read(data.source, base)
+    parts, _, _ = _discovered(data, data.discover, base)
+    return {category: [d for split in SPLITS for d in each[split]] for category, each in parts.items()}
+
+
 def _key(data: TextData, base: Path) -> str:
     digest = hashlib.sha256(f"{data.model_dump_json(exclude={'length'})}\n{tokenizers.__version__}\n".encode())
     for module in (corpora.__file__, documents.__file__, excerpts.__file__, sources.__file__, __file__):
         digest.update(hashlib.sha256(Path(module).read_bytes()).digest())
+    if data.discover is not None:
+        from moeify import discover
+
+        digest.update(discover.fingerprint().encode())
     digest.update(sources.fingerprint(data.source, base).encode())
     return digest.hexdigest()[:32]
 
@@ -82,12 +95,17 @@ def _key(data: TextData, base: Path) -> str:
 
 def _publish(data: TextData, base: Path, entry: Path) -> None:
     """Prepare the data beside ``entry`` and move it there; the caller holds the entry's lock."""
-    parts = _documents(data, base)
-    tokenizer = train_tokenizer([parts[category]["train"] for category in parts], data.vocabulary)
+    if data.discover is None:
+        parts = _documents(data, base)
+        tokenizer = train_tokenizer([parts[category]["train"] for category in parts], data.vocabulary)
+        assets = _assets(tokenizer)
+    else:
+        parts, tokenizer, found = _discovered(data, data.discover, base)
+        assets = {**_assets(tokenizer), "discovered.json": found}
     work = entry.with_suffix(".preparing")
     shutil.rmtree(work, ignore_errors=True)  # What a process left that was killed.
     work.mkdir()
-    for name, content in _assets(tokenizer).items():
+    for name, content in assets.items():
         (work / name).write_bytes(content)
     for split in SPLITS:
         for number, category in enumerate(parts):
@@ -97,6 +115,7 @@ def _publish(data: TextData, base: Path, entry: Path) -> None:
         "vocabulary": tokenizer.get_vocab_size(),
         "end": tokenizer.token_to_id(END),
         "sizes": {split: [sum(d.size for d in parts[category][split]) for category in parts] for split in SPLITS},
+        "assets": list(assets),
         "files": {path.name: _hash(path) for path in sorted(work.iterdir())},
     }
     (work / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
@@ -112,6 +131,42 @@ def _documents(data: TextData, base: Path) -> dict[str, dict[Split, list[Documen
         except ValueError as error:
             raise ValueError(f"data.source: category {category!r}: {error}") from None
     return parts
+
+
+def _discovered(
+    data: TextData, settings: Discover, base: Path
+) -> tuple[dict[str, dict[Split, list[Document]]], tokenizers.Tokenizer, bytes]:
+    """Return the documents of each cluster by split, the tokenizer and the content of ``discovered.json``.
+
+    Documents are split before they are clustered. The tokenizer comes before clusters, so its sample is of the whole
+    train split, which ``divide`` has put in the order of hashes.
+    """
+    from moeify import discover
+
+    labelled = sources.read(data.source, base)
+    pool = [(document, label) for label, each in labelled.items() for document in each]
+    label_of = {id(document): label for document, label in pool}
+    try:
+        split = documents.divide([document for document, _ in pool], validation=data.validation, test=data.test)
+    except ValueError as error:
+        raise ValueError(f"data.source: {error}") from None
+    tokenizer = train_tokenizer([split["train"]], data.vocabulary)
+    ids = {name: _ids(tokenizer, split[name]) for name in SPLITS}
+    clusters = discover.cluster(settings, ids, tokenizer.get_vocab_size())
+    labels = {name: [label_of[id(document)] for document in split[name]] for name in SPLITS}
+    report = discover.report(
+        clusters,
+        {name: [document.size for document in split[name]] for name in SPLITS},
+        None if set(labelled) == {sources.UNLABELLED} else labels,
+        [[tokenizer.decode([token]) for token in tokens] for tokens in clusters.telling],
+    )
+    parts = {
+        cluster: {
+            name: [d for d, of in zip(split[name], clusters.of[name], strict=True) if of == place] for name in SPLITS
+        }
+        for place, cluster in enumerate(clusters.names)
+    }
+    return parts, tokenizer, json.dumps(report, indent=1, ensure_ascii=False).encode()
 
 
 def train_tokenizer(train: Sequence[Sequence[Document]], vocabulary: int) -> tokenizers.Tokenizer:
@@ -151,8 +206,12 @@ def _sample(each: Sequence[Document], size: int) -> list[str]:
 def encode(tokenizer: tokenizers.Tokenizer, each: Sequence[Document]) -> UInt16[np.ndarray, " tokens"]:
     """Return the documents as one stream, the end token after each."""
     end = tokenizer.token_to_id(END)
+    return np.concatenate([np.array([*ids, end], dtype=np.uint16) for ids in _ids(tokenizer, each)])
+
+
+def _ids(tokenizer: tokenizers.Tokenizer, each: Sequence[Document]) -> list[list[int]]:
     encoded = tokenizer.encode_batch_fast([document.text for document in each], add_special_tokens=False)
-    return np.concatenate([np.array([*encoding.ids, end], dtype=np.uint16) for encoding in encoded])
+    return [encoding.ids for encoding in encoded]
 
 
 def _assets(tokenizer: tokenizers.Tokenizer) -> dict[str, bytes]:
@@ -197,7 +256,7 @@ def _load(entry: Path) -> Tokens | None:
             sizes={split: tuple(index["sizes"][split]) for split in SPLITS},
             vocabulary=index["vocabulary"],
             end=index["end"],
-            assets={name: (entry / name).read_bytes() for name in _ASSETS},
+            assets={name: (entry / name).read_bytes() for name in index["assets"]},
         )
     except (OSError, ValueError, KeyError):
         return None
