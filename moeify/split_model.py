@@ -12,7 +12,7 @@ from moeify.models import logits
 from moeify.partition import Partition
 from moeify.routed import Routes, install
 from moeify.told import tell
-from moeify.units import output_weight
+from moeify.units import input_weight, output_weight
 
 
 class SplitModel(nn.Module):
@@ -54,6 +54,11 @@ class SplitModel(nn.Module):
     def output_weights(self) -> dict[str, Float[Tensor, "dim units"]]:
         """Site -> the weights through which its units write."""
         return {site.name: output_weight(self.network, site).detach() for site in self.space.sites}
+
+    @property
+    def input_weights(self) -> dict[str, Float[Tensor, "units inputs"]]:
+        """Site -> a copy of the weights through which its units read."""
+        return {site.name: input_weight(self.network, site).detach() for site in self.space.sites}
 
     def repartition(self, partition: Partition) -> None:
         """Route by another partition. The caller has put the units into its order."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from attribution.sites import Site
@@ -98,6 +99,12 @@ def linear(network: nn.Module, name: str) -> nn.Linear:
 def output_weight(network: nn.Module, site: UnitSite) -> Tensor:
     """Return the parameter [dim units] through which a site's units write."""
     return network.get_parameter(site.output)
+
+
+def input_weight(network: nn.Module, site: UnitSite) -> Tensor:
+    """Return the weights [units inputs] through which a site's units read, those of gate and up side by side."""
+    ways_in = [network.get_parameter(part.parameter) for part in site.slices if part.axis == 0]
+    return torch.cat([weight for weight in ways_in if weight.ndim == 2], dim=1)
 
 
 def check(network: nn.Module, sites: Sequence[UnitSite]) -> UnitSpace:
