@@ -91,6 +91,7 @@ def _closeness(point_PX: np.ndarray, centre_KX: np.ndarray) -> Float64[np.ndarra
 
 def _means(point_PX: np.ndarray, owner_P: np.ndarray, centre_KX: np.ndarray) -> np.ndarray:
     """Return the mean of each cluster; an empty one stays where it is."""
-    member_PK = np.eye(len(centre_KX))[owner_P]
-    count_K1 = member_PK.sum(0)[:, None]
-    return np.where(count_K1 > 0, member_PK.T @ point_PX / np.maximum(count_K1, 1), centre_KX)
+    mean_KX = centre_KX.copy()
+    for k in np.unique(owner_P):
+        mean_KX[k] = point_PX[owner_P == k].mean(0)
+    return mean_KX
