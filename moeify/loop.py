@@ -117,7 +117,7 @@ class _Loop:
                 twins.keep(arm, contestant)
 
     def _cut(self, phase: PlannedPhase) -> None:
-        """Attribute, partition, prune and compensate: the split arm by attribution, its control at random."""
+        """Attribute, partition, prune and compensate: the split arm the recipe's way, its control at random."""
         before = self.state.name
         self.state.fork(self.config, self.task)
         models = {arm: self.state.arms[arm].model for arm in self.config.cut_arms}
@@ -127,10 +127,9 @@ class _Loop:
         partition, rounds = self.config.partition, self._to_come(phase.round, split.partition.separation)
         passed = self._null_test(split, table, phase.round, rounds[0])
         self.say.phase("partition", phase.round)
-        score, tree = self.config.attribution.score, self.config.tree
+        how = rounds, self.config.attribution.score, self.config.tree, passed, split.input_weights, self.config.seed
         try:
-            known = (split.partition, table, split.output_weights, partition, rounds, score, tree, passed)
-            proposal = propose(*known, inputs=split.input_weights, seed=self.config.seed)
+            proposal = propose(split.partition, table, split.output_weights, partition, *how)
         except NothingToSplitError as reason:
             return self.say.phase("partition", phase.round, str(reason))
         cuts, blind = {"split": proposal}, None

@@ -1,29 +1,30 @@
-"""Which unit goes to which expert: the loop's own way, by attribution, and the ways of others that it is held against.
+"""Ways to find owners: which of a leaf's units each new expert gets and which stay, at given widths.
 
-Every method answers the same question: a leaf's units in one site, the groups of categories that part there, and how
-many units each expert takes. So whatever differs in a result, tree, widths and tokens are equal. Deterministic in the
-arguments.
+Attribution, and what others do instead; the recipe's ``partition.owners`` says which, and ``moeify.partition_config``
+whose way it is. What is the same at all widths is done once. Everything is deterministic in table, weights and seed.
 
-Axes: L units that the leaf owns in the site, B bins (the K children, then the leaf itself), C categories, F features.
+Axes: U units of a site, L units that a leaf owns in it, B bins (K parts, then the leaf itself), C categories, X
+coordinates of a unit. A part without an expert, of unrouted categories, is a bin of capacity 0.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import assert_never
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import KMeans
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from attribution.moments import LowRank
 from attribution.table import AttributionTable, Unsigned
 from moeify.assignment import assign
-from moeify.owners_config import (
+from moeify.clusters import filled, k_means, spectral, unit_rows
+from moeify.partition_config import (
     AttributionOwners,
-    CMoeOwners,
+    CmoeOwners,
+    CoactivationOwners,
     LlamaMoeOwners,
     MagnitudeOwners,
     MoeficationOwners,
@@ -31,127 +32,170 @@ from moeify.owners_config import (
     RandomOwners,
 )
 
-Choose = Callable[[Int[np.ndarray, " bins"]], Int[np.ndarray, " leaf_units"]]
-"""From the units that each bin takes to the bin of each unit."""
+Capacity = Int[np.ndarray, " bins"]
+Owner = Int[np.ndarray, " leaf_units"]
+Deal = Callable[[Capacity], Owner]
+"""Returns the bin of each of the leaf's units, as many in each bin as its capacity says."""
 
 
 @dataclass(frozen=True)
-class Leaf:
-    """What there is to know of one leaf's units in one site."""
+class LeafUnits:
+    """What may be known of the units that a leaf owns in one site."""
 
     table: AttributionTable
     site: str
-    units: slice
-    """The leaf's units among the site's."""
+    start: int
+    """Place of the first; the others follow."""
+    number: int
     parts: Sequence[Sequence[str]]
-    """The categories of each child."""
-    outputs_DU: Float[Tensor, "dim units"]
-    """The site's output weights."""
-    inputs_UF: Float[Tensor, "units features"] | None
-    """The site's input weights and biases, side by side; None where they are not known."""
-    seed: Sequence[int]
+    """The groups of categories that part, one a bin."""
+    score: Unsigned
+    output_DU: Float[Tensor, "dim units"]
+    """Weights through which the site's units write."""
+    input_UX: Float[Tensor, "units inputs"] | None = None
+    """Weights through which the site's units read."""
+    seed: int = 0
 
-    def by_part(self, values_UC: Float[Tensor, "units categories"]) -> Float[np.ndarray, "leaf_units children"]:
-        """Add up over each child's categories, weighted by their shares of the data."""
-        mine_LC = (values_UC * self.table.shares)[self.units]
-        columns = [mine_LC[:, [self.table.categories.index(c) for c in part]].sum(1) for part in self.parts]
-        return torch.stack(columns, dim=1).numpy()
+    def mine(self, values_U: Tensor) -> Tensor:
+        """Return the leaf's part of what is known of all units."""
+        return values_U[self.start : self.start + self.number]
 
-    def mass(self, score: Unsigned) -> Float[np.ndarray, "leaf_units bins"]:
-        """Return the attribution mass that stays active if a unit goes to a bin, nats."""
-        mass_LK = self.by_part(self.table.score(self.site, score))
-        return np.column_stack([mass_LK, mass_LK.sum(1)])
+    def by_part(self, values_UC: Float64[Tensor, "units categories"]) -> Float64[Tensor, "parts leaf_units"]:
+        """Return the sums over each part's categories."""
+        mine_LC, index = self.mine(values_UC), self.table.categories.index
+        return torch.stack([mine_LC[:, [index(c) for c in part]].sum(1) for part in self.parts])
 
-    @property
-    def norms(self) -> Float[np.ndarray, " leaf_units"]:
-        """The norm of each unit's output weights."""
-        return self.outputs_DU[:, self.units].double().norm(dim=0).numpy()
+    def mass(self, score: Unsigned) -> Float64[np.ndarray, "leaf_units bins"]:
+        """Return the attribution mass that stays active if a unit goes to a bin; nats."""
+        part_KL = self.by_part(self.table.score(self.site, score) * self.table.shares)
+        return torch.cat([part_KL, part_KL.sum(0, keepdim=True)]).t().contiguous().numpy()
 
-    @cached_property
-    def power(self) -> Float[np.ndarray, "leaf_units children"]:
-        """Mean square activation on each child's categories."""
-        power_FC = self.table.power(self.site)
-        return self.by_part(power_FC.view(len(power_FC) // self.features, self.features, -1).sum(1))
+    def inputs(self) -> Float64[np.ndarray, "leaf_units inputs"]:
+        """Return the leaf's input weights."""
+        if self.input_UX is None:
+            raise ValueError(f"site {self.site!r}: got no input weights, wanted [units inputs]; give propose() inputs")
+        return self.mine(self.input_UX).double().cpu().numpy()
 
-    @property
-    def features(self) -> int:
-        """Features of a unit."""
-        return len(self.table.power(self.site)) // self.outputs_DU.shape[1] or 1
+    def random(self) -> np.random.Generator:
+        """Return the seed's random numbers for this leaf and site."""
+        sites = list(self.table.sites)
+        return np.random.default_rng([self.seed, sites.index(self.site), self.start, self.number])
 
 
-def chooser(owners: Owners, leaf: Leaf, score: Unsigned) -> Choose:
-    """Return the method's answer for one leaf in one site, at any widths.
-
-    Raises ValueError where the method needs input weights and there are none.
-    """
-    match owners:
+def owners(way: Owners, units: LeafUnits) -> Deal:
+    """Return what finds the owners of a leaf's units in one site, the recipe's way."""
+    if units.number == 0:
+        return lambda _: np.zeros(0, dtype=np.int64)
+    match way:
         case AttributionOwners():
-            return _best(leaf.mass(score))
+            value_LB = units.mass(units.score)
+            return lambda capacity_B: assign(value_LB, capacity_B).owner
         case RandomOwners():
-            return _dealt(_shuffled(leaf))
+            drawn_L = units.random().permutation(units.number)
+            return lambda capacity_B: _in_turn(drawn_L, capacity_B)
         case MagnitudeOwners():
-            return _core_first(leaf.norms, _shuffled(leaf))
+            return _magnitude(units)
         case MoeficationOwners():
-            return _best(_clusters(leaf, score))
-        case CMoeOwners():
-            share_LK = leaf.power / np.maximum(leaf.power.sum(1, keepdims=True), np.finfo(float).tiny)
-            return _core_first(leaf.power.sum(1), share_LK)
+            return _clustered(units, unit_rows(units.inputs()))
+        case CoactivationOwners():
+            return _clustered(units, spectral(_coactivation(units), len(units.parts) + 1))
+        case CmoeOwners():
+            return _cmoe(units)
         case LlamaMoeOwners():
-            importance_LK = leaf.by_part(leaf.table.score(leaf.site, "absolute"))
-            return _core_first(importance_LK.min(1), importance_LK)
+            return _llama_moe(units)
         case _:
-            assert_never(owners)
+            assert_never(way)
 
 
-def _best(value_LB: Float[np.ndarray, "leaf_units bins"]) -> Choose:
-    """Choose so that the sum of values is the largest."""
-    return lambda capacity: assign(value_LB, capacity).owner
+def _in_turn(order_L: Int[np.ndarray, " leaf_units"], capacity_B: Capacity) -> Owner:
+    """Fill the bins one after the other, the leaf's own first, with the units in this order."""
+    bins = np.roll(np.arange(len(capacity_B)), 1)
+    owner_L = np.empty(len(order_L), dtype=np.int64)
+    owner_L[order_L] = np.repeat(bins, capacity_B[bins])
+    return owner_L
 
 
-def _dealt(order: Int[np.ndarray, " leaf_units"]) -> Choose:
-    """Fill the bins one after the other in a fixed order of units."""
+def _magnitude(units: LeafUnits) -> Deal:
+    """The units with the largest weights stay; the others are dealt at random."""
+    square_L = units.mine(units.output_DU.t()).double().cpu().square().sum(1).numpy() + np.square(units.inputs()).sum(1)
+    falling_L = np.argsort(-square_L, kind="stable")
+    drawn_L = units.random().permutation(units.number)
 
-    def choose(capacity: Int[np.ndarray, " bins"]) -> Int[np.ndarray, " leaf_units"]:
-        owner = np.empty(len(order), dtype=np.int64)
-        owner[order] = np.repeat(np.arange(len(capacity)), capacity)
-        return owner
+    def deal(capacity_B: Capacity) -> Owner:
+        strongest = falling_L[: capacity_B[-1]]
+        return _in_turn(np.concatenate([strongest, drawn_L[~np.isin(drawn_L, strongest)]]), capacity_B)
 
-    return choose
-
-
-def _core_first(shared_L: Float[np.ndarray, " leaf_units"], rest: np.ndarray) -> Choose:
-    """Keep the most shared units in the leaf; the rest go to children, by value [L, K] or dealt in an order [L]."""
-
-    def choose(capacity: Int[np.ndarray, " bins"]) -> Int[np.ndarray, " leaf_units"]:
-        children = len(capacity) - 1
-        owner = np.full(len(shared_L), children, dtype=np.int64)
-        given = np.argsort(-shared_L, kind="stable")[capacity[-1] :]
-        if rest.ndim == 1:
-            given = rest[np.isin(rest, given)]
-            owner[given] = np.repeat(np.arange(children), capacity[:-1])
-        else:
-            owner[given] = assign(rest[given], capacity[:-1]).owner
-        return owner
-
-    return choose
+    return deal
 
 
-def _shuffled(leaf: Leaf) -> Int[np.ndarray, " leaf_units"]:
-    return np.random.default_rng(leaf.seed).permutation(leaf.units.stop - leaf.units.start)
+def _clustered(units: LeafUnits, point_LX: Float64[np.ndarray, "leaf_units x"]) -> Deal:
+    """One cluster a bin: those go together whose units have the most attribution there on average, matched exactly.
+
+    Clusters are found without capacities, once; each width then starts from their centres.
+    """
+    value_LB = units.mass(units.score)
+
+    @cache
+    def centres(bins: tuple[int, ...]) -> Float64[np.ndarray, "open x"]:
+        centre_KX, nearest_L = k_means(point_LX, len(bins), units.random())
+        mean_KB = np.zeros((len(bins), len(bins)))
+        for k in np.unique(nearest_L):
+            mean_KB[k] = value_LB[nearest_L == k][:, bins].mean(0)
+        return centre_KX[np.argsort(assign(mean_KB, np.ones(len(bins), dtype=np.int64)).owner)]
+
+    def deal(capacity_B: Capacity) -> Owner:
+        bins = np.flatnonzero(capacity_B)
+        return bins[filled(point_LX, centres(tuple(bins.tolist())), capacity_B[bins])]
+
+    return deal
 
 
-def _clusters(leaf: Leaf, score: Unsigned) -> Float[np.ndarray, "leaf_units bins"]:
-    """Return minus the squared distance of each unit's input weights to the cluster that became each bin."""
-    if leaf.inputs_UF is None:
-        raise ValueError(f"owners of kind 'moefication' need the input weights of site {leaf.site!r}, got none")
-    inputs_LF = leaf.inputs_UF[leaf.units].double().numpy()
-    mass_LB = leaf.mass(score)
-    bins = mass_LB.shape[1]
-    if len(inputs_LF) < bins:
-        return np.zeros_like(mass_LB)
-    seed = int(np.random.default_rng(leaf.seed).integers(2**31))
-    found = KMeans(bins, n_init=4, random_state=seed).fit(inputs_LF)
-    member_LB = np.eye(bins)[found.labels_]
-    _, cluster_B = linear_sum_assignment((member_LB.T @ mass_LB).T, maximize=True)
-    distance_LB = ((inputs_LF[:, None] - found.cluster_centers_[cluster_B]) ** 2).sum(2)
-    return -distance_LB
+def _coactivation(units: LeafUnits) -> Float64[np.ndarray, "leaf_units leaf_units"]:
+    """Return how much two units are active together: |E[a a^T]| over the leaf's categories, 1 for one with itself."""
+    table, places = units.table, torch.arange(units.start, units.start + units.number)
+    together: Tensor = torch.zeros(units.number, units.number, dtype=torch.float64)
+    for category in (c for part in units.parts for c in part):
+        moment, share = table.second_moment(units.site, category), table.shares[table.categories.index(category)]
+        own = moment.take(places).dense() if isinstance(moment, LowRank) else moment[places][:, places]
+        together += share * own
+    size = together.diagonal().sqrt()
+    return (together.abs() / (size[:, None] * size)).nan_to_num(0.0, 0.0).numpy()
+
+
+def _cmoe(units: LeafUnits) -> Deal:
+    """The most active units stay; the others go where their profile of activity over categories fits, exactly."""
+    activity_LK = units.by_part(units.table.power(units.site).sqrt() * units.table.shares).t().numpy()
+    falling_L = np.argsort(-activity_LK.sum(1), kind="stable")
+    profile_LK = activity_LK / np.maximum(activity_LK.sum(1, keepdims=True), np.finfo(np.float64).tiny)
+
+    def deal(capacity_B: Capacity) -> Owner:
+        owner_L = np.full(units.number, len(capacity_B) - 1)
+        routed = falling_L[capacity_B[-1] :]
+        owner_L[routed] = assign(profile_LK[routed], capacity_B[:-1]).owner
+        return owner_L
+
+    return deal
+
+
+def _llama_moe(units: LeafUnits) -> Deal:
+    """Units that most parts would choose stay; then experts take turns at their most important unit that is left.
+
+    A part would choose the units of greatest importance, as many as it will run: its expert's and the leaf's own.
+    """
+    mass_LK = units.mass("absolute")[:, :-1]
+    falling_LK = np.argsort(-mass_LK, axis=0, kind="stable")
+    rank_LK = np.argsort(falling_LK, axis=0, kind="stable")
+    importance_L = (mass_LK / np.maximum(mass_LK.sum(0), np.finfo(np.float64).tiny)).sum(1)
+
+    def deal(capacity_B: Capacity) -> Owner:
+        own = capacity_B[-1]
+        chosen_L = (rank_LK < capacity_B[:-1] + own).sum(1)
+        owner_L = np.full(units.number, -1)
+        owner_L[np.lexsort((-importance_L, -chosen_L))[:own]] = len(capacity_B) - 1
+        wishes = [iter(falling_L.tolist()) for falling_L in falling_LK.T]
+        for turn in range(capacity_B[:-1].max()):
+            for k in np.flatnonzero(capacity_B[:-1] > turn):
+                owner_L[next(unit for unit in wishes[k] if owner_L[unit] < 0)] = k
+        return owner_L
+
+    return deal

@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from moeify.closed import Closed, Fraction, Name
-from moeify.owners_config import AttributionOwners, Owners
 
 
 class Compensation(Closed):
@@ -36,6 +35,66 @@ class ResidualGrouping(Closed):
 Grouping = Annotated[AffinityGrouping | ResidualGrouping, Field(discriminator="kind")]
 
 
+class AttributionOwners(Closed):
+    """Units go where the most attribution stays active, by exact assignment on ``attribution.score``."""
+
+    kind: Literal["attribution"]
+
+
+class RandomOwners(Closed):
+    """Owners are drawn from the recipe's seed."""
+
+    kind: Literal["random"]
+
+
+class MagnitudeOwners(Closed):
+    """The units with the largest input and output weights (sum of squares) stay shared, the others are dealt at random:
+    blind to categories and data, as in Han et al., "Learning both Weights and Connections", 2015 (arXiv 1506.02626)."""
+
+    kind: Literal["magnitude"]
+
+
+class MoeficationOwners(Closed):
+    """Balanced k-means on the units' input weights, a cluster an expert: Zhang et al., "MoEfication", 2022 (arXiv
+    2110.01786). Here the core is a cluster too, and attribution says which categories' expert a cluster becomes."""
+
+    kind: Literal["moefication"]
+
+
+class CoactivationOwners(Closed):
+    """Units that are active together stay together, a balanced cut of the co-activation graph: MoEfication's second way
+    (arXiv 2110.01786). Here the graph is E[a a^T] and the cut spectral, in place of METIS; otherwise as
+    ``moefication``. Costs time cubic, and memory square, in the units of a site."""
+
+    kind: Literal["coactivation"]
+
+
+class CmoeOwners(Closed):
+    """The most active units stay shared, the others go by balanced assignment on activation: Pei et al., "CMoE", 2025
+    (arXiv 2502.04416). Here activity is the root of E[a^2] in each category, and the categories are the centres."""
+
+    kind: Literal["cmoe"]
+
+
+class LlamaMoeOwners(Closed):
+    """Each expert takes the units with the greatest E|g a| in its categories, those that most would take stay shared:
+    Zhu et al., "LLaMA-MoE", 2024 (arXiv 2406.16554). Here its clusters of data are the categories."""
+
+    kind: Literal["llama_moe"]
+
+
+Owners = Annotated[
+    AttributionOwners
+    | RandomOwners
+    | MagnitudeOwners
+    | MoeficationOwners
+    | CoactivationOwners
+    | CmoeOwners
+    | LlamaMoeOwners,
+    Field(discriminator="kind"),
+]
+
+
 class NullTest(Closed):
     """Whether there is anything to split: an expert is divided only where that costs less J than with labels that are
     permuted across rows (``moeify.null_test``). Costs one attribution pass a permutation."""
@@ -51,7 +110,7 @@ class Partition(Closed):
     grouping: Grouping = AffinityGrouping(kind="affinity")
     """Which categories part and which stay together."""
     owners: Owners = AttributionOwners(kind="attribution")
-    """Which unit goes to which expert. Widths are ``budget``'s, whatever the owners."""
+    """How units find their owners at given widths. What parts, and the null test, are attribution's whatever it is."""
     budget: Literal["knapsack", "equal"] = "knapsack"
     """How a round's separation is shared out over sites: by least rise of J, or the same everywhere."""
     multiple: PositiveInt = 8

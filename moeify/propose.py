@@ -1,8 +1,8 @@
 """From attribution to a cut: which categories part, how wide each expert is in each site, which unit goes where.
 
 For each leaf with several categories: group them (``moeify.grouping``); for each site the curve J(expert width) from
-exact assignments; a knapsack over all sites spends the round's separation where it costs least; the assignment at the
-chosen width names the owners. Everything is deterministic in the reduced table, so every rank gets the same answer.
+the owners at each width (``moeify.owners``); a knapsack over all sites spends the round's separation where it costs
+least. Everything is deterministic in the reduced table and the weights, so every rank gets the same answer.
 
 Axes: U units of a site, L units that a leaf owns in it, B bins (the K children, then the leaf itself), C categories.
 Unrouted categories are a child without units.
@@ -22,7 +22,7 @@ from moeify.config import Round
 from moeify.given_tree import Nested, foreseen
 from moeify.grouping import Groups, choose_groups, is_routed
 from moeify.knapsack import Curve, cheapest
-from moeify.owners import Choose, Leaf, chooser
+from moeify.owners import Deal, LeafUnits, owners
 from moeify.partition import Partition
 from moeify.partition_config import Partition as PartitionConfig
 from moeify.trials import most_given
@@ -59,33 +59,29 @@ def propose(
     score: Unsigned,
     tree: Nested | None = None,
     only: Collection[int] | None = None,
-    *,
-    inputs: Mapping[str, Float[Tensor, "units features"]] | None = None,
+    inputs: Mapping[str, Float[Tensor, "units inputs"]] | None = None,
     seed: int = 0,
 ) -> Proposal:
     """Choose the first of ``rounds`` to come: split every leaf that has several categories.
 
     ``rounds`` are this round and those after it, whose experts need room as well; ``weights`` holds each site's output
-    weights, ``inputs`` its input weights, which some ways to find owners ask for; ``tree`` is the recipe's; ``only``
-    are the leaves that may be split, ``None`` for all. Where rounding to ``config.multiple`` leaves too little room for
-    the round's separation, the cut goes as far as there is room. Raises NothingToSplitError where no leaf can be split,
-    ValueError where an expert has too few units for its children.
+    weights, ``inputs`` its input weights, which some ``config.owners`` read; ``tree`` is the recipe's; ``only`` are the
+    leaves that may be split, ``None`` for all; ``seed`` is what ways to find owners draw from. Where rounding to
+    ``config.multiple`` leaves too little room for the round's separation, the cut goes as far as there is room. Raises
+    NothingToSplitError where no leaf can be split, ValueError where an expert has too few units for its children.
     """
     groups = choose_groups(partition, table, weights, config, rounds[0], score, tree, only)
     choices = {}
-    for place, site in enumerate(partition.widths):
+    for site in partition.widths:
         for leaf, parts in groups.items():
-            start = partition.starts(site)[leaf]
-            mine = slice(start, start + partition.widths[site][leaf])
-            draw = (seed, len(partition.tree.nodes), leaf, place)
-            known = Leaf(table, site, mine, parts, weights[site], inputs[site] if inputs else None, draw)
-            choose = chooser(config.owners, known, score)
+            start, own, reads = partition.starts(site)[leaf], partition.widths[site][leaf], (inputs or {}).get(site)
+            deal = owners(config.owners, LeafUnits(table, site, start, own, parts, score, weights[site], reads, seed))
             choices[site, leaf] = _choices(
-                partition, table, weights[site], config, rounds, choose, site, leaf, parts, tree
+                partition, table, weights[site], config, rounds, site, leaf, parts, tree, deal
             )
     chosen = _spend(partition, config, rounds[0].separation, groups, choices)
-    owners = {key: choice.owner_L for key, choice in chosen.items()}
-    return _proposal(partition, groups, owners, sum(choice.predicted for choice in chosen.values()))
+    owned = {key: choice.owner_L for key, choice in chosen.items()}
+    return _proposal(partition, groups, owned, sum(choice.predicted for choice in chosen.values()))
 
 
 def shuffled(
@@ -102,16 +98,16 @@ def shuffled(
     """
     generator = np.random.default_rng([seed, len(partition.tree.nodes)])
     new = proposal.partition
-    owners: dict[tuple[str, int], np.ndarray] = {}
+    drawn: dict[tuple[str, int], np.ndarray] = {}
     predicted = 0.0
     for site in partition.widths:
         for leaf, parts in proposal.groups.items():
             place = new.tree.index(partition.tree.nodes[leaf].name)
             nodes = [*new.tree.children(place), place]
             bins = np.repeat(np.arange(len(nodes)), [new.widths[site][node] for node in nodes])
-            owners[site, leaf] = generator.permutation(bins)
-            predicted += _residual(partition, table, weights[site], site, leaf, parts, owners[site, leaf])
-    return _proposal(partition, proposal.groups, owners, predicted)
+            drawn[site, leaf] = generator.permutation(bins)
+            predicted += _residual(partition, table, weights[site], site, leaf, parts, drawn[site, leaf])
+    return _proposal(partition, proposal.groups, drawn, predicted)
 
 
 def _choices(
@@ -120,11 +116,11 @@ def _choices(
     weight_DU: Tensor,
     config: PartitionConfig,
     rounds: Sequence[Round],
-    choose: Choose,
     site: str,
     leaf: int,
     parts: Sequence[Sequence[str]],
     tree: Nested | None,
+    deal: Deal,
 ) -> list[_Choice]:
     """Return what each expert width would cost, from the narrowest allowed to the widest there is room for."""
     width, children = partition.widths[site][leaf], sum(is_routed(part, config) for part in parts)
@@ -139,7 +135,7 @@ def _choices(
     found = []
     for each in sorted({need, *range(max(need, config.multiple), widest + 1, config.multiple)}):
         capacity = np.array([*[each * is_routed(part, config) for part in parts], width - each * children])
-        owner_L = choose(capacity)
+        owner_L = deal(capacity)
         found.append(_Choice(each, owner_L, _residual(partition, table, weight_DU, site, leaf, parts, owner_L)))
     return found
 
@@ -224,7 +220,7 @@ def _same_share(
 
 
 def _proposal(
-    partition: Partition, groups: Groups, owners: Mapping[tuple[str, int], np.ndarray], predicted: float
+    partition: Partition, groups: Groups, owned: Mapping[tuple[str, int], np.ndarray], predicted: float
 ) -> Proposal:
     """Put the units of every split leaf into tree order: those it keeps, then each child's, each in present order."""
     widths, order = {}, {}
@@ -234,7 +230,7 @@ def _proposal(
             present = np.arange(start, start + width)
             if old in groups:
                 bins = [len(groups[old]), *range(len(groups[old]))]
-                places += [present[owners[site, old] == bin_] for bin_ in bins]
+                places += [present[owned[site, old] == bin_] for bin_ in bins]
             else:
                 places.append(present)
         widths[site] = tuple(len(place) for place in places)

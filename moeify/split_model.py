@@ -56,8 +56,8 @@ class SplitModel(nn.Module):
         return {site.name: output_weight(self.network, site).detach() for site in self.space.sites}
 
     @property
-    def input_weights(self) -> dict[str, Float[Tensor, "units features"]]:
-        """Site -> what its units read by: the rows of every weight into them and the biases, side by side."""
+    def input_weights(self) -> dict[str, Float[Tensor, "units inputs"]]:
+        """Site -> a copy of the weights through which its units read."""
         return {site.name: input_weight(self.network, site).detach() for site in self.space.sites}
 
     def repartition(self, partition: Partition) -> None:

@@ -102,9 +102,9 @@ def output_weight(network: nn.Module, site: UnitSite) -> Tensor:
 
 
 def input_weight(network: nn.Module, site: UnitSite) -> Tensor:
-    """Return a copy [units features] of all that a site's units read by: weights and biases side by side."""
-    parts = [network.get_parameter(part.parameter) for part in site.slices if part.axis == 0]
-    return torch.cat([part.reshape(site.units, -1) for part in parts], dim=1)
+    """Return the weights [units inputs] through which a site's units read, those of gate and up side by side."""
+    ways_in = [network.get_parameter(part.parameter) for part in site.slices if part.axis == 0]
+    return torch.cat([weight for weight in ways_in if weight.ndim == 2], dim=1)
 
 
 def check(network: nn.Module, sites: Sequence[UnitSite]) -> UnitSpace:

@@ -1,5 +1,3 @@
-"""Every way to find owners: exact capacities, the same answer each time, and planted structure found."""
-
 from typing import get_args
 
 import numpy as np
@@ -8,72 +6,172 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
+from tables import empty_table
 
-from moeify.owners import Leaf, chooser
-from moeify.owners_config import Owners
-from tests.tables import empty_table
+from attribution.sites import Site
+from attribution.table import AttributionTable
+from moeify.assignment import assign
+from moeify.config import Round
+from moeify.loop import run
+from moeify.owners import LeafUnits, owners
+from moeify.partition import Partition
+from moeify.partition_config import Owners
+from moeify.partition_config import Partition as PartitionConfig
+from moeify.propose import propose
+from moeify.recipe import RecipeError, parse_recipe, to_yaml
+from tests.toy import TEXT_CONFIG, ToyTask, ToyTextTask, toy_config
 
-NAMES = [get_args(kind.model_fields["kind"].annotation)[0] for kind in get_args(get_args(Owners)[0])]
-PARTS = (("a", "b"), ("c",))
-BY_ATTRIBUTION = [name for name in NAMES if name not in {"random", "magnitude"}]
-
-
-def owners(kind: str) -> Owners:
-    return TypeAdapter[Owners](Owners).validate_python({"kind": kind})
-
-
-def leaf(values_UC: np.ndarray, units: slice, inputs_UF: torch.Tensor | None = None, seed: int = 0) -> Leaf:
-    """A leaf whose units matter, and are active, as given."""
-    number = len(values_UC)
-    table = empty_table(("a", "b", "c"), {"site": (number, 5)})
-    for tensor in (table.counts, table.sampled, table.rows):
-        tensor.fill_(10.0)
-    for name in ("fisher", "absolute", "power"):
-        getattr(table.sites["site"], name).copy_(torch.from_numpy(values_UC) * 10)
-    outputs = torch.randn(5, number, generator=torch.Generator().manual_seed(seed))
-    return Leaf(table, "site", units, PARTS, outputs, inputs_UF, (seed,))
+KINDS = [get_args(way.__annotations__["kind"])[0] for way in get_args(get_args(Owners)[0])]
+CATEGORIES = ("a", "b", "c", "d")
+DIM = 3
 
 
-@pytest.mark.parametrize("kind", NAMES)
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 999), units=st.integers(1, 20), data=st.data())
-def test_each_bin_takes_exactly_what_it_has_room_for_each_time_the_same(
-    kind: str, seed: int, units: int, data: st.DataObject
-) -> None:
-    start = data.draw(st.integers(0, units - 1))
-    mine = units - start
-    first = data.draw(st.integers(0, mine))
-    second = data.draw(st.integers(0, mine - first))
-    capacity = np.array([first, second, mine - first - second])
-    random = np.random.default_rng(seed)
-    values, inputs = random.random((units, 3)), torch.from_numpy(random.standard_normal((units, 4)))
-    found = [chooser(owners(kind), leaf(values, slice(start, units), inputs), "fisher")(capacity) for _ in range(2)]
-    assert np.bincount(found[0], minlength=3).tolist() == capacity.tolist()
-    assert found[0].tolist() == found[1].tolist()
+def way(kind: str) -> Owners:
+    return TypeAdapter(Owners).validate_python({"kind": kind})
 
 
-@pytest.mark.parametrize("kind", BY_ATTRIBUTION)
-def test_units_of_a_kind_find_their_expert_and_those_that_all_need_stay(kind: str) -> None:
-    """Units 0-3 are another leaf's; then four of a and b, four of c, four of all."""
-    home = np.repeat([2, 0, 1, 2], 4)
-    values = np.array([[1.0, 1.0, 0.02], [0.02, 0.02, 1.0], [1.5, 1.5, 2.0]])[home]
-    inputs = torch.from_numpy(np.eye(3)[home] + np.random.default_rng(0).standard_normal((16, 3)) * 0.05)
-    found = chooser(owners(kind), leaf(values, slice(4, 16), inputs), "fisher")(np.array([4, 4, 4]))
-    assert found.tolist() == home[4:].tolist()
+def random_units(number: int, parts: list[list[str]], seed: int = 0, site_units: int = 0, dim: int = 5) -> LeafUnits:
+    """Units of a leaf in the middle of a site, everything about them at random, some dead."""
+    generator = torch.Generator().manual_seed(seed)
+    total = site_units or number + 5
+    categories = tuple(c for part in parts for c in part)
+    table = empty_table(categories, {"s": (total, DIM)})
+    for tensor in (table.counts, table.sampled):
+        tensor.fill_(100.0)
+    sums = table.sites["s"]
+    alive = torch.rand(total, generator=generator) < 0.9
+    for tensor in (sums.fisher, sums.absolute):
+        tensor.copy_(torch.rand(total, len(categories), generator=generator, dtype=torch.float64) * alive[:, None])
+    active = torch.randn(len(categories), total, 20, generator=generator, dtype=torch.float64) * alive[:, None]
+    sums.moments[0].tensors()[0].copy_(active @ active.transpose(1, 2))
+    sums.power.copy_(active.square().sum(2).t())
+    output, inputs = (torch.randn(*shape, generator=generator) for shape in ((DIM, total), (total, dim)))
+    return LeafUnits(table, "s", 2 if total > number + 2 else 0, number, parts, "fisher", output, inputs, seed)
 
 
-def test_magnitude_keeps_the_largest_output_weights() -> None:
-    one = leaf(np.ones((9, 3)), slice(0, 9))
-    found = chooser(owners("magnitude"), one, "fisher")(np.array([3, 3, 3]))
-    assert set(np.flatnonzero(found == 2)) == set(one.outputs_DU.norm(dim=0).topk(3).indices.tolist())
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_capacities_are_met_and_the_answer_is_always_the_same(kind: str, data: st.DataObject) -> None:
+    children = data.draw(st.integers(1, 4))
+    widths = data.draw(st.lists(st.integers(0, 6), min_size=children, max_size=children))
+    capacity = np.array([*widths, data.draw(st.integers(0, 9))])
+    parts = [[f"c{i}", f"d{i}"][: 1 + i % 2] for i in range(children)]
+    units = random_units(int(capacity.sum()), parts, data.draw(st.integers(0, 99)))
+    deal = owners(way(kind), units)
+    found = deal(capacity)
+    assert np.bincount(found, minlength=len(capacity)).tolist() == capacity.tolist()
+    deal(np.array([*[0] * children, units.number]))
+    assert found.tolist() == deal(capacity).tolist() == owners(way(kind), units)(capacity).tolist()
 
 
-def test_random_owners_are_others_with_another_seed() -> None:
-    values, capacity = np.ones((30, 3)), np.array([10, 10, 10])
-    one, other = (chooser(owners("random"), leaf(values, slice(0, 30), seed=s), "fisher")(capacity) for s in (0, 1))
-    assert one.tolist() != other.tolist()
+def test_attribution_is_the_exact_assignment_of_the_score() -> None:
+    units = random_units(20, [["a"], ["b", "c"]])
+    score = (units.table.score("s", "fisher") * units.table.shares)[2:22]
+    value = torch.stack([score[:, 0], score[:, 1:].sum(1), score.sum(1)], dim=1).numpy()
+    capacity = np.array([5, 5, 10])
+    assert owners(way("attribution"), units)(capacity).tolist() == assign(value, capacity).owner.tolist()
 
 
-def test_moefication_says_that_it_needs_input_weights() -> None:
-    with pytest.raises(ValueError, match="'moefication' need the input weights of site 'site', got none"):
-        chooser(owners("moefication"), leaf(np.ones((9, 3)), slice(0, 9)), "fisher")
+PLANTED = [0] * 6 + [1] * 6 + [2] * 12
+"""Owner of each unit, before they are shuffled: expert a+c, expert b+d, core."""
+
+
+def planted(seed: int) -> tuple[LeafUnits, np.ndarray]:
+    """Units of three kinds: who they serve, how active they are, with whom, and what they read says so."""
+    generator = np.random.default_rng(seed)
+    owner = generator.permutation(PLANTED)
+    number = len(owner)
+    serves = np.array([[1, 0, 1, 0], [0, 1, 0, 1], [1, 1, 1, 1]], dtype=float)[owner]
+    table = empty_table(CATEGORIES, {"s": (number, DIM)})
+    for counts in (table.counts, table.sampled):
+        counts.fill_(100.0)
+    sums = table.sites["s"]
+    for tensor in (sums.fisher, sums.absolute, sums.power):
+        tensor.copy_(torch.from_numpy(100 * serves + generator.random(serves.shape)))
+    together = (owner[:, None] == owner) + 0.05 * generator.random((number, number))
+    active = together[None] * np.sqrt(sums.power.numpy().T[:, :, None] * sums.power.numpy().T[:, None])
+    moment = torch.from_numpy((active + active.transpose(0, 2, 1)) / 2)
+    sums.moments[0].tensors()[0].copy_(moment)
+    reads = np.eye(3, 8)[owner] * generator.uniform(0.5, 2, (number, 1)) + 0.05 * generator.standard_normal((number, 8))
+    writes = torch.from_numpy(np.where(owner == 2, 4.0, 1.0) * np.ones((DIM, 1)))
+    parts = [["a", "c"], ["b", "d"]]
+    units = LeafUnits(table, "s", 0, number, parts, "fisher", writes, torch.from_numpy(reads))
+    return units, owner
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind", sorted({*KINDS} - {"random", "magnitude"}))
+def test_a_planted_division_is_found(kind: str, seed: int) -> None:
+    units, owner = planted(seed)
+    assert owners(way(kind), units)(np.array([6, 6, 12])).tolist() == owner.tolist()
+
+
+def test_magnitude_keeps_the_largest_and_deals_the_others_blindly() -> None:
+    units, owner = planted(0)
+    found = owners(way("magnitude"), units)(np.array([6, 6, 12]))
+    assert (found == 2).tolist() == (owner == 2).tolist()
+    assert found.tolist() != owner.tolist()
+
+
+def test_random_owners_are_those_of_the_seed() -> None:
+    draws = [
+        owners(way("random"), random_units(30, [["a"], ["b"]], seed))(np.array([8, 8, 14])).tolist() for seed in (0, 1)
+    ]
+    assert draws[0] != draws[1]
+
+
+def test_a_way_that_reads_input_weights_asks_for_them() -> None:
+    units, _ = planted(0)
+    blind = LeafUnits(units.table, "s", 0, units.number, units.parts, "fisher", units.output_DU)
+    with pytest.raises(ValueError, match="site 's': got no input weights"):
+        owners(way("moefication"), blind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_proposal_keeps_to_widths_nesting_and_the_unrouted(kind: str) -> None:
+    units, _ = planted(0)
+    table: AttributionTable = units.table
+    table.rows.fill_(10.0)
+    moments = table.sites["s"].moments
+    moments[0].tensors()[0].copy_(torch.diag_embed(table.sites["s"].power.t()))
+    moments[1].tensors()[0].copy_(torch.eye(DIM, dtype=torch.float64).expand(4, DIM, DIM) * 100)
+    config = PartitionConfig.model_validate(
+        {"multiple": 2, "min_units": 2, "unrouted": ["d"], "owners": {"kind": kind}}
+    )
+    rounds = [Round(train=1, recover=1, separation=s) for s in (0.3, 0.4)]
+    whole = Partition.undivided(CATEGORIES, [Site("s", "x", units.number)])
+    assert units.input_UX is not None
+    weights, inputs = {"s": units.output_DU.float()}, {"s": units.input_UX}
+    first = propose(whole, table, weights, config, rounds, "fisher", inputs=inputs)
+    assert sorted(first.order["s"].tolist()) == list(range(units.number))
+    widths = first.partition.widths["s"]
+    assert widths[-1] == 0
+    assert all(width % 2 == 0 for width in widths[1:])
+    second = propose(first.partition, table, weights, config, rounds[1:], "fisher", inputs=inputs)
+    assert second.order["s"][: widths[0]].tolist() == list(range(widths[0]))
+    assert second.partition.separation > first.partition.separation
+
+
+SHORT = {"rounds": [{"train": 5, "recover": 5, "separation": 0.3}, {"train": 5, "recover": 5, "separation": 0.45}]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_toy_run_goes_through(kind: str) -> None:
+    config = toy_config(**SHORT, partition={"multiple": 2, "min_units": 2, "owners": {"kind": kind}}, controls=[])
+    assert [round_.accepted for round_ in run(config, ToyTask(config)).rounds] == [True, True]
+
+
+@pytest.mark.parametrize("kind", ["magnitude", "moefication"])
+def test_input_weights_of_gated_units_are_read(kind: str) -> None:
+    partition = {"multiple": 2, "min_units": 2, "owners": {"kind": kind}}
+    config = toy_config(**{**TEXT_CONFIG, **SHORT, "partition": partition, "controls": []})
+    assert [round_.accepted for round_ in run(config, ToyTextTask(config)).rounds] == [True, True]
+
+
+def test_a_recipe_names_its_way() -> None:
+    recipe = to_yaml(toy_config(partition={"owners": {"kind": "cmoe"}}))
+    assert parse_recipe(recipe, where="recipe").partition.owners.kind == "cmoe"
+    assert parse_recipe(to_yaml(toy_config()), where="recipe").partition.owners.kind == "attribution"
+    with pytest.raises(RecipeError, match=r"partition\.owners"):
+        parse_recipe(recipe.replace("cmoe", "cmoo"), where="recipe")
