@@ -86,6 +86,8 @@ class RoundEnded(_Event):
     """1 - mean active fraction of units, of what this round cut."""
     tax: float
     """Mean over categories of the nats above the dense twin on validation data, after recovery."""
+    tax_error: float | None = None
+    """Standard error of ``tax`` over the validation rows, which both models read; None where it is not known."""
     tax_by_category: dict[str, float]
     tax_random: float | None
     """Mean tax of the random split of equal sizes; None without that control."""

@@ -19,7 +19,7 @@ from attribution.subject import Subject
 from attribution.table import AttributionTable
 from moeify.arms import Arm
 from moeify.config import Round, RunConfig
-from moeify.evaluation import held_out_loss, own_other, summarize, tax
+from moeify.evaluation import RowLosses, own_other, row_losses, summarize, tax, tax_error
 from moeify.events import MemoryTracker, Tracker
 from moeify.grouping import NothingToSplitError
 from moeify.null_test import Relabel, null_test
@@ -184,15 +184,17 @@ class _Loop:
 
     def _judge(self, phase: PlannedPhase) -> None:
         """Hold the round against the dense twin: keep it while the tax is within the budget, else roll back."""
-        losses = self._evaluate(phase, "recovered", tuple(self.state.arms))
+        rows = self._evaluate(phase, "recovered", tuple(self.state.arms))
         if self.state.undo is None:
             return
+        losses = {arm: each.by_category(self.task.categories) for arm, each in rows.items()}
         taxes: dict[Arm, dict[str, float]] = {
             arm: tax(losses[arm], losses["dense"]) for arm in self.config.arms if arm != "dense"
         }
         accepted = self.config.budget is None or taxes["split"]["mean"] <= self.config.budget.tax
         partition = self.state.arms["split"].model.partition
-        record = self.say.judged(phase, partition, self.state.predicted, taxes, accepted)
+        error = tax_error(rows["split"], rows["dense"])
+        record = self.say.judged(phase, partition, self.state.predicted, taxes, error, accepted)
         self.state.rounds.append(record)
         if accepted:
             self.state.step_scale = 1.0
@@ -205,12 +207,13 @@ class _Loop:
         """Read the test split, once, when all training is over."""
         self.say.phase("test", len(self.config.rounds))
         last = plan(self.config)[-1]
-        losses = self._evaluate(last, "test", tuple(self.state.arms))
+        rows = self._evaluate(last, "test", tuple(self.state.arms))
         split = self.state.arms["split"].model
-        wounded = own_other(split, self.task, self.world, self.config.evaluation, losses["split"])
+        intact = rows["split"].by_category(self.task.categories)
+        wounded = own_other(split, self.task, self.world, self.config.evaluation, intact)
         seconds = time.time() - self.began
         return summarize(
-            self.task, split.partition, self.state.rounds, losses, wounded, self.config.training.steps, seconds
+            self.task, split.partition, self.state.rounds, rows, wounded, self.config.training.steps, seconds
         )
 
     def _measure(self, model: SplitModel, round_: int, relabel: Relabel = iter) -> AttributionTable:
@@ -230,14 +233,14 @@ class _Loop:
         self.world.sum(table.tensors())
         return table
 
-    def _evaluate(self, phase: PlannedPhase, moment: Moment, arms: Sequence[Arm]) -> dict[Arm, dict[str, float]]:
+    def _evaluate(self, phase: PlannedPhase, moment: Moment, arms: Sequence[Arm]) -> dict[Arm, RowLosses]:
         self.say.phase("evaluate", phase.round)
         split: HeldOut = "test" if moment == "test" else "validation"
-        losses: dict[Arm, dict[str, float]] = {}
+        losses: dict[Arm, RowLosses] = {}
         for arm in arms:
             model = self.state.arms[arm].model
-            losses[arm] = held_out_loss(model, self.task, self.world, self.config.evaluation, split)
-            self.say.evaluated(arm, phase, moment, losses[arm])
+            losses[arm] = row_losses(model, self.task, self.world, self.config.evaluation, split)
+            self.say.evaluated(arm, phase, moment, losses[arm].by_category(self.task.categories))
         return losses
 
     def _checkpoint(self) -> None:

@@ -34,6 +34,8 @@ class Result(BaseModel):
     """Category -> expert -> rise of the category's test loss, in nats per unit, when that expert is ablated."""
     tax: dict[str, float]
     """Category -> nats per unit of the split model above the dense twin on test data; and ``mean``."""
+    tax_error: float | None = None
+    """Standard error of the mean tax over the test rows, which both models read; None where it is not known."""
     tax_random: dict[str, float] | None
     """The same of the random split; None without that control."""
     tax_told: dict[str, float] | None = None

@@ -50,6 +50,8 @@ def points_of(event: Event, unit: str) -> Iterable[Point]:
         case RoundEnded():
             yield "separation", event.separation, event.step
             yield "tax/mean", event.tax, event.step
+            if event.tax_error is not None:
+                yield "tax_error/mean", event.tax_error, event.step
             for category, tax in event.tax_by_category.items():
                 yield _key("tax", category), tax, event.step
             if event.tax_random is not None:
@@ -66,6 +68,8 @@ def points_of(event: Event, unit: str) -> Iterable[Point]:
 
 def final_points(result: Result) -> Iterable[Point]:
     """Yield what a result adds to its losses: the tax on test data, and what share of the units runs."""
+    if result.tax_error is not None:
+        yield _key("test/tax_error", MEAN), result.tax_error, result.steps
     for category in (*result.categories, MEAN):
         for name, tax in _taxes(result):
             yield _key("test", name, category), tax[category], result.steps

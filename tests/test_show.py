@@ -34,6 +34,7 @@ KEYS = {
     "test_loss",
     "bits_per_byte",
     "tax",
+    "tax_error",
     "tax_random",
     "tax_told",
     "own_other",
@@ -80,6 +81,7 @@ def ended(number: int, accepted: bool, tree: dict[str, Any]) -> RoundEnded:
         step=5,
         separation=0.33,
         tax=0.02,
+        tax_error=0.004,
         tax_by_category=dict.fromkeys(CATEGORIES, 0.02),
         tax_random=0.05,
         predicted=0.01,
@@ -104,6 +106,7 @@ RESULT = Result(
     bits_per_byte={arm: dict.fromkeys(CATEGORIES, 1.5) for arm in ("dense", "split", "random")},
     own_other={c: {e: 0.5 if c == e else 0.01 for e in ("python+c", *CATEGORIES)} for c in CATEGORIES},
     tax=dict.fromkeys((*CATEGORIES, "mean"), 0.1),
+    tax_error=0.003,
     tax_random={"python": 0.3, "prose": 0.3, "c": float("inf"), "mean": float("inf")},
     steps=10,
     seconds=75.0,
@@ -150,6 +153,7 @@ def test_a_finished_run_is_told_by_its_result_under_stable_keys(folder: runs.Run
             "step": 5,
             "separation": 0.33,
             "tax": 0.02,
+            "tax_error": 0.004,
             "tax_by_category": dict.fromkeys(CATEGORIES, 0.02),
             "tax_random": 0.05,
             "tax_told": None,
@@ -160,6 +164,7 @@ def test_a_finished_run_is_told_by_its_result_under_stable_keys(folder: runs.Run
     ]
     assert known["test_loss"]["split"] == {"python": 3.1, "prose": 4.1, "c": 2.1}
     assert known["test_loss"]["random"]["c"] is None
+    assert known["tax_error"] == 0.003
     assert known["tax_random"]["mean"] is None
     assert known["own_other"]["c"]["c"] == 0.5
 
