@@ -127,7 +127,7 @@ class _Loop:
         partition, rounds = self.config.partition, self._to_come(phase.round, split.partition.separation)
         passed = self._null_test(split, table, phase.round, rounds[0])
         self.say.phase("partition", phase.round)
-        how = rounds, self.config.attribution.score, self.config.tree, passed, split.input_weights, self.config.seed
+        how = rounds, self.config.attribution.score, self.config.tree, passed, split.input_weight, self.config.seed
         try:
             proposal = propose(split.partition, table, split.output_weights, partition, *how)
         except NothingToSplitError as reason:

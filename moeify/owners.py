@@ -52,8 +52,8 @@ class LeafUnits:
     score: Unsigned
     output_DU: Float[Tensor, "dim units"]
     """Weights through which the site's units write."""
-    input_UX: Float[Tensor, "units inputs"] | None = None
-    """Weights through which the site's units read."""
+    reads: Callable[[str], Float[Tensor, "units inputs"]] | None = None
+    """Returns the weights through which a site's units read."""
     seed: int = 0
 
     def mine(self, values_U: Tensor) -> Tensor:
@@ -72,9 +72,9 @@ class LeafUnits:
 
     def inputs(self) -> Float64[np.ndarray, "leaf_units inputs"]:
         """Return the leaf's input weights."""
-        if self.input_UX is None:
-            raise ValueError(f"site {self.site!r}: got no input weights, wanted [units inputs]; give propose() inputs")
-        return self.mine(self.input_UX).double().cpu().numpy()
+        if self.reads is None:
+            raise ValueError(f"site {self.site!r}: got no input weights, wanted [units inputs]; give propose() reads")
+        return self.mine(self.reads(self.site)).double().cpu().numpy()
 
     def random(self) -> np.random.Generator:
         """Return the seed's random numbers for this leaf and site."""

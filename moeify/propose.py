@@ -9,7 +9,7 @@ Unrouted categories are a child without units.
 """
 
 import bisect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,22 +59,23 @@ def propose(
     score: Unsigned,
     tree: Nested | None = None,
     only: Collection[int] | None = None,
-    inputs: Mapping[str, Float[Tensor, "units inputs"]] | None = None,
+    reads: Callable[[str], Float[Tensor, "units inputs"]] | None = None,
     seed: int = 0,
 ) -> Proposal:
     """Choose the first of ``rounds`` to come: split every leaf that has several categories.
 
     ``rounds`` are this round and those after it, whose experts need room as well; ``weights`` holds each site's output
-    weights, ``inputs`` its input weights, which some ``config.owners`` read; ``tree`` is the recipe's; ``only`` are the
-    leaves that may be split, ``None`` for all; ``seed`` is what ways to find owners draw from. Where rounding to
-    ``config.multiple`` leaves too little room for the round's separation, the cut goes as far as there is room. Raises
-    NothingToSplitError where no leaf can be split, ValueError where an expert has too few units for its children.
+    weights, ``reads`` returns its input weights, for those ``config.owners`` that ask; ``tree`` is the recipe's;
+    ``only`` are the leaves that may be split, ``None`` for all; ``seed`` is what ways to find owners draw from. Where
+    rounding to ``config.multiple`` leaves too little room for the round's separation, the cut goes as far as there is
+    room. Raises NothingToSplitError where no leaf can be split, ValueError where an expert has too few units for its
+    children.
     """
     groups = choose_groups(partition, table, weights, config, rounds[0], score, tree, only)
     choices = {}
     for site in partition.widths:
         for leaf, parts in groups.items():
-            start, own, reads = partition.starts(site)[leaf], partition.widths[site][leaf], (inputs or {}).get(site)
+            start, own = partition.starts(site)[leaf], partition.widths[site][leaf]
             deal = owners(config.owners, LeafUnits(table, site, start, own, parts, score, weights[site], reads, seed))
             choices[site, leaf] = _choices(
                 partition, table, weights[site], config, rounds, site, leaf, parts, tree, deal

@@ -55,10 +55,9 @@ class SplitModel(nn.Module):
         """Site -> the weights through which its units write."""
         return {site.name: output_weight(self.network, site).detach() for site in self.space.sites}
 
-    @property
-    def input_weights(self) -> dict[str, Float[Tensor, "units inputs"]]:
-        """Site -> a copy of the weights through which its units read."""
-        return {site.name: input_weight(self.network, site).detach() for site in self.space.sites}
+    def input_weight(self, site: str) -> Float[Tensor, "units inputs"]:
+        """Return a copy of the weights through which a site's units read."""
+        return input_weight(self.network, self.space[site]).detach()
 
     def repartition(self, partition: Partition) -> None:
         """Route by another partition. The caller has put the units into its order."""

@@ -46,7 +46,8 @@ def random_units(number: int, parts: list[list[str]], seed: int = 0, site_units:
     sums.moments[0].tensors()[0].copy_(active @ active.transpose(1, 2))
     sums.power.copy_(active.square().sum(2).t())
     output, inputs = (torch.randn(*shape, generator=generator) for shape in ((DIM, total), (total, dim)))
-    return LeafUnits(table, "s", 2 if total > number + 2 else 0, number, parts, "fisher", output, inputs, seed)
+    start = 2 if total > number + 2 else 0
+    return LeafUnits(table, "s", start, number, parts, "fisher", output, lambda _: inputs, seed)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,10 +94,12 @@ def planted(seed: int) -> tuple[LeafUnits, np.ndarray]:
     active = together[None] * np.sqrt(sums.power.numpy().T[:, :, None] * sums.power.numpy().T[:, None])
     moment = torch.from_numpy((active + active.transpose(0, 2, 1)) / 2)
     sums.moments[0].tensors()[0].copy_(moment)
-    reads = np.eye(3, 8)[owner] * generator.uniform(0.5, 2, (number, 1)) + 0.05 * generator.standard_normal((number, 8))
+    inputs = np.eye(3, 8)[owner] * generator.uniform(0.5, 2, (number, 1)) + 0.05 * generator.standard_normal(
+        (number, 8)
+    )
     writes = torch.from_numpy(np.where(owner == 2, 4.0, 1.0) * np.ones((DIM, 1)))
     parts = [["a", "c"], ["b", "d"]]
-    units = LeafUnits(table, "s", 0, number, parts, "fisher", writes, torch.from_numpy(reads))
+    units = LeafUnits(table, "s", 0, number, parts, "fisher", writes, lambda _: torch.from_numpy(inputs))
     return units, owner
 
 
@@ -141,14 +144,14 @@ def test_a_proposal_keeps_to_widths_nesting_and_the_unrouted(kind: str) -> None:
     )
     rounds = [Round(train=1, recover=1, separation=s) for s in (0.3, 0.4)]
     whole = Partition.undivided(CATEGORIES, [Site("s", "x", units.number)])
-    assert units.input_UX is not None
-    weights, inputs = {"s": units.output_DU.float()}, {"s": units.input_UX}
-    first = propose(whole, table, weights, config, rounds, "fisher", inputs=inputs)
+    assert units.reads is not None
+    weights = {"s": units.output_DU.float()}
+    first = propose(whole, table, weights, config, rounds, "fisher", reads=units.reads)
     assert sorted(first.order["s"].tolist()) == list(range(units.number))
     widths = first.partition.widths["s"]
     assert widths[-1] == 0
     assert all(width % 2 == 0 for width in widths[1:])
-    second = propose(first.partition, table, weights, config, rounds[1:], "fisher", inputs=inputs)
+    second = propose(first.partition, table, weights, config, rounds[1:], "fisher", reads=units.reads)
     assert second.order["s"][: widths[0]].tolist() == list(range(widths[0]))
     assert second.partition.separation > first.partition.separation
 
