@@ -3,8 +3,8 @@
 The shipped recipes (``text``, and ``digits`` with ``--recipe digits``) at several separations, each method and seed a
 run of equal tokens; a seed's runs share their twins. Tax is on test data, above the dense twin and above the told twin;
 gaps are each rival's loss less the loop's, paired by seed; 95 % intervals (Student's t over seeds). Finished runs are
-kept in ``--work`` and not run again. Text, five seeds, three separations and all methods take about ten hours on two
-cores; ``--quick`` shortens the digits to two seeds and one separation.
+kept in ``--work`` and not run again. Text takes hours on two cores: a loop some ten minutes of one core, a rival three.
+``--quick`` shortens the digits to two seeds and one separation.
 """
 
 import hashlib
