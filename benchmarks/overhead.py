@@ -168,7 +168,6 @@ def _bare_worker(rank: int, recipe: str, run: str, port: int, scratch: str) -> N
     dist.barrier()
     if rank == 0:
         (Path(scratch) / "seconds").write_text(str(time.perf_counter() - began))
-    dist.barrier()
     os._exit(0)  # gloo's threads may still hold tensors: tearing the interpreter down aborts now and then
 
 

@@ -1,41 +1,35 @@
-"""Clusters of given sizes: k-means whose assignment step is exact (``moeify.assignment``), and points to run it on.
-
-Plain k-means finds centres (Lloyd's steps from k-means++ starts: Arthur and Vassilvitskii, "k-means++", 2007). Then
-each point goes where the sum of squared distances is the least within the capacities, and the centres follow.
+"""Clusters: plain k-means, k-means at given sizes whose assignment step is exact, and points for either.
 
 Axes: points P, coordinates X, clusters K.
 """
 
+import warnings
+
 import numpy as np
 import scipy.linalg
 from jaxtyping import Float64, Int
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import threadpool_limits
 
 from moeify.assignment import assign
 
-_STARTS = 4
-"""Starts of plain k-means, of which the best is taken."""
-_STEPS = 20
-"""Most steps of plain k-means."""
 _FILLED_STEPS = 4
 """Most steps within capacities."""
 
 
 def k_means(
-    point_PX: Float64[np.ndarray, "points x"], number: int, random: np.random.Generator
+    point_PX: Float64[np.ndarray, "points x"], number: int, *, starts: int, seed: int
 ) -> tuple[Float64[np.ndarray, "clusters x"], Int[np.ndarray, " points"]]:
-    """Return centres and the nearest of each point; needs a point at least."""
-    found = []
-    for _ in range(_STARTS):
-        centre_KX = _start(point_PX, number, random)
-        nearest_P = np.full(len(point_PX), -1)
-        for _ in range(_STEPS):
-            before_P, nearest_P = nearest_P, _closeness(point_PX, centre_KX).argmax(1)
-            if (before_P == nearest_P).all():
-                break
-            centre_KX = _means(point_PX, nearest_P, centre_KX)
-        found.append((float(_closeness(point_PX, centre_KX).max(1).sum()), centre_KX, nearest_P))
-    _, centre_KX, nearest_P = max(found, key=lambda each: each[0])
-    return centre_KX, nearest_P
+    """Return the best of several starts' centres, and the nearest of each point; needs ``number`` points.
+
+    The same bits each time: on one thread, since threads add up in the order in which they end. Where fewer points
+    differ than there are clusters, some clusters are empty.
+    """
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # said of points that do not differ
+        found = KMeans(number, n_init=starts, random_state=seed).fit(point_PX)
+    return found.cluster_centers_, found.labels_.astype(np.int64)
 
 
 def filled(
@@ -71,17 +65,6 @@ def unit_rows(point_PX: Float64[np.ndarray, "points x"]) -> Float64[np.ndarray, 
     """Return the points at length 1; the origin stays."""
     norm_P = np.linalg.norm(point_PX, axis=1, keepdims=True)
     return point_PX / np.where(norm_P > 0, norm_P, 1.0)
-
-
-def _start(point_PX: np.ndarray, number: int, random: np.random.Generator) -> np.ndarray:
-    """Draw centres one by one, a point with odds of its squared distance to the nearest before."""
-    chosen = [int(random.integers(len(point_PX)))]
-    far_P = np.full(len(point_PX), np.inf)
-    while len(chosen) < number:
-        far_P = np.minimum(far_P, np.square(point_PX - point_PX[chosen[-1]]).sum(1))
-        odds_P = far_P / far_P.sum() if far_P.sum() > 0 else None
-        chosen.append(int(random.choice(len(point_PX), p=odds_P)))
-    return point_PX[chosen]
 
 
 def _closeness(point_PX: np.ndarray, centre_KX: np.ndarray) -> Float64[np.ndarray, "points clusters"]:

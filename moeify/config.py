@@ -82,7 +82,7 @@ class Tfidf(Closed):
 
 
 class Discover(Closed):
-    """Categories that are clusters of whole documents: spherical k-means, fitted on the train split."""
+    """Categories that are clusters of whole documents: k-means on points of length 1, fitted on the train split."""
 
     number: Annotated[int, Field(ge=2)] | None = None
     """Clusters; ``null``: the number from 2 to ``most`` whose mean silhouette on train documents is largest."""

@@ -19,6 +19,8 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.metrics import normalized_mutual_info_score, silhouette_score
 from sklearn.utils.extmath import randomized_svd
 
+import moeify.clusters
+from moeify.clusters import k_means, unit_rows
 from moeify.config import Discover, cluster_names
 from moeify.documents import SPLITS, Split
 
@@ -26,8 +28,6 @@ _TELLING = 10
 """Tokens that are reported of each cluster."""
 _SAMPLE = 2000
 """Documents that a silhouette looks at, at most."""
-_STEPS = 100
-"""Of one start of k-means, at most."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Clusters:
 
 def fingerprint() -> str:
     """Return a hash of this code and the versions of what it calls."""
-    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    code = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in (__file__, moeify.clusters.__file__)]
     return f"{code} {np.__version__} {scipy.__version__} {sklearn.__version__}"
 
 
@@ -69,14 +69,14 @@ def cluster(settings: Discover, ids: Mapping[Split, Sequence[Sequence[int]]], vo
     train = csr_array(weights.fit_transform(_counts(ids["train"], vocabulary)))
     dimensions = min(settings.embedding.dimensions, *train.shape)
     _, _, directions = randomized_svd(train, dimensions, n_iter=7, random_state=settings.seed)
-    points = _unit(train @ directions.T)
+    points = unit_rows(train @ directions.T)
     centroids, silhouettes = _fit(settings, points)
     number = len(centroids)
     centroids = centroids[_by_size(_nearest(points, centroids), number)]
     of: dict[Split, np.ndarray] = {"train": _nearest(points, centroids)}
     for split in SPLITS[1:]:
         held_out = weights.transform(_counts(ids[split], vocabulary))
-        of[split] = _nearest(_unit(held_out @ directions.T), centroids)
+        of[split] = _nearest(unit_rows(held_out @ directions.T), centroids)
         if empty := sorted(set(range(number)) - set(of[split].tolist())):
             raise ValueError(
                 f"data.discover: {cluster_names(number)[empty[0]]} of {number}, with {np.sum(of['train'] == empty[0])} "
@@ -136,11 +136,6 @@ def _counts(ids: Sequence[Sequence[int]], vocabulary: int) -> csr_array:
     return csr_array((np.ones(len(tokens)), (rows, tokens)), shape=(len(ids), vocabulary))
 
 
-def _unit(points: Float[np.ndarray, "documents dimensions"]) -> Float[np.ndarray, "documents dimensions"]:
-    """Return the points at length 1; one at the origin stays there, as near to every centroid as to any other."""
-    return points / np.maximum(np.linalg.norm(points, axis=-1, keepdims=True), 1e-12)
-
-
 def _telling(train: csr_array, of: Int[np.ndarray, " documents"], number: int) -> tuple[tuple[int, ...], ...]:
     found = []
     for place in range(number):
@@ -151,7 +146,7 @@ def _telling(train: csr_array, of: Int[np.ndarray, " documents"], number: int) -
     return tuple(found)
 
 
-# --- spherical k-means --------------------------------------------------------------------------------
+# --- clusters --------------------------------------------------------------------------------
 
 
 def _fit(
@@ -159,7 +154,7 @@ def _fit(
 ) -> tuple[Float[np.ndarray, "clusters dimensions"], dict[int, float]]:
     """Return centroids, and the silhouette of each number of them that was tried."""
     if settings.number is not None:
-        centroids = _k_means(points, settings.number, settings)
+        centroids = _centroids(points, settings.number, settings)
         if (got := len(np.unique(_nearest(points, centroids)))) < settings.number:
             raise ValueError(
                 f"data.discover.number: got {settings.number}, and the train documents are so alike that they form "
@@ -170,7 +165,7 @@ def _fit(
     tried: dict[int, np.ndarray] = {}
     silhouettes: dict[int, float] = {}
     for number in range(2, min(settings.most, len(points) // 2) + 1):
-        tried[number] = _k_means(points, number, settings)
+        tried[number] = _centroids(points, number, settings)
         of = _nearest(points, tried[number])
         if len(np.unique(of)) == number and len(np.unique(of[sample])) > 1:
             silhouettes[number] = float(silhouette_score(points[sample], of[sample], metric="cosine"))
@@ -179,37 +174,12 @@ def _fit(
     return tried[max(silhouettes, key=lambda number: (silhouettes[number], -number))], silhouettes
 
 
-def _k_means(
+def _centroids(
     points: Float[np.ndarray, "documents dimensions"], number: int, settings: Discover
 ) -> Float[np.ndarray, "clusters dimensions"]:
-    """Return the centroids, of several starts, that documents have the largest mean cosine with."""
-    best, most = None, -np.inf
-    for restart in range(settings.restarts):
-        centroids = _seeds(points, number, np.random.default_rng((settings.seed, number, restart)))
-        of = _nearest(points, centroids)
-        for _ in range(_STEPS):
-            sums = np.stack([points[of == place].sum(0) for place in range(number)])
-            empty = ~np.any(of == np.arange(number)[:, None], axis=1)
-            centroids = np.where(empty[:, None], centroids, _unit(sums))
-            if np.array_equal(of, of := _nearest(points, centroids)):
-                break
-        near = float((points * centroids[of]).sum())
-        if near > most:
-            best, most = centroids, near
-    assert best is not None
-    return best
-
-
-def _seeds(
-    points: Float[np.ndarray, "documents dimensions"], number: int, random: np.random.Generator
-) -> Float[np.ndarray, "clusters dimensions"]:
-    """Draw documents, each with a chance that grows with its distance from those drawn before (k-means++)."""
-    drawn = [int(random.integers(len(points)))]
-    while len(drawn) < number:
-        distance = np.maximum(1.0 - (points @ points[drawn].T).max(1), 0.0)
-        chances = distance / total if (total := distance.sum()) > 0 else None
-        drawn.append(int(random.choice(len(points), p=chances)))
-    return points[drawn]
+    """Return directions: at length 1, points are the nearer the larger their cosine."""
+    centres, _ = k_means(points, number, starts=settings.restarts, seed=settings.seed)
+    return unit_rows(centres)
 
 
 def _nearest(

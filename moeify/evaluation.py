@@ -15,7 +15,8 @@ from moeify.partition import Partition
 from moeify.result import MEAN, Result
 from moeify.split_model import SplitModel
 from moeify.task import HeldOut, Task
-from moeify.world import World
+from moeify.training import mean_by_category
+from moeify.world import Solo, World
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,12 @@ class RowLosses:
     """The loss of every row of a held-out split; the same on every rank."""
 
     nats_R: Float64[Tensor, " rows"]
-    """Nats per unit (token or example)."""
+    """Nats of the whole row, in the order that the task yields rows."""
     categories_R: Int[Tensor, " rows"]
 
-    def by_category(self, names: Sequence[str]) -> dict[str, float]:
-        """Return category -> mean over its rows; only categories that have rows."""
-        sums_C, rows_C = torch.zeros(2, len(names), dtype=torch.float64)
-        sums_C.index_add_(0, self.categories_R, self.nats_R)
-        rows_C.index_add_(0, self.categories_R, torch.ones_like(self.nats_R))
-        return {name: (sums_C[i] / rows_C[i]).item() for i, name in enumerate(names) if rows_C[i] > 0}
+    def by_category(self, task: Task) -> dict[str, float]:
+        """Return category -> nats per unit (token or example)."""
+        return mean_by_category([(self.nats_R, self.categories_R)], task, Solo())
 
 
 @torch.no_grad()
@@ -39,38 +37,37 @@ def row_losses(model: SplitModel, task: Task, world: World, evaluation: Evaluati
     """Return the loss of every row of a held-out split, each row along its category's route."""
     model.eval()
     rows = evaluation.validation_rows if split == "validation" else evaluation.test_rows
-    parts = []
-    count = torch.zeros(1, dtype=torch.int64)
+    nats, categories = [], []
     for batch in task.held_out_batches(split, rows, evaluation.rows_at_once):
         part = batch.shard(world.rank, world.size)
-        if len(part.ids):
-            nats_R = task.nats(model(part.inputs, part.categories), part.targets)
-            parts.append((part.ids, nats_R.double() / task.units_per_row, part.categories))
-            count += len(part.ids)
-    world.sum([count])
-    nats_R = torch.zeros(int(count), dtype=torch.float64)
-    categories_R = torch.zeros(int(count), dtype=torch.int64)
-    for ids, nats, categories in parts:
-        nats_R[ids], categories_R[ids] = nats, categories
-    world.sum([nats_R, categories_R])
-    return RowLosses(nats_R, categories_R)
+        nats_R = torch.zeros(len(batch.categories), dtype=torch.float64)
+        if len(part.categories):
+            nats_R[world.rank :: world.size] = task.nats(model(part.inputs, part.categories), part.targets).double()
+        nats.append(nats_R)
+        categories.append(batch.categories)
+    whole = RowLosses(torch.cat(nats), torch.cat(categories))
+    world.sum([whole.nats_R])
+    return whole
 
 
 def held_out_loss(
     model: SplitModel, task: Task, world: World, evaluation: Evaluation, split: HeldOut
 ) -> dict[str, float]:
     """Return category -> nats per unit on a held-out split, each row along its category's route."""
-    return row_losses(model, task, world, evaluation, split).by_category(task.categories)
+    return row_losses(model, task, world, evaluation, split).by_category(task)
 
 
-def tax_error(mine: RowLosses, twin: RowLosses) -> float:
+def tax_error(mine: RowLosses, twin: RowLosses, task: Task) -> float | None:
     """Return the standard error of the mean tax, nats per unit, from the rows' differences: both read the same rows.
 
-    Rows count as independent draws of their category; NaN where a category has a single row.
+    Rows count as independent draws of their category. None where it is not known: one row alone, or infinite losses.
     """
-    rise_R = mine.nats_R - twin.nats_R
+    rise_R = (mine.nats_R - twin.nats_R) / task.units_per_row
     each = [rise_R[mine.categories_R == category] for category in mine.categories_R.unique()]
-    return torch.stack([rises.var() / len(rises) for rises in each]).sum().sqrt().item() / len(each)
+    if any(len(rises) < 2 for rises in each):
+        return None
+    error = torch.stack([rises.var() / len(rises) for rises in each]).sum().sqrt().item() / len(each)
+    return error if math.isfinite(error) else None
 
 
 def own_other(
@@ -102,8 +99,7 @@ def summarize(
     seconds: float,
 ) -> Result:
     """Put a run's test figures together; ``tested`` and ``rises`` (of ``own_other``) are on the test split."""
-    losses = {arm: rows.by_category(task.categories) for arm, rows in tested.items()}
-    error = tax_error(tested["split"], tested["dense"])
+    losses = {arm: rows.by_category(task) for arm, rows in tested.items()}
     bits = {arm: task.bits_per_byte(loss, "test") for arm, loss in losses.items()}
     return Result(
         categories=task.categories,
@@ -115,7 +111,7 @@ def summarize(
         bits_per_byte={arm: each for arm, each in bits.items() if each is not None} or None,
         own_other=rises,
         tax=tax(losses["split"], losses["dense"]),
-        tax_error=error if math.isfinite(error) else None,
+        tax_error=tax_error(tested["split"], tested["dense"], task),
         tax_random=tax(losses["random"], losses["dense"]) if "random" in losses else None,
         tax_told=tax(losses["split"], losses["told"]) if "told" in losses else None,
         steps=steps,

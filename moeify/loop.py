@@ -127,9 +127,10 @@ class _Loop:
         partition, rounds = self.config.partition, self._to_come(phase.round, split.partition.separation)
         passed = self._null_test(split, table, phase.round, rounds[0])
         self.say.phase("partition", phase.round)
-        how = rounds, self.config.attribution.score, self.config.tree, passed, split.input_weight, self.config.seed
+        score, tree, seed = self.config.attribution.score, self.config.tree, self.config.seed
+        known = split.partition, table, split.output_weights
         try:
-            proposal = propose(split.partition, table, split.output_weights, partition, *how)
+            proposal = propose(*known, partition, rounds, score, tree, passed, split.input_weight, seed)
         except NothingToSplitError as reason:
             return self.say.phase("partition", phase.round, str(reason))
         cuts, blind = {"split": proposal}, None
@@ -187,13 +188,13 @@ class _Loop:
         rows = self._evaluate(phase, "recovered", tuple(self.state.arms))
         if self.state.undo is None:
             return
-        losses = {arm: each.by_category(self.task.categories) for arm, each in rows.items()}
+        losses = {arm: each.by_category(self.task) for arm, each in rows.items()}
         taxes: dict[Arm, dict[str, float]] = {
             arm: tax(losses[arm], losses["dense"]) for arm in self.config.arms if arm != "dense"
         }
         accepted = self.config.budget is None or taxes["split"]["mean"] <= self.config.budget.tax
         partition = self.state.arms["split"].model.partition
-        error = tax_error(rows["split"], rows["dense"])
+        error = tax_error(rows["split"], rows["dense"], self.task)
         record = self.say.judged(phase, partition, self.state.predicted, taxes, error, accepted)
         self.state.rounds.append(record)
         if accepted:
@@ -209,7 +210,7 @@ class _Loop:
         last = plan(self.config)[-1]
         rows = self._evaluate(last, "test", tuple(self.state.arms))
         split = self.state.arms["split"].model
-        intact = rows["split"].by_category(self.task.categories)
+        intact = rows["split"].by_category(self.task)
         wounded = own_other(split, self.task, self.world, self.config.evaluation, intact)
         seconds = time.time() - self.began
         return summarize(
@@ -240,7 +241,7 @@ class _Loop:
         for arm in arms:
             model = self.state.arms[arm].model
             losses[arm] = row_losses(model, self.task, self.world, self.config.evaluation, split)
-            self.say.evaluated(arm, phase, moment, losses[arm].by_category(self.task.categories))
+            self.say.evaluated(arm, phase, moment, losses[arm].by_category(self.task))
         return losses
 
     def _checkpoint(self) -> None:

@@ -34,6 +34,8 @@ from moeify.partition_config import (
 
 Capacity = Int[np.ndarray, " bins"]
 Owner = Int[np.ndarray, " leaf_units"]
+_STARTS = 4
+"""Starts of k-means, of which the best is taken."""
 Deal = Callable[[Capacity], Owner]
 """Returns the bin of each of the leaf's units, as many in each bin as its capacity says."""
 
@@ -137,7 +139,8 @@ def _clustered(units: LeafUnits, point_LX: Float64[np.ndarray, "leaf_units x"]) 
 
     @cache
     def centres(bins: tuple[int, ...]) -> Float64[np.ndarray, "open x"]:
-        centre_KX, nearest_L = k_means(point_LX, len(bins), units.random())
+        seed = int(units.random().integers(2**31))
+        centre_KX, nearest_L = k_means(point_LX, len(bins), starts=_STARTS, seed=seed)
         mean_KB = np.zeros((len(bins), len(bins)))
         for k in np.unique(nearest_L):
             mean_KB[k] = value_LB[nearest_L == k][:, bins].mean(0)

@@ -1,7 +1,6 @@
 """What the loop says, put into events: ids that a repeated run repeats, times, and only on rank 0."""
 
 import json
-import math
 import time
 from collections.abc import Mapping
 from typing import Literal
@@ -134,7 +133,7 @@ class Reporter:
         partition: Partition,
         predicted: tuple[float, float | None],
         taxes: Mapping[Arm, Mapping[str, float]],
-        error: float,
+        error: float | None,
         accepted: bool,
     ) -> RoundEnded:
         """Say how a round ended, and return its record; ``taxes`` are above the dense twin, ``error`` the split's."""
@@ -145,7 +144,7 @@ class Reporter:
             step=phase.until,
             separation=partition.separation,
             tax=taxes["split"]["mean"],
-            tax_error=error if math.isfinite(error) else None,
+            tax_error=error,
             tax_by_category={c: nats for c, nats in taxes["split"].items() if c != "mean"},
             tax_random=taxes["random"]["mean"] if "random" in taxes else None,
             tax_told=taxes["split"]["mean"] - taxes["told"]["mean"] if "told" in taxes else None,

@@ -1,8 +1,8 @@
 """Twins that were trained before: the same recipe but for its cuts trains the same twins, bit for bit, so take those.
 
 Runs that are compared (methods on one seed) differ in when and how they cut, and a twin is never cut. A twin's state at
-a step is a function of the initial weights, the data, the training settings and the number of workers; these are
-hashed, the weights and sample batches by their content. What is found is checked by its hashes like any checkpoint.
+a step is a function of the initial weights, the data, the training settings, the code and the number of workers; these
+are hashed, weights and sample batches by their content. What is found is checked by its hashes like any checkpoint.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import json
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ class TwinCache:
 
     def __init__(self, folder: Path, config: RunConfig, task: Task, world: World) -> None:
         self._world = world
-        self._folder = folder / _key(config, task, world)
+        self._folder = folder / fingerprint(config, task, world)
         self._told: dict[Arm, list[tuple[int, Progress]]] = {}
 
     def recording(self, arm: Arm, contestant: Contestant, report: Report) -> Report:
@@ -87,18 +86,19 @@ class TwinCache:
         return FileLock(self._folder / ".lock")
 
 
-def _key(config: RunConfig, task: Task, world: World) -> str:
+def fingerprint(config: RunConfig, task: Task, world: World) -> str:
     """Return the hash of all that a twin's bits depend on, and of the steps that are reported."""
     whole = {"seed": True, "data": True, "model": True, "training": True}
     settings = config.model_dump(mode="json", include={**whole, "checkpoints": {"every"}, "tracking": {"every"}})
     machine = [
-        version("moeify"),
         torch.__version__,
         platform.machine(),
         torch.backends.cpu.get_cpu_capability(),
         torch.get_num_threads(),
     ]
     digest = hashlib.sha256(json.dumps([settings, machine, world.size], sort_keys=True).encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):  # nearly all of the package has a say in some twin's bits
+        digest.update(path.read_bytes())
     for tensor in _content(config, task):
         digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
         digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -1,7 +1,7 @@
 """Rivals of the loop, as recipes: the same model, data and tokens, split in another way.
 
-A variant changes a recipe in when it cuts and in how units find their owners, and in nothing else, so that runs of
-several methods on one seed share their twins (``moeify.twin_cache``) and can be compared pair by pair.
+A variant changes a recipe's rounds, tree and partition and nothing else, so that runs of several methods on one seed
+share their twins (``moeify.twin_cache``) and can be compared pair by pair.
 """
 
 import json
@@ -11,7 +11,8 @@ from moeify.config import RunConfig
 
 SCHEDULES = ("loop", "oneshot", "init")
 """``loop``: the recipe as it is; ``oneshot``: one cut into all leaves at the first round's step, by the recipe's
-owners; ``init``: such a cut before the first step, equal widths, owners drawn, as there is nothing to measure yet."""
+owners; ``init``: such a cut before the first step, where there is nothing to measure: equal widths, owners drawn, no
+compensation."""
 
 
 def methods() -> tuple[str, ...]:

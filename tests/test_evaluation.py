@@ -1,13 +1,19 @@
 """Held-out losses row by row, and how sure a tax is."""
 
+import dataclasses
+from collections.abc import Iterator, Sequence
+
 import pytest
 import torch
 
 from moeify.evaluation import RowLosses, held_out_loss, row_losses, tax_error
 from moeify.loop import run
 from moeify.split_model import SplitModel
-from moeify.world import Solo
-from tests.toy import ToyTask, toy_config
+from moeify.task import Batch, HeldOut
+from moeify.world import Solo, T
+from tests.toy import TEXT_CONFIG, ToyTask, ToyTextTask, toy_config
+
+TASK = ToyTask(toy_config())
 
 
 def losses(*values: float) -> RowLosses:
@@ -32,9 +38,9 @@ def test_rows_average_to_the_loss_of_each_category() -> None:
 def test_the_error_of_a_tax_is_that_of_paired_rows() -> None:
     twin = losses(5.0, 1.0, 2.0, 9.0, 4.0, 3.0)
     same_rise = losses(5.1, 1.1, 2.1, 9.1, 4.1, 3.1)
-    assert tax_error(same_rise, twin) == pytest.approx(0.0, abs=1e-12)
+    assert tax_error(same_rise, twin, TASK) == pytest.approx(0.0, abs=1e-12)
     # Rises of the first category .0 .3 .6 (variance .09), of the second all .1: sqrt(.09 / 3 + 0) / 2.
-    assert tax_error(losses(5.0, 1.1, 2.3, 9.1, 4.6, 3.1), twin) == pytest.approx((0.09 / 3) ** 0.5 / 2)
+    assert tax_error(losses(5.0, 1.1, 2.3, 9.1, 4.6, 3.1), twin, TASK) == pytest.approx((0.09 / 3) ** 0.5 / 2)
 
 
 def test_draws_of_rows_scatter_as_the_error_says() -> None:
@@ -44,9 +50,51 @@ def test_draws_of_rows_scatter_as_the_error_says() -> None:
         rows = torch.randn(60, generator=generator, dtype=torch.float64)
         rise = 0.2 + torch.randn(60, generator=generator, dtype=torch.float64) * (1 + torch.arange(60) % 2)
         mine, twin = (RowLosses(each, torch.arange(60) % 2) for each in (rows + rise, rows))
-        errors.append(tax_error(mine, twin))
+        error = tax_error(mine, twin, TASK)
+        assert error is not None
+        errors.append(error)
         rises.append(rise.mean().item())
     assert torch.tensor(rises).std().item() == pytest.approx(sum(errors) / len(errors), rel=0.1)
+
+
+def test_the_error_is_per_unit_and_unknown_for_single_rows_and_infinite_losses() -> None:
+    twin, mine = losses(1.0, 1.0, 2.0, 2.0), losses(1.0, 1.0, 2.6, 2.2)
+    by_example, by_token = tax_error(mine, twin, TASK), tax_error(mine, twin, ToyTextTask(toy_config(**TEXT_CONFIG)))
+    assert by_example is not None
+    assert by_token == pytest.approx(by_example / ToyTextTask.units_per_row)
+    assert tax_error(losses(1.0, 2.0, 3.0), losses(1.0, 1.0, 1.0), TASK) is None
+    assert tax_error(losses(1.0, 2.0, 3.0, float("inf")), losses(1.0, 1.0, 1.0, 1.0), TASK) is None
+
+
+class Rank:
+    """One of two ranks, whose sums arrive nowhere: what it alone knows."""
+
+    size = 2
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
+        pass
+
+    def share(self, value: T) -> T:
+        return value
+
+
+def test_two_ranks_rows_add_up_to_the_whole_whatever_their_ids() -> None:
+    class Numbered(ToyTask):
+        def held_out_batches(self, split: HeldOut, rows: int, rows_at_once: int) -> Iterator[Batch]:
+            for batch in super().held_out_batches(split, rows, 13):  # of which a rank gets six rows or seven
+                yield dataclasses.replace(batch, ids=batch.ids + 1000)
+
+    config = toy_config()
+    task = Numbered(config)
+    model = SplitModel(task.build(), task.categories)
+    whole = row_losses(model, task, Solo(), config.evaluation, "test")
+    parts = [row_losses(model, task, Rank(rank), config.evaluation, "test") for rank in range(2)]
+    torch.testing.assert_close(parts[0].nats_R + parts[1].nats_R, whole.nats_R, rtol=1e-6, atol=0)
+    assert all(torch.equal(part.categories_R, whole.categories_R) for part in parts)
+    assert sum(int((part.nats_R > 0).sum()) for part in parts) == len(whole.nats_R) == 128
 
 
 def test_every_round_and_the_result_say_how_sure_their_tax_is() -> None:
