@@ -6,7 +6,7 @@ from typing import Literal
 Control = Literal["random", "told"]
 """What a recipe may ask for beside the dense twin and the split model."""
 Arm = Literal["dense", "told", "split", "random"]
-"""``dense``: the dense twin; ``told``: a dense twin that is given the category; ``split``: owners by attribution;
+"""``dense``: the dense twin; ``told``: a dense twin that is given the category; ``split``: owners as the recipe says;
 ``random``: same tree and widths, owners drawn."""
 
 _ALWAYS: tuple[Arm, ...] = ("dense", "split")

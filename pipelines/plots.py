@@ -148,7 +148,7 @@ def tax_separation(folder: RunFolder) -> Path:
         axis.axhline(told[0], color=_TOLD, linewidth=1.2, linestyle="-.", label=f"told twin, {told[1]}")
     random_end = end.tax_random[MEAN] if end and end.tax_random else None
     arms = (
-        ("split by attribution", _SPLIT, "o", [event.tax for event in rounds], end.tax[MEAN] if end else None),
+        ("split model", _SPLIT, "o", [event.tax for event in rounds], end.tax[MEAN] if end else None),
         ("random split, same sizes", _RANDOM, "s", [event.tax_random for event in rounds], random_end),
     )
     for label, colour, marker, taxes, last in arms:

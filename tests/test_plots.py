@@ -141,8 +141,8 @@ def test_tax_is_drawn_for_both_splits_with_the_rolled_back_hollow(folder: RunFol
     (axis,) = figures[0].axes
     lines: dict[str, Any] = {line.get_label(): line for line in axis.lines}
     assert list(lines["dense twin"].get_ydata()) == [0.0, 0.0]
-    assert list(lines["split by attribution, after recovery"].get_ydata()) == [0.01]
-    rolled_back = lines["split by attribution, rolled back"]
+    assert list(lines["split model, after recovery"].get_ydata()) == [0.01]
+    rolled_back = lines["split model, rolled back"]
     assert (list(rolled_back.get_xdata()), list(rolled_back.get_ydata())) == ([0.4], [0.04])
     assert rolled_back.get_markerfacecolor() == "white"
     assert list(lines["random split, same sizes, after recovery"].get_ydata()) == [0.04]
@@ -173,14 +173,14 @@ def test_what_was_not_controlled_for_is_not_drawn(folder: RunFolder, tmp_path: P
     assert not any(label.startswith("told") for label in usual)
     for labels in others:
         assert not any(label.startswith(("random", "told")) for label in labels)
-        assert "split by attribution, after recovery" in labels
+        assert "split model, after recovery" in labels
 
 
 def test_the_end_of_the_run_is_drawn_beside_its_rounds(folder: RunFolder, figures: list[Figure]) -> None:
     finish(folder)
     plots.tax_separation(folder)
     lines: dict[str, Any] = {line.get_label(): line for line in figures[0].axes[0].lines}
-    end = lines["split by attribution, end of the run (test)"]
+    end = lines["split model, end of the run (test)"]
     assert (list(end.get_xdata()), list(end.get_ydata())) == ([0.5], [0.02])
 
 
