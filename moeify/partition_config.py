@@ -6,6 +6,12 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from moeify.closed import Closed, Fraction, Name
 
+UnitKind = Literal["ffn", "heads"]
+"""``ffn``: neurons of feed-forward blocks, hidden units; ``heads``: attention heads, those that share keys and values
+together."""
+PLAIN: tuple[UnitKind, ...] = ("ffn",)
+"""The units that have owners where nothing else is said."""
+
 
 class Compensation(Closed):
     """Closed-form least squares for the kept units' output weights at a cut."""
