@@ -23,6 +23,7 @@ from moeify.evaluation import RowLosses, own_other, row_losses, summarize, tax, 
 from moeify.events import MemoryTracker, Tracker
 from moeify.grouping import NothingToSplitError
 from moeify.null_test import Relabel, null_test
+from moeify.partition import Partition
 from moeify.plan import PlannedPhase, check_categories, plan
 from moeify.propose import Proposal, propose, shuffled
 from moeify.report import Reporter
@@ -32,6 +33,7 @@ from moeify.state import State
 from moeify.store import MemoryStore, Store
 from moeify.surgery import compensate_sites, permute
 from moeify.task import HeldOut, Task
+from moeify.terms import costs, terms_in_reach
 from moeify.training import Contestant, Report, train
 from moeify.twin_cache import TwinCache
 from moeify.world import Solo, World
@@ -92,7 +94,11 @@ class _Loop:
         """Return the newest checkpoint's state, the same one on every rank, or a fresh one."""
         found = self.world.share(self.store.newest() if self.world.rank == 0 else None)
         state = State.load(self.store, found.name, self.config) if found else State.fresh(self.config, self.task)
-        self.say.started(self.task, state.arms["dense"].model)
+        model = state.arms["dense"].model
+        self.terms = terms_in_reach(
+            self.config, self.task.categories, model.network, model.space, self.task.units_per_row
+        )
+        self.say.started(self.task, model)
         if found:
             self.say.resumed(found.name, found.damaged)
         return state
@@ -124,13 +130,13 @@ class _Loop:
         self._evaluate(phase, "before_cut", self.config.cut_arms)
         tables = self._attribute(models, phase.round)
         split, table = models["split"], tables["split"]
-        partition, rounds = self.config.partition, self._to_come(phase.round, split.partition.separation)
+        partition, rounds = self.config.partition, self._to_come(phase.round, self._separation(split.partition))
         passed = self._null_test(split, table, phase.round, rounds[0])
         self.say.phase("partition", phase.round)
         score, tree, seed = self.config.attribution.score, self.config.tree, self.config.seed
         known = split.partition, table, split.output_weights
         try:
-            proposal = propose(*known, partition, rounds, score, tree, passed, split.input_weight, seed)
+            proposal = propose(*known, partition, rounds, score, tree, passed, split.input_weight, seed, self.terms)
         except NothingToSplitError as reason:
             return self.say.phase("partition", phase.round, str(reason))
         cuts, blind = {"split": proposal}, None
@@ -139,8 +145,8 @@ class _Loop:
             mine = tables["random"], random.output_weights
             cuts["random"] = shuffled(random.partition, proposal, *mine, self.config.seed)
         self.state.undo, self.state.predicted = before, (proposal.predicted, blind)
-        if proposal.partition.separation < rounds[0].separation - 1e-9:
-            got, asked = proposal.partition.separation, rounds[0].separation
+        got, asked = self._separation(proposal.partition), rounds[0].separation
+        if got < asked - 1e-9:
             self.say.phase("partition", phase.round, f"separation {got:.3f} of {asked:.3f}: widths leave no more room")
         for arm in models:
             self._apply(self.state.arms[arm], cuts[arm], tables[arm])
@@ -158,6 +164,10 @@ class _Loop:
             self.say.phase("attribute", number, f"rows measured of {total:,} at most: {told}")
         return tables
 
+    def _separation(self, partition: Partition) -> float:
+        """Return the separation by what the recipe counts (``partition.cost``)."""
+        return partition.separation_of(costs(self.terms))
+
     def _to_come(self, number: int, reached: float) -> list[Round]:
         """Return this round and those after it; this one goes as far as roll-backs have left of its step."""
         rounds = list(self.config.rounds[number - 1 :])
@@ -170,8 +180,8 @@ class _Loop:
         if not (asked := self.config.partition.null_test):
             return None
         measure = partial(self._measure, model, number)
-        weights = model.output_weights
-        found = null_test(model.partition, table, weights, self.config, round_, asked.permutations, measure, number)
+        known = model.partition, table, model.output_weights, self.config, round_
+        found = null_test(*known, asked.permutations, measure, number, self.terms)
         self.say.phase("attribute", number, "; ".join(map(str, found.values())))
         return {leaf for leaf, verdict in found.items() if verdict.p <= asked.level}
 

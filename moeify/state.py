@@ -103,7 +103,8 @@ class State:
 
 
 def _untrained(task: Task, arm: Arm, config: RunConfig) -> Contestant:
-    return Contestant(SplitModel(task.build(), task.categories, told=arm == "told"), config.training)
+    model = SplitModel(task.build(), task.categories, told=arm == "told", kinds=config.partition.units)
+    return Contestant(model, config.training)
 
 
 def _contestant(store: Store, name: str, arm: Arm, facts: dict[str, Any], config: RunConfig) -> Contestant:

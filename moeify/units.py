@@ -5,7 +5,7 @@ Everything that moves or weighs units (permutation, compensation, extraction) wo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, assert_never
 
 import torch
 from jaxtyping import Float, Int
@@ -159,6 +159,23 @@ def input_weight(network: nn.Module, site: UnitSite) -> Float[Tensor, "units inp
     """Return the weights through which a site's units read, those of all ways in (gate and up) side by side."""
     ways_in = [network.get_parameter(part.parameter) for part in site.slices if part.axis == 0]
     return torch.cat([weight.reshape(site.units, -1) for weight in ways_in if weight.ndim == 2], dim=1)
+
+
+def flops(network: nn.Module, site: UnitSite, length: int) -> int:
+    """Return the floating-point operations of one unit's forward pass, a token (or example): 2 a weight.
+
+    Heads also compare with, and read from, earlier positions: ``length`` / 2 of them on average in causal rows of
+    ``length`` tokens.
+    """
+    shapes = [network.get_parameter(part.parameter).shape for part in site.slices]
+    own = 2 * sum(shape.numel() for shape in shapes if len(shape) > 1) // site.units
+    match site:
+        case FfnUnits():
+            return own
+        case HeadUnits():
+            return own + 2 * site.queries * site.size * length
+        case _:
+            assert_never(site)
 
 
 def check(network: nn.Module, sites: Sequence[UnitSite]) -> UnitSpace:

@@ -126,7 +126,7 @@ def test_random_owners_are_those_of_the_seed() -> None:
 
 def test_a_way_that_reads_input_weights_asks_for_them() -> None:
     units, _ = planted(0)
-    blind = LeafUnits(units.table, "s", 0, units.number, units.parts, "fisher", units.output_DU)
+    blind = LeafUnits(units.table, "s", 0, units.number, units.parts, "fisher", units.output_DF)
     with pytest.raises(ValueError, match="site 's': got no input weights"):
         owners(way("moefication"), blind)
 
@@ -145,7 +145,7 @@ def test_a_proposal_keeps_to_widths_nesting_and_the_unrouted(kind: str) -> None:
     rounds = [Round(train=1, recover=1, separation=s) for s in (0.3, 0.4)]
     whole = Partition.undivided(CATEGORIES, [Site("s", "x", units.number)])
     assert units.reads is not None
-    weights = {"s": units.output_DU.float()}
+    weights = {"s": units.output_DF.float()}
     first = propose(whole, table, weights, config, rounds, "fisher", reads=units.reads)
     assert sorted(first.order["s"].tolist()) == list(range(units.number))
     widths = first.partition.widths["s"]
