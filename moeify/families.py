@@ -91,11 +91,18 @@ def rebuild(description: dict[str, Any]) -> nn.Module:
             raise ValueError(f"unknown network family {other!r}; this version rebuilds 'llama' and 'autoencoder'")
 
 
-def with_units(description: dict[str, Any], units: int) -> dict[str, Any]:
-    """Return the description of the same network with another number of units in every site."""
+def with_units(description: dict[str, Any], units: int, heads: int | None = None) -> dict[str, Any]:
+    """Return the description of the same network with another number of units in every site.
+
+    ``units``: of each feed-forward site; ``heads``: of each site of attention heads, as many as it has if not given.
+    More heads than asked for where the format wants their number to divide the model's width.
+    """
     match description.get("family"):
         case "llama":
-            return {**description, "config": {**description["config"], "intermediate_size": units}}
+            config = {**description["config"], "intermediate_size": units}
+            if heads is not None:
+                config |= _with_heads(config, heads)
+            return {**description, "config": config}
         case "autoencoder":
             return {**description, "hidden": units}
         case other:
@@ -144,6 +151,15 @@ def _llama_heads(network: nn.Module, layer: int) -> HeadUnits:
         size=query.out_features // config.num_attention_heads,
         bias=query.bias is not None,
     )
+
+
+def _with_heads(config: dict[str, Any], units: int) -> dict[str, int]:
+    """Return what a Llama's config says of at least so many groups of heads, each as large as before."""
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    queries, width = heads // groups, config["hidden_size"]
+    enough = next((n for n in range(units, groups) if width % (n * queries) == 0), groups)
+    size = config.get("head_dim") or width // heads
+    return {"num_attention_heads": enough * queries, "num_key_value_heads": enough, "head_dim": size}
 
 
 def _feed_forward(network: nn.Module, module: str) -> FfnUnits:

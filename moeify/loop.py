@@ -223,9 +223,7 @@ class _Loop:
         intact = rows["split"].by_category(self.task)
         wounded = own_other(split, self.task, self.world, self.config.evaluation, intact)
         seconds = time.time() - self.began
-        return summarize(
-            self.task, split.partition, self.state.rounds, rows, wounded, self.config.training.steps, seconds
-        )
+        return summarize(self.task, split, self.state.rounds, rows, wounded, self.config.training.steps, seconds)
 
     def _measure(self, model: SplitModel, round_: int, relabel: Relabel = iter) -> AttributionTable:
         """Return the attribution of every unit to every category, of all workers' rows together."""

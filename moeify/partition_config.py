@@ -39,7 +39,7 @@ class ResidualGrouping(Closed):
 
 
 Pattern = Annotated[str, Field(min_length=1, max_length=100)]
-"""The name of a site, or one with ``*`` for anything and ``?`` for one character."""
+"""The name of a site, or one with ``*`` for anything and ``?`` for one character; in quotes where ``*`` comes first."""
 
 Grouping = Annotated[AffinityGrouping | ResidualGrouping, Field(discriminator="kind")]
 

@@ -15,7 +15,7 @@ from moeify.partition_config import PLAIN, UnitKind
 from moeify.routed import RoutedFfn, Routes
 from moeify.routed_attention import RoutedAttention
 from moeify.told import tell
-from moeify.units import FfnUnits, HeadUnits, UnitSite, input_weight, output_weight
+from moeify.units import FfnUnits, HeadUnits, UnitSite, flops, input_weight, output_weight
 
 
 class SplitModel(nn.Module):
@@ -59,6 +59,22 @@ class SplitModel(nn.Module):
     def output_weights(self) -> dict[str, Float[Tensor, "dim _"]]:
         """Site -> the weights [dim features] through which its units write."""
         return {site.name: output_weight(self.network, site).detach() for site in self.space.sites}
+
+    def active_flops(self, length: int) -> dict[str, float]:
+        """Return category -> share of the whole network's floating-point operations that a token of it runs, 0..1.
+
+        Forward, in rows of ``length`` tokens: linear maps and attention, what is never split among them.
+        """
+        sites = unit_space(self.network, get_args(UnitKind)).sites
+        costs = {site.name: flops(self.network, site, length) for site in sites}
+        inside = {part.parameter for site in sites for part in site.slices}
+        linears = {f"{n}.weight": m.weight for n, m in self.network.named_modules() if isinstance(m, nn.Linear)}
+        total = sum(2 * weight.numel() for name, weight in linears.items() if name not in inside)
+        total += sum(site.units * costs[site.name] for site in sites)
+        split = sum(site.units * costs[site.name] for site in self.space.sites)
+        return {
+            c: 1.0 - (split - self.partition.active_units(c, costs)) / total for c in self.partition.tree.categories
+        }
 
     def input_weight(self, site: str) -> Float[Tensor, "units inputs"]:
         """Return a copy of the weights through which a site's units read."""

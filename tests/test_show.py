@@ -30,6 +30,7 @@ KEYS = {
     "seconds",
     "tree",
     "active_fraction",
+    "active_flops",
     "rounds",
     "test_loss",
     "bits_per_byte",
