@@ -1,7 +1,8 @@
 """Budgeted control: how far a round may cut, what that is expected to cost, and why a run stopped.
 
-A cut's tax is foreseen from its J: the tax right before the cut, plus as many nats for each nat of J as cuts have cost
-in this run so far, those that were rolled back included. Before the first round is judged, a nat of J counts as one.
+What a cut costs after recovery is foreseen from what it costs at once, which one pass over validation data measures
+before a token is spent: the tax right before the cut, plus that part of the rise at the cut that recoveries have left
+in this run so far, rounds that were rolled back included. Before the first round is judged, all of it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +15,8 @@ from moeify.events import RoundEnded, Stop
 from moeify.propose import Proposal
 from moeify.result import MEAN
 
-_HALVINGS = 10
-"""How often a step is bisected: to a thousandth of what the round asks for."""
+_HALVINGS = 6
+"""How often a step is bisected: to a sixty-fourth of what the round asks for."""
 
 
 class NoStepLeftError(ValueError):
@@ -24,55 +25,46 @@ class NoStepLeftError(ValueError):
 
 @dataclass(frozen=True)
 class Standing:
-    """What the split model costs right before a cut."""
+    """What the split model costs at a moment, on validation data."""
 
     tax: float
-    """Mean over categories of the nats above the dense twin on validation data."""
+    """Mean over categories of the nats above the dense twin."""
     used: float | None
     """The part of the budget that this takes; None without a budget."""
-    twin: Mapping[str, float]
-    """Category -> the dense twin's nats on validation data."""
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """Foresees a figure after recovery from the J of a cut."""
-
-    now: float
-    """The figure right before the cut."""
-    scale: float
-    """What a nat of J adds to it; never negative."""
-
-    def after(self, predicted: float) -> float:
-        """Return the figure to expect of a cut with that J."""
-        return self.now + self.scale * predicted
+def expected_tax(before: Standing, after: Standing, rounds: Sequence[RoundEnded]) -> float:
+    """Return the mean tax in nats to expect after recovery; ``before`` and ``after`` are of the cut."""
+    known = [(r.tax_before, r.tax_cut, r.tax) for r in rounds]
+    left = _left([(b, c, e) for b, c, e in known if b is not None and c is not None])
+    return before.tax + left * (after.tax - before.tax)
 
 
-def tax_forecast(standing: Standing, rounds: Sequence[RoundEnded]) -> Forecast:
-    """Return what foresees the mean tax in nats, calibrated on the rounds so far."""
-    pairs = [(r.predicted, r.tax - r.tax_before) for r in rounds if r.tax_before is not None]
-    return Forecast(standing.tax, _scale(pairs, 1.0))
+def expected_use(before: Standing, after: Standing, rounds: Sequence[RoundEnded]) -> float:
+    """Return the part of the budget to expect to be used after recovery; ``before`` and ``after`` are of the cut."""
+    assert before.used is not None
+    assert after.used is not None
+    known = [(r.budget_used_before, r.budget_used_cut, r.budget_used) for r in rounds]
+    left = _left([(b, c, e) for b, c, e in known if b is not None and c is not None and e is not None])
+    return before.used + left * (after.used - before.used)
 
 
-def budget_forecast(standing: Standing, rounds: Sequence[RoundEnded], budget: Budget) -> Forecast:
-    """Return what foresees the part of the budget that is used, calibrated on the rounds so far."""
-    assert standing.used is not None
-    known = [(r.predicted, r.budget_used, r.budget_used_before) for r in rounds]
-    pairs = [(j, after - before) for j, after, before in known if after is not None and before is not None]
-    return Forecast(standing.used, _scale(pairs, 1.0 / budget.limit(fmean(standing.twin.values()))))
+def _left(known: Sequence[tuple[float, float, float]]) -> float:
+    """Return what recovery has left of the rise at the cut, all rounds together; all of it where none is known.
+
+    ``known``: a figure before the cut, right after it, and after recovery. Never negative: no gain is foreseen.
+    """
+    risen = sum(cut - before for before, cut, _ in known)
+    return max(0.0, sum(end - before for before, _, end in known)) / risen if risen > 0.0 else 1.0
 
 
-def _scale(pairs: Sequence[tuple[float, float]], before: float) -> float:
-    """Return the rise of all rounds together over the J of all together; ``before`` where no round has cut yet."""
-    predicted = sum(j for j, _ in pairs)
-    return max(0.0, sum(rise for _, rise in pairs)) / predicted if predicted > 0.0 else before
-
-
-def budget_used(budget: Budget, taxes: Mapping[str, float], twin: Mapping[str, float]) -> float:
+def budget_used(budget: Budget | None, taxes: Mapping[str, float], twin: Mapping[str, float]) -> float | None:
     """Return the part of the budget that a tax takes, 1 = all of it; below 0 where nothing is lost.
 
     ``taxes``: category -> nats above the dense twin, and their ``mean``; ``twin``: category -> the dense twin's nats.
     """
+    if budget is None:
+        return None
     match budget.per:
         case "mean":
             return taxes[MEAN] / budget.limit(fmean(twin.values()))
@@ -82,18 +74,24 @@ def budget_used(budget: Budget, taxes: Mapping[str, float], twin: Mapping[str, f
             assert_never(budget.per)
 
 
-def deepest(cut: Callable[[float], Proposal], least: float, most: float, fits: Callable[[Proposal], bool]) -> Proposal:
-    """Return the cut with the largest separation from ``least`` to ``most`` that fits, to a thousandth of the way.
+def check_step(budget: Budget, step: float, now: Standing) -> None:
+    """Raise NoStepLeftError where no cut can be worth it: too small a step in separation, or a budget used up before."""
+    if step < budget.least_step:
+        raise NoStepLeftError(f"no step left: {step:.3f} of separation is below budget.least_step")
+    if now.used is not None and now.used > 1.0:
+        raise NoStepLeftError(f"no step left: the tax before the cut, {now.tax:.4f}, is beyond the budget already")
 
-    J rises with separation. Raises NoStepLeftError where not even the smallest fits.
+
+def deepest(cut: Callable[[float], Proposal], least: float, most: float, fits: Callable[[Proposal], bool]) -> Proposal:
+    """Return the cut with the largest separation from ``least`` to ``most`` that fits, to a sixty-fourth of the way.
+
+    Takes it that what fits at a separation fits below it. Raises NoStepLeftError where not even the smallest fits.
     """
     if fits(whole := cut(most)):
         return whole
     if not fits(found := cut(least)):
-        raise NoStepLeftError(
-            f"no step left: even a separation of {found.partition.separation:.3f} is expected to cost more than the "
-            f"budget (J {found.predicted:.2g})"
-        )
+        got = found.partition.separation
+        raise NoStepLeftError(f"no step left: even a separation of {got:.3f} is expected to cost more than the budget")
     for _ in range(_HALVINGS):
         middle = (least + most) / 2
         if fits(proposal := cut(middle)):

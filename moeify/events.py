@@ -101,13 +101,17 @@ class RoundEnded(_Event):
     """Standard error of ``tax`` over the validation rows, which both models read; None where it is not known."""
     tax_by_category: dict[str, float]
     tax_before: float | None = None
-    """Mean tax right before the cut; None where it is not known."""
+    """Mean tax right before the cut; None where nothing was cut, or in journals from before it was kept."""
+    tax_cut: float | None = None
+    """The same right after the cut, before any recovery."""
     expected: float | None = None
-    """The tax that was foreseen from J and from what J has cost in earlier rounds; None where nothing was cut."""
+    """The tax that was foreseen from the rise at the cut and from what earlier recoveries have left of it."""
     budget_used: float | None = None
     """The part of the budget that the tax takes, 1 = all; None without a budget."""
     budget_used_before: float | None = None
     """The same right before the cut."""
+    budget_used_cut: float | None = None
+    """The same right after the cut, before any recovery."""
     tax_random: float | None
     """Mean tax of the random split of equal sizes; None without that control."""
     tax_told: float | None = None

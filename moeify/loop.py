@@ -19,7 +19,16 @@ from attribution.subject import Subject
 from attribution.table import AttributionTable
 from moeify.arms import Arm
 from moeify.config import Round, RunConfig
-from moeify.control import NoStepLeftError, Standing, budget_forecast, budget_used, deepest, tax_forecast, why_stopped
+from moeify.control import (
+    NoStepLeftError,
+    Standing,
+    budget_used,
+    check_step,
+    deepest,
+    expected_tax,
+    expected_use,
+    why_stopped,
+)
 from moeify.evaluation import RowLosses, own_other, row_losses, summarize, tax, tax_error
 from moeify.events import MemoryTracker, Tracker
 from moeify.grouping import NothingToSplitError, divisible_leaves
@@ -36,8 +45,6 @@ from moeify.task import HeldOut, Task
 from moeify.training import Contestant, Report, train
 from moeify.twin_cache import TwinCache
 from moeify.world import Solo, World
-
-_NO_ROOM = "widths leave no more room"
 
 Moment = Literal["before_cut", "after_cut", "recovered", "test"]
 
@@ -124,9 +131,9 @@ class _Loop:
         before = self.state.name
         self.state.fork(self.config, self.task)
         self.state.uncut = None
-        standing = self._standing(phase)
+        rows = self._evaluate(phase, "before_cut", ("dense", *self.config.cut_arms))
         try:
-            proposal, tables = self._propose(phase, standing)
+            proposal, tables = self._propose(phase, rows)
         except NothingToSplitError as reason:
             self.state.uncut = "nothing to split"
             return self.say.phase("partition", phase.round, str(reason))
@@ -134,61 +141,71 @@ class _Loop:
             self.state.uncut = "no step left"
             return self.say.phase("partition", phase.round, str(reason))
         models = {arm: self.state.arms[arm].model for arm in self.config.cut_arms}
-        cuts, blind = {"split": proposal}, None
+        cuts, blind, asked = {"split": proposal}, None, self._to_come(phase.round)[0].separation
         if (random := models.get("random")) is not None:
             split, seed = models["split"], self.config.seed
             blind = shuffled(split.partition, proposal, tables["split"], split.output_weights, seed).predicted
             cuts["random"] = shuffled(random.partition, proposal, tables["random"], random.output_weights, seed)
-        self.state.undo = before
-        self.state.cut = Cut(
-            asked=self._to_come(phase.round)[0].separation,
-            predicted=proposal.predicted,
-            predicted_random=blind,
-            tax_before=standing.tax,
-            used_before=standing.used,
-            expected=tax_forecast(standing, self.state.rounds).after(proposal.predicted),
-        )
         for arm in models:
             self._apply(self.state.arms[arm], cuts[arm], tables[arm])
         self.say.cut(phase.round, proposal, tables["split"])
-        self._evaluate(phase, "after_cut", self.config.cut_arms)
+        now, then = (
+            self._standing(each["split"], rows["dense"])
+            for each in (rows, self._evaluate(phase, "after_cut", self.config.cut_arms))
+        )
+        expected = expected_tax(now, then, self.state.rounds)
+        self.state.undo = before
+        self.state.cut = Cut(asked, proposal.predicted, blind, now, then, expected)
         return None
 
-    def _standing(self, phase: PlannedPhase) -> Standing:
-        """Hold the split model against the dense twin right before the cut."""
-        rows = self._evaluate(phase, "before_cut", ("dense", *self.config.cut_arms))
-        twin = rows["dense"].by_category(self.task)
-        taxes = tax(rows["split"].by_category(self.task), twin)
-        return Standing(taxes["mean"], self._used(taxes, twin), twin)
-
-    def _used(self, taxes: Mapping[str, float], twin: Mapping[str, float]) -> float | None:
-        return budget_used(self.config.budget, taxes, twin) if self.config.budget else None
-
-    def _propose(self, phase: PlannedPhase, standing: Standing) -> tuple[Proposal, dict[Arm, AttributionTable]]:
+    def _propose(
+        self, phase: PlannedPhase, rows: Mapping[Arm, RowLosses]
+    ) -> tuple[Proposal, dict[Arm, AttributionTable]]:
         """Choose the split arm's cut, as deep as the round asks or the budget is expected to allow."""
         models = {arm: self.state.arms[arm].model for arm in self.config.cut_arms}
         split, rounds, partition = models["split"], self._to_come(phase.round), self.config.partition
         reached, asked = split.partition.separation, rounds[0].separation
         if not divisible_leaves(split.partition, partition):
             raise NothingToSplitError("every leaf serves one category; nothing is left to split")
-        if (budget := self.config.budget) and asked - reached < budget.least_step:
-            raise NoStepLeftError(f"no step left: {asked - reached:.3f} of separation is below budget.least_step")
+        now = self._standing(rows["split"], rows["dense"])
+        if budget := self.config.budget:
+            check_step(budget, asked - reached, now)
         tables = self._attribute(models, phase.round)
         passed = self._null_test(split, tables["split"], phase.round, rounds[0])
         self.say.phase("partition", phase.round)
         score, tree, seed = self.config.attribution.score, self.config.tree, self.config.seed
         known = split.partition, tables["split"], split.output_weights
         choices = menu(*known, partition, rounds, score, tree, passed, split.input_weight, seed)
+        proposal = choices.cut(asked)
+        room = proposal.partition.separation
         if budget:
-            used = budget_forecast(standing, self.state.rounds, budget)
-            least = reached + budget.least_step
-            proposal = deepest(choices.cut, least, asked, lambda cut: used.after(cut.predicted) <= 1.0)
-        else:
-            proposal = choices.cut(asked)
+
+            def fits(cut: Proposal) -> bool:
+                then = self._standing(self._tried(cut, tables["split"]), rows["dense"])
+                return expected_use(now, then, self.state.rounds) <= 1.0
+
+            proposal = deepest(choices.cut, reached + budget.least_step, asked, fits)
         if (got := proposal.partition.separation) < asked - 1e-9:
-            why = "the budget allows no more" if choices.cut(asked).partition.separation > got else _NO_ROOM
+            why = "the budget allows no more" if got < room else "widths leave no more room"
             self.say.phase("partition", phase.round, f"separation {got:.3f} of {asked:.3f}: {why}")
         return proposal, tables
+
+    def _tried(self, proposal: Proposal, table: AttributionTable) -> RowLosses:
+        """Return the losses right after a cut that is undone again."""
+        split = self.state.arms["split"]
+        tensors = {name: tensor.clone() for name, tensor in split.tensors().items()}
+        partition = split.model.partition
+        self._apply(split, proposal, table)
+        rows = row_losses(split.model, self.task, self.world, self.config.evaluation, "validation")
+        split.load(tensors)
+        split.model.repartition(partition)
+        return rows
+
+    def _standing(self, mine: RowLosses, twin: RowLosses) -> Standing:
+        """Hold the split model's losses against the dense twin's."""
+        loss = twin.by_category(self.task)
+        taxes = tax(mine.by_category(self.task), loss)
+        return Standing(taxes["mean"], budget_used(self.config.budget, taxes, loss))
 
     def _attribute(self, models: Mapping[Arm, SplitModel], number: int) -> dict[Arm, AttributionTable]:
         """Measure the arms that are about to be cut."""
@@ -232,7 +249,7 @@ class _Loop:
         taxes: dict[Arm, dict[str, float]] = {
             arm: tax(losses[arm], losses["dense"]) for arm in self.config.arms if arm != "dense"
         }
-        used = self._used(taxes["split"], losses["dense"])
+        used = budget_used(self.config.budget, taxes["split"], losses["dense"])
         error = tax_error(rows["split"], rows["dense"], self.task)
         accepted = self.state.cut is None or used is None or used <= 1.0
         record = self.say.judged(phase, self.state, taxes, error, used, accepted)

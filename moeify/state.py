@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moeify.arms import Arm
 from moeify.config import RunConfig
+from moeify.control import Standing
 from moeify.events import RoundEnded
 from moeify.families import describe, rebuild
 from moeify.partition import Partition
@@ -29,12 +30,12 @@ class Cut:
     """J, in nats."""
     predicted_random: float | None
     """J of a random cut of equal sizes, where that is a control."""
-    tax_before: float
-    """Mean tax right before it, nats."""
-    used_before: float | None
-    """The part of the budget that this takes; None without a budget."""
+    before: Standing
+    """What the split model cost right before it."""
+    after: Standing
+    """And right after it."""
     expected: float
-    """The mean tax that is foreseen from J, nats."""
+    """The mean tax in nats that is foreseen after recovery."""
 
 
 @dataclass
@@ -105,7 +106,7 @@ class State:
             rounds=[RoundEnded.model_validate(record) for record in facts["rounds"]],
             step_scale=facts["step_scale"],
             undo=facts["undo"],
-            cut=Cut(**facts["cut"]) if facts["cut"] else None,
+            cut=_cut(facts["cut"]) if facts["cut"] else None,
             uncut=facts["uncut"],
             seconds=facts["seconds"],
         )
@@ -126,6 +127,10 @@ class State:
 
 def _untrained(task: Task, arm: Arm, config: RunConfig) -> Contestant:
     return Contestant(SplitModel(task.build(), task.categories, told=arm == "told"), config.training)
+
+
+def _cut(facts: dict[str, Any]) -> Cut:
+    return Cut(**{**facts, "before": Standing(**facts["before"]), "after": Standing(**facts["after"])})
 
 
 def _contestant(store: Store, name: str, arm: Arm, facts: dict[str, Any], config: RunConfig) -> Contestant:

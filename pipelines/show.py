@@ -33,6 +33,7 @@ _ROUND_KEYS = (
     "tax_error",
     "tax_by_category",
     "tax_before",
+    "tax_cut",
     "expected",
     "budget_used",
     "tax_random",
@@ -269,7 +270,7 @@ def _named_by_its_categories(node: Summary) -> bool:
 
 
 def _rounds_block(known: Summary, console: Console) -> _Block:
-    """Without a budget J stands beside the tax; with one, the tax that was foreseen from it and what it used."""
+    """Without a budget J stands beside the tax; with one, the tax that was foreseen at the cut and what it used."""
     random, told = ("random" in known["arms"], "told" in known["arms"])
     budget = any(row["budget_used"] is not None for row in known["rounds"])
     tax_heads = list(_tax_heads(known))
@@ -286,7 +287,7 @@ def _rounds_block(known: Summary, console: Console) -> _Block:
         table.add_row(*cells, row["outcome"])
     unit = known["unit"] or "unit"
     notes = ["tax: above the dense twin after recovery; ±: 95 % interval over the rows"]
-    notes += ["expected: the tax foreseen from J at the cut"] if budget else ["J: predicted from the cut alone"]
+    notes += ["expected: the tax foreseen at the cut"] if budget else ["J: predicted from the cut alone"]
     title = f"Rounds (validation; tax{'' if budget else ' and J'} in nats per {unit})"
     return _Block(title, table, "\n".join(notes) + (_TOLD_NOTE if told else ""))
 

@@ -5,13 +5,13 @@ import pytest
 
 from moeify.config import Budget
 from moeify.control import (
-    Forecast,
     NoStepLeftError,
     Standing,
-    budget_forecast,
     budget_used,
+    check_step,
     deepest,
-    tax_forecast,
+    expected_tax,
+    expected_use,
     why_stopped,
 )
 from moeify.events import MemoryTracker, Phase, RoundEnded
@@ -32,7 +32,6 @@ def ended(**facts: object) -> RoundEnded:
         "asked": 0.3,
         "tax": 0.02,
         "tax_by_category": {"a": 0.02, "b": 0.02},
-        "tax_before": 0.0,
         "tax_random": None,
         "predicted": 0.01,
         "predicted_random": None,
@@ -60,27 +59,45 @@ def test_the_part_of_the_budget_that_a_tax_takes(
     assert budget_used(Budget.model_validate(budget), taxes, TWIN) == pytest.approx(used)
 
 
-def test_a_nat_of_j_counts_as_one_until_a_round_was_judged() -> None:
-    standing = Standing(tax=0.01, used=0.25, twin=TWIN)
-    assert tax_forecast(standing, []).after(0.02) == pytest.approx(0.03)
-    assert budget_forecast(standing, [], Budget(tax=0.04)).after(0.02) == pytest.approx(0.75)
-    assert budget_forecast(standing, [], Budget(tax="1 %")).after(0.015) == pytest.approx(0.75)
+def test_all_of_the_rise_at_a_cut_is_expected_to_stay_until_a_round_was_judged() -> None:
+    before, after = Standing(tax=0.01, used=0.25), Standing(tax=0.03, used=0.75)
+    assert expected_tax(before, after, []) == pytest.approx(0.03)
+    assert expected_use(before, after, []) == pytest.approx(0.75)
 
 
-def test_the_scale_is_what_all_cuts_so_far_have_cost_kept_or_not() -> None:
+def test_what_recoveries_have_left_so_far_is_expected_again_kept_or_not() -> None:
     rounds = [
-        ended(tax=0.05, tax_before=0.0, predicted=0.01, budget_used=0.5, budget_used_before=0.0),
-        ended(tax=0.10, tax_before=0.03, predicted=0.03, accepted=False, budget_used=1.9, budget_used_before=0.4),
+        ended(tax_before=0.0, tax_cut=0.3, tax=0.05, budget_used_before=0.0, budget_used_cut=3.0, budget_used=0.5),
+        ended(
+            tax_before=0.03,
+            tax_cut=0.13,
+            tax=0.10,
+            budget_used_before=0.4,
+            budget_used_cut=2.4,
+            budget_used=1.9,
+            accepted=False,
+        ),
         ended(tax=0.30, predicted=0.0, tax_before=None, uncut="no step left", budget_used=3.0),
     ]
-    standing = Standing(tax=0.02, used=0.2, twin=TWIN)
-    assert tax_forecast(standing, rounds) == Forecast(0.02, pytest.approx((0.05 + 0.07) / 0.04))
-    assert budget_forecast(standing, rounds, Budget(tax=0.1)) == Forecast(0.2, pytest.approx((0.5 + 1.5) / 0.04))
+    before, after = Standing(tax=0.02, used=0.2), Standing(tax=0.22, used=1.2)
+    assert expected_tax(before, after, rounds) == pytest.approx(0.02 + 0.2 * (0.05 + 0.07) / (0.3 + 0.1))
+    assert expected_use(before, after, rounds) == pytest.approx(0.2 + 1.0 * (0.5 + 1.5) / (3.0 + 2.0))
 
 
-def test_cuts_that_cost_nothing_so_far_foresee_no_cost_and_never_a_gain() -> None:
-    forecast = tax_forecast(Standing(-0.02, None, TWIN), [ended(tax=-0.02)])
-    assert forecast == Forecast(-0.02, 0.0)
+def test_rounds_that_cost_nothing_in_the_end_foresee_no_cost_and_never_a_gain() -> None:
+    cheap = ended(tax_before=0.0, tax_cut=0.3, tax=-0.02)
+    assert expected_tax(Standing(-0.02, None), Standing(0.5, None), [cheap]) == -0.02
+    free = ended(tax_before=0.0, tax_cut=-0.01, tax=0.02)  # no rise to have left anything of
+    assert expected_tax(Standing(0.0, None), Standing(0.5, None), [free]) == 0.5
+
+
+def test_a_step_that_is_too_small_or_a_budget_used_up_before_it_is_refused() -> None:
+    budget = Budget(tax=0.1, least_step=0.05)
+    check_step(budget, 0.05, Standing(0.1, 1.0))
+    with pytest.raises(NoStepLeftError, match=r"0\.049 of separation is below budget\.least_step"):
+        check_step(budget, 0.049, Standing(0.0, 0.0))
+    with pytest.raises(NoStepLeftError, match=r"before the cut, 0\.2000, is beyond the budget already"):
+        check_step(budget, 0.3, Standing(0.2, 2.0))
 
 
 def a_cut(separation: float) -> Proposal:
@@ -90,7 +107,7 @@ def a_cut(separation: float) -> Proposal:
 
 
 def test_the_deepest_cut_that_fits_is_found() -> None:
-    for limit in (0.09, 0.1, 0.16):
+    for limit in (0.09, 0.16):
         found = deepest(a_cut, 0.05, 0.5, lambda cut, limit=limit: cut.predicted <= limit)  # type: ignore[misc]
         fitting = [a_cut(each / 100) for each in range(5, 51) if (each / 100) ** 2 <= limit]
         assert found.partition.separation == fitting[-1].partition.separation
@@ -98,7 +115,7 @@ def test_the_deepest_cut_that_fits_is_found() -> None:
 
 
 def test_no_step_is_left_where_not_even_the_smallest_fits() -> None:
-    with pytest.raises(NoStepLeftError, match=r"separation of 0.050 .* \(J 0.0025\)"):
+    with pytest.raises(NoStepLeftError, match=r"even a separation of 0\.050 is expected"):
         deepest(a_cut, 0.05, 0.5, lambda cut: cut.predicted < 0.001)
 
 
@@ -120,13 +137,17 @@ def notes(tracker: MemoryTracker) -> str:
 
 def test_a_round_goes_as_far_as_the_budget_is_expected_to_allow() -> None:
     free = run(toy_config(), ToyTask(toy_config())).rounds[0]
-    tight, tracker = toy_config(budget={"tax": 0.6 * free.predicted}), MemoryTracker()
+    assert free.tax_cut is not None
+    assert free.tax_cut > 0.0
+    limit = 0.6 * free.tax_cut
+    tight, tracker = toy_config(budget={"tax": limit}), MemoryTracker()
     first = run(tight, ToyTask(tight), tracker=tracker).rounds[0]
     assert 0.02 <= first.separation < free.separation
-    assert 0 < first.predicted <= 0.6 * free.predicted
-    assert first.expected == pytest.approx(first.predicted)  # the arms are one and the same before the first cut
-    assert first.tax_before == first.budget_used_before == 0.0
-    assert first.budget_used == pytest.approx(first.tax / (0.6 * free.predicted))
+    assert first.tax_before == first.budget_used_before == 0.0  # the arms are one and the same before the first cut
+    assert first.expected == first.tax_cut
+    assert 0.0 < first.tax_cut <= limit
+    assert first.budget_used == pytest.approx(first.tax / limit)
+    assert first.budget_used_cut == pytest.approx(first.tax_cut / limit)
     assert "of 0.300: the budget allows no more" in notes(tracker)
 
 
@@ -138,8 +159,9 @@ def test_a_budget_that_is_never_in_the_way_changes_nothing() -> None:
     assert one.stopped == other.stopped == "target reached"
 
 
-def test_a_budget_too_small_for_any_step_stops_the_run_with_a_name_and_the_twin_goes_on() -> None:
-    tiny = toy_config(budget={"tax": 1e-12})
+def test_where_every_cut_would_cost_too_much_the_run_says_so_and_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeify.loop.expected_use", lambda before, after, rounds: 1.01)
+    tiny = toy_config(budget={"tax": 0.1})
     tracker = MemoryTracker()
     result = run(tiny, ToyTask(tiny), tracker=tracker)
     assert result.stopped == "no step left"

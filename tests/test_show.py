@@ -159,6 +159,7 @@ def test_a_finished_run_is_told_by_its_result_under_stable_keys(folder: runs.Run
             "tax_error": 0.004,
             "tax_by_category": dict.fromkeys(CATEGORIES, 0.02),
             "tax_before": None,
+            "tax_cut": None,
             "expected": None,
             "budget_used": None,
             "tax_random": 0.05,
