@@ -75,7 +75,7 @@ def budget_used(budget: Budget | None, taxes: Mapping[str, float], twin: Mapping
 
 
 def check_step(budget: Budget, step: float, now: Standing) -> None:
-    """Raise NoStepLeftError where no cut can be worth it: too small a step in separation, or a budget used up before."""
+    """Raise NoStepLeftError where no cut can be worth it: a step too small, or a budget that is used up before it."""
     if step < budget.least_step:
         raise NoStepLeftError(f"no step left: {step:.3f} of separation is below budget.least_step")
     if now.used is not None and now.used > 1.0:
