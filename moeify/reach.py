@@ -25,6 +25,8 @@ def check_reachable(config: RunConfig, categories: Sequence[str], cores: Mapping
     # What a leaf serves, and the fraction of each kind of site that it may give.
     leaves = [(routed, [1.0 - core for core in shares])]
     for place, round_ in enumerate(config.rounds):
+        if round_.separation <= reached:  # tries again what the budget may not have allowed the round before
+            continue
         splits = [(foreseen(config.tree, serves, round_.branching), rooms) for serves, rooms in leaves]
         alone = len(unrouted) if place == 0 else 0  # they leave the routed at the first cut, and spare every expert
         spared = [

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from moeify.arms import Arm
-from moeify.events import RoundEnded
+from moeify.events import RoundEnded, Stop
 
 MEAN = "mean"
 """The key that stands beside the categories for their unweighted mean."""
@@ -29,6 +29,8 @@ class Result(BaseModel):
     0..1, what is never split among them; and ``mean``. None in results from before that was kept."""
     rounds: tuple[RoundEnded, ...]
     """Every round, those that were rolled back included."""
+    stopped: Stop | None = None
+    """Why it was not split any further; None in results from before that was kept."""
     test_loss: dict[Arm, dict[str, float]]
     """Arm -> category -> nats per unit on test data."""
     bits_per_byte: dict[Arm, dict[str, float]] | None
