@@ -222,8 +222,9 @@ class Round(Closed):
     branching: Annotated[int, Field(ge=2)] = 2
     """Children that every leaf with several categories is split into (fewer where it has fewer categories)."""
     separation: Fraction
-    """1 - the mean active fraction of units that this round cuts down to; deeper each round. With a budget, as far as
-    the tax that is foreseen stays within it, and a round may ask for the same as the one before: to try again."""
+    """1 - the mean active fraction of units (or of their operations, see ``partition.cost``) that this round cuts down
+    to; deeper each round. With a budget, as far as the tax that is foreseen stays within it, and a round may ask for
+    the same as the one before: to try again."""
 
 
 def _read_tax(value: object) -> float | str:

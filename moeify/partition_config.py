@@ -136,6 +136,9 @@ class Partition(Closed):
     cost: Literal["units", "flops"] = "units"
     """What a round's separation counts, and the knapsack spends: active units, or their floating-point operations a
     token at the recipe's row length. What is reported as separation is of units either way."""
+    refine: bool = False
+    """At the widths that the budget made, units change places between experts for as long as that lowers J
+    (``moeify.refine``)."""
     multiple: PositiveInt = 8
     """Every expert's width in a feed-forward site is a multiple of this many units."""
     min_units: Annotated[int, Field(ge=0)] = 8

@@ -10,7 +10,7 @@ Unrouted categories are a child without units.
 
 import bisect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from moeify.knapsack import Curve, cheapest
 from moeify.owners import Deal, LeafUnits, owners
 from moeify.partition import Partition
 from moeify.partition_config import Partition as PartitionConfig
+from moeify.refine import Exchange
 from moeify.terms import SiteTerms, Terms, costs, plain_terms
 
 
@@ -61,10 +62,15 @@ class Menu:
     groups: Groups
     choices: Mapping[tuple[str, int], list[_Choice]]
     """(site, leaf) -> from the narrowest expert allowed to the widest there is room for."""
+    exchanges: Mapping[tuple[str, int], Exchange]
+    """(site, leaf) -> exchanges of units that lower J; none where ``config.refine`` is off."""
 
     def cut(self, separation: float) -> Proposal:
         """Return the cut to a separation (of what units cost), or as far as there is room, that costs the least J."""
         chosen = _spend(self.partition, self.config, self.terms, separation, self.groups, self.choices)
+        for key, exchange in self.exchanges.items():
+            owner_L = exchange.settle(chosen[key].owner_L)
+            chosen[key] = replace(chosen[key], owner_L=owner_L, predicted=exchange.residual(owner_L))
         owned = {key: choice.owner_L for key, choice in chosen.items()}
         return _proposal(self.partition, self.groups, owned, sum(choice.predicted for choice in chosen.values()))
 
@@ -109,13 +115,12 @@ def menu(
     ``rounds`` are this round and those after it, whose experts need room as well; ``weights`` holds each site's output
     weights [dim features], ``reads`` returns its input weights, for those ``config.owners`` that ask; ``tree`` is the
     recipe's; ``only`` are the leaves that may be split, ``None`` for all; ``seed`` is what ways to find owners draw
-    from; ``terms``: not given, those of ``config`` for every site, each unit of cost 1.
-    Raises NothingToSplitError where no leaf can be split, ValueError where an expert has too few units for its
-    children.
+    from; ``terms``: not given, those of ``config`` for every site, each unit of cost 1. Raises NothingToSplitError
+    where no leaf can be split, ValueError where an expert has too few units for its children.
     """
     terms = terms or plain_terms(config, partition.widths)
     groups = choose_groups(partition, table, weights, config, rounds[0], score, tree, only, terms)
-    choices = {}
+    choices, exchanges = {}, {}
     for site in partition.widths:
         for leaf, parts in groups.items():
             start, own = partition.starts(site)[leaf], partition.widths[site][leaf]
@@ -123,7 +128,9 @@ def menu(
             choices[site, leaf] = _choices(
                 partition, table, weights[site], config, terms[site], rounds, site, leaf, parts, tree, deal
             )
-    return Menu(partition, config, terms, groups, choices)
+            if config.refine and not terms[site].frozen:
+                exchanges[site, leaf] = Exchange(partition, table, weights[site].double(), site, leaf, parts)
+    return Menu(partition, config, terms, groups, choices, exchanges)
 
 
 def shuffled(

@@ -12,7 +12,7 @@ from torch import nn
 from moeify.config import RunConfig
 from moeify.partition_config import Partition as PartitionConfig
 from moeify.partition_config import UnitKind
-from moeify.reach import check_reachable
+from moeify.reach import Stake, check_reachable
 from moeify.units import UnitSpace, flops
 
 
@@ -84,20 +84,19 @@ def terms_in_reach(
     Raises ValueError for a round that is out of reach, and what ``site_terms`` raises.
     """
     terms = site_terms(config.partition, network, space, length)
-    check_reachable(config, categories, cores(terms, {site.name: site.units for site in space.sites}))
+    check_reachable(config, categories, stakes(terms, space))
     return terms
 
 
-def cores(terms: Terms, units: Mapping[str, int]) -> dict[float, float]:
-    """Return the least fraction that stays with the root -> the share of all units' cost in sites where it is so.
-
-    ``units``: site -> how many it has.
-    """
-    total = sum(each.cost * units[site] for site, each in terms.items())
-    found: dict[float, float] = {}
-    for site, each in terms.items():
-        found[each.core] = found.get(each.core, 0.0) + each.cost * units[site] / total
-    return found
+def stakes(terms: Terms, space: UnitSpace) -> list[Stake]:
+    """Return the sites as ``moeify.reach`` counts them, those that are alike together."""
+    total = sum(terms[site.name].cost * site.units for site in space.sites)
+    found: dict[tuple[float, float], float] = {}
+    for site in space.sites:
+        each = terms[site.name]
+        alike = each.core, each.multiple / site.units if site.kind == "heads" else 0.0
+        found[alike] = found.get(alike, 0.0) + each.cost * site.units / total
+    return [Stake(share, *alike) for alike, share in found.items()]
 
 
 def costs(terms: Terms) -> dict[str, int]:

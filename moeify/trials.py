@@ -29,8 +29,8 @@ class Trials:
     """One inversion a site and category to make; then a trial is an assignment a site, and a solve a site and category.
 
     ``cut``: the fraction 0..1 of the leaf's units that a trial saves each category on average; ``terms``: not given,
-    those of ``config`` for every site. Where the inverted
-    moments of all sites would take more than 2 GB, as many sites as fit are taken, evenly spaced.
+    those of ``config`` for every site. Where the inverted moments of all sites would take more than 2 GB, as many
+    sites as fit are taken, evenly spaced.
     """
 
     def __init__(

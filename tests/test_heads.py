@@ -29,9 +29,18 @@ def with_heads(**partition: object) -> RunConfig:
     return RunConfig.model_validate({**HEADS, "partition": {**common, **partition}})
 
 
-@pytest.mark.parametrize("owners", ["attribution", "magnitude", "coactivation", "cmoe"])
-def test_heads_and_neurons_are_split_together_by_their_operations(tmp_path: Path, owners: str) -> None:
-    config, store = with_heads(owners={"kind": owners}), FolderStore(tmp_path, 2)
+WAYS = [
+    {},
+    {"owners": {"kind": "magnitude"}},
+    {"owners": {"kind": "coactivation"}},
+    {"owners": {"kind": "cmoe"}},
+    {"grouping": {"kind": "residual"}, "refine": True, "frozen": ["layers.0.heads"]},
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_heads_and_neurons_are_split_together_by_their_operations(tmp_path: Path, way: dict[str, object]) -> None:
+    config, store = with_heads(**way), FolderStore(tmp_path, 2)
     result = run(config, ToyTextTask(config), store=store)
     partition = load_from_run(tmp_path).partition
     assert list(partition.widths) == [f"layers.{i}.{kind}" for i in (0, 1) for kind in ("heads", "ffn")]

@@ -5,7 +5,8 @@ import pytest
 from moeify.families import unit_space
 from moeify.partition_config import Partition as PartitionConfig
 from moeify.partition_config import UnitKind
-from moeify.terms import Terms, cores, costs, plain_terms, site_terms
+from moeify.reach import Stake
+from moeify.terms import Terms, costs, plain_terms, site_terms, stakes
 from moeify.units import flops
 from tests.networks import grouped_llama, tiny_autoencoder
 
@@ -53,8 +54,13 @@ def test_floors_and_frozen_sites_are_named_or_matched() -> None:
     assert (frozen.frozen, frozen.least) == (True, 0)
     assert [frozen.given(7, root=root) for root in (True, False)] == [0, 0]
     assert [free.given(7, root=root) for root in (True, False)] == [4, 7]
-    shares = cores(found, {site.name: site.units for site in SPACE.sites})
-    assert shares == pytest.approx({1.0: 3 / 46, 0.5: 20 / 46, 0.2: 3 / 46, 0.3: 20 / 46})
+    assert stakes(found, SPACE) == [
+        pytest.approx(Stake(3 / 46, 1.0, 1 / 3)),
+        pytest.approx(Stake(20 / 46, 0.5)),
+        pytest.approx(Stake(3 / 46, 0.2, 1 / 3)),
+        pytest.approx(Stake(20 / 46, 0.3)),
+    ]
+    assert stakes(terms(), SPACE) == [pytest.approx(Stake(6 / 46, 0.1, 1 / 3)), pytest.approx(Stake(40 / 46, 0.1))]
 
 
 def test_names_of_no_site_are_told_a_line_each() -> None:
