@@ -54,14 +54,10 @@ def check_reachable(config: RunConfig, categories: Sequence[str], stakes: Sequen
         ]
         most = reached + sum(_saved(spared, stakes, widest, [1.0] * len(stakes)))
         if round_.separation > most + 1e-9:
+            more = ", or freeze less (partition.frozen, partition.floors)" if held else ""
             raise ValueError(
                 f"rounds.{place}.separation: got {round_.separation}, at most {most:.3f} can be reached there; "
-                f"lower it, raise the separation of the round before, or lower partition.min_core"
-                + (
-                    ", or freeze less (partition.frozen, partition.floors)"
-                    if partition.frozen or partition.floors
-                    else ""
-                )
+                f"lower it, raise the separation of the round before, or lower partition.min_core{more}"
             )
         widths = _widths(spared, stakes, widest, round_.separation - reached)
         leaves = [
