@@ -51,6 +51,11 @@ class RoutedAttention(nn.Module):
         **others: Any,
     ) -> tuple[Float[Tensor, "rows positions dim"], None]:
         """Return what the active heads write, and no attention weights."""
+        if self.routes.bounds[-1:] != (len(hidden_states),):
+            raise ValueError(
+                f"site {self.units.name!r}: got {len(hidden_states)} rows, wanted as many as there are routes, "
+                f"{self.routes.bounds[-1:]}; heads look over a whole row, which has one route"
+            )
         cache = others.get("past_key_values") if cache is None else cache
         run = self._masked if self.routes.masked else self._routed
         return run(hidden_states, position_embeddings, attention_mask, cache), None
