@@ -41,19 +41,19 @@ def points_of(event: Event, unit: str) -> Iterable[Point]:
     match event:
         case Step():
             for category, loss in _with_mean(event.loss):
-                yield _key("train", event.arm, category), loss, event.step
-            yield _key(f"{unit}s_per_second", event.arm), event.units_per_second, event.step
-            yield _key("train/learning_rate", event.arm), event.learning_rate, event.step
+                yield metric_key("train", event.arm, category), loss, event.step
+            yield metric_key(f"{unit}s_per_second", event.arm), event.units_per_second, event.step
+            yield metric_key("train/learning_rate", event.arm), event.learning_rate, event.step
         case Evaluated():
             for category, loss in _with_mean(event.loss):
-                yield _key(event.split, event.arm, category), loss, event.step
+                yield metric_key(event.split, event.arm, category), loss, event.step
         case RoundEnded():
             yield "separation", event.separation, event.step
             yield "tax/mean", event.tax, event.step
             if event.tax_error is not None:
                 yield "tax_error/mean", event.tax_error, event.step
             for category, tax in event.tax_by_category.items():
-                yield _key("tax", category), tax, event.step
+                yield metric_key("tax", category), tax, event.step
             if event.tax_random is not None:
                 yield "tax_random/mean", event.tax_random, event.step
             if event.tax_told is not None:
@@ -69,11 +69,11 @@ def points_of(event: Event, unit: str) -> Iterable[Point]:
 def final_points(result: Result) -> Iterable[Point]:
     """Yield what a result adds to its losses: the tax on test data, and what share of the units runs."""
     if result.tax_error is not None:
-        yield _key("test/tax_error", MEAN), result.tax_error, result.steps
+        yield metric_key("test/tax_error", MEAN), result.tax_error, result.steps
     for category in (*result.categories, MEAN):
         for name, tax in _taxes(result):
-            yield _key("test", name, category), tax[category], result.steps
-        yield _key("test/active_fraction", category), result.active_fraction[category], result.steps
+            yield metric_key("test", name, category), tax[category], result.steps
+        yield metric_key("test/active_fraction", category), result.active_fraction[category], result.steps
 
 
 def _taxes(result: Result) -> Iterable[tuple[str, dict[str, float]]]:
@@ -175,7 +175,8 @@ def _tree_lines(node: dict[str, Any], depth: int = 0) -> Iterable[str]:
         yield from _tree_lines(child, depth + 1)
 
 
-def _key(*parts: str) -> str:
+def metric_key(*parts: str) -> str:
+    """Return the name of a metric, of what MLflow takes."""
     return _safe("/".join(parts))
 
 
