@@ -232,7 +232,7 @@ def progress_line(comparison: Comparison, job: Job, cores: int, now: float | Non
     ended, count, of = comparison.ended[job], len(comparison.ended), len(comparison.jobs)
     what = f"{job.method}, seed {job.seed}, {job.separation:.3g}"
     if isinstance(ended, Broken):
-        return f"{what}: failed: {ended.reason[:300]} · {count}/{of}"
+        return f"{what}: failed: {ended.reason[:120]} · {count}/{of}"
     took = "done before" if ended.before else clock(ended.result.seconds)
     own = [e.result.seconds for e in comparison.ended.values() if isinstance(e, Done) and not e.before]
     left = fmean(own) * (of - count) / min(cores, of - count) if own and count < of else None

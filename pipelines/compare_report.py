@@ -20,7 +20,7 @@ Summary = dict[str, Any]
 _WIDE = 90
 """Columns of a terminal that hold the losses, too."""
 _NOTE = (
-    "tax: above the dense twin; all on test data, in nats per {unit}, differences taken seed by seed\n"
+    "tax: above the dense twin; on test data, nats per {unit}, paired seed by seed\n"
     "±: half of the 95 % interval over seeds (Student's t){single}"
 )
 
@@ -119,8 +119,10 @@ def print_comparison(comparison: Comparison, folder: ComparisonFolder, stream: T
         single = "; one seed has none" if any(row.seeds == 1 for row in found) else ""
         unit = next(iter(comparison.results.values())).unit
         console.print(_NOTE.format(unit=unit, single=single), style="dim")
-    for job, broken in comparison.broken.items():
-        console.print(f"\nfailed: {job.method}, seed {job.seed}, separation {job.separation:.3g}: {broken.reason}")
+    for line in _failures(comparison):
+        console.print(f"\n{line}")
+    if comparison.broken:
+        console.print(f"tracebacks: {folder.traces}", style="dim")
 
 
 def _print_rows(console: Console, found: Sequence[Row]) -> None:
@@ -168,5 +170,13 @@ def _markdown(comparison: Comparison) -> Iterator[str]:
     if found:
         unit = next(iter(comparison.results.values())).unit
         yield "\n" + _NOTE.format(unit=unit, single="").replace("\n", "; ")
+    yield from (f"\n{line}" for line in _failures(comparison))
+
+
+def _failures(comparison: Comparison) -> Iterator[str]:
+    """Say which jobs failed, and why; jobs that failed alike share a line."""
+    alike: dict[str, list[str]] = {}
     for job, broken in comparison.broken.items():
-        yield f"\nfailed: {job.method}, seed {job.seed}, separation {job.separation:.3g}: {broken.reason}"
+        alike.setdefault(broken.reason, []).append(str(job))
+    for reason, jobs in alike.items():
+        yield f"failed (method-separation-seed): {', '.join(jobs)}: {reason}"
