@@ -2,7 +2,6 @@ import json
 import os
 import shutil
 import socket
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +22,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 pytestmark = pytest.mark.filterwarnings(r"ignore::Warning:(mlflow|alembic|sqlalchemy|pydantic|google)\.")
-
-
-@pytest.fixture(scope="module")
-def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs: to lay one out takes longer than any test here."""
-    home = tmp_path_factory.mktemp("laid_out")
-    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
-        warnings.simplefilter("ignore")
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        mlflow = open_mlflow()
-        mlflow.MlflowClient(f"sqlite:///{home}/mlflow.db").search_experiments()
-    return home / "mlflow.db"
 
 
 @pytest.fixture
