@@ -177,16 +177,20 @@ def run_jobs(
         for queue in waiting.values():
             start(queue.popleft())
         cores = int(ray.cluster_resources().get("CPU", 1))
-        while running:
-            (ready,), _ = ray.wait(list(running), num_returns=1)
-            job = running.pop(ready)
-            ended = comparison.ended[job] = _outcome(ready, job, traces)
-            queue = waiting[job.seed]
-            while queue:
-                start(queue.popleft())
-                if isinstance(ended, Broken):
-                    break
-            heard(comparison, job, cores)
+        try:
+            while running:
+                (ready,), _ = ray.wait(list(running), num_returns=1)
+                job = running.pop(ready)
+                ended = comparison.ended[job] = _outcome(ready, job, traces)
+                queue = waiting[job.seed]
+                while queue:
+                    start(queue.popleft())
+                    if isinstance(ended, Broken):
+                        break
+                heard(comparison, job, cores)
+        finally:
+            for each in running:  # stopped in the middle: on a cluster that lives on, too
+                ray.cancel(each, force=True)
     return comparison
 
 
@@ -217,8 +221,8 @@ def _outcome(ready: Any, job: Job, traces: Path) -> Done | Broken:
     trace.unlink(missing_ok=True)
     try:
         told = ray.get(ready)
-    except ray.exceptions.RayError as error:  # every attempt's worker died
-        return Broken(f"its worker died: {' '.join(str(error).split())[:200]}")
+    except ray.exceptions.RayError as error:
+        return Broken(f"its worker died, on each retry too: killed, or out of memory ({type(error).__name__})")
     if "failure" not in told:
         return Done(Result.model_validate_json(told["result"]), Path(told["path"]), told["before"])
     failure = Failure.model_validate(told["failure"])

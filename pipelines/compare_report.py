@@ -121,7 +121,7 @@ def print_comparison(comparison: Comparison, folder: ComparisonFolder, stream: T
         console.print(_NOTE.format(unit=unit, single=single), style="dim")
     for line in _failures(comparison):
         console.print(f"\n{line}")
-    if comparison.broken:
+    if comparison.broken and folder.traces.is_dir():
         console.print(f"tracebacks: {folder.traces}", style="dim")
 
 
