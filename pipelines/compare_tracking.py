@@ -26,7 +26,7 @@ from pipelines.mlflow_store import (
     told_as_delivery_error,
     tracking_uri,
 )
-from pipelines.mlflow_terms import final_points, flat, metric_key
+from pipelines.mlflow_terms import final_points, flat, loss_points
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -179,9 +179,8 @@ class ComparisonTracker:
             return
         result = done.result
         own = {key: value for key, value in figures(result, told).items() if isinstance(value, float)}
-        tested = {metric_key("test", a, c): nats for a, each in result.test_loss.items() for c, nats in each.items()}
-        points = {**own, "reached_separation": 1.0 - own["active"], **tested}
-        points |= {key: value for key, value, _ in final_points(result)}
+        points = {**own, "reached_separation": 1.0 - own["active"]}
+        points |= {key: value for key, value, _ in (*loss_points(result), *final_points(result))}
         log_metrics(client, child.run, [Metric(k, v, milliseconds(over), result.steps) for k, v in points.items()])
         client.log_artifact(child.run, str(done.path))
         client.set_tag(child.run, "moeify.result", done.path.name)

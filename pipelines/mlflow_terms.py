@@ -41,24 +41,29 @@ def points_of(event: Event, unit: str) -> Iterable[Point]:
     match event:
         case Step():
             for category, loss in _with_mean(event.loss):
-                yield metric_key("train", event.arm, category), loss, event.step
-            yield metric_key(f"{unit}s_per_second", event.arm), event.units_per_second, event.step
-            yield metric_key("train/learning_rate", event.arm), event.learning_rate, event.step
+                yield _key("train", event.arm, category), loss, event.step
+            yield _key(f"{unit}s_per_second", event.arm), event.units_per_second, event.step
+            yield _key("train/learning_rate", event.arm), event.learning_rate, event.step
         case Evaluated():
             for category, loss in _with_mean(event.loss):
-                yield metric_key(event.split, event.arm, category), loss, event.step
+                yield _key(event.split, event.arm, category), loss, event.step
         case RoundEnded():
             yield "separation", event.separation, event.step
             yield "tax/mean", event.tax, event.step
             if event.tax_error is not None:
                 yield "tax_error/mean", event.tax_error, event.step
             for category, tax in event.tax_by_category.items():
-                yield metric_key("tax", category), tax, event.step
+                yield _key("tax", category), tax, event.step
+            if event.expected is not None:
+                yield "tax_expected/mean", event.expected, event.step
+            if event.budget_used is not None:
+                yield "budget_used", event.budget_used, event.step
             if event.tax_random is not None:
                 yield "tax_random/mean", event.tax_random, event.step
             if event.tax_told is not None:
                 yield "tax_told/mean", event.tax_told, event.step
-            yield "predicted_J/split", event.predicted, event.step
+            if not event.uncut:
+                yield "predicted_J/split", event.predicted, event.step
             if event.predicted_random is not None:
                 yield "predicted_J/random", event.predicted_random, event.step
             yield "accepted", float(event.accepted), event.step
@@ -69,11 +74,18 @@ def points_of(event: Event, unit: str) -> Iterable[Point]:
 def final_points(result: Result) -> Iterable[Point]:
     """Yield what a result adds to its losses: the tax on test data, and what share of the units runs."""
     if result.tax_error is not None:
-        yield metric_key("test/tax_error", MEAN), result.tax_error, result.steps
+        yield _key("test/tax_error", MEAN), result.tax_error, result.steps
     for category in (*result.categories, MEAN):
         for name, tax in _taxes(result):
-            yield metric_key("test", name, category), tax[category], result.steps
-        yield metric_key("test/active_fraction", category), result.active_fraction[category], result.steps
+            yield _key("test", name, category), tax[category], result.steps
+        yield _key("test/active_fraction", category), result.active_fraction[category], result.steps
+
+
+def loss_points(result: Result) -> Iterable[Point]:
+    """Yield a result's losses on test data, which a run tells as they are measured."""
+    for arm, loss in result.test_loss.items():
+        for category, each in loss.items():
+            yield _key("test", arm, category), each, result.steps
 
 
 def _taxes(result: Result) -> Iterable[tuple[str, dict[str, float]]]:
@@ -116,7 +128,9 @@ def summary(folder: RunFolder, status: str) -> str:
     events, _ = read_events(folder.journal, 0)
     rounds = [event for event in events if isinstance(event, RoundEnded)]
     if folder.result.is_file():
-        lines += _result_table(Result.model_validate_json(folder.result.read_bytes()))
+        result = Result.model_validate_json(folder.result.read_bytes())
+        lines += [f"Stopped: {result.stopped}.", ""] if result.stopped else []
+        lines += _result_table(result)
     if rounds:
         lines += _rounds_table(rounds)
     kept = [event.tree for event in rounds if event.accepted]
@@ -140,7 +154,7 @@ def _rounds_table(rounds: Sequence[RoundEnded]) -> list[str]:
         cells = [str(event.round), percent(event.separation), nats(event.tax, signed=True)]
         cells += [nats(event.tax_random, signed=True)] * random + [nats(event.tax_told, signed=True)] * told
         cells += [two_digits(event.predicted)] + [two_digits(event.predicted_random)] * random
-        lines.append(_row([*cells, "kept" if event.accepted else "rolled back"]))
+        lines.append(_row([*cells, event.outcome]))
     return [*lines, ""]
 
 
@@ -175,8 +189,7 @@ def _tree_lines(node: dict[str, Any], depth: int = 0) -> Iterable[str]:
         yield from _tree_lines(child, depth + 1)
 
 
-def metric_key(*parts: str) -> str:
-    """Return the name of a metric, of what MLflow takes."""
+def _key(*parts: str) -> str:
     return _safe("/".join(parts))
 
 
