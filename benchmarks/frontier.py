@@ -17,6 +17,7 @@ from pathlib import Path
 from benchmarks.report import Cell, Figure, parser, report
 from moeify.comparison import LOOP, Interval, Job, Row, jobs, rows
 from moeify.config import RunConfig
+from moeify.jobs import Places
 from moeify.recipe import parse_recipe
 from moeify.variants import methods
 from pipelines.compare import Comparison, progress_line, run_jobs
@@ -64,7 +65,9 @@ def run(config: RunConfig, asked: Sequence[Job], work: Path) -> list[Row]:
     def heard(comparison: Comparison, job: Job, cores: int) -> None:
         print(progress_line(comparison, job, cores), file=sys.stderr, flush=True)
 
-    done = run_jobs(config, asked, Path.cwd(), work / "results", work / "twins", work / "failed", heard)
+    work = work.absolute()
+    places = Places(base=Path.cwd(), cache=cache(), results=work / "results", twins=work / "twins")
+    done = run_jobs(config, asked, places, work / "failed", heard)
     if done.broken:
         sys.exit("\n".join(f"{job} failed: {broken.reason}" for job, broken in done.broken.items()))
     return list(rows(done.results))

@@ -50,16 +50,24 @@ def run_job(config: RunConfig, job: Job, places: Places) -> Ended:
     """
     task = build_task(seeded(config, job), cache=places.cache, base=places.base)
     recipe = job_recipe(config, job, len(task.categories))
-    known = f"{recipe.model_dump_json()} {fingerprint(recipe, task, Solo())} {code()}"
-    path = places.results / f"{job}-{hashlib.sha256(known.encode()).hexdigest()[:16]}.json"
-    if path.exists():
-        return Ended(Result.model_validate_json(path.read_bytes()), path, before=True)
+    content = f"{recipe.model_dump_json()} {fingerprint(recipe, task, Solo())} {code()}"
+    path = places.results / f"{job}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+    if known := _read(path):
+        return Ended(known, path, before=True)
     result = run(recipe, task, twins=places.twins)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
     draft.replace(path)
     return Ended(result, path, before=False)
+
+
+def _read(path: Path) -> Result | None:
+    """Return a result; None where there is none, or it is damaged."""
+    try:
+        return Result.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def code() -> str:

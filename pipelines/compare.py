@@ -12,15 +12,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
 from moeify.comparison import Job
 from moeify.config import Cluster, RunConfig
+from moeify.jobs import Ended, Places, code, run_job
 from moeify.recipe import to_yaml
 from moeify.result import MEAN, Result
 from pipelines.launch import cluster, stoppable
 from pipelines.runs import cache, hold_lock
 from pipelines.wording import clock, nats
+from pipelines.worker import Failure
 
 
 @dataclass(frozen=True)
@@ -77,21 +80,7 @@ class JobOrder(BaseModel):
 
     config: RunConfig
     job: Job
-    base: Path
-    cache: Path
-    results: Path
-    twins: Path
-
-
-@dataclass(frozen=True)
-class Done:
-    """A job that ended well."""
-
-    result: Result
-    path: Path
-    """The result's file."""
-    before: bool
-    """Whether it was there already."""
+    places: Places
 
 
 @dataclass(frozen=True)
@@ -109,13 +98,13 @@ class Comparison:
     config: RunConfig
     """As it was given; see ``moeify.comparison.job_recipe`` for what is made of it."""
     jobs: tuple[Job, ...]
-    ended: dict[Job, Done | Broken] = field(default_factory=dict)
+    ended: dict[Job, Ended | Broken] = field(default_factory=dict)
 
     @property
     def results(self) -> dict[Job, Result]:
         """The results there are, in the jobs' order."""
         ended = ((job, self.ended.get(job)) for job in self.jobs)
-        return {job: done.result for job, done in ended if isinstance(done, Done)}
+        return {job: done.result for job, done in ended if isinstance(done, Ended)}
 
     @property
     def broken(self) -> dict[Job, Broken]:
@@ -130,8 +119,6 @@ Heard = Callable[[Comparison, Job, int], None]
 
 def open_folder(config: RunConfig, base: Path, home: Path) -> ComparisonFolder:
     """Return the folder of the recipe's comparison, made where there is none."""
-    from moeify.jobs import code
-
     known = [config.model_dump_json(), code()]
     if config.data.kind == "text" and config.data.source.kind != "installed":
         known.append(str(base.absolute()))  # two recipes of the same words, each with data beside it
@@ -149,17 +136,16 @@ def compare(
 
     Raises ``RunBusyError`` where another process drives the comparison.
     """
+    places = Places(base=base.absolute(), cache=cache(), results=folder.results, twins=cache() / "twins")
     with hold_lock(folder.lock, f"comparison {folder.id}"):
-        return run_jobs(config, jobs, base, folder.results, cache() / "twins", folder.traces, heard)
+        return run_jobs(config, jobs, places, folder.traces, heard)
 
 
-def run_jobs(
-    config: RunConfig, jobs: Sequence[Job], base: Path, results: Path, twins: Path, traces: Path, heard: Heard
-) -> Comparison:
+def run_jobs(config: RunConfig, jobs: Sequence[Job], places: Places, traces: Path, heard: Heard) -> Comparison:
     """Run jobs as Ray tasks of one core each, as many at a time as the cluster has cores.
 
     A seed's first job, which is the loop's, trains the twins that the seed's others share, so those wait for it; where
-    it fails, the next one is the first.
+    it fails, the next one is the first. ``traces``: the folder of the tracebacks of jobs that fail.
     """
     comparison = Comparison(config, tuple(jobs))
     waiting = {seed: deque(job for job in jobs if job.seed == seed) for seed in dict.fromkeys(j.seed for j in jobs)}
@@ -171,7 +157,7 @@ def run_jobs(
         running: dict[Any, Job] = {}
 
         def start(job: Job) -> None:
-            order = JobOrder(config=config, job=job, base=base.absolute(), cache=cache(), results=results, twins=twins)
+            order = JobOrder(config=config, job=job, places=places)
             running[task.remote(order.model_dump(mode="json"))] = job
 
         for queue in waiting.values():
@@ -196,26 +182,18 @@ def run_jobs(
 
 def work(payload: dict[str, Any]) -> dict[str, Any]:
     """Do a ``JobOrder`` in a Ray worker; what fails is returned as a ``Failure``: it would fail again."""
-    import torch
-
-    from moeify.jobs import Places, run_job
-    from pipelines.worker import Failure
-
     order = JobOrder.model_validate(payload)
     torch.set_num_threads(1)
     try:
-        places = Places(base=order.base, cache=order.cache, results=order.results, twins=order.twins)
-        ended = run_job(order.config, order.job, places)
+        ended = run_job(order.config, order.job, order.places)
     except Exception as error:
         return {"failure": Failure.of(error).model_dump(mode="json")}
     return {"result": ended.result.model_dump_json(), "path": str(ended.path), "before": ended.before}
 
 
-def _outcome(ready: Any, job: Job, traces: Path) -> Done | Broken:
+def _outcome(ready: Any, job: Job, traces: Path) -> Ended | Broken:
     """Return how a task ended; a traceback is kept beside the results."""
     import ray
-
-    from pipelines.worker import Failure
 
     trace = traces / f"{job}.txt"
     trace.unlink(missing_ok=True)
@@ -224,21 +202,21 @@ def _outcome(ready: Any, job: Job, traces: Path) -> Done | Broken:
     except ray.exceptions.RayError as error:
         return Broken(f"its worker died, on each retry too: killed, or out of memory ({type(error).__name__})")
     if "failure" not in told:
-        return Done(Result.model_validate_json(told["result"]), Path(told["path"]), told["before"])
+        return Ended(Result.model_validate_json(told["result"]), Path(told["path"]), told["before"])
     failure = Failure.model_validate(told["failure"])
     traces.mkdir(parents=True, exist_ok=True)
     trace.write_text(failure.trace, encoding="utf-8")
     return Broken(failure.told())
 
 
-def progress_line(comparison: Comparison, job: Job, cores: int, now: float | None = None) -> str:
+def progress_line(comparison: Comparison, job: Job, cores: int) -> str:
     """Say how a job ended and what remains, in at most 80 characters unless it failed."""
     ended, count, of = comparison.ended[job], len(comparison.ended), len(comparison.jobs)
     what = f"{job.method}, seed {job.seed}, {job.separation:.3g}"
     if isinstance(ended, Broken):
         return f"{what}: failed: {ended.reason[:120]} · {count}/{of}"
     took = "done before" if ended.before else clock(ended.result.seconds)
-    own = [e.result.seconds for e in comparison.ended.values() if isinstance(e, Done) and not e.before]
+    own = [e.result.seconds for e in comparison.ended.values() if isinstance(e, Ended) and not e.before]
     left = fmean(own) * (of - count) / min(cores, of - count) if own and count < of else None
     rest = "" if left is None else f", about {clock(left)} left"
     return f"{what}: tax {nats(ended.result.tax[MEAN], signed=True)} · {took} · {count}/{of}{rest}"

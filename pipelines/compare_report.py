@@ -7,9 +7,10 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from moeify.comparison import Interval, Job, Row, losses, rows
+from moeify.jobs import Ended
 from moeify.result import MEAN, Result
 from moeify.store import write_atomically
-from pipelines.compare import Broken, Comparison, ComparisonFolder, Done
+from pipelines.compare import Broken, Comparison, ComparisonFolder
 from pipelines.frontier_plot import frontier
 from pipelines.show import finite, to_json
 from pipelines.tables import console_for, table_for
@@ -71,10 +72,10 @@ def _row(row: Row) -> Summary:
     }
 
 
-def _run(job: Job, ended: Done | Broken | None, told: float | None) -> Summary:
+def _run(job: Job, ended: Ended | Broken | None, told: float | None) -> Summary:
     run: Summary = {"method": job.method, "separation": job.separation, "seed": job.seed}
     match ended:
-        case Done(result=result):
+        case Ended(result=result):
             return {**run, "status": "finished", **figures(result, told), "result": str(ended.path), "problem": None}
         case Broken():
             return {**run, "status": "failed", **_UNKNOWN, "problem": ended.reason}

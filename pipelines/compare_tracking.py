@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from moeify.comparison import Job, losses
 from moeify.config import RunConfig
-from pipelines.compare import Broken, Comparison, ComparisonFolder, Done
+from moeify.jobs import Ended
+from pipelines.compare import Broken, Comparison, ComparisonFolder
 from pipelines.compare_report import figures, markdown
 from pipelines.mlflow_store import (
     LONGEST_TAG,
@@ -103,7 +104,7 @@ class ComparisonTracker:
         told = losses(comparison.results, "told")
         for job, ended in comparison.ended.items():
             match ended:
-                case Done():
+                case Ended():
                     self._deliver_result(client, job, ended, told.get(job.seed))
                 case Broken():
                     self._deliver_failure(client, job, ended)
@@ -170,7 +171,7 @@ class ComparisonTracker:
             log_params(client, known.run, params)
         return known
 
-    def _deliver_result(self, client: "MlflowClient", job: Job, done: Done, told: float | None) -> None:
+    def _deliver_result(self, client: "MlflowClient", job: Job, done: Ended, told: float | None) -> None:
         from mlflow.entities import Metric
 
         over = done.path.stat().st_mtime

@@ -17,9 +17,10 @@ from filelock import FileLock
 from rich.console import Console
 
 from moeify.comparison import Job, jobs
+from moeify.jobs import Ended
 from pipelines import compare, compare_report, compare_tracking
 from pipelines.cli import main
-from pipelines.compare import Broken, Comparison, ComparisonFolder, Done, Heard, open_folder, progress_line
+from pipelines.compare import Broken, Comparison, ComparisonFolder, Heard, open_folder, progress_line
 from pipelines.runs import RunBusyError, every
 
 ASKED = jobs(["random"], [0.5], range(3))
@@ -29,7 +30,7 @@ def comparison(**reasons: str) -> Comparison:
     """Return a comparison that has ended, with the jobs that failed."""
     found = Comparison(CONFIG, ASKED)
     for job, result in results().items():
-        found.ended[job] = Done(result, Path(f"/results/{job}.json"), before=False)
+        found.ended[job] = Ended(result, Path(f"/results/{job}.json"), before=False)
     for job in ASKED:
         if reason := reasons.get(str(job).replace("-", "_").replace(".", "_")):
             found.ended[job] = Broken(reason)
@@ -79,7 +80,7 @@ def test_a_line_says_how_a_job_ended_and_what_remains() -> None:
 
 def test_a_job_that_was_there_before_says_nothing_of_the_pace() -> None:
     found = Comparison(CONFIG, ASKED)
-    found.ended[ASKED[0]] = Done(results()[ASKED[0]], Path("x"), before=True)
+    found.ended[ASKED[0]] = Ended(results()[ASKED[0]], Path("x"), before=True)
     assert progress_line(found, ASKED[0], cores=2) == "loop, seed 0, 0.5: tax +0.0100 · done before · 1/6"
 
 
@@ -121,7 +122,7 @@ def test_the_table_fits_eighty_columns_and_has_the_losses_where_there_is_room(te
     found.jobs += tuple(Job("coactivation", 0.5, seed) for seed in range(3))  # the longest name, the widest numbers
     for seed, loss in enumerate((1.0, 30.0, 90.0)):
         done = results({"coactivation": {seed: loss}})
-        found.ended |= {job: Done(result, Path("x"), before=False) for job, result in done.items()}
+        found.ended |= {job: Ended(result, Path("x"), before=False) for job, result in done.items()}
     narrow, wide = printed(found, 80, terminal=terminal), printed(found, 120, terminal=terminal)
     for text in (narrow, wide):
         assert "…" not in text

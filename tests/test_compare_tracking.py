@@ -7,8 +7,9 @@ import pytest
 from fake_results import CONFIG, results
 
 from moeify.comparison import Job, jobs
+from moeify.jobs import Ended
 from pipelines import compare_report
-from pipelines.compare import Broken, Comparison, ComparisonFolder, Done, open_folder
+from pipelines.compare import Broken, Comparison, ComparisonFolder, open_folder
 from pipelines.compare_tracking import ComparisonTracker
 from pipelines.mlflow_store import DeliveryError, open_mlflow
 
@@ -34,7 +35,7 @@ def ended(folder: ComparisonFolder, *broken: Job, version: str = "1") -> Compari
     for job in ASKED:
         path = folder.results / f"{job}-{version}.json"
         path.write_text(known[job].model_dump_json())
-        found.ended[job] = Broken("no memory") if job in broken else Done(known[job], path, before=False)
+        found.ended[job] = Broken("no memory") if job in broken else Ended(known[job], path, before=False)
     compare_report.write(found, folder)
     return found
 

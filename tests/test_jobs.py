@@ -66,6 +66,15 @@ def test_a_job_that_ended_is_not_run_again_and_its_result_is_the_same(places: Pl
     assert first.path.name.startswith("cmoe-0.45-0-")
 
 
+def test_a_damaged_result_is_run_again(places: Places) -> None:
+    job = Job("init", 0.45, 0)
+    first = run_job(toy_config(), job, places)
+    first.path.write_bytes(first.path.read_bytes()[:100])
+    again = run_job(toy_config(), job, places)
+    assert (again.before, outcome(again.result)) == (False, outcome(first.result))
+    assert run_job(toy_config(), job, places).before
+
+
 def test_other_data_or_settings_or_code_are_another_result(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job("loop", 0.45, 0)
     run_job(toy_config(), job, places)
