@@ -10,7 +10,7 @@ Unrouted categories are a child without units.
 
 import bisect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from moeify.knapsack import Curve, cheapest
 from moeify.owners import Deal, LeafUnits, owners
 from moeify.partition import Partition
 from moeify.partition_config import Partition as PartitionConfig
+from moeify.refine import Exchange
 from moeify.trials import most_given
 
 
@@ -60,10 +61,15 @@ class Menu:
     groups: Groups
     choices: Mapping[tuple[str, int], list[_Choice]]
     """(site, leaf) -> from the narrowest expert allowed to the widest there is room for."""
+    exchanges: Mapping[tuple[str, int], Exchange]
+    """(site, leaf) -> exchanges of units that lower J; none where ``config.refine`` is off."""
 
     def cut(self, separation: float) -> Proposal:
         """Return the cut to a separation, or as far as there is room, that costs the least J."""
         chosen = _spend(self.partition, self.config, separation, self.groups, self.choices)
+        for key, exchange in self.exchanges.items():
+            owner_L = exchange.settle(chosen[key].owner_L)
+            chosen[key] = replace(chosen[key], owner_L=owner_L, predicted=exchange.residual(owner_L))
         owned = {key: choice.owner_L for key, choice in chosen.items()}
         return _proposal(self.partition, self.groups, owned, sum(choice.predicted for choice in chosen.values()))
 
@@ -109,7 +115,7 @@ def menu(
     children.
     """
     groups = choose_groups(partition, table, weights, config, rounds[0], score, tree, only)
-    choices = {}
+    choices, exchanges = {}, {}
     for site in partition.widths:
         for leaf, parts in groups.items():
             start, own = partition.starts(site)[leaf], partition.widths[site][leaf]
@@ -117,7 +123,9 @@ def menu(
             choices[site, leaf] = _choices(
                 partition, table, weights[site], config, rounds, site, leaf, parts, tree, deal
             )
-    return Menu(partition, config, groups, choices)
+            if config.refine:
+                exchanges[site, leaf] = Exchange(partition, table, weights[site].double(), site, leaf, parts)
+    return Menu(partition, config, groups, choices, exchanges)
 
 
 def shuffled(
