@@ -18,6 +18,7 @@ from rich.console import Console
 
 from moeify.comparison import Job, jobs
 from moeify.jobs import Ended
+from moeify.variants import methods
 from pipelines import compare, compare_report, compare_tracking
 from pipelines.cli import main
 from pipelines.compare import Broken, Comparison, ComparisonFolder, Heard, open_folder, progress_line
@@ -191,11 +192,16 @@ def test_options_take_several_values_wherever_they_stand(asked: list[tuple[Job, 
 def test_all_methods_three_seeds_and_the_recipes_separation_if_nothing_is_said(asked: list[tuple[Job, ...]]) -> None:
     done = CliRunner().invoke(main, ["compare", "text"])
     assert {(job.separation, job.seed) for job in asked[0]} == {(0.5, seed) for seed in range(3)}
-    assert len(asked[0]) == 9 * 3
+    assert len(asked[0]) == len(methods()) * 3
     assert "each run has one worker of one thread, not the recipe's 2 of 1" in done.stderr
     assert done.stderr.count("random, seed") == 3
     assert "Separation 0.5" in done.stdout
     assert "picture: " in done.stdout
+
+
+def test_the_help_names_every_method() -> None:
+    said = " ".join(CliRunner().invoke(main, ["compare", "--help"]).stdout.split())
+    assert [method for method in methods() if method not in said] == []
 
 
 def test_json_is_all_of_the_output(asked: list[tuple[Job, ...]]) -> None:
