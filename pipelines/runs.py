@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -176,17 +176,22 @@ def _listed(runs: list[RunFolder], most: int = 5) -> str:
     return newest if len(runs) <= most else f"{newest} and {len(runs) - most} older ones"
 
 
+def hold(folder: RunFolder) -> AbstractContextManager[None]:
+    """Drive the run: hold its lock; raise ``RunBusyError`` when another process does."""
+    return hold_lock(folder.lock, f"run {folder.id}")
+
+
 @contextmanager
-def hold(folder: RunFolder) -> Iterator[None]:
-    """Drive the run: hold its lock; raise ``RunBusyError`` when another process does.
+def hold_lock(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock of what is driven; raise ``RunBusyError`` when another process does.
 
     The operating system lets the lock go when the process ends, however it ends.
     """
-    lock = FileLock(folder.lock, timeout=1.0)  # long enough to outlast the probe in ``status``
+    lock = FileLock(path, timeout=1.0)  # long enough to outlast the probe in ``status``
     try:
         lock.acquire()
     except Timeout:
-        raise RunBusyError(f"run {folder.id} is driven by another process; wait for it, or stop it first") from None
+        raise RunBusyError(f"{what} is driven by another process; wait for it, or stop it first") from None
     try:
         yield
     finally:

@@ -2,7 +2,6 @@ import json
 import os
 import shutil
 import socket
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,8 @@ from fake_runs import CATEGORIES, fake_run, finish, leave_rounds, recipe, story,
 from moeify.arms import Control
 from moeify.events import Failed
 from moeify.result import Result
-from pipelines import tracking
 from pipelines.journal import follow
+from pipelines.mlflow_store import DeliveryError, open_mlflow
 from pipelines.mlflow_terms import final_points, flat, points_of, summary
 from pipelines.runs import RunBusyError, RunFolder, hold
 from pipelines.tracking import MlflowFollower, Progress, deliver, where_to_look
@@ -23,18 +22,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 pytestmark = pytest.mark.filterwarnings(r"ignore::Warning:(mlflow|alembic|sqlalchemy|pydantic|google)\.")
-
-
-@pytest.fixture(scope="module")
-def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs: to lay one out takes longer than any test here."""
-    home = tmp_path_factory.mktemp("laid_out")
-    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
-        warnings.simplefilter("ignore")
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        mlflow = tracking._mlflow()
-        mlflow.MlflowClient(f"sqlite:///{home}/mlflow.db").search_experiments()
-    return home / "mlflow.db"
 
 
 @pytest.fixture
@@ -54,7 +41,7 @@ def folder(home: Path) -> RunFolder:
 
 
 def client(home: Path) -> "MlflowClient":
-    return tracking._mlflow().MlflowClient(tracking_uri=f"sqlite:///{home}/mlflow.db")
+    return open_mlflow().MlflowClient(tracking_uri=f"sqlite:///{home}/mlflow.db")
 
 
 def runs(home: Path) -> dict[str, "Run"]:
@@ -253,7 +240,7 @@ def test_a_server_that_is_away_is_told_in_one_line(folder: RunFolder, monkeypatc
         uri = f"http://127.0.0.1:{free.getsockname()[1]}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(tracking.DeliveryError, match=f"^MLflow at {uri} did not take it"):
+    with pytest.raises(DeliveryError, match=f"^MLflow at {uri} did not take it"):
         deliver(folder, recipe())
 
 
@@ -308,7 +295,7 @@ def test_progress_belongs_to_one_store(folder: RunFolder) -> None:
 def test_timeouts_that_the_user_set_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "99")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
-    tracking._mlflow()
+    open_mlflow()
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "99"
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "2"
 
