@@ -33,7 +33,11 @@ LIVE = ("PENDING", "RUNNING")
 _RUN = "moeify.run"
 """Key in the metadata of a run's jobs."""
 _TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-_CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
+_CHATTY = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 _CONNECT_SECONDS = 10.0
 _POLL_SECONDS = 0.25
 _STOP_SECONDS = 30

@@ -39,7 +39,7 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
-"""Set where the user has not: an absent server costs a few seconds instead of four minutes, and MLflow prints nothing."""
+"""Set where the user has not: an absent server costs seconds instead of four minutes, and MLflow prints nothing."""
 
 _LONGEST_TAG = 8000
 """Characters that MLflow takes."""
