@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -32,6 +33,8 @@ _OBJECT_STORE_BYTES = 100 * 10**6
 _PORTS = (20_000, 32_000)
 """Where free ports are sought: beyond those that Ray gives its workers, below those that outgoing connections get."""
 
+_NEEDED = ("aiohttp_cors", "opencensus", "prometheus_client")
+"""Without them Ray starts no job API, and says so nowhere."""
 _SETTINGS = {
     "RAY_AUTH_MODE": "token",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a name from history; see pipelines.loopback_node
@@ -105,6 +108,8 @@ def up(home: Path, nodes: int, cores: int | None = None) -> LocalCluster:
         ValueError: there is one already.
         OSError: a process of it ended, or does not answer; nothing is left of it.
     """
+    if missing := [name for name in _NEEDED if find_spec(name) is None]:
+        raise ValueError(f"Ray's dashboard lacks {', '.join(missing)}; install it with: pip install 'ray[default]'")
     place = folder(home)
     place.mkdir(parents=True, exist_ok=True)
     with _alone(place):

@@ -45,4 +45,6 @@ def _on_cluster(cluster: "Jobs", reference: str) -> dict[str, Any]:
         # Its driver has not made the folder yet, or never could.
         stands = {"run": run, "status": "queued" if newest.live else "failed", "work": 0.0, "where": "", "step": ""}
         stands |= {"rounds": 0, "reason": None if newest.live else newest.message, "folder": None}
+    if newest and newest.live and stands["status"] in ("interrupted", "failed"):
+        stands |= {"status": "starting", "reason": None}  # the driver of this attempt has yet to take the run up
     return stands | {"job": newest and {"id": newest.id, "status": newest.status}}

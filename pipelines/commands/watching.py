@@ -1,8 +1,11 @@
 """What commands share that see to a run on a cluster."""
 
+from typing import TYPE_CHECKING
+
 import click
 
-from pipelines.jobs import Attempt, Jobs
+if TYPE_CHECKING:
+    from pipelines.jobs import Attempt, Jobs
 
 
 def job_of(run: str) -> str:
@@ -10,7 +13,7 @@ def job_of(run: str) -> str:
     return f"watch:   moeify logs -f {run}\nstands:  moeify status {run}\nstop:    moeify stop {run}"
 
 
-def watch(cluster: Jobs, run: str, job: str) -> int:
+def watch(cluster: "Jobs", run: str, job: str) -> int:
     """Tell what a job writes until it ends; return what to exit with."""
     try:
         ended = cluster.follow(job, lambda text: click.echo(text, nl=False))
@@ -22,7 +25,7 @@ def watch(cluster: Jobs, run: str, job: str) -> int:
     return ended.code
 
 
-def how(attempt: Attempt) -> str:
+def how(attempt: "Attempt") -> str:
     """Say how a job ended."""
     match attempt.status:
         case "SUCCEEDED":
