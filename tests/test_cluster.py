@@ -215,11 +215,10 @@ class TestService:
         shown = json.loads(moeify(service, "show", run, "--json"))
         assert (shown["run"], shown["status"]) == (run, "finished")
         assert run in moeify(service, "runs")
-        assert moeify(service, "show", "nothing", code=2).startswith("moeify: error: no run 'nothing' in ")
 
     def test_a_stopped_run_goes_on_with_the_same_bits(self, service: dict[str, str], tmp_path: Path) -> None:
         home = Path(service["MOEIFY_HOME"])
-        recipe = write(tmp_path, "second", 3000)
+        recipe = write(tmp_path, "second", 1500)
         run = moeify(service, "submit", recipe).split()[1]
         deadline = time.monotonic() + WAIT
         while not list((home / run).glob("checkpoints/*")):

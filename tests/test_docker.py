@@ -219,7 +219,7 @@ def test_the_mlflow_server_has_accounts_and_shows_no_secret(stand_ins: dict[str,
     for name in names:
         (tmp_path / name).write_text(f"{name}-{SECRET}")
     environment = stand_ins | {f"{name}_FILE": str(tmp_path / name) for name in names}
-    environment |= {"MLFLOW_BACKEND_STORE_URI": "postgresql://mlflow@db:5432/mlflow"}
+    environment |= {"MLFLOW_BACKEND_STORE_URI": "postgresql+psycopg2://mlflow@db:5432/mlflow"}
     assert "where files go" in script("mlflow_server.sh", environment).stderr
     done = script("mlflow_server.sh", environment | {"MLFLOW_ARTIFACTS_DESTINATION": "s3://mlflow"})
     assert (done.returncode, done.stderr) == (0, "")

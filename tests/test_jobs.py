@@ -316,6 +316,6 @@ def test_stop_and_resume_work_with_the_same_id(client: Cluster, cluster: Jobs, b
 
 @pytest.mark.usefixtures("connected")
 def test_runs_and_show_are_the_heads_own(client: Cluster) -> None:
-    assert moeify("runs", "--json") == moeify("show", "last") == (0, "fine\n", "")
+    assert moeify("runs", "--json") == moeify("show", "last") == moeify("sync", "x") == (0, "fine\n", "")
     asked = [shlex.split(each["entrypoint"])[4:] for each in client.submitted]
-    assert asked == [["runs", "--json"], ["show", "last"]]
+    assert asked == [["runs", "--json"], ["show", "last"], ["sync", "x"]]

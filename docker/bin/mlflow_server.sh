@@ -1,7 +1,7 @@
 #!/bin/sh
 # The MLflow server with accounts. Secrets come from files and stay out of argument lists, where 'ps' would show them.
 #
-# MLFLOW_BACKEND_STORE_URI        the database, without a password: postgresql://mlflow@db:5432/mlflow
+# MLFLOW_BACKEND_STORE_URI        the database, without a password: postgresql+psycopg2://mlflow@db:5432/mlflow
 # MLFLOW_ARTIFACTS_DESTINATION    where files go: s3://bucket or a folder; a missing bucket is made
 # MLFLOW_ADMIN_PASSWORD_FILE      of the account 'admin', which the first start makes
 # MLFLOW_FLASK_SECRET_FILE        signs forms
