@@ -320,7 +320,7 @@ def _told(address: str) -> Iterator[None]:
             raise ValueError(
                 f"the cluster at {address} refused the token; set {_TOKENS[0]}, or {_TOKENS[1]} to the file with it"
             ) from error
-        if isinstance(error, OSError):  # of requests: long, and not for people
+        if isinstance(error, OSError) or type(error).__module__.startswith("aiohttp"):
             raise OSError(f"the cluster at {address} does not answer ({_one_line(error)})") from error
         raise
 

@@ -144,7 +144,7 @@ def test_run_trains_on_ray_and_ends_with_the_tables_and_where_to_look(
 
 
 def test_a_run_that_is_given_an_id_begins_once_and_then_goes_on(
-    launched: Launched, recipe: Path, tmp_path: Path
+    launched: Launched, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = "tiny-20260101-000000-abcd"
     assert moeify("run", recipe, "-q", "--id", run, "--pack").exit_code == 0
@@ -156,6 +156,8 @@ def test_a_run_that_is_given_an_id_begins_once_and_then_goes_on(
     other = moeify("run", recipe, "--id", run)
     assert other.exit_code == 2
     assert other.stderr == f"moeify: error: run {run} is there already, of another recipe; give another id\n"
+    monkeypatch.delenv("MOEIFY_HOME")
+    assert "set MOEIFY_HOME to that folder" in moeify("run", recipe, "--pack").stderr
     assert moeify("run", recipe, "--id", "../../etc").stderr.startswith("moeify: error: '../../etc' is no id of a run")
 
 

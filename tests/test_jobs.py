@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from moeify.recipe import parse_recipe
 from pipelines import jobs
+from pipelines.answer import answer
 from pipelines.cli import main
 from pipelines.jobs import Jobs, address_of, token_header
 
@@ -198,6 +199,18 @@ def test_ends_are_exit_codes() -> None:
         return jobs.Attempt("j", RUN, status, "", 0, driver).code
 
     assert [code("SUCCEEDED", 0), code("STOPPED", None), code("FAILED", 2), code("FAILED", None)] == [0, 130, 2, 1]
+
+
+@pytest.mark.parametrize(("verb", "code", "told"), [("runs", 0, "[]\n"), ("shew", 2, "No such command 'shew'")])
+def test_an_answer_is_the_mark_and_then_what_the_command_says(
+    verb: str, code: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MOEIFY_HOME", str(tmp_path))
+    assert answer("mark", [verb, "--json"]) == code
+    said, aside = capsys.readouterr()
+    assert said.startswith("mark\n")
+    assert told in said
+    assert aside == ""
 
 
 def test_what_the_api_refuses_is_one_line(cluster: Jobs, base: Path) -> None:

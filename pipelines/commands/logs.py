@@ -9,7 +9,7 @@ from pipelines.commands.options import ADDRESS
 
 @click.command("logs")
 @click.argument("run_", metavar="RUN")
-@click.option("--follow", "-f", is_flag=True, help="Until it ends; exits as it does.")
+@click.option("--follow", "-f", is_flag=True, help="Until it ends; of a run on a cluster: exit as it does.")
 @ADDRESS
 @click.pass_context
 def command(ctx: click.Context, run_: str, follow: bool, address: str | None) -> None:

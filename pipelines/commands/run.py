@@ -1,5 +1,7 @@
 """``moeify run``: start a run and see it through."""
 
+import os
+
 import click
 
 from pipelines.commands.driving import drive
@@ -23,6 +25,10 @@ def command(obj: dict[str, str], recipe: str, local: bool, quiet: bool, run_: st
     from moeify.recipe import load_recipe, parse_recipe
     from pipelines import package, runs
 
+    if pack and not os.environ.get("MOEIFY_HOME"):
+        raise ValueError(
+            "--pack keeps data where the run is kept; set MOEIFY_HOME to that folder, on every node the same"
+        )
     text, where, base = find_recipe(recipe)
     config = parse_recipe(text, where=where)
     known = run_ and runs.RunFolder(runs.home() / runs.check_id(run_))
