@@ -1,7 +1,7 @@
 """``python -m pipelines.answer MARK ARGUMENTS``: a command of ``moeify`` as a Ray job, for ``pipelines.jobs.Jobs.ask``.
 
-A job's log holds both of its streams, after Ray's own lines. The mark tells where the answer begins; what goes to stderr
-is told where the command fails, and dropped where it does not.
+A job's log holds both of its streams, after Ray's own lines. The mark tells where the answer begins; what goes to
+stderr is told where the command fails, and dropped where it does not.
 """
 
 import io
