@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 LOOPBACK = "127.0.0.1"
-_START_SECONDS = 120.0
+_START_SECONDS = 180.0
 """Time to answer that each process is given."""
 _END_SECONDS = 20.0
 """Time to end in order; then they are killed."""
@@ -131,7 +131,7 @@ def up(home: Path, nodes: int, cores: int | None = None) -> LocalCluster:
             for name, command in commands(cluster, ports).items():
                 cluster = _start(cluster, place, name, command)
         except BaseException:
-            _end(cluster.processes)
+            _end((_read(place) or cluster).processes)  # with the one that did not start
             _clear(place, cluster, keep_logs=True)
             raise
         cluster = cluster.model_copy(update={"processes": tuple(_family(p.pid for p in cluster.processes))})
@@ -192,9 +192,11 @@ def commands(cluster: LocalCluster, ports: Iterator[int]) -> dict[str, list[str]
 def _environment(cluster: LocalCluster) -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[1])
     binaries = str(Path(sys.executable).parent)
+    ports = _free_ports()
     return {
         **{name: value for name, value in os.environ.items() if name not in _UNSET},
         **_SETTINGS,
+        **{name: str(next(ports)) for name in ("DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT")},  # else fixed ones
         **{name: value for name, value in cluster.exports.items() if name != "RAY_API_SERVER_ADDRESS"},
         "PATH": os.pathsep.join(filter(None, (binaries, os.environ.get("PATH")))),
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),

@@ -110,6 +110,17 @@ def test_a_process_that_ends_while_it_starts_takes_the_rest_down(
     assert sorted(path.name for path in cluster.folder(tmp_path).iterdir()) == ["head.log", "lock", "worker-1.log"]
 
 
+def test_a_process_that_does_not_answer_in_time_is_ended_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_NEEDED", ())
+    monkeypatch.setattr(cluster, "_START_SECONDS", 0.5)
+    monkeypatch.setattr(cluster, "_answers", lambda *_: False)
+    monkeypatch.setattr(cluster, "commands", lambda *_: {"head": ["sh", "-c", "echo $$ > pid; exec sleep 60"]})
+    with pytest.raises(OSError, match=r"head did not answer in 0.5 s; its log is "):
+        cluster.up(tmp_path, 1)
+    pid = int((cluster.folder(tmp_path) / "pid").read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
 def test_everything_binds_to_loopback_with_ports_of_its_own(tmp_path: Path) -> None:
     ports = cluster._free_ports()
     known = LocalCluster(

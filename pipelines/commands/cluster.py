@@ -10,8 +10,8 @@ import click
 def command() -> None:
     """Start or end a cluster on this machine.
 
-    It is a real one, of several processes, with a job API, a dashboard and an MLflow server; all bound to loopback
-    and closed to whoever has not the token. Runs are kept in $MOEIFY_HOME, or in ./runs.
+    It is a real one, of several processes, with a job API, a dashboard and an MLflow server, all bound to loopback.
+    Ray is closed to whoever has not the token. Runs are kept in $MOEIFY_HOME, or in ./runs.
     """
 
 
