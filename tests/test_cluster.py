@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from pipelines import cluster
 from pipelines.cluster import LocalCluster, Process
+from pipelines.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
 
@@ -227,7 +229,9 @@ class TestService:
         assert (shown["run"], shown["status"]) == (run, "finished")
         assert run in moeify(service, "runs")
 
-    def test_a_stopped_run_goes_on_with_the_same_bits(self, service: dict[str, str], tmp_path: Path) -> None:
+    def test_a_run_that_was_stopped_and_whose_driver_was_killed_ends_with_the_same_bits(
+        self, service: dict[str, str], tmp_path: Path
+    ) -> None:
         home = Path(service["MOEIFY_HOME"])
         recipe = write(tmp_path, "second", 1500)
         run = moeify(service, "submit", recipe).split()[1]
@@ -237,6 +241,15 @@ class TestService:
             time.sleep(0.2)
         assert moeify(service, "stop", run) == f"{run} is stopped; go on with: moeify resume {run}\n"
         assert json.loads(moeify(service, "status", run, "--json"))["status"] == "interrupted"
+        folder = RunFolder(home / run)
+        first = folder.driver.read_text()
+        moeify(service, "resume", run)
+        while folder.driver.read_text() in (first, ""):
+            assert time.monotonic() < deadline + WAIT, moeify(service, "logs", run)
+            time.sleep(0.1)
+        os.kill(json.loads(folder.driver.read_text())["pid"], signal.SIGKILL)
+        while json.loads(moeify(service, "status", run, "--json"))["job"]["status"] != "FAILED":
+            assert time.monotonic() < deadline + WAIT
         told = moeify(service, "resume", run, "--wait")
         assert "resumed: " in told
         assert f"{run} · finished" in told
