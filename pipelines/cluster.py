@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,8 @@ _START_SECONDS = 180.0
 """Time to answer that each process is given."""
 _END_SECONDS = 20.0
 """Time to end in order; then they are killed."""
+_ORPHAN_SECONDS = 5.0
+"""The same for what parents that have ended leave behind."""
 _OBJECT_STORE_BYTES = 100 * 10**6
 """Of each node; workers hand one another nothing through Ray."""
 _PORTS = (20_000, 32_000)
@@ -286,22 +288,27 @@ def _alive(process: Process) -> bool:
 
 
 def _end(recorded: Iterable[Process]) -> int:
-    """End these processes and all below them: asked first, those that were started as parents; killed then."""
+    """End these processes and all below them: the parents are asked, and what they leave is killed."""
     alive = [process for process in recorded if _alive(process)]
     family = list(_family(process.pid for process in alive))
     below = {child.pid for process in alive for child in list(_family([process.pid]))[1:]}
-    for process in alive:
-        if process.pid not in below:
-            with suppress(psutil.NoSuchProcess):
-                psutil.Process(process.pid).terminate()
-    deadline = time.monotonic() + _END_SECONDS
-    while any(map(_alive, family)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    for process in family:
-        if _alive(process):
-            with suppress(psutil.NoSuchProcess):
-                psutil.Process(process.pid).kill()
+    parents = [process for process in alive if process.pid not in below]
+    for process in parents:
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(process.pid).terminate()
+    _await_end(parents, _END_SECONDS)
+    _await_end(family, _ORPHAN_SECONDS)
+    for process in filter(_alive, family):
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(process.pid).kill()
+    _await_end(family, _ORPHAN_SECONDS)
     return len(family)
+
+
+def _await_end(processes: Sequence[Process], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(_alive, processes)) and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def _free_ports() -> Iterator[int]:
