@@ -73,7 +73,8 @@ def problems(manifest: dict[str, Any]) -> list[str]:
     path = CRDS / f"ray.io_{kind}s.yaml.xz"
     if not path.exists():
         pytest.skip(f"KubeRay's definitions are not in {CRDS}")
-    versions = yaml.safe_load(lzma.decompress(path.read_bytes()))["spec"]["versions"]
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the definitions are long
+    versions = yaml.load(lzma.decompress(path.read_bytes()), loader)["spec"]["versions"]
     (schema,) = (each["schema"]["openAPIV3Schema"] for each in versions if each["name"] == "v1")
     schema = closed(schema)
     schema["properties"]["metadata"] = {"type": "object"}
