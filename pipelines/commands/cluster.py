@@ -26,10 +26,11 @@ def up(nodes: int, cores: int | None) -> None:
     from pipelines import cluster, runs
 
     began = time.monotonic()
-    click.echo(f"starting {nodes} Ray nodes and MLflow; this takes half a minute ...", err=True)
+    told = "1 Ray node" if nodes == 1 else f"{nodes} Ray nodes"
+    click.echo(f"starting {told} and MLflow; this takes half a minute ...", err=True)
     started = cluster.up(runs.home(), nodes, cores)
     for line in (
-        f"{nodes} nodes of {started.cores} cores are up after {time.monotonic() - began:.0f} s",
+        f"{told} ({started.cores} cores each): up after {time.monotonic() - began:.0f} s",
         f"jobs:    {started.api}, the dashboard too; the token is in {started.token}",
         f"curves:  {started.mlflow}",
         f"runs:    {started.home}",
