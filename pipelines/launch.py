@@ -152,7 +152,9 @@ def cluster(wanted: Cluster, *, keep_logs: Path) -> Iterator[None]:
         if ray.is_initialized():
             _check_cores(wanted)
             yield
-        elif os.environ.get("RAY_ADDRESS"):
+        elif address := os.environ.get("RAY_ADDRESS"):
+            if "://" in address and not address.startswith("ray://"):
+                raise ValueError(f"RAY_ADDRESS is a job API, {address}; use 'moeify submit', or unset it to run here")
             try:
                 ray.init(log_to_driver=False, logging_level="ERROR")
                 _check_cores(wanted)

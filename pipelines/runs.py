@@ -9,8 +9,9 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +27,8 @@ Status = Literal["running", "finished", "failed", "interrupted"]
 
 _ID = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]*)-(?P<when>\d{8}-\d{6})-[0-9a-f]{4}$")
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "ray", "mlflow")
+_LONGEST_ID = 90
+"""Characters: a name, which has 64 at most, and what follows it."""
 _TAIL = 1 << 16
 """Bytes of the journal's end that are read to tell how an attempt ended."""
 
@@ -67,6 +70,11 @@ class RunFolder:
         return Path(json.loads(self.origin.read_text(encoding="utf-8"))["base"])
 
     @property
+    def inputs(self) -> Path:
+        """Data files that came with the recipe, where a cluster runs it for someone elsewhere."""
+        return self.path / "inputs"
+
+    @property
     def journal(self) -> Path:
         """One event a line; see ``pipelines.journal``."""
         return self.path / "journal.jsonl"
@@ -106,6 +114,11 @@ class RunFolder:
         """Held by the process that drives the run, for as long as it does."""
         return self.path / "lock"
 
+    @property
+    def driver(self) -> Path:
+        """JSON: ``host`` and ``pid`` of the process that drives the run, or did last."""
+        return self.path / "driver.json"
+
 
 def home() -> Path:
     """Return the folder of all runs: ``MOEIFY_HOME``, or ``runs`` in the working directory."""
@@ -134,10 +147,35 @@ def package_version() -> str:
         return "0+unknown"
 
 
-def create(config: RunConfig, recipe_text: str, home: Path, base: Path | None = None) -> RunFolder:
+def new_id(name: str) -> str:
+    """Return an id for a run of that recipe that begins now."""
+    return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def check_id(run: str) -> str:
+    """Return the id; raise ``ValueError`` where it is none, so that none is a path or anything else."""
+    if not _ID.fullmatch(run) or len(run) > _LONGEST_ID:
+        raise ValueError(f"{run[:100]!r} is no id of a run, wanted NAME-YYYYMMDD-HHMMSS-HHHH, with 4 hex digits last")
+    return run
+
+
+def create(
+    config: RunConfig,
+    recipe_text: str,
+    home: Path,
+    base: Path | None = None,
+    *,
+    run: str | None = None,
+    fill: Callable[[Path], object] | None = None,
+) -> RunFolder:
     """Make the folder of a new run; it appears whole or not at all.
 
     ``base`` is the folder that relative paths of the recipe start at; None: the working directory.
+    ``run``: its id; None: a new one. ``fill``: writes the data that goes with the recipe into a folder of the run,
+    which takes the place of ``base``.
+
+    Raises:
+        FileExistsError: ``run`` is there.
     """
     home.mkdir(parents=True, exist_ok=True)
     draft = home / f".new-{os.getpid()}-{secrets.token_hex(4)}"
@@ -146,14 +184,20 @@ def create(config: RunConfig, recipe_text: str, home: Path, base: Path | None = 
         folder = RunFolder(draft)
         folder.recipe.write_text(recipe_text, encoding="utf-8")
         folder.resolved.write_text(to_yaml(config), encoding="utf-8")
-        origin = {"base": str((base or Path()).absolute()), "moeify": package_version(), "versions": _versions()}
-        folder.origin.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         for part in (folder.checkpoints, folder.rounds, folder.plots):
             part.mkdir()
+        if fill:
+            folder.inputs.mkdir()
+            fill(folder.inputs)
         while True:
-            run = home / f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-            if not run.exists():
-                return RunFolder(draft.rename(run))
+            path = home / (check_id(run) if run else new_id(config.name))
+            if not path.exists():
+                start = RunFolder(path).inputs if fill else (base or Path()).absolute()
+                origin = {"base": str(start), "moeify": package_version(), "versions": _versions()}
+                folder.origin.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+                return RunFolder(draft.rename(path))
+            if run:
+                raise FileExistsError(f"run {run} is there already")
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
@@ -193,9 +237,13 @@ def _listed(runs: list[RunFolder], most: int = 5) -> str:
     return newest if len(runs) <= most else f"{newest} and {len(runs) - most} older ones"
 
 
-def hold(folder: RunFolder) -> AbstractContextManager[None]:
+@contextmanager
+def hold(folder: RunFolder) -> Iterator[None]:
     """Drive the run: hold its lock; raise ``RunBusyError`` when another process does."""
-    return hold_lock(folder.lock, f"run {folder.id}")
+    with hold_lock(folder.lock, f"run {folder.id}"):
+        driver = {"host": socket.gethostname(), "pid": os.getpid()}
+        folder.driver.write_text(json.dumps(driver) + "\n", encoding="utf-8")
+        yield
 
 
 @contextmanager
