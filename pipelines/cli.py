@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-COMMANDS = ("run", "resume", "compare", "runs", "show", "attribute", "export", "sync", "schema")
+COMMANDS = ("run", "resume", "compare", "runs", "show", "report", "attribute", "export", "sync", "schema")
 """In the order of the help; the module of each holds ``command``."""
 
 

@@ -5,11 +5,12 @@ A run is a folder and nothing else: no database knows more about it than its fil
 
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +25,7 @@ from moeify.recipe import to_yaml
 Status = Literal["running", "finished", "failed", "interrupted"]
 
 _ID = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]*)-(?P<when>\d{8}-\d{6})-[0-9a-f]{4}$")
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "ray", "mlflow")
 _TAIL = 1 << 16
 """Bytes of the journal's end that are read to tell how an attempt ended."""
 
@@ -55,7 +57,8 @@ class RunFolder:
 
     @property
     def origin(self) -> Path:
-        """JSON: ``base``, the folder that relative paths of the recipe start at; ``moeify``, the version."""
+        """JSON: ``base``, the folder that relative paths of the recipe start at; ``moeify``, the version; ``versions``,
+        those of Python and of the packages that have a say in a run's figures."""
         return self.path / "origin.json"
 
     @property
@@ -89,6 +92,11 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def report(self) -> Path:
+        """The run as one HTML page; see ``pipelines.report.page``."""
+        return self.path / "report.html"
+
+    @property
     def tracking(self) -> Path:
         """JSON: how far the journal was delivered to MLflow."""
         return self.path / "tracking.json"
@@ -107,6 +115,15 @@ def home() -> Path:
 def cache() -> Path:
     """Return the folder of what can be made again: ``MOEIFY_CACHE``, or ``~/.cache/moeify``."""
     return Path(os.environ.get("MOEIFY_CACHE") or "~/.cache/moeify").expanduser().absolute()
+
+
+def _versions() -> dict[str, str]:
+    """Return what a run stands on and its version, where it is installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def package_version() -> str:
@@ -129,7 +146,7 @@ def create(config: RunConfig, recipe_text: str, home: Path, base: Path | None = 
         folder = RunFolder(draft)
         folder.recipe.write_text(recipe_text, encoding="utf-8")
         folder.resolved.write_text(to_yaml(config), encoding="utf-8")
-        origin = {"base": str((base or Path()).absolute()), "moeify": package_version()}
+        origin = {"base": str((base or Path()).absolute()), "moeify": package_version(), "versions": _versions()}
         folder.origin.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         for part in (folder.checkpoints, folder.rounds, folder.plots):
             part.mkdir()

@@ -33,7 +33,8 @@ from pipelines.mlflow_store import (
     tracking_uri,
 )
 from pipelines.mlflow_terms import final_points, flat, points_of, summary
-from pipelines.runs import RunFolder, hold
+from pipelines.report.page import write_or_warn
+from pipelines.runs import RunFolder, Status, hold
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -79,10 +80,12 @@ class Progress(BaseModel):
 
 
 class MlflowFollower:
-    """Draws the run's plots and delivers its journal to MLflow."""
+    """Draws the run's plots, writes its report and delivers its journal to MLflow."""
 
-    def __init__(self, folder: RunFolder, config: RunConfig) -> None:
+    def __init__(self, folder: RunFolder, config: RunConfig, *, driven: bool = True) -> None:
         self._folder = folder
+        self._driven = driven
+        """Whether the run is under way, as against delivered later."""
         self._config = config
         self._progress = Progress.load(folder.tracking, public(tracking_uri(folder.path.parent)))
         self._client: MlflowClient | None = None
@@ -128,18 +131,15 @@ class MlflowFollower:
                     pass
 
     def close(self) -> None:
-        """Say how the run ended: its status, summary and result."""
+        """Say how the run ended: its report, status, summary and result."""
+        end = self._last()
+        status, ended_as = _ending(end)
+        write_or_warn(self._folder, ended_as)
         client = self._connected()
         parent = self._progress.parent
-        events, _ = read_events(self._folder.journal, 0)
-        end = events[-1] if events else None
-        if isinstance(end, Finished):
-            status = "FINISHED"
-        elif isinstance(end, Failed):
-            status = "FAILED"
+        if isinstance(end, Failed):
             client.set_tag(parent, "moeify.last_failure", end.reason[:LONGEST_TAG])
-        else:
-            status = "KILLED"
+        self._upload(client, parent, self._folder.report)
         self._summarise(client, status.lower())
         client.set_terminated(parent, status, end_time=milliseconds(end.time) if end else None)
         self._progress.closed = True
@@ -155,6 +155,12 @@ class MlflowFollower:
         except (OSError, ValueError) as error:
             what = f"round {event.round}" if isinstance(event, RoundEnded) else "the end"
             sys.stderr.write(f"moeify: warning: {what} was not drawn ({' '.join(str(error).split())[:300]})\n")
+        if isinstance(event, RoundEnded):  # the end's is written when it is known that it was the end
+            write_or_warn(self._folder, "running" if self._driven else _ending(self._last())[1])
+
+    def _last(self) -> Event | None:
+        events, _ = read_events(self._folder.journal, 0)
+        return events[-1] if events else None
 
     def _summarise(self, client: "MlflowClient", status: str) -> None:
         client.set_tag(self._progress.parent, "moeify.status", status)
@@ -244,6 +250,7 @@ class MlflowFollower:
         picture = plots.attribution_path(self._folder, event.round)
         self._upload(client, run, picture)
         self._upload(client, parent, plots.tax_path(self._folder))
+        self._upload(client, parent, self._folder.report)
         if event.outcome == "kept":  # where the run stands is seen without a look into its rounds
             self._upload(client, parent, picture)
             self._upload(client, parent, self._folder.rounds / str(event.round) / "partition.json")
@@ -272,6 +279,17 @@ class MlflowFollower:
             client.log_artifact(run, str(path))
 
 
+def _ending(last: Event | None) -> tuple[str, Status]:
+    """Return MLflow's word and ours for a run whose last event is that."""
+    match last:
+        case Finished():
+            return "FINISHED", "finished"
+        case Failed():
+            return "FAILED", "failed"
+        case _:
+            return "KILLED", "interrupted"
+
+
 def deliver(folder: RunFolder, config: RunConfig) -> int:
     """Deliver what MLflow missed of a run that nobody drives; return how many events that were.
 
@@ -280,7 +298,7 @@ def deliver(folder: RunFolder, config: RunConfig) -> int:
     delivered = 0
     stays = f"what is missing stays in {folder.journal}"
     with hold(folder), told_as_delivery_error(folder.path.parent, stays):
-        follower = MlflowFollower(folder, config)
+        follower = MlflowFollower(folder, config, driven=False)
         while True:
             events, end = read_events(folder.journal, follower.offset, _MOST_EVENTS)
             if not events:

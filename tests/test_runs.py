@@ -1,9 +1,11 @@
 """Run folders: made whole, found by what a person types, and honest about who drives them."""
 
 import json
+import platform
 import subprocess
 import sys
 import threading
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,10 @@ def test_a_new_run_holds_its_recipe_as_given_and_as_resolved_and_where_its_paths
     assert folder.recipe.read_text() == RECIPE
     assert load_recipe(folder.resolved) == CONFIG
     assert folder.base == tmp_path / "recipes"
-    assert json.loads(folder.origin.read_text())["moeify"] == runs.package_version()
+    origin = json.loads(folder.origin.read_text())
+    assert origin["moeify"] == runs.package_version()
+    assert origin["versions"]["python"] == platform.python_version()
+    assert origin["versions"]["torch"] == version("torch")
     assert folder.id.startswith("tiny-2")
     assert runs.every(tmp_path / "home") == [folder]
 

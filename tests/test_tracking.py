@@ -9,7 +9,7 @@ import pytest
 from fake_runs import CATEGORIES, fake_run, finish, leave_rounds, recipe, story, tell
 
 from moeify.arms import Control
-from moeify.events import Failed
+from moeify.events import Failed, RoundEnded
 from moeify.result import Result
 from pipelines.journal import follow
 from pipelines.mlflow_store import DeliveryError, open_mlflow
@@ -81,6 +81,7 @@ def test_a_run_is_told_whole_and_once(home: Path, folder: RunFolder) -> None:
         "attribution-round-1.png",  # of the round that was kept
         "partition.json",
         "recipe.yaml",
+        "report.html",
         "resolved.yaml",
         "result.json",
         "tax-separation.png",
@@ -119,6 +120,48 @@ def test_a_run_is_told_whole_and_once(home: Path, folder: RunFolder) -> None:
     assert curve(home, parent, "tax_random/mean") == [(30, 0.04), (60, 0.08)]
     assert curve(home, found["round 2"], "separation") == [(60, 0.4)]
     assert curve(home, parent, "tokens_per_second/dense")[0] == (10, 40_000.0)
+
+
+def test_the_report_is_delivered_anew_with_every_round_and_at_the_end(home: Path) -> None:
+    folder = fake_run(home)
+    leave_rounds(folder, sites=1)
+    events = story()
+    follower = MlflowFollower(folder, recipe())
+
+    def delivered() -> str:
+        run = runs(home)[folder.id].info.run_id
+        return Path(client(home).download_artifacts(run, "report.html", str(home))).read_text()
+
+    first = next(i for i, event in enumerate(events) if isinstance(event, RoundEnded))
+    tell(folder, events[: first + 1])
+    follower.take(events[: first + 1])
+    assert '<span class="status">running</span>' in delivered()
+    assert "round 1" in delivered()
+    assert "round 2" not in delivered()
+    tell(folder, events[first + 1 :])
+    follower.take(events[first + 1 :])
+    assert "round 2" in delivered()
+    follower.close()
+    assert '<span class="status">interrupted</span>' in delivered()
+    finish(folder)
+    deliver(folder, recipe())
+    assert '<span class="status">finished</span>' in delivered()
+    assert delivered() == folder.report.read_text()
+
+
+def test_a_report_that_cannot_be_made_keeps_nothing_from_being_delivered(
+    home: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> str:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("pipelines.report.page.build", broken)
+    deliver(folder, recipe())
+    assert runs(home)[folder.id].info.status == "FINISHED"
+    said = capsys.readouterr().err
+    assert (
+        said.count(f"the report of {folder.id} was not written (RuntimeError: no room)") == len(said.splitlines()) == 3
+    )
 
 
 def test_the_told_twin_has_its_curves_and_columns(home: Path) -> None:
@@ -228,6 +271,7 @@ def test_while_the_server_is_away_nothing_is_lost(
     assert str(folder.journal) in said
     assert len(said.strip().splitlines()) <= 3
     assert (folder.plots / "attribution-round-1.png").is_file()  # pictures need no server
+    assert '<span class="status">finished</span>' in folder.report.read_text()
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert deliver(folder, recipe()) == len(story()) + 1
