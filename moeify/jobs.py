@@ -15,7 +15,7 @@ from moeify.config import RunConfig
 from moeify.loop import run
 from moeify.result import Result
 from moeify.tasks import build_task
-from moeify.twin_cache import fingerprint
+from moeify.twin_cache import code_of, fingerprint
 from moeify.world import Solo
 
 
@@ -72,8 +72,5 @@ def _read(path: Path) -> Result | None:
 
 def code() -> str:
     """Return a hash of the code that a result depends on: this package and attribution."""
-    digest = hashlib.sha256()
-    for folder in (Path(__file__).parent, Path(str(attribution.__file__)).parent):
-        for path in sorted(folder.glob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:32]
+    packages = Path(__file__).parent, Path(str(attribution.__file__)).parent
+    return hashlib.sha256(b"".join(map(code_of, packages))).hexdigest()[:32]
