@@ -20,10 +20,10 @@ DRIVER = textwrap.dedent(
     """
     import sys, time
     from pathlib import Path
-    from pipelines.launch import _stoppable
+    from pipelines.launch import stoppable
     from pipelines.runs import RunFolder, hold
 
-    with _stoppable(), hold(RunFolder(Path(sys.argv[1]))):
+    with stoppable(), hold(RunFolder(Path(sys.argv[1]))):
         print("held", flush=True)
         try:
             time.sleep(60)
