@@ -1,5 +1,7 @@
 """The networks that recipes can build, freshly initialised from a seed that touches no global state."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -67,7 +69,11 @@ def build_llama(config: LlamaModel, *, vocabulary: int, length: int, end: int, s
         return network
 
 
-def logits(network: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the network's logits, whether it gives them bare or inside a model output."""
-    outputs = network(inputs)
+def logits(network: nn.Module, inputs: Tensor, cache: Any = None) -> Tensor:
+    """Return the network's logits, whether it gives them bare or inside a model output.
+
+    ``cache``: of a causal language model of ``transformers``, the keys and values of the tokens before; it grows.
+    """
+    # The cache's keyword has another name in older versions of transformers; its place is the same.
+    outputs = network(inputs) if cache is None else network(inputs, None, None, cache, use_cache=True)
     return outputs if isinstance(outputs, Tensor) else outputs.logits

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -63,8 +64,8 @@ class SplitModel(nn.Module):
         """Route by another partition. The caller has put the units into its order."""
         self.routes.partition = partition
 
-    def positions(self, categories: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-        """Return each row's leaf position, the order in which rows must lie."""
+    def positions(self, categories: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Return each row's (or token's) leaf position, the order in which they must lie."""
         order = self.partition.tree.categories
         return torch.tensor([order.index(c) for c in self.categories], device=categories.device)[categories]
 
@@ -72,21 +73,41 @@ class SplitModel(nn.Module):
         """Return the order of rows in which ``forward`` moves none: sorted by leaf, otherwise as they are."""
         return torch.argsort(self.positions(categories), stable=True)
 
-    def forward(self, inputs: Tensor, categories: Int[Tensor, " rows"]) -> Tensor:
+    def forward(self, inputs: Tensor, categories: Int[Tensor, "rows *positions"], cache: Any = None) -> Tensor:
         """Return the network's outputs, rows in the order given; each row runs along its category's route.
 
-        Rows that lie in leaf order already (``order``) are not moved.
+        Rows that lie in leaf order already (``order``) are not moved. ``categories`` [rows positions] gives each token
+        a route of its own through the feed-forward blocks, and moves no row. ``cache``: what a causal language model
+        kept of the tokens before these, and keeps these in; its rows stay where they are, so each token needs a route.
         """
+        if categories.dim() > 1:
+            return self._by_token(inputs, categories, cache)
+        if cache is not None:
+            raise ValueError("a cache needs categories [rows positions], got one category a row")
         positions = self.positions(categories)
         in_order = bool((positions[1:] >= positions[:-1]).all())
         order = None if in_order else torch.argsort(positions, stable=True)
         if order is not None:
             inputs, positions, categories = inputs[order], positions[order], categories[order]
-        self.routes.categories = categories
-        counts = torch.bincount(positions, minlength=len(self.categories))
-        self.routes.bounds = (0, *counts.cumsum(0).tolist())
+        self._set_routes(positions, categories, None)
         outputs = logits(self.network, inputs)
         return outputs if order is None else outputs[torch.argsort(order)]
+
+    def _by_token(self, inputs: Tensor, categories: Int[Tensor, "rows positions"], cache: Any) -> Tensor:
+        if categories.shape != inputs.shape or inputs.is_floating_point():
+            raise ValueError(
+                f"categories {tuple(categories.shape)} do not fit inputs {tuple(inputs.shape)}; a route for each token "
+                f"needs tokens [rows positions], other inputs take one category a row"
+            )
+        order = torch.argsort(self.positions(categories).flatten(), stable=True)
+        categories = categories.flatten()[order]
+        self._set_routes(self.positions(categories), categories, order)
+        return logits(self.network, inputs, cache)
+
+    def _set_routes(self, positions: Tensor, categories: Tensor, order: Tensor | None) -> None:
+        counts = torch.bincount(positions, minlength=len(self.categories))
+        self.routes.bounds = (0, *counts.cumsum(0).tolist())
+        self.routes.categories, self.routes.order = categories, order
 
     @contextmanager
     def ablated(self, *experts: str) -> Iterator[None]:
