@@ -1,0 +1,86 @@
+"""``moeify attribute``: which unit matters to which category."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import click
+
+from moeify.arms import Arm
+from pipelines.commands.options import JSON
+from pipelines.find_recipe import find_recipe
+
+if TYPE_CHECKING:
+    from moeify.config import RunConfig
+    from moeify.subjects import Probed
+
+
+@click.command("attribute")
+@click.argument("target", metavar="RUN_OR_MODEL")
+@click.option("--arm", type=click.Choice(get_args(Arm)), help="Of a run; split where it has been split.")
+@click.option("--data", metavar="RECIPE", help="For a MODEL: the recipe whose data section gives text in categories.")
+@click.option("--rows", type=click.IntRange(min=2), help="Rows of each category (16, or as the recipe says).")
+@click.option("--agreement", is_flag=True, help="Hold every method against exact ablation, too (minutes).")
+@click.option("--out", "-o", metavar="DIR", type=click.Path(path_type=Path), help="Where the files go.")
+@JSON
+def command(
+    target: str, arm: Arm | None, data: str | None, rows: int | None, agreement: bool, out: Path | None, as_json: bool
+) -> None:
+    """Measure which unit of RUN_OR_MODEL matters to which category.
+
+    MODEL is a folder that transformers' save_pretrained wrote. Leaves the table (safetensors and Parquet), a picture
+    and the categories' affinity graph (GraphML) in DIR, or in the run's folder under 'attribution'.
+    """
+    from pipelines import attribute, show
+
+    name, probed, config, place, removed = _probed(target, arm, data, rows)
+    say = (lambda _: None) if as_json else (lambda text: click.echo(f"{text} ...", err=True))
+    score, place = config.attribution.score, out or place
+    found = attribute.attribute(
+        probed, place, score=score, seed=config.seed, agreement=agreement, removed=removed, say=say
+    )
+    if as_json:
+        click.echo(show.to_json(show.finite(attribute.summary(found))))
+        return
+    attribute.print_found(name, found, probed.unit, sys.stdout)
+    click.echo(f"\nfiles:   {place}")
+
+
+def _probed(
+    target: str, arm: Arm | None, data: str | None, rows: int | None
+) -> tuple[str, "Probed", "RunConfig", Path, float]:
+    """Return what to call the model, what to measure, the recipe, the folder of files and the share a cut removes."""
+    from moeify.config import TextData
+    from moeify.recipe import load_recipe, parse_recipe
+    from moeify.split_folder import arms_of_run
+    from moeify.subjects import of_checkpoint, of_run
+    from pipelines import runs
+
+    model = Path(target)
+    if model.is_dir() and (model / "config.json").is_file():
+        if arm or data is None:
+            raise click.UsageError("a MODEL needs --data RECIPE and has no --arm")
+        text, where, base = find_recipe(data)
+        config = parse_recipe(text, where=where)
+        if not isinstance(config.data, TextData):
+            raise ValueError(f"{where} has data.kind {config.data.kind!r}; a language model needs 'text'")
+        probed = of_checkpoint(
+            model,
+            config.data,
+            base=base,
+            rows=rows or 16,
+            rows_at_once=config.attribution.rows_at_once,
+            seed=config.seed,
+        )
+        return model.name, probed, config, Path.cwd() / f"{model.absolute().name}-attribution", 0.5
+    if data is not None:
+        raise click.UsageError(f"--data is for a MODEL, and {target!r} is no folder with a config.json")
+    folder = runs.find(target, runs.home())
+    config = load_recipe(folder.resolved)
+    there = arms_of_run(folder.path)
+    arm = arm or ("split" if "split" in there else "dense")
+    probed = of_run(
+        folder.path, config, arm, cache=runs.cache(), base=folder.base, rows=rows or config.attribution.rows
+    )
+    removed = config.rounds[-1].separation
+    return f"{folder.id} ({arm})", probed, config, folder.path / "attribution" / arm, removed

@@ -1,0 +1,7 @@
+"""Options that several commands share."""
+
+import click
+
+LOCAL = click.option("--local", is_flag=True, help="In this process, one worker, without Ray.")
+QUIET = click.option("--quiet", "-q", is_flag=True, help="Say nothing unless something fails.")
+JSON = click.option("--json", "as_json", is_flag=True, help="For programs: the same as JSON.")

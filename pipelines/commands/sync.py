@@ -1,0 +1,23 @@
+"""``moeify sync``: deliver to MLflow what it missed."""
+
+import click
+
+
+@click.command("sync")
+@click.argument("run_", metavar="RUN")
+def command(run_: str) -> None:
+    """Deliver to MLflow what it missed of RUN.
+
+    It goes to $MLFLOW_TRACKING_URI, or to the database beside the runs. A run delivers by itself as it goes on; this
+    is for what MLflow could not take then. Nothing shows twice.
+    """
+    from moeify.recipe import load_recipe
+    from pipelines import runs
+
+    folder = runs.find(run_, runs.home())
+    config = load_recipe(folder.resolved)
+    from pipelines.tracking import deliver, where_to_look
+
+    count = deliver(folder, config)
+    click.echo(f"{count:,} {'event' if count == 1 else 'events'} delivered" if count else "MLflow misses nothing")
+    click.echo(f"curves:  {where_to_look(folder)}")
