@@ -69,11 +69,7 @@ def build_llama(config: LlamaModel, *, vocabulary: int, length: int, end: int, s
         return network
 
 
-def logits(network: nn.Module, inputs: Tensor, cache: Any = None) -> Tensor:
-    """Return the network's logits, whether it gives them bare or inside a model output.
-
-    ``cache``: of a causal language model of ``transformers``, the keys and values of the tokens before; it grows.
-    """
-    # The cache's keyword has another name in older versions of transformers; its place is the same.
-    outputs = network(inputs) if cache is None else network(inputs, None, None, cache, use_cache=True)
+def logits(network: nn.Module, inputs: Tensor, **more: Any) -> Tensor:
+    """Return the network's logits, whether it gives them bare or inside a model output; it is given ``more`` as is."""
+    outputs = network(inputs, **more)
     return outputs if isinstance(outputs, Tensor) else outputs.logits

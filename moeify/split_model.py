@@ -1,6 +1,6 @@
 """The split model: a network whose rows run along their category's route only."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,17 +73,17 @@ class SplitModel(nn.Module):
         """Return the order of rows in which ``forward`` moves none: sorted by leaf, otherwise as they are."""
         return torch.argsort(self.positions(categories), stable=True)
 
-    def forward(self, inputs: Tensor, categories: Int[Tensor, "rows *positions"], cache: Any = None) -> Tensor:
+    def forward(self, inputs: Tensor, categories: Int[Tensor, "rows ..."], **more: Any) -> Tensor:
         """Return the network's outputs, rows in the order given; each row runs along its category's route.
 
         Rows that lie in leaf order already (``order``) are not moved. ``categories`` [rows positions] gives each token
-        a route of its own through the feed-forward blocks, and moves no row. ``cache``: what a causal language model
-        kept of the tokens before these, and keeps these in; its rows stay where they are, so each token needs a route.
+        a route of its own through the split blocks, and moves no row; what is between the blocks stays dense. ``more``
+        (a cache, a mask) goes to the network as it is, and since rows must stay for it, it needs routes of tokens.
         """
         if categories.dim() > 1:
-            return self._by_token(inputs, categories, cache)
-        if cache is not None:
-            raise ValueError("a cache needs categories [rows positions], got one category a row")
+            return self._by_token(inputs, categories, more)
+        if more:
+            raise ValueError(f"{', '.join(more)} needs categories [rows positions], got one category a row")
         positions = self.positions(categories)
         in_order = bool((positions[1:] >= positions[:-1]).all())
         order = None if in_order else torch.argsort(positions, stable=True)
@@ -93,16 +93,16 @@ class SplitModel(nn.Module):
         outputs = logits(self.network, inputs)
         return outputs if order is None else outputs[torch.argsort(order)]
 
-    def _by_token(self, inputs: Tensor, categories: Int[Tensor, "rows positions"], cache: Any) -> Tensor:
+    def _by_token(self, inputs: Tensor, categories: Int[Tensor, "rows positions"], more: Mapping[str, Any]) -> Tensor:
         if categories.shape != inputs.shape or inputs.is_floating_point():
             raise ValueError(
-                f"categories {tuple(categories.shape)} do not fit inputs {tuple(inputs.shape)}; a route for each token "
-                f"needs tokens [rows positions], other inputs take one category a row"
+                f"categories {tuple(categories.shape)} do not fit inputs {tuple(inputs.shape)}; routes of tokens "
+                f"need tokens [rows positions], other inputs take one category a row"
             )
-        order = torch.argsort(self.positions(categories).flatten(), stable=True)
-        categories = categories.flatten()[order]
-        self._set_routes(self.positions(categories), categories, order)
-        return logits(self.network, inputs, cache)
+        positions = self.positions(categories).flatten()
+        order = torch.argsort(positions, stable=True)
+        self._set_routes(positions[order], categories.flatten()[order], order)
+        return logits(self.network, inputs, **more)
 
     def _set_routes(self, positions: Tensor, categories: Tensor, order: Tensor | None) -> None:
         counts = torch.bincount(positions, minlength=len(self.categories))
