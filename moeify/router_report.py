@@ -145,12 +145,9 @@ def calibration_error(confidence_N: Float[Tensor, " n"], right_N: Float[Tensor, 
 
 
 def _compared(router: Router, readings: Readings, task: Task, where: slice) -> Compared:
-    arms: dict[str, Tensor] = {
-        "label": readings.label_RP,
-        "router": readings.nats(router.kind, router.threshold),
-        **readings.twins,
-    }
-    rows = {arm: _rows(readings, task, nats_RP[:, where]) for arm, nats_RP in arms.items()}
+    routed_RP = readings.nats(router.kind, router.threshold)
+    arms = [("label", readings.label_RP), ("router", routed_RP), *readings.twins.items()]
+    rows = {arm: _rows(readings, task, nats_RP[:, where]) for arm, nats_RP in arms}
     loss = {arm: _with_mean(each.by_category(task)) for arm, each in rows.items()}
     error = tax_error(rows["router"], rows["label"], task)
     return Compared(
