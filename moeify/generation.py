@@ -37,7 +37,7 @@ class Served:
 
 
 @dataclass(frozen=True)
-class _Decision:
+class Decision:
     """What serves a token."""
 
     expert: int
@@ -69,7 +69,7 @@ def generate(
     if not hasattr(model.network, "get_input_embeddings"):
         raise ValueError(f"only language models write text, and this network is a {type(model.network).__name__}")
     decide = _Follower(model, chosen) if isinstance(chosen, Router) else _Fixed(chosen)
-    reader = _Reader(model)
+    reader = Reader(model)
     decisions = decide(prompt)
     for token, decision in zip(prompt, decisions, strict=True):
         yield Served(token, False, decision.expert, decision.probability)
@@ -90,8 +90,8 @@ class _Fixed:
     def __init__(self, expert: int) -> None:
         self.expert = expert
 
-    def __call__(self, tokens: Sequence[int]) -> list[_Decision]:
-        return [_Decision(self.expert, None)] * len(tokens)
+    def __call__(self, tokens: Sequence[int]) -> list[Decision]:
+        return [Decision(self.expert, None)] * len(tokens)
 
 
 class _Follower:
@@ -101,9 +101,9 @@ class _Follower:
         self.model, self.router = model, router
         self.sums_D: Tensor | float = 0.0
         self.count = 0
-        self.held: _Decision | None = None
+        self.held: Decision | None = None
 
-    def __call__(self, tokens: Sequence[int]) -> list[_Decision]:
+    def __call__(self, tokens: Sequence[int]) -> list[Decision]:
         if self.held is not None:
             return [self.held] * len(tokens)
         sums_PD = early(self.model.network, torch.tensor([tokens]))[0].cumsum(0) + self.sums_D
@@ -115,17 +115,17 @@ class _Follower:
             return [self.held] * len(tokens)
         return [self._decision(log_p_E) for log_p_E in log_p_PE]
 
-    def _decision(self, log_p_E: Tensor) -> _Decision:
+    def _decision(self, log_p_E: Tensor) -> Decision:
         top = log_p_E.topk(2)
         first, second = top.indices.tolist()
         probability = top.values[0].exp().item()
         if probability >= self.router.threshold:
-            return _Decision(first, probability)
+            return Decision(first, probability)
         one, other = top.values.log_softmax(-1).tolist()
-        return _Decision(first, probability, second, (one, other))
+        return Decision(first, probability, second, (one, other))
 
 
-class _Reader:
+class Reader:
     """Runs tokens through the model, each along its route, and remembers them."""
 
     def __init__(self, model: SplitModel) -> None:
@@ -151,7 +151,7 @@ class _Reader:
         if self.tokens:
             self._run(self.tokens, self.experts)
 
-    def next(self, token: int, decision: _Decision) -> Float[Tensor, " vocabulary"]:
+    def next(self, token: int, decision: Decision) -> Float[Tensor, " vocabulary"]:
         """Return the log probabilities of what follows a token, which is remembered along its first expert's route."""
         if len(self.tokens) + 1 > self.context:
             self.read([], [])

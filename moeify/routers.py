@@ -12,7 +12,7 @@ Axes: R rows, P positions (1 where a row is one example), D numbers of the early
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float64, Int
@@ -89,6 +89,8 @@ class Router:
     def __post_init__(self) -> None:
         if self.weight_EF.shape[0] != len(self.experts) or self.bias_E.shape != (len(self.experts),):
             raise ValueError(f"a router of {len(self.experts)} experts got weights {tuple(self.weight_EF.shape)}")
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind: got {self.kind!r}, wanted one of {', '.join(get_args(Kind))}")
         if not 0.0 <= self.threshold <= 1.0:
             raise ValueError(f"threshold: got {self.threshold:g}, wanted a probability, 0 to 1")
 

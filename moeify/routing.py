@@ -51,13 +51,13 @@ def route(
     reader = Router(kinds[0], leaves(model), weight_EF, bias_E, 0.0)
     readings = read(model, twins, task, settings, "validation", reader, kinds)
     choices = [judge(readings, task, each, t) for each in kinds for t in (thresholds if tokens else (0.0,))]
-    taken = _best(choices, threshold)
+    taken = best(choices, threshold)
     router = Router(taken.kind, reader.experts, weight_EF, bias_E, taken.threshold)
     tested = read(model, twins, task, settings, "test", router, (router.kind,))
     return router, report(router, tested, task, choices)
 
 
-def _best(choices: Iterable[Choice], threshold: float | None) -> Choice:
+def best(choices: Iterable[Choice], threshold: float | None) -> Choice:
     """Return the kind with the least loss, each kind at the threshold given, or at the lowest that does nearly best."""
     by_kind: dict[Kind, list[Choice]] = {}
     for choice in choices:

@@ -73,9 +73,8 @@ def _print_table(console: Console, served: Sequence[Served], texts: Sequence[str
     routed = any(each.probability is not None for each in served)
     head = ("tokens", "", "expert", *(("sure", "2nd") if routed else ()), "text")
     table = table_for(console, *head, text=(1, 2, len(head) - 1))
-    room = max(
-        16, console.width - sum(len(word) + 2 for word in ("100-200", "written", max(experts, key=len), *head[3:]))
-    )
+    spent = ("100-200", "written", max(experts, key=len), *head[3:])
+    room = max(16, console.width - sum(len(word) + 2 for word in spent))
     numbered = enumerate(zip(served, texts, strict=True), start=1)
     for (written, expert), group in groupby(numbered, key=lambda item: (item[1][0].written, item[1][0].expert)):
         part = list(group)
