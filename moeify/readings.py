@@ -75,16 +75,19 @@ def read(
     kinds: Sequence[Kind],
 ) -> Readings:
     """Return what every policy of these kinds costs on a held-out split."""
-    rows = settings.validation_rows if split == "validation" else settings.test_rows
+    number = settings.validation_rows if split == "validation" else settings.test_rows
     prefix = max(1, task.units_per_row // 4) if task.unit == "token" else 1
     parts: list[Readings] = []
-    for batch in task.held_out_batches(split, rows, settings.rows_at_once):
+    for batch in task.held_out_batches(split, number, settings.rows_at_once):
         log_p_RPE = router.read(early(model.network, batch.inputs))
         opinions = min(2, log_p_RPE.shape[-1]) if task.unit == "token" else 1
         routed: dict[Kind, Tensor] = {}
         for kind in kinds:
             choices_RPK = decided(log_p_RPE, kind, prefix).topk(opinions).indices
-            routed[kind] = opinion_nats(model, task, batch, choices_RPK)
+            parts_of_rows = torch.arange(len(choices_RPK)).chunk(opinions)  # K copies of a part need no more memory
+            routed[kind] = torch.cat(
+                [opinion_nats(model, task, batch.take(rows), choices_RPK[rows]) for rows in parts_of_rows]
+            )
         parts.append(
             Readings(
                 batch.categories,

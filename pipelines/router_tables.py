@@ -12,15 +12,14 @@ from pipelines.wording import nats, percent
 def print_router(run: str, report: RouterReport, stream: TextIO) -> None:
     """Print how the router is used and why, what it costs, and how far it can be believed."""
     console = console_for(stream)
-    console.print(f"{run} · {_use(report)}\n", style="bold")
+    console.print(f"{run} · {_use(report)}", style="bold")
     text = report.unit == "token"
     if text:
         _print_choices(console, report)
     if report.whole:
-        where = "all tokens" if text else "of its own"
-        _print_losses(console, report.whole, f"Test loss (nats per {report.unit}, {where})")
+        where = ", all tokens" if text else ""
+        _print_losses(console, report.whole, f"Test loss (nats per {report.unit}{where})")
     if report.later:
-        console.print()
         _print_losses(
             console, report.later, f"Test loss (nats per token, behind the first {report.prefix} tokens of a row)"
         )
@@ -42,7 +41,7 @@ def _signed(share: float | None) -> str:
 
 
 def _print_choices(console: Console, report: RouterReport) -> None:
-    console.print(f"Ways to use it (validation; nats per token behind the first {report.prefix})", style="bold")
+    console.print(f"\nWays to use it (validation; nats per token behind the first {report.prefix})", style="bold")
     head = ("kind", "2nd opinion", "asked", "loss", "router tax", "all tokens", "router tax", "")
     table = table_for(console, *head, text=(0, 1, 7))
     for choice in report.choices:
@@ -59,13 +58,13 @@ def _print_choices(console: Console, report: RouterReport) -> None:
         )
     console.print(table)
     console.print(
-        "asked: of the tokens; each takes one more pass. all tokens: also those before a document is decided\n",
+        "asked: of the tokens; each takes one more pass. all tokens: also those before a document is decided",
         style="dim",
     )
 
 
 def _print_losses(console: Console, compared: Compared, title: str) -> None:
-    console.print(title, style="bold")
+    console.print(f"\n{title}", style="bold")
     twins = [arm for arm in compared.loss if arm not in ("label", "router")]
     over = {"dense": compared.over_dense, "told": compared.over_told or {}}
     head = ["category", "by label", "by router", *twins, "router tax", *(f"over {twin}" for twin in twins)]
@@ -85,11 +84,12 @@ def _print_losses(console: Console, compared: Compared, title: str) -> None:
 
 def _print_decisions(console: Console, report: RouterReport) -> None:
     what = {"token": "tokens", "document": "rows"}[report.kind]
-    for chunk in in_columns(console, report.experts, 12, 9):
+    widest = max(len(category) for category in report.confusion)
+    for chunk in in_columns(console, report.experts, widest + 2, max(4, *map(len, report.experts)) + 2):
         console.print(f"\nWho serves whom (test; share of a category's {what})", style="bold")
         table = table_for(console, "category", *chunk)
         for category, shares in report.confusion.items():
-            table.add_row(category, *(percent(shares[expert]) for expert in chunk))
+            table.add_row(category, *(f"{shares[expert]:.0%}" if shares[expert] else "·" for expert in chunk))
         console.print(table)
     told = f"right: {percent(report.accuracy)} of decisions"
     if report.accuracy_sure is not None and report.accuracy_unsure is not None:

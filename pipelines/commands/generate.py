@@ -21,9 +21,10 @@ from pipelines.commands.options import JSON
 def command(
     run_: str, prompt: str, tokens: int, seed: int, temperature: float, category: str | None, as_json: bool
 ) -> None:
-    """Write text with RUN's split model, and show which expert served each token.
+    """Write text with RUN, and show who served each token.
 
-    The router that 'moeify route' trained reads the prompt and chooses the experts, unless --category does.
+    The router that 'moeify route' trained reads the prompt and chooses the experts, unless --category does. A router
+    of kind 'document' decides from the prompt alone, and one of kind 'token' goes on deciding as the text is written.
     """
     from pipelines import runs, show
     from pipelines.served import as_json as served_as_json

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 )
 @JSON
 def command(run_: str, kind: "Kind | None", threshold: float | None, as_json: bool) -> None:
-    """Train a router for RUN, and say what routing without labels costs.
+    """Train RUN's router, for data without labels.
 
-    No weight of the model changes. The router learns from train data; how it is used is chosen on validation data,
-    and the figures are of test data. It is kept in the run's folder, and 'moeify generate' takes it.
+    Says what routing without labels costs. No weight of the model changes. The router learns from train data; how it
+    is used is chosen on validation data, and the figures are of test data. It is kept in the run's folder, where
+    'moeify generate' finds it.
     """
     from pipelines import runs, show
     from pipelines.router_tables import print_router
@@ -56,4 +57,6 @@ def command(run_: str, kind: "Kind | None", threshold: float | None, as_json: bo
         click.echo(show.to_json({"run": folder.id, **show.finite(report.model_dump(mode="json"))}))
         return
     print_router(folder.id, report, sys.stdout)
-    click.echo(f"\nfiles:   {place}\ntry it:  moeify generate {folder.id} --prompt '...'")
+    click.echo(f"\nfiles:   {place}")
+    if report.unit == "token":
+        click.echo(f"try it:  moeify generate {folder.id} --prompt '...'")
