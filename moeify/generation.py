@@ -17,7 +17,7 @@ from jaxtyping import Float
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from moeify.routers import Router, category_of_leaf, early
+from moeify.routers import Router, category_of_leaf, early, remember
 from moeify.split_model import SplitModel
 from moeify.tokens import END
 
@@ -99,14 +99,15 @@ class _Follower:
 
     def __init__(self, model: SplitModel, router: Router) -> None:
         self.model, self.router = model, router
-        self.sums_D: Tensor | float = 0.0
+        self.sums_D: Tensor | None = None
         self.count = 0
         self.held: Decision | None = None
 
     def __call__(self, tokens: Sequence[int]) -> list[Decision]:
         if self.held is not None:
             return [self.held] * len(tokens)
-        sums_PD = early(self.model.network, torch.tensor([tokens]))[0].cumsum(0) + self.sums_D
+        before_RD = None if self.sums_D is None else self.sums_D.unsqueeze(0)
+        sums_PD = remember(early(self.model.network, torch.tensor([tokens])), before_RD)[0]
         counts_P = torch.arange(1, len(tokens) + 1) + self.count
         self.sums_D, self.count = sums_PD[-1], self.count + len(tokens)
         log_p_PE = self.router.log_probabilities(sums_PD, counts_P)

@@ -27,7 +27,7 @@ class Choice(Closed):
     asked: float
     """Fraction of tokens (or examples) with a second opinion; each costs one more token's forward pass."""
     loss: float
-    """Nats per token (or example), mean over categories, on what the decision of every kind could not see."""
+    """Nats per token (or example), mean over categories, over what comes after the prefix, unseen by either kind."""
     router_tax: float
     """Rise of that loss above routing by label, as a fraction of it."""
     loss_all: float | None

@@ -1,10 +1,15 @@
 """Routers: which expert serves a text that nobody has labelled, read from the text itself.
 
 A router reads what the network reads before any route is taken (token embeddings, or a numeric input as it is), so
-what it sees does not depend on what it decides. After t tokens its evidence is their mean m, and m sqrt(t): a mean of
-more tokens says more, and independent tokens would say t times as much as one. Neighbours in a text are far from
-independent; on text in four categories the root was calibrated as it is, and beat the mean and the sum alone.
-A multinomial logistic regression turns evidence into the probability of each leaf.
+what it sees does not depend on what it decides. Its evidence is the mean m of the tokens so far, in which a token
+counts less the longer ago it was, and m sqrt(n), n being how many tokens such a mean is worth: a mean of more tokens
+says more, and independent tokens would say n times as much as one. Neighbours in a text are far from independent; on
+text in four categories the root was calibrated as it is, and beat the mean and the sum alone. A multinomial logistic
+regression turns evidence into the probability of each leaf.
+
+Forgetting lets the route follow a text that changes, and n never outgrows what training has shown. A memory of 32
+tokens cost rows of one category .03 % of their loss; rows that change category halfway ended 0.5 nats a token better
+in their last quarter than with a mean of all tokens (benchmarks/LOG.md).
 
 Axes: R rows, P positions (1 where a row is one example), D numbers of the early representation, F features, E experts.
 """
@@ -28,14 +33,18 @@ Kind = Literal["document", "token"]
 tokens up to it. The classifier is the same: trained on beginnings of all lengths, it is nearly as good at each as one
 that was trained on that length alone."""
 
+MEMORY = 32
+"""Tokens after which a token counts 1/e of a new one, about."""
 VERSION = 1
-"""Of what is kept."""
+"""Of what is kept; other evidence is another version."""
 FOLDER = "router"
 """Below the run's folder."""
 
 _POSITIONS = 8
 """Drawn from each row to fit on, as often from 2 to 4 tokens as from 64 to 128: it is at its first tokens that a row is
 routed wrong. Positions drawn alike made a router that cost more, and was calibrated worse, on validation data."""
+_KEPT = 1.0 - 1.0 / MEMORY
+"""Of a token's weight, at every later one."""
 _PENALTIES = (0.01, 0.1, 1.0)
 """Inverse strengths of the L2 penalty that are tried, as scikit-learn counts them; validation data chooses."""
 
@@ -67,10 +76,30 @@ def early(network: nn.Module, inputs: Tensor) -> Float64[Tensor, "rows positions
     return embedding(inputs).double()
 
 
+def remember(
+    early_RPD: Float64[Tensor, "rows positions dim"], before_RD: Float64[Tensor, "rows dim"] | None = None
+) -> Float64[Tensor, "rows positions dim"]:
+    """Return at each position the sum of the positions up to it, each fading with every later one.
+
+    ``before_RD``: the sum at the position before the first.
+    """
+    sums_RPD = early_RPD.clone()
+    for place in range(early_RPD.shape[1]):
+        earlier_RD = sums_RPD[:, place - 1] if place else before_RD
+        if earlier_RD is not None:
+            sums_RPD[:, place] += _KEPT * earlier_RD
+    return sums_RPD
+
+
 def features(sums: Float64[Tensor, "*shape dim"], counts: Tensor) -> Float64[Tensor, "*shape features"]:
-    """Return the evidence in the sum of ``counts`` positions: their mean, the mean times sqrt(count), and the root."""
+    """Return the evidence in the fading sum of ``counts`` positions: their mean m, m sqrt(n) and sqrt(n).
+
+    n = (sum of weights)^2 / (sum of their squares): what the weighted mean of independent positions would be worth.
+    """
     counts = counts.double().unsqueeze(-1)
-    mean, root = sums / counts, counts.sqrt()
+    weights = (1.0 - _KEPT**counts) / (1.0 - _KEPT)
+    squares = (1.0 - _KEPT ** (2.0 * counts)) / (1.0 - _KEPT**2)
+    mean, root = sums / weights, weights / squares.sqrt()
     return torch.cat([mean, mean * root, root.expand(*sums.shape[:-1], 1)], dim=-1)
 
 
@@ -97,13 +126,13 @@ class Router:
     def log_probabilities(
         self, sums: Float64[Tensor, "*shape dim"], counts: Tensor
     ) -> Float64[Tensor, "*shape experts"]:
-        """Return each expert's log probability, given the sum of the early representation of ``counts`` positions."""
+        """Return each expert's log probability, given the fading sum of ``counts`` positions (``remember``)."""
         return torch.log_softmax(features(sums, counts) @ self.weight_EF.t() + self.bias_E, dim=-1)
 
     def read(self, early_RPD: Float64[Tensor, "rows positions dim"]) -> Float64[Tensor, "rows positions experts"]:
         """Return log probabilities at every position, each from the positions up to it."""
         counts = torch.arange(1, early_RPD.shape[1] + 1, device=early_RPD.device)
-        return self.log_probabilities(early_RPD.cumsum(1), counts.expand(early_RPD.shape[:2]))
+        return self.log_probabilities(remember(early_RPD), counts.expand(early_RPD.shape[:2]))
 
 
 @torch.no_grad()
@@ -148,7 +177,7 @@ def _examples(
     leaf_C = leaf_of_category(model)
     found, labels = [], []
     for batch in batches:
-        sums_RPD = early(model.network, batch.inputs).cumsum(1)
+        sums_RPD = remember(early(model.network, batch.inputs))
         rows, positions, dim = sums_RPD.shape
         drawn_RK = torch.rand(rows, min(_POSITIONS, positions), generator=generator, dtype=torch.float64)
         drawn_RK = ((positions + 1.0) ** drawn_RK).long().clamp_max(positions) - 1

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -6,7 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeify.partition import Partition
-from moeify.routers import Router, category_of_leaf, early, features, leaf_of_category, leaves, train
+from moeify.routers import (
+    MEMORY,
+    Router,
+    category_of_leaf,
+    early,
+    features,
+    leaf_of_category,
+    leaves,
+    remember,
+    train,
+)
 from moeify.split_model import SplitModel
 from moeify.tree import ExpertTree
 from tests.networks import CATEGORIES, tiny_autoencoder, tiny_llama
@@ -37,11 +48,17 @@ def test_leaves_and_categories_name_each_other() -> None:
     assert [CATEGORIES[c] for c in category_of_leaf(model)] == ["c", "d", "b"]
 
 
-def test_evidence_is_the_mean_and_the_mean_times_the_root_of_the_count() -> None:
-    sums = torch.tensor([[2.0, 8.0], [9.0, 0.0]], dtype=torch.float64)
-    found = features(sums, torch.tensor([4, 9]))
-    expected = [[0.5, 2.0, 1.0, 4.0, 2.0], [1.0, 0.0, 3.0, 0.0, 3.0]]
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+def test_evidence_is_a_fading_mean_and_the_mean_times_the_root_of_what_it_is_worth() -> None:
+    tokens = torch.randn(1, 50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = features(remember(tokens), torch.arange(1, 51).unsqueeze(0))
+    for last in (0, 1, 7, 49):
+        weights = torch.tensor([(1 - 1 / MEMORY) ** (last - place) for place in range(last + 1)], dtype=torch.float64)
+        mean = (weights.unsqueeze(1) * tokens[0, : last + 1]).sum(0) / weights.sum()
+        root = weights.sum() / weights.square().sum().sqrt()
+        torch.testing.assert_close(found[0, last], torch.cat([mean, mean * root, root.unsqueeze(0)]))
+    torch.testing.assert_close(found[0, 0, -1], torch.tensor(1.0, dtype=torch.float64))
+    assert 49 < float(features(tokens[:, 0], torch.tensor([10**6]))[0, -1]) ** 2 < 2 * MEMORY
+    torch.testing.assert_close(remember(tokens[:, 20:], remember(tokens)[:, 19]), remember(tokens)[:, 20:])
 
 
 @settings(deadline=None, max_examples=20)
@@ -55,6 +72,18 @@ def test_a_decision_depends_on_no_later_token(rows: int, positions: int, seed: i
     for until in range(1, positions + 1):
         begun = router.read(early(model.network, tokens[:, :until]))
         torch.testing.assert_close(begun, read[:, :until], rtol=1e-12, atol=1e-12)
+
+
+def test_the_route_follows_a_text_that_changes() -> None:
+    weight = torch.zeros(2, 5, dtype=torch.float64)
+    weight[0, 2] = weight[1, 3] = 1.0  # each kind of token speaks for an expert of its own
+    router = Router("token", ("a", "b"), weight, torch.zeros(2, dtype=torch.float64), 0.0)
+    kinds = torch.eye(2, dtype=torch.float64)
+    text = torch.cat([kinds[:1].expand(200, 2), kinds[1:].expand(60, 2)]).unsqueeze(0)
+    served = router.read(text)[0].argmax(-1)
+    changed = int(served.argmax())
+    assert served.tolist() == [0] * changed + [1] * (260 - changed)
+    assert changed == 200 + round(MEMORY * math.log(2)) - 1
 
 
 def test_what_a_router_reads_does_not_depend_on_routes() -> None:
