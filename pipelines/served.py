@@ -1,5 +1,6 @@
 """Text with the experts that served it: in colours on a terminal, as a table behind the text elsewhere."""
 
+import re
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, TextIO
@@ -13,6 +14,10 @@ from pipelines.wording import percent
 
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 """Of the experts, in turn; more experts than colours take them again, reversed."""
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""What a terminal might obey: a model may write any byte."""
 
 
 def as_json(served: Sequence[Served], texts: Sequence[str], experts: Sequence[str]) -> dict[str, Any]:
@@ -36,7 +41,7 @@ def as_json(served: Sequence[Served], texts: Sequence[str], experts: Sequence[st
 
 def print_served(served: Sequence[Served], texts: Sequence[str], experts: Sequence[str], stream: TextIO) -> None:
     """Print prompt and text, and who served what; ``texts`` holds what each token adds."""
-    console = console_for(stream)
+    console, texts = console_for(stream), [_CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) for text in texts]
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
     if coloured:
         shown = Text()
