@@ -74,15 +74,16 @@ def extract(split: SplitModel, category: str) -> nn.Module:
     if category not in split.categories:
         raise ValueError(f"no category {category!r}; the model has {', '.join(split.categories)}")
     active = {site.name: split.partition.active(site.name, category).nonzero()[:, 0] for site in split.space.sites}
-    widest = max(len(index) for index in active.values())
-    dense = rebuild(with_units(describe(split.network), widest))
+    kinds = {site.kind for site in split.space.sites}
+    widest = {kind: max(len(active[site.name]) for site in split.space.sites if site.kind == kind) for kind in kinds}
+    dense = rebuild(with_units(describe(split.network), widest["ffn"], widest.get("heads")))
     held = dict(split.network.named_parameters()) | dict(split.network.named_buffers())
-    axes = {part.parameter: (part.axis, active[site.name]) for site in split.space.sites for part in site.slices}
+    parts = {part.parameter: (part, active[site.name]) for site in split.space.sites for part in site.slices}
     for name, tensor in [*dense.named_parameters(), *dense.named_buffers()]:
         source = held[name]
-        if name in axes:
-            axis, index = axes[name]
-            source = _pad(source.index_select(axis, index), axis, widest)
+        if name in parts:
+            part, index = parts[name]
+            source = _pad(source.index_select(part.axis, part.entries(index)), part.axis, tensor.shape[part.axis])
         tensor.copy_(source)
     return dense.eval()
 

@@ -176,6 +176,8 @@ class Reader:
 
     def _run(self, tokens: Sequence[int], experts: Sequence[int]) -> Float[Tensor, " vocabulary"]:
         categories = self.leaf_category[torch.tensor([experts])]
+        if self.model.whole_rows:  # the expert is the same all along
+            categories = categories[:, 0]
         outputs = self.model(torch.tensor([tokens]), categories, **{self.keyword: self.cache}, use_cache=True)
         return outputs[0, -1].double().log_softmax(-1)
 

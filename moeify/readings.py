@@ -80,7 +80,7 @@ def read(
     parts: list[Readings] = []
     for batch in task.held_out_batches(split, number, settings.rows_at_once):
         log_p_RPE = router.read(early(model.network, batch.inputs))
-        opinions = min(2, log_p_RPE.shape[-1]) if task.unit == "token" else 1
+        opinions = 1 if task.unit == "example" or model.whole_rows else 2
         routed: dict[Kind, Tensor] = {}
         for kind in kinds:
             choices_RPK = decided(log_p_RPE, kind, prefix).topk(opinions).indices
@@ -119,10 +119,11 @@ def opinion_nats(
 
     All come from one pass over K copies of each row. A token of the first copy attends to that copy as ever; one of
     another copy attends to itself and to the first copy's tokens before it, so it is an opinion and leaves no trace.
+    Where a row has one route, there is one opinion: that of the first position's expert.
     """
     categories_RPK = category_of_leaf(model)[choices_RPK]
     rows, positions, opinions = choices_RPK.shape
-    if task.unit == "example":
+    if task.unit == "example" or model.whole_rows:
         return _nats(task, model(batch.inputs, categories_RPK[:, 0, 0]), batch.targets).unsqueeze(-1)
     place = torch.arange(positions).repeat(opinions)
     copy = torch.arange(opinions).repeat_interleave(positions)

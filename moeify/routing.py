@@ -34,11 +34,12 @@ def route(
     ``twins``: the dense twin, and the told twin where there is one. No weight of a model changes. ValueError where
     there is one expert alone, or what is given does not fit the task.
     """
-    tokens = task.unit == "token"
+    tokens = task.unit == "token" and not model.whole_rows
+    why = "this model's heads are split, and look over whole rows" if model.whole_rows else "these are single examples"
     if kind == "token" and not tokens:
-        raise ValueError("kind 'token' routes the tokens of a text; these rows are single examples, take 'document'")
+        raise ValueError(f"kind 'token' needs rows of tokens with routes of their own: {why}; take 'document'")
     if threshold and not tokens:
-        raise ValueError("threshold: a second opinion is a next-token distribution; these rows are single examples")
+        raise ValueError(f"threshold: a second opinion needs tokens with routes of their own: {why}; leave it out")
     settings = config.evaluation
     weight_EF, bias_E = train(
         model,

@@ -88,3 +88,16 @@ def test_pieces_add_up_to_the_text_and_never_hold_half_a_character() -> None:
     assert len(found) == len(tokens)
     assert "".join(found) == text
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(found)
+
+
+@torch.no_grad()
+def test_split_heads_have_one_route_a_row() -> None:
+    model = split_llama(heads=True)
+    assert model.whole_rows
+    with pytest.raises(ValueError, match="give one category a row"):
+        model(torch.tensor([PROMPT]), torch.tensor([[0, 1, 2]]))
+    for expert in range(4):
+        tokens = [each.token for each in generate(model, expert, PROMPT, tokens=9, seed=0, temperature=0.0)]
+        for length in range(3, 12):
+            outputs = model(torch.tensor([tokens[:length]]), category_of_leaf(model)[[expert]])
+            assert tokens[length] == int(outputs[0, -1].argmax())

@@ -132,6 +132,18 @@ def test_a_router_is_trained_chosen_and_measured() -> None:
     assert [c.threshold for c in fixed.choices] == [0.0, 0.8]
 
 
+def test_split_heads_leave_documents_without_a_second_opinion() -> None:
+    config = toy_config(**TEXT_CONFIG)
+    flat = toy_split(TASK).float()
+    widths = flat.partition.widths | {f"layers.{i}.heads": (1, 1, 0, 0, 0) for i in range(2)}
+    model = SplitModel(TASK.build(), CATEGORIES, Partition(flat.partition.tree, widths))
+    router, report = route(model, {"dense": SplitModel(TASK.build(), CATEGORIES)}, TASK, config)
+    assert (router.kind, router.threshold, len(report.choices)) == ("document", 0.0, 1)
+    for kind, threshold in (("token", None), (None, 0.5)):
+        with pytest.raises(ValueError, match="heads are split"):
+            route(model, {}, TASK, config, kind, threshold)
+
+
 def test_examples_are_routed_one_by_one() -> None:
     config = toy_config()
     task = ToyTask(config)
@@ -142,5 +154,5 @@ def test_examples_are_routed_one_by_one() -> None:
     assert report.whole.loss["router"]["mean"] == pytest.approx(report.whole.loss["label"]["mean"], rel=0.05)
     with pytest.raises(ValueError, match="take 'document'"):
         route(model, {}, task, config, "token")
-    with pytest.raises(ValueError, match="single examples"):
+    with pytest.raises(ValueError, match="single examples; leave"):
         route(model, {}, task, config, None, 0.5)

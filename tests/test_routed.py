@@ -162,8 +162,6 @@ def test_routes_of_tokens_must_fit() -> None:
     inputs = rows_for(tokens.network, 2)
     with pytest.raises(ValueError, match=r"\(2, 3\) do not fit inputs \(2, 12\)"):
         tokens(inputs, torch.zeros(2, 3, dtype=torch.long))
-    with pytest.raises(ValueError, match="use_cache needs categories"):
-        tokens(inputs, torch.zeros(2, dtype=torch.long), use_cache=True)
     images = split_of("autoencoder", Partition.undivided(CATEGORIES, SITES["autoencoder"]))
     with pytest.raises(ValueError, match="one category a row"):
         images(rows_for(images.network, 2), torch.zeros(2, 10, dtype=torch.long))

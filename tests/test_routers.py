@@ -24,12 +24,14 @@ from tests.networks import CATEGORIES, tiny_autoencoder, tiny_llama
 from tests.toy import TEXT_CONFIG, ToyTask, ToyTextTask, toy_config
 
 
-def split_llama(groups: list[tuple[str, ...]] | None = None) -> SplitModel:
-    """A tiny Llama whose leaves serve these groups of categories, units dealt out evenly."""
+def split_llama(groups: list[tuple[str, ...]] | None = None, *, heads: bool = False) -> SplitModel:
+    """A tiny Llama whose leaves serve these groups of categories, units dealt out evenly; one head is the first's."""
     tree = ExpertTree.undivided(CATEGORIES).split({0: groups or [("c",), ("a",), ("d",), ("b",)]})
     model = SplitModel(tiny_llama(), CATEGORIES)
     nodes = len(tree.nodes)
     widths = {site.name: (site.units - (nodes - 1) * 4, *[4] * (nodes - 1)) for site in model.space.sites}
+    if heads:
+        widths |= {f"layers.{i}.heads": (1, 1, *[0] * (nodes - 2)) for i in range(2)}
     return SplitModel(tiny_llama(), CATEGORIES, Partition(tree, widths))
 
 
