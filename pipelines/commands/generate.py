@@ -2,10 +2,14 @@
 
 import difflib
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from pipelines.commands.options import JSON
+
+if TYPE_CHECKING:
+    from moeify.routers import Router
 
 
 @click.command("generate")
@@ -41,13 +45,13 @@ def command(
         close = difflib.get_close_matches(category, model.categories, 1)
         nearest = f"; nearest: {close[0]}" if close else ""
         raise ValueError(f"no category {category!r}; the run has {', '.join(model.categories)}{nearest}")
-    chosen = (
-        load_router(folder.path) if category is None else int(leaf_of_category(model)[model.categories.index(category)])
-    )
+    if category is None:
+        chosen: Router | int = load_router(folder.path)
+    else:
+        chosen = int(leaf_of_category(model)[model.categories.index(category)])
     start = encode_prompt(tokenizer, prompt)
-    served = list(generate(model, chosen, start, tokens=tokens, seed=seed, temperature=temperature, end=start[0]))[
-        1:
-    ]  # without the end token that the prompt starts behind
+    tokens_served = generate(model, chosen, start, tokens=tokens, seed=seed, temperature=temperature, end=start[0])
+    served = list(tokens_served)[1:]  # without the end token that the prompt starts behind
     texts = list(pieces(tokenizer, (each.token for each in served)))
     if as_json:
         settings = {"prompt": prompt, "seed": seed, "temperature": temperature, "category": category}
