@@ -57,6 +57,14 @@ def load_from_run(folder: Path, arm: Arm = "split") -> SplitModel:
     return _load(facts, facts["arms"][arm]["partition"], own, told=arm == "told")
 
 
+def split_hash(folder: Path) -> str:
+    """Return the SHA-256 of the split model in a run's newest checkpoint, to tell what belongs to it."""
+    store, name, facts = _newest(folder)
+    if "split" not in facts["arms"]:
+        raise ValueError(f"{folder.name} has not been split yet; its first cut comes after the first training phase")
+    return read_manifest(store.folder / "checkpoints" / name)["files"]["split.safetensors"]["sha256"]
+
+
 def _newest(folder: Path) -> tuple[FolderStore, str, dict[str, Any]]:
     store = FolderStore(folder, keep=1)
     found = store.newest()

@@ -1,8 +1,8 @@
 """The split model: a network whose rows run along their category's route only."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import assert_never, get_args
+from typing import Any, assert_never, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -84,8 +84,8 @@ class SplitModel(nn.Module):
         """Route by another partition. The caller has put the units into its order."""
         self.routes.partition = partition
 
-    def positions(self, categories: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-        """Return each row's leaf position, the order in which rows must lie."""
+    def positions(self, categories: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Return each row's (or token's) leaf position, the order in which they must lie."""
         order = self.partition.tree.categories
         return torch.tensor([order.index(c) for c in self.categories], device=categories.device)[categories]
 
@@ -93,21 +93,48 @@ class SplitModel(nn.Module):
         """Return the order of rows in which ``forward`` moves none: sorted by leaf, otherwise as they are."""
         return torch.argsort(self.positions(categories), stable=True)
 
-    def forward(self, inputs: Tensor, categories: Int[Tensor, " rows"]) -> Tensor:
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a row has one route: heads look over all of it, so where heads are split, tokens have none alone."""
+        return any(isinstance(site, HeadUnits) for site in self.space.sites)
+
+    def forward(self, inputs: Tensor, categories: Int[Tensor, "rows ..."], **more: Any) -> Tensor:
         """Return the network's outputs, rows in the order given; each row runs along its category's route.
 
-        Rows that lie in leaf order already (``order``) are not moved.
+        Rows that lie in leaf order already (``order``) are not moved. ``categories`` [rows positions] gives each token
+        a route of its own through the split blocks, and moves no row; what is between the blocks stays dense. ``more``
+        (a cache, a mask) goes to the network as it is, so rows must not have to move for it.
         """
+        if categories.dim() > 1:
+            return self._by_token(inputs, categories, more)
         positions = self.positions(categories)
         in_order = bool((positions[1:] >= positions[:-1]).all())
+        if more and not in_order:
+            raise ValueError(f"{', '.join(more)} needs rows in leaf order, got others; see SplitModel.order")
         order = None if in_order else torch.argsort(positions, stable=True)
         if order is not None:
             inputs, positions, categories = inputs[order], positions[order], categories[order]
-        self.routes.categories = categories
+        self._set_routes(positions, categories, None)
+        outputs = logits(self.network, inputs, **more)
+        return outputs if order is None else outputs[torch.argsort(order)]
+
+    def _by_token(self, inputs: Tensor, categories: Int[Tensor, "rows positions"], more: Mapping[str, Any]) -> Tensor:
+        if self.whole_rows:
+            raise ValueError("heads are split, and a head looks over a whole row; give one category a row")
+        if categories.shape != inputs.shape or inputs.is_floating_point():
+            raise ValueError(
+                f"categories {tuple(categories.shape)} do not fit inputs {tuple(inputs.shape)}; routes of tokens "
+                f"need tokens [rows positions], other inputs take one category a row"
+            )
+        positions = self.positions(categories).flatten()
+        order = torch.argsort(positions, stable=True)
+        self._set_routes(positions[order], categories.flatten()[order], order)
+        return logits(self.network, inputs, **more)
+
+    def _set_routes(self, positions: Tensor, categories: Tensor, order: Tensor | None) -> None:
         counts = torch.bincount(positions, minlength=len(self.categories))
         self.routes.bounds = (0, *counts.cumsum(0).tolist())
-        outputs = logits(self.network, inputs)
-        return outputs if order is None else outputs[torch.argsort(order)]
+        self.routes.categories, self.routes.order = categories, order
 
     @contextmanager
     def ablated(self, *experts: str) -> Iterator[None]:

@@ -14,7 +14,7 @@ import click
 
 COMMANDS = (
     *("run", "resume", "compare", "runs", "show", "report", "status", "logs", "stop", "submit", "cluster"),
-    *("attribute", "export", "sync", "schema"),
+    *("attribute", "export", "route", "generate", "sync", "schema"),
 )
 """In the order of the help; the module of each holds ``command``."""
 

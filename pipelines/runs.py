@@ -232,6 +232,14 @@ def find(reference: str, home: Path) -> RunFolder:
     raise ValueError(f"no run {reference!r} in {home}; there are {_listed(runs)}")
 
 
+def find_finished(reference: str, home: Path) -> RunFolder:
+    """Return the run that ``find`` finds; ValueError where it has not ended well."""
+    folder = find(reference, home)
+    if (stands := status(folder)) != "finished":
+        raise ValueError(f"run {folder.id} is {stands}, wanted a finished one; see 'moeify resume'")
+    return folder
+
+
 def _listed(runs: list[RunFolder], most: int = 5) -> str:
     newest = ", ".join(run.id for run in reversed(runs[-most:]))
     return newest if len(runs) <= most else f"{newest} and {len(runs) - most} older ones"
