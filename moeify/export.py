@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from moeify import gguf_file
 from moeify.families import describe
 from moeify.model_card import NOTHING, About, Checked, card
 from moeify.split_folder import load_from_run, load_split, save_split
@@ -34,6 +35,8 @@ class How:
 
     dtype: Dtype = "float32"
     """Of the weights in the file. Below float32, the check is against the split model with weights rounded the same."""
+    gguf: bool = False
+    """Write stock forms as one GGUF file, ``model.gguf``, in place of a folder of ``transformers``."""
     verify: bool = True
     about: About = NOTHING
     """What the model card can say of the run."""
@@ -54,8 +57,9 @@ def export_dense(run: Path, categories: Sequence[str], out: Path, how: How = PLA
     autoencoder, which has no stock format, an undivided split folder for ``moeify.load_split``.
     """
     _refuse_occupied(out)
+    _refuse_lacking(run, how)
     source = Source.of(load_from_run(run), how.torch_dtype, keep=categories)
-    stock = to_dense(source.whole, categories)
+    stock = to_dense(source.whole, categories, padded=not how.gguf)
     if describe(stock.network)["family"] != "llama":
         return export_split(run, out, how, keep=categories)
     return _export_stock(run, source, stock, out, how)
@@ -77,6 +81,7 @@ def export_moe(
     after loading. ``keep``, ``drop``: as in ``export_split``.
     """
     _refuse_occupied(out)
+    _refuse_lacking(run, how)
     source = Source.of(load_from_run(run), how.torch_dtype, keep=keep, drop=drop)
     intact = [category for category in source.part.categories if category not in drop]
     stock = to_moe(source.part, form, forced or (intact or source.part.categories)[0])
@@ -103,11 +108,21 @@ def export_split(
 
 def _export_stock(run: Path, source: Source, stock: Stock, out: Path, how: How) -> Checked:
     with _published(out) as draft:
-        _save_pretrained(stock.network.to(how.torch_dtype), draft)
-        for name, content in _assets(run).items():
-            (draft / name).write_bytes(content)
-        checked = Checked(source.rounding, source.against_stock(draft, stock) if how.verify else None)
-        _write_card(draft, card(how.about, source, checked, dtype=how.dtype, stock=stock))
+        differences = None
+        if how.gguf:
+            tokenizer = _assets(run)["tokenizer.json"]
+            path, name = draft / "model.gguf", how.about.run or out.name
+            gguf_file.write(stock.network, tokenizer, path, dtype=how.torch_dtype, name=name)
+            if how.verify:
+                differences = source.against_gguf(path, stock, tokenizer, how.torch_dtype)
+        else:
+            _save_pretrained(stock.network.to(how.torch_dtype), draft)
+            for name, content in _assets(run).items():
+                (draft / name).write_bytes(content)
+            if how.verify:
+                differences = source.against_stock(draft, stock)
+        checked = Checked(source.rounding, differences)
+        _write_card(draft, card(how.about, source, checked, dtype=how.dtype, stock=stock, gguf=how.gguf))
     return checked
 
 
@@ -138,6 +153,13 @@ def _assets(run: Path) -> dict[str, bytes]:
 def _refuse_occupied(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; name an empty or new folder")
+
+
+def _refuse_lacking(run: Path, how: How) -> None:
+    if how.gguf:
+        gguf_file.require(verify=how.verify)
+        if "tokenizer.json" not in _assets(run):
+            raise ValueError(f"{run.name} has no tokenizer, which a GGUF file must hold; GGUF is for language models")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import inspect
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import assert_never
@@ -42,26 +42,29 @@ class Checked:
     """Category -> largest difference of an output in float32, weights equal; None where it was not checked."""
 
 
-def card(about: About, source: Source, checked: Checked, *, dtype: str, stock: Stock | None = None) -> str:
+def card(
+    about: About, source: Source, checked: Checked, *, dtype: str, stock: Stock | None = None, gguf: bool = False
+) -> str:
     """Return the model card of a stock export, or without ``stock`` of a split folder."""
     parts = [
-        _head(stock),
+        _head(stock, gguf),
         _what(about, source, dtype, stock),
-        _loading(source.part, stock),
+        _loading(source.part, stock, gguf),
         _origin(about, source.whole),
         _losses(about.result, source, stock),
         _size(source, stock),
-        _checked(checked, source.removed, stock),
+        _checked(checked, source.removed, stock, gguf),
         _versions(about),
     ]
     return "\n\n".join("\n".join(part) for lines in parts if (part := list(lines))) + "\n"
 
 
-def _head(stock: Stock | None) -> Iterator[str]:
+def _head(stock: Stock | None, gguf: bool) -> Iterator[str]:
     if stock is None:
         yield from ("---", "tags: [moeify]", "---")
     else:
-        yield from ("---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [moeify]", "---")
+        library = "gguf" if gguf else "transformers"
+        yield from ("---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [moeify]", "---")
 
 
 def _what(about: About, source: Source, dtype: str, stock: Stock | None) -> Iterator[str]:
@@ -100,34 +103,40 @@ def _removal(source: Source) -> Iterator[str]:
         )
 
 
-def _loading(part: SplitModel, stock: Stock | None) -> Iterator[str]:
-    yield from ("## Load", "", "```python")
+def _loading(part: SplitModel, stock: Stock | None, gguf: bool) -> Iterator[str]:
+    yield from ("## Load", "")
     if stock is None:
-        yield from ("import moeify, torch", "", 'model = moeify.load_split("FOLDER")')
+        yield from ("```python", "import moeify, torch", "", 'model = moeify.load_split("FOLDER")')
         yield f"categories = {part.categories}"
         yield f'rows = ["{part.categories[0]}", "{part.categories[-1]}"]  # the category of each row of inputs'
         yield "outputs = model(inputs, torch.tensor([categories.index(category) for category in rows]))"
         yield "```"
         return
-    yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
-    yield from ("", 'model = AutoModelForCausalLM.from_pretrained("FOLDER")')
-    yield from ('tokenizer = AutoTokenizer.from_pretrained("FOLDER")', "```")
-    if stock.form is None:
-        return
-    yield from ("", f"There is no trained router: as loaded, **every token runs the expert of `{stock.forced}`**.")
-    yield from (f"To send all tokens along another category's route (here {_another(stock)}):", "", "```python")
-    yield from ("import torch", "", *_source_of(stock.form), "")
-    yield f"experts = {dict(stock.experts)}"
-    yield from (f'{fresh_check.ROUTE[stock.form].__name__}(model, experts["{_another(stock)}"])', "```")
+    if gguf:
+        yield from ("```bash", 'llama-completion -m FOLDER/model.gguf -p "TEXT"  # or any other llama.cpp', "```")
+    else:
+        yield from ("```python", "from transformers import AutoModelForCausalLM, AutoTokenizer")
+        yield from ("", 'model = AutoModelForCausalLM.from_pretrained("FOLDER")')
+        yield from ('tokenizer = AutoTokenizer.from_pretrained("FOLDER")', "```")
+    if stock.form is not None:
+        yield from ("", *_routing(stock, stock.form, gguf))
 
 
-def _another(stock: Stock) -> str:
-    return next((category for category in stock.experts if category != stock.forced), stock.forced or "")
+def _routing(stock: Stock, form: Form, gguf: bool) -> Iterator[str]:
+    """Say how to send tokens along another category's route, in the very code that the check runs."""
+    route: Callable[..., None] = fresh_check.ROUTE[form]
+    imports, what = ["import torch"], "model"
+    if gguf:
+        from moeify import fresh_gguf
 
-
-def _source_of(form: Form) -> list[str]:
-    source = inspect.getsource(fresh_check.ROUTE[form]).replace("model: Any, expert: int) -> None", "model, expert)")
-    return source.rstrip().split("\n")
+        route = fresh_gguf.ROUTE[form]
+        imports, what = ["import numpy as np", "from gguf import GGUFReader"], '"FOLDER/model.gguf"'
+    other = next((category for category in stock.experts if category != stock.forced), stock.forced)
+    source = inspect.getsource(route).replace("model: Any, expert: int) -> None", "model, expert)").rstrip()
+    yield f"There is no trained router: as written, **every token runs the expert of `{stock.forced}`**."
+    yield f"To send all tokens along another category's route (here {other}):"
+    yield from ("", "```python", *imports, "", "", *source.split("\n"), "", "", f"experts = {dict(stock.experts)}")
+    yield from (f'{route.__name__}({what}, experts["{other}"])', "```")
 
 
 def _origin(about: About, whole: SplitModel) -> Iterator[str]:
@@ -246,16 +255,20 @@ def _priced(stock: Stock, whole: int) -> Iterator[list[str]]:
         yield [f"of these on the route of {category}", f"{units:,} (padding costs {price.runs / units - 1:.1%})"]
 
 
-def _checked(checked: Checked, removed: Sequence[str], stock: Stock | None) -> Iterator[str]:
+def _checked(checked: Checked, removed: Sequence[str], stock: Stock | None, gguf: bool) -> Iterator[str]:
     yield from ("## Checked", "")
     if checked.rounding is not None:
         yield f"- Rounding the weights moves the split model's outputs by up to {checked.rounding:.2e}."
     if checked.differences is None:
         yield "- The outputs of this export were not compared with the split model's."
         return
-    how = "by plain transformers in a process of its own" if stock else "by moeify"
+    how, output = "by moeify", "an output"
+    if stock:
+        how = "by plain transformers in a process of its own"
+    if gguf:
+        how, output = "by llama.cpp, with its cache", "a log probability"
     what = f" with {', '.join(removed)} ablated" if removed else ""
-    yield f"- Loaded {how}, in float32: largest difference of an output to the split model{what}, equal weights:"
+    yield f"- Loaded {how}, in float32: largest difference of {output} to the split model{what}, equal weights:"
     yield from ("", *_table(["category", "difference"], [[c, f"{d:.1e}"] for c, d in checked.differences.items()]))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moeify.families import describe, rebuild, with_units
+from moeify.pruning import only, prune
 from moeify.resizing import copy_units
 from moeify.split_model import SplitModel
 
@@ -50,8 +51,10 @@ class Stock:
     """Category -> the expert of a mixture that serves it."""
 
 
-def to_dense(split: SplitModel, categories: Sequence[str]) -> Stock:
+def to_dense(split: SplitModel, categories: Sequence[str], *, padded: bool = True) -> Stock:
     """Return the dense network of the one route that these categories share; narrower sites are zero-padded.
+
+    ``padded=False`` keeps each site as wide as it is, for formats that allow it.
 
     Raises ValueError for categories of different routes: a dense network that held the units of both would run for each
     of them units that the split model does not, and give other outputs.
@@ -63,9 +66,11 @@ def to_dense(split: SplitModel, categories: Sequence[str]) -> Stock:
                 f"{first!r} and {other!r} run different units, so no dense model equals the split model for both; "
                 f"export them as a split model or as a stock MoE, or one at a time"
             )
-    network = extract(split, first)
     active = {site.name: int(split.partition.active(site.name, first).sum()) for site in split.space.sites}
-    own, stored = sum(active.values()), max(active.values()) * len(active)
+    own = sum(active.values())
+    network, stored = _narrow(split, first), own
+    if padded:
+        network, stored = extract(split, first), max(active.values()) * len(active)
     return Stock(network, Price(own, 0, stored - own, stored, dict.fromkeys(categories, own)))
 
 
@@ -77,6 +82,10 @@ def extract(split: SplitModel, category: str) -> nn.Module:
     dense = rebuild(with_units(describe(split.network), max(map(len, active.values()))))
     copy_units(split.network, split.space, active, dense)
     return dense.eval()
+
+
+def _narrow(split: SplitModel, category: str) -> nn.Module:
+    return prune(split, only(split.partition, [category])).network
 
 
 def _same_route(split: SplitModel, one: str, other: str) -> bool:

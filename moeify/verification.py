@@ -6,6 +6,7 @@ A stock export is loaded by plain ``transformers`` in a process of its own, whic
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,14 +18,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moeify import fresh_check
+from moeify import gguf_file
 from moeify.families import example_inputs
 from moeify.pruning import only, prune, without
 from moeify.split_model import SplitModel
-from moeify.stock import Form, Stock
+from moeify.stock import Stock
 
 TOLERANCE = 1e-4
 """Largest difference of an output (logit, fp32) between an export and the split model."""
+TEXT = "def f(x):\n    return 3.14 * x  # naïve — 東京\n"
+"""What a GGUF file's tokenizer is tested with."""
+_PROGRAMS = Path(__file__).parent
+"""Where the programs lie that load an export without moeify."""
 
 
 class Source(NamedTuple):
@@ -82,34 +87,63 @@ class Source(NamedTuple):
 
         A mixture is asked as it was written first, and then sent along each category's route in turn.
         """
+        return _tolerable(self._in_fresh_process(_PROGRAMS / "fresh_check.py", folder, stock, {}, {}))
+
+    @torch.no_grad()
+    def against_gguf(self, path: Path, stock: Stock, tokenizer: bytes, dtype: torch.dtype) -> dict[str, float]:
+        """Return the same of a GGUF file, which llama.cpp loads: differences of log probabilities.
+
+        llama.cpp rounds activations to the dtype of weights. So where that is not float32, the file is only loaded, and
+        what is compared is a file of the same weights in float32.
+        """
+        from tokenizers import Tokenizer
+
+        known = Tokenizer.from_str(tokenizer.decode())
+        text = self._after_text(known.encode(TEXT, add_special_tokens=False).ids)
+        header = {"say": str(known.token_to_id("a"))} | ({"text": TEXT} if text else {})
+        with tempfile.TemporaryDirectory() as place:
+            copy = Path(place) / "model.gguf"
+            shutil.copyfile(path, copy)
+            found = self._in_fresh_process(_PROGRAMS / "fresh_gguf.py", copy, stock, text, header)
+            if dtype != torch.float32:
+                gguf_file.write(stock.network, tokenizer, copy, dtype=torch.float32, name="check")
+                found = self._in_fresh_process(_PROGRAMS / "fresh_gguf.py", copy, stock, text, header)
+        return _tolerable(found)
+
+    def _after_text(self, ids: list[int]) -> dict[str, Tensor]:
+        """Return what is wanted after these tokens; nothing where they are too many for the network."""
+        row = torch.tensor([ids])
+        if row.shape[1] > self.inputs.shape[1]:
+            return {}
+        with self.whole.ablated(*self.removed):
+            return {f"text/{c}": self._along(self.whole, c, row)[0, -1] for c in self.part.categories}
+
+    def _in_fresh_process(
+        self, program: Path, weights: Path, stock: Stock, more: Mapping[str, Tensor], header: Mapping[str, str]
+    ) -> dict[str, float]:
+        """Ask a program that reads the cases of ``moeify.fresh_check``."""
         cases: list[tuple[str, int | None]] = [(stock.forced, None)] if stock.forced else []
         cases += [(category, stock.experts.get(category)) for category in stock.price.routes]
-        found = _in_fresh_process(folder, self.inputs, self.outputs(), stock.form, cases)
+        named = {f"wanted/{category}": outputs for category, outputs in self.outputs().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in {"inputs": self.inputs, **named, **more}.items()}
+        with tempfile.TemporaryDirectory() as place:
+            path = Path(place) / "cases.safetensors"
+            save_file(tensors, path, {"form": stock.form or "", "cases": json.dumps(cases), **header})
+            found = _told([sys.executable, "-P", str(program), str(weights.absolute()), str(path)], place)
         differences: dict[str, float] = {}
         for (category, _), difference in zip(cases, found, strict=True):
             differences[category] = max(difference, differences.get(category, 0.0))
-        return _tolerable(differences)
+        return differences
 
-    def _along(self, model: SplitModel, category: str) -> Tensor:
-        return model(self.inputs, torch.full((len(self.inputs),), model.categories.index(category)))
+    def _along(self, model: SplitModel, category: str, rows: Tensor | None = None) -> Tensor:
+        inputs = self.inputs if rows is None else rows
+        return model(inputs, torch.full((len(inputs),), model.categories.index(category)))
 
 
-def _in_fresh_process(
-    folder: Path,
-    inputs: Tensor,
-    wanted: Mapping[str, Tensor],
-    form: Form | None,
-    cases: Sequence[tuple[str, int | None]],
-) -> list[float]:
-    """Return the largest difference of each case: a category, and the expert to send tokens to first."""
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / "cases.safetensors"
-        named = {f"wanted/{category}": outputs.contiguous() for category, outputs in wanted.items()}
-        save_file({"inputs": inputs, **named}, path, {"form": form or "", "cases": json.dumps(cases)})
-        command = [sys.executable, "-P", fresh_check.__file__, str(folder.absolute()), str(path)]
-        done = subprocess.run(
-            command, cwd=place, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-        )
+def _told(command: Sequence[str], place: str) -> list[float]:
+    """Return the differences that a program of its own tells; RuntimeError with its last words where it fails."""
+    quiet = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False, env=quiet)
     if done.returncode != 0:
         said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
         raise RuntimeError(f"the export does not load in a process of its own ({done.returncode}), which said: {said}")

@@ -94,7 +94,9 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launched:
         def write(run: Path, *what: Any, **part: Any) -> Checked:
             *told, out, how = what
             out.mkdir(exist_ok=True)
-            (out / kind).write_text(json.dumps([run.name, *told, how.dtype, how.verify, part]))
+            (out / (f"{kind}.gguf" if how.gguf else kind)).write_text(
+                json.dumps([run.name, *told, how.dtype, how.verify, part])
+            )
             return Checked(0.01 if how.dtype != "float32" else None, {"a": 1e-6} if how.verify else None)
 
         return write
@@ -318,6 +320,7 @@ def test_export_writes_a_part_or_the_whole_into_a_new_folder(launched: Launched,
         (["--split", "--category", "a", "--no-verify"], "split", ["float32", False, {"keep": ["a"], "drop": []}]),
         (["--without", "b", "--dtype", "float16"], "split", ["float16", True, {"keep": [], "drop": ["b"]}]),
         (["--category", "a", "--category", "b"], "dense", [["a", "b"], "float32", True, {}]),
+        (["--category", "a", "--gguf"], "dense.gguf", [["a"], "float32", True, {}]),
         (
             ["--moe", "glm4_moe", "--force", "b"],
             "moe",
@@ -344,6 +347,8 @@ def test_export_knows_kinds_and_parts(
         (["--split", "--moe", "glm4_moe"], "give either --split or --moe"),
         (["--split", "--force", "a"], "--force is for --moe"),
         (["--split", "--category", "a", "--category", "a"], "'a' is named twice"),
+        (["--split", "--gguf"], "--gguf is for --category NAME or --moe; only moeify loads a split model"),
+        (["--without", "a", "--gguf"], "--gguf is for --category NAME or --moe"),
         (["--moe", "mixtral"], "'mixtral' is not one of 'glm4_moe', 'granitemoeshared'"),
     ],
 )

@@ -82,6 +82,20 @@ def test_the_code_of_a_mixtures_card_sends_tokens_along_another_route(form: Form
         torch.testing.assert_close(stock.network(rows).logits, wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_the_code_of_a_gguf_card_is_that_of_the_check() -> None:
+    pytest.importorskip("gguf")
+    of = source()
+    text = card(ABOUT, of, Checked(None, None), dtype="float32", stock=to_moe(of.part, "glm4_moe", "c"), gguf=True)
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    from moeify import fresh_gguf
+
+    names: dict[str, object] = {}
+    exec(code.rpartition("\n\n")[0], names)
+    assert names["route_glm4_moe"].__doc__ == fresh_gguf.route_glm4_moe.__doc__
+    assert code.endswith('route_glm4_moe("FOLDER/model.gguf", experts["a"])\n')
+    assert "library_name: gguf" in text
+
+
 def test_the_card_without_a_category_says_what_is_gone_and_where_its_rows_run() -> None:
     text = card(ABOUT, source(drop=["a"]), Checked(None, {"a": 0.0}), dtype="float32")
     assert "**Taken out: the expert `a` and all below it.**" in text

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     "--moe", type=click.Choice(["glm4_moe", "granitemoeshared"]), help="A mixture of experts that transformers loads."
 )
 @click.option("--force", metavar="NAME", help="With --moe: the category whose expert runs as loaded (the first).")
+@click.option("--gguf", is_flag=True, help="For llama.cpp: a dense model or --moe as one file.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -42,6 +43,7 @@ def command(
     split: bool,
     moe: str | None,
     force: str | None,
+    gguf: bool,
     dtype: str,
     verify: bool,
     out: Path,
@@ -63,7 +65,7 @@ def command(
     from pipelines import runs
     from pipelines.show import summary
 
-    _refuse_odd(keep, drop, split, moe, force)
+    _refuse_odd(keep, drop, split, moe, force, gguf)
     folder = runs.find(run_, runs.home())
     known = summary(folder)
     if known["status"] != "finished":
@@ -77,7 +79,7 @@ def command(
         raise ValueError(f"{out} is there already; give a folder that is new or empty")
     from moeify.export import How, export_dense, export_moe, export_split
 
-    how: Any = How(dtype=dtype, verify=verify, about=_about(folder))  # type: ignore[arg-type]
+    how: Any = How(dtype=dtype, gguf=gguf, verify=verify, about=_about(folder))  # type: ignore[arg-type]
     if moe:
         done = export_moe(folder.path, moe, out, how, forced=force, keep=keep, drop=drop)  # type: ignore[arg-type]
     elif split or drop:
@@ -93,7 +95,9 @@ def command(
         )
 
 
-def _refuse_odd(keep: Sequence[str], drop: Sequence[str], split: bool, moe: str | None, force: str | None) -> None:
+def _refuse_odd(
+    keep: Sequence[str], drop: Sequence[str], split: bool, moe: str | None, force: str | None, gguf: bool
+) -> None:
     if not (keep or drop or split or moe):
         raise click.UsageError("say what to export: --category NAME, --split, --moe FORMAT or --without NAME")
     if keep and drop:
@@ -102,6 +106,8 @@ def _refuse_odd(keep: Sequence[str], drop: Sequence[str], split: bool, moe: str 
         raise click.UsageError("give either --split or --moe")
     if force and not moe:
         raise click.UsageError("--force is for --moe")
+    if gguf and (split or (drop and not moe)):
+        raise click.UsageError("--gguf is for --category NAME or --moe; only moeify loads a split model")
     for name in (*keep, *drop):
         if (*keep, *drop).count(name) > 1:
             raise click.UsageError(f"{name!r} is named twice")
