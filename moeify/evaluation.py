@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moeify.arms import Arm
 from moeify.config import Evaluation
-from moeify.events import RoundEnded
+from moeify.events import RoundEnded, Stop
 from moeify.partition import Partition
 from moeify.result import MEAN, Result
 from moeify.split_model import SplitModel
@@ -95,6 +95,7 @@ def summarize(
     rounds: Sequence[RoundEnded],
     tested: Mapping[Arm, RowLosses],
     rises: dict[str, dict[str, float]],
+    stopped: Stop,
     steps: int,
     seconds: float,
 ) -> Result:
@@ -107,6 +108,7 @@ def summarize(
         tree=partition.nested(),
         active_fraction={**partition.active_fraction, MEAN: 1.0 - partition.separation},
         rounds=tuple(rounds),
+        stopped=stopped,
         test_loss=losses,
         bits_per_byte={arm: each for arm, each in bits.items() if each is not None} or None,
         own_other=rises,

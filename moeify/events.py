@@ -19,6 +19,13 @@ class _Event(BaseModel):
     """Seconds since the epoch."""
 
 
+Stop = Literal["target reached", "rounds used up", "nothing to split", "no step left"]
+"""Why a run was not split any further. ``target reached``: it was cut as deep as the recipe asks, and that was kept;
+``rounds used up``: the last round was rolled back, or went for less; ``nothing to split``: at the last round every leaf
+served one category, or none passed the null test; ``no step left``: no cut that is worth a round was expected to stay
+in the budget."""
+
+
 class Started(_Event):
     """The run's plan. Said once, by the first attempt."""
 
@@ -84,11 +91,27 @@ class RoundEnded(_Event):
     step: int
     separation: float
     """1 - mean active fraction of units, of what this round cut."""
+    asked: float = 1.0
+    """The separation that the round went for; the default is for journals from before it was kept."""
+    uncut: Literal["nothing to split", "no step left"] | None = None
+    """Why the round cut nothing; None where it did."""
     tax: float
     """Mean over categories of the nats above the dense twin on validation data, after recovery."""
     tax_error: float | None = None
     """Standard error of ``tax`` over the validation rows, which both models read; None where it is not known."""
     tax_by_category: dict[str, float]
+    tax_before: float | None = None
+    """Mean tax right before the cut; None where nothing was cut, or in journals from before it was kept."""
+    tax_cut: float | None = None
+    """The same right after the cut, before any recovery."""
+    expected: float | None = None
+    """The tax that was foreseen from the rise at the cut and from what earlier recoveries have left of it."""
+    budget_used: float | None = None
+    """The part of the budget that the tax takes, 1 = all; None without a budget."""
+    budget_used_before: float | None = None
+    """The same right before the cut."""
+    budget_used_cut: float | None = None
+    """The same right after the cut, before any recovery."""
     tax_random: float | None
     """Mean tax of the random split of equal sizes; None without that control."""
     tax_told: float | None = None
@@ -101,6 +124,11 @@ class RoundEnded(_Event):
     seconds: float
     tree: dict[str, Any]
     """Nested: name, categories, units, children."""
+
+    @property
+    def outcome(self) -> Literal["kept", "rolled back", "not cut"]:
+        """What became of the round, in a word or two."""
+        return "not cut" if self.uncut else "kept" if self.accepted else "rolled back"
 
 
 class Artifact(_Event):

@@ -19,16 +19,26 @@ from attribution.subject import Subject
 from attribution.table import AttributionTable
 from moeify.arms import Arm
 from moeify.config import Round, RunConfig
+from moeify.control import (
+    NoStepLeftError,
+    Standing,
+    budget_used,
+    check_step,
+    deepest,
+    expected_tax,
+    expected_use,
+    why_stopped,
+)
 from moeify.evaluation import RowLosses, own_other, row_losses, summarize, tax, tax_error
 from moeify.events import MemoryTracker, Tracker
-from moeify.grouping import NothingToSplitError
+from moeify.grouping import NothingToSplitError, divisible_leaves
 from moeify.null_test import Relabel, null_test
 from moeify.plan import PlannedPhase, check_categories, plan
-from moeify.propose import Proposal, propose, shuffled
+from moeify.propose import Proposal, menu, shuffled
 from moeify.report import Reporter
 from moeify.result import Result
 from moeify.split_model import SplitModel
-from moeify.state import State
+from moeify.state import Cut, State
 from moeify.store import MemoryStore, Store
 from moeify.surgery import compensate_sites, permute
 from moeify.task import HeldOut, Task
@@ -120,33 +130,82 @@ class _Loop:
         """Attribute, partition, prune and compensate: the split arm the recipe's way, its control at random."""
         before = self.state.name
         self.state.fork(self.config, self.task)
-        models = {arm: self.state.arms[arm].model for arm in self.config.cut_arms}
-        self._evaluate(phase, "before_cut", self.config.cut_arms)
-        tables = self._attribute(models, phase.round)
-        split, table = models["split"], tables["split"]
-        partition, rounds = self.config.partition, self._to_come(phase.round, split.partition.separation)
-        passed = self._null_test(split, table, phase.round, rounds[0])
-        self.say.phase("partition", phase.round)
-        score, tree, seed = self.config.attribution.score, self.config.tree, self.config.seed
-        known = split.partition, table, split.output_weights
+        self.state.uncut = None
+        rows = self._evaluate(phase, "before_cut", ("dense", *self.config.cut_arms))
         try:
-            proposal = propose(*known, partition, rounds, score, tree, passed, split.input_weight, seed)
+            proposal, tables = self._propose(phase, rows)
         except NothingToSplitError as reason:
+            self.state.uncut = "nothing to split"
             return self.say.phase("partition", phase.round, str(reason))
-        cuts, blind = {"split": proposal}, None
+        except NoStepLeftError as reason:
+            self.state.uncut = "no step left"
+            return self.say.phase("partition", phase.round, str(reason))
+        models = {arm: self.state.arms[arm].model for arm in self.config.cut_arms}
+        cuts, blind, asked = {"split": proposal}, None, self._to_come(phase.round)[0].separation
         if (random := models.get("random")) is not None:
-            blind = shuffled(split.partition, proposal, table, split.output_weights, self.config.seed).predicted
-            mine = tables["random"], random.output_weights
-            cuts["random"] = shuffled(random.partition, proposal, *mine, self.config.seed)
-        self.state.undo, self.state.predicted = before, (proposal.predicted, blind)
-        if proposal.partition.separation < rounds[0].separation - 1e-9:
-            got, asked = proposal.partition.separation, rounds[0].separation
-            self.say.phase("partition", phase.round, f"separation {got:.3f} of {asked:.3f}: widths leave no more room")
+            split, seed = models["split"], self.config.seed
+            blind = shuffled(split.partition, proposal, tables["split"], split.output_weights, seed).predicted
+            cuts["random"] = shuffled(random.partition, proposal, tables["random"], random.output_weights, seed)
         for arm in models:
             self._apply(self.state.arms[arm], cuts[arm], tables[arm])
-        self.say.cut(phase.round, proposal, table)
-        self._evaluate(phase, "after_cut", self.config.cut_arms)
+        self.say.cut(phase.round, proposal, tables["split"])
+        now, then = (
+            self._standing(each["split"], rows["dense"])
+            for each in (rows, self._evaluate(phase, "after_cut", self.config.cut_arms))
+        )
+        expected = expected_tax(now, then, self.state.rounds)
+        self.state.undo = before
+        self.state.cut = Cut(asked, proposal.predicted, blind, now, then, expected)
         return None
+
+    def _propose(
+        self, phase: PlannedPhase, rows: Mapping[Arm, RowLosses]
+    ) -> tuple[Proposal, dict[Arm, AttributionTable]]:
+        """Choose the split arm's cut, as deep as the round asks or the budget is expected to allow."""
+        models = {arm: self.state.arms[arm].model for arm in self.config.cut_arms}
+        split, rounds, partition = models["split"], self._to_come(phase.round), self.config.partition
+        reached, asked = split.partition.separation, rounds[0].separation
+        if not divisible_leaves(split.partition, partition):
+            raise NothingToSplitError("every leaf serves one category; nothing is left to split")
+        now = self._standing(rows["split"], rows["dense"])
+        if budget := self.config.budget:
+            check_step(budget, asked - reached, now)
+        tables = self._attribute(models, phase.round)
+        passed = self._null_test(split, tables["split"], phase.round, rounds[0])
+        self.say.phase("partition", phase.round)
+        score, tree, seed = self.config.attribution.score, self.config.tree, self.config.seed
+        known = split.partition, tables["split"], split.output_weights
+        choices = menu(*known, partition, rounds, score, tree, passed, split.input_weight, seed)
+        proposal = choices.cut(asked)
+        room = proposal.partition.separation
+        if budget:
+
+            def fits(cut: Proposal) -> bool:
+                then = self._standing(self._tried(cut, tables["split"]), rows["dense"])
+                return expected_use(now, then, self.state.rounds) <= 1.0
+
+            proposal = deepest(choices.cut, reached + budget.least_step, asked, fits)
+        if (got := proposal.partition.separation) < asked - 1e-9:
+            why = "the budget allows no more" if got < room else "widths leave no more room"
+            self.say.phase("partition", phase.round, f"separation {got:.3f} of {asked:.3f}: {why}")
+        return proposal, tables
+
+    def _tried(self, proposal: Proposal, table: AttributionTable) -> RowLosses:
+        """Return the losses right after a cut that is undone again."""
+        split = self.state.arms["split"]
+        tensors = {name: tensor.clone() for name, tensor in split.tensors().items()}
+        partition = split.model.partition
+        self._apply(split, proposal, table)
+        rows = row_losses(split.model, self.task, self.world, self.config.evaluation, "validation")
+        split.load(tensors)
+        split.model.repartition(partition)
+        return rows
+
+    def _standing(self, mine: RowLosses, twin: RowLosses) -> Standing:
+        """Hold the split model's losses against the dense twin's."""
+        loss = twin.by_category(self.task)
+        taxes = tax(mine.by_category(self.task), loss)
+        return Standing(taxes["mean"], budget_used(self.config.budget, taxes, loss))
 
     def _attribute(self, models: Mapping[Arm, SplitModel], number: int) -> dict[Arm, AttributionTable]:
         """Measure the arms that are about to be cut."""
@@ -158,9 +217,9 @@ class _Loop:
             self.say.phase("attribute", number, f"rows measured of {total:,} at most: {told}")
         return tables
 
-    def _to_come(self, number: int, reached: float) -> list[Round]:
+    def _to_come(self, number: int) -> list[Round]:
         """Return this round and those after it; this one goes as far as roll-backs have left of its step."""
-        rounds = list(self.config.rounds[number - 1 :])
+        rounds, reached = list(self.config.rounds[number - 1 :]), self.state.arms["split"].model.partition.separation
         separation = reached + self.state.step_scale * (rounds[0].separation - reached)
         rounds[0] = rounds[0].model_copy(update={"separation": separation})
         return rounds
@@ -186,23 +245,21 @@ class _Loop:
     def _judge(self, phase: PlannedPhase) -> None:
         """Hold the round against the dense twin: keep it while the tax is within the budget, else roll back."""
         rows = self._evaluate(phase, "recovered", tuple(self.state.arms))
-        if self.state.undo is None:
-            return
         losses = {arm: each.by_category(self.task) for arm, each in rows.items()}
         taxes: dict[Arm, dict[str, float]] = {
             arm: tax(losses[arm], losses["dense"]) for arm in self.config.arms if arm != "dense"
         }
-        accepted = self.config.budget is None or taxes["split"]["mean"] <= self.config.budget.tax
-        partition = self.state.arms["split"].model.partition
+        used = budget_used(self.config.budget, taxes["split"], losses["dense"])
         error = tax_error(rows["split"], rows["dense"], self.task)
-        record = self.say.judged(phase, partition, self.state.predicted, taxes, error, accepted)
+        accepted = self.state.cut is None or used is None or used <= 1.0
+        record = self.say.judged(phase, self.state, taxes, error, used, accepted)
         self.state.rounds.append(record)
-        if accepted:
-            self.state.step_scale = 1.0
-        else:
+        if not accepted:
             self.state.roll_back(self.store, self.config)
             self.state.step_scale /= 2
-        self.state.undo = None
+        elif self.state.cut:
+            self.state.step_scale = 1.0
+        self.state.undo = self.state.cut = None
 
     def _test(self) -> Result:
         """Read the test split, once, when all training is over."""
@@ -212,10 +269,9 @@ class _Loop:
         split = self.state.arms["split"].model
         intact = rows["split"].by_category(self.task)
         wounded = own_other(split, self.task, self.world, self.config.evaluation, intact)
-        seconds = time.time() - self.began
-        return summarize(
-            self.task, split.partition, self.state.rounds, rows, wounded, self.config.training.steps, seconds
-        )
+        stopped, seconds = why_stopped(self.state.rounds, self.config.rounds[-1].separation), time.time() - self.began
+        rounds, steps = self.state.rounds, self.config.training.steps
+        return summarize(self.task, split.partition, rounds, rows, wounded, stopped, steps, seconds)
 
     def _measure(self, model: SplitModel, round_: int, relabel: Relabel = iter) -> AttributionTable:
         """Return the attribution of every unit to every category, of all workers' rows together."""

@@ -113,6 +113,9 @@ class Partition(Closed):
     """How units find their owners at given widths. What parts, and the null test, are attribution's whatever it is."""
     budget: Literal["knapsack", "equal"] = "knapsack"
     """How a round's separation is shared out over sites: by least rise of J, or the same everywhere."""
+    refine: bool = False
+    """At the widths that the budget made, units change places between experts for as long as that lowers J
+    (``moeify.refine``)."""
     multiple: PositiveInt = 8
     """Every expert's width in a site is a multiple of this many units."""
     min_units: Annotated[int, Field(ge=0)] = 8

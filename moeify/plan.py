@@ -68,6 +68,8 @@ def _check_reachable(config: RunConfig, routed: Sequence[str], unrouted: int) ->
     reached = 0.0
     leaves = [(tuple(routed), 1.0 - config.partition.min_core)]  # what a leaf serves, fraction of units it may give
     for place, round_ in enumerate(config.rounds):
+        if round_.separation <= reached:  # tries again what the budget may not have allowed the round before
+            continue
         splits = [(foreseen(config.tree, serves, round_.branching), room) for serves, room in leaves]
         alone = unrouted if place == 0 else 0  # they leave the routed at the first cut, and spare every expert
         spared = [

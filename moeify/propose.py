@@ -10,7 +10,7 @@ Unrouted categories are a child without units.
 
 import bisect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from moeify.knapsack import Curve, cheapest
 from moeify.owners import Deal, LeafUnits, owners
 from moeify.partition import Partition
 from moeify.partition_config import Partition as PartitionConfig
+from moeify.refine import Exchange
 from moeify.trials import most_given
 
 
@@ -50,6 +51,29 @@ class _Choice:
     predicted: float
 
 
+@dataclass(frozen=True)
+class Menu:
+    """What a round may choose from: who parts, and for each site and leaf what every expert width costs."""
+
+    partition: Partition
+    """The one that is to be cut."""
+    config: PartitionConfig
+    groups: Groups
+    choices: Mapping[tuple[str, int], list[_Choice]]
+    """(site, leaf) -> from the narrowest expert allowed to the widest there is room for."""
+    exchanges: Mapping[tuple[str, int], Exchange]
+    """(site, leaf) -> exchanges of units that lower J; none where ``config.refine`` is off."""
+
+    def cut(self, separation: float) -> Proposal:
+        """Return the cut to a separation, or as far as there is room, that costs the least J."""
+        chosen = _spend(self.partition, self.config, separation, self.groups, self.choices)
+        for key, exchange in self.exchanges.items():
+            owner_L = exchange.settle(chosen[key].owner_L)
+            chosen[key] = replace(chosen[key], owner_L=owner_L, predicted=exchange.residual(owner_L))
+        owned = {key: choice.owner_L for key, choice in chosen.items()}
+        return _proposal(self.partition, self.groups, owned, sum(choice.predicted for choice in chosen.values()))
+
+
 def propose(
     partition: Partition,
     table: AttributionTable,
@@ -62,17 +86,36 @@ def propose(
     reads: Callable[[str], Float[Tensor, "units inputs"]] | None = None,
     seed: int = 0,
 ) -> Proposal:
-    """Choose the first of ``rounds`` to come: split every leaf that has several categories.
+    """Choose the first of ``rounds`` to come: split every leaf that has several categories (``menu``).
+
+    Where rounding to ``config.multiple`` leaves too little room for the round's separation, the cut goes as far as
+    there is room.
+    """
+    return menu(partition, table, weights, config, rounds, score, tree, only, reads, seed).cut(rounds[0].separation)
+
+
+def menu(
+    partition: Partition,
+    table: AttributionTable,
+    weights: Mapping[str, Float[Tensor, "dim units"]],
+    config: PartitionConfig,
+    rounds: Sequence[Round],
+    score: Unsigned,
+    tree: Nested | None = None,
+    only: Collection[int] | None = None,
+    reads: Callable[[str], Float[Tensor, "units inputs"]] | None = None,
+    seed: int = 0,
+) -> Menu:
+    """Return what the first of ``rounds`` to come may choose from, to split every leaf that has several categories.
 
     ``rounds`` are this round and those after it, whose experts need room as well; ``weights`` holds each site's output
     weights, ``reads`` returns its input weights, for those ``config.owners`` that ask; ``tree`` is the recipe's;
-    ``only`` are the leaves that may be split, ``None`` for all; ``seed`` is what ways to find owners draw from. Where
-    rounding to ``config.multiple`` leaves too little room for the round's separation, the cut goes as far as there is
-    room. Raises NothingToSplitError where no leaf can be split, ValueError where an expert has too few units for its
+    ``only`` are the leaves that may be split, ``None`` for all; ``seed`` is what ways to find owners draw from.
+    Raises NothingToSplitError where no leaf can be split, ValueError where an expert has too few units for its
     children.
     """
     groups = choose_groups(partition, table, weights, config, rounds[0], score, tree, only)
-    choices = {}
+    choices, exchanges = {}, {}
     for site in partition.widths:
         for leaf, parts in groups.items():
             start, own = partition.starts(site)[leaf], partition.widths[site][leaf]
@@ -80,9 +123,9 @@ def propose(
             choices[site, leaf] = _choices(
                 partition, table, weights[site], config, rounds, site, leaf, parts, tree, deal
             )
-    chosen = _spend(partition, config, rounds[0].separation, groups, choices)
-    owned = {key: choice.owner_L for key, choice in chosen.items()}
-    return _proposal(partition, groups, owned, sum(choice.predicted for choice in chosen.values()))
+            if config.refine:
+                exchanges[site, leaf] = Exchange(partition, table, weights[site].double(), site, leaf, parts)
+    return Menu(partition, config, groups, choices, exchanges)
 
 
 def shuffled(

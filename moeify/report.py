@@ -9,7 +9,6 @@ from attribution.table import AttributionTable
 from moeify.arms import Arm
 from moeify.config import RunConfig
 from moeify.events import Artifact, Evaluated, Phase, RoundEnded, Started, Step, Tracker
-from moeify.partition import Partition
 from moeify.plan import PlannedPhase, training_work
 from moeify.propose import Proposal
 from moeify.split_model import SplitModel
@@ -130,26 +129,38 @@ class Reporter:
     def judged(
         self,
         phase: PlannedPhase,
-        partition: Partition,
-        predicted: tuple[float, float | None],
+        state: State,
         taxes: Mapping[Arm, Mapping[str, float]],
         error: float | None,
+        used: float | None,
         accepted: bool,
     ) -> RoundEnded:
-        """Say how a round ended, and return its record; ``taxes`` are above the dense twin, ``error`` the split's."""
+        """Say how a round ended, and return its record.
+
+        ``taxes`` are above the dense twin, ``error`` and ``used``, the part of the budget, are the split arm's.
+        """
+        partition, cut = state.arms["split"].model.partition, state.cut
         record = RoundEnded(
             id=f"round/{phase.round}",
             time=time.time(),
             round=phase.round,
             step=phase.until,
             separation=partition.separation,
+            asked=cut.asked if cut else self.config.rounds[phase.round - 1].separation,
+            uncut=state.uncut,
             tax=taxes["split"]["mean"],
             tax_error=error,
             tax_by_category={c: nats for c, nats in taxes["split"].items() if c != "mean"},
+            tax_before=cut.before.tax if cut else None,
+            tax_cut=cut.after.tax if cut else None,
+            expected=cut.expected if cut else None,
+            budget_used=used,
+            budget_used_before=cut.before.used if cut else None,
+            budget_used_cut=cut.after.used if cut else None,
             tax_random=taxes["random"]["mean"] if "random" in taxes else None,
             tax_told=taxes["split"]["mean"] - taxes["told"]["mean"] if "told" in taxes else None,
-            predicted=predicted[0],
-            predicted_random=predicted[1],
+            predicted=cut.predicted if cut else 0.0,
+            predicted_random=cut.predicted_random if cut else None,
             accepted=accepted,
             seconds=time.time() - self._round_began,
             tree=partition.nested(),

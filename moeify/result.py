@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from moeify.arms import Arm
-from moeify.events import RoundEnded
+from moeify.events import RoundEnded, Stop
 
 MEAN = "mean"
 """The key that stands beside the categories for their unweighted mean."""
@@ -26,6 +26,8 @@ class Result(BaseModel):
     """Category -> units on its route over all units, 0..1; and ``mean``."""
     rounds: tuple[RoundEnded, ...]
     """Every round, those that were rolled back included."""
+    stopped: Stop | None = None
+    """Why it was not split any further; None in results from before that was kept."""
     test_loss: dict[Arm, dict[str, float]]
     """Arm -> category -> nats per unit on test data."""
     bits_per_byte: dict[Arm, dict[str, float]] | None

@@ -3,13 +3,14 @@
 Nothing else carries over from phase to phase: data, rates and random draws are functions of the recipe and the step.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Self
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self
 
 from torch import Tensor
 
 from moeify.arms import Arm
 from moeify.config import RunConfig
+from moeify.control import Standing
 from moeify.events import RoundEnded
 from moeify.families import describe, rebuild
 from moeify.partition import Partition
@@ -17,6 +18,24 @@ from moeify.split_model import SplitModel
 from moeify.store import Store
 from moeify.task import Task
 from moeify.training import Contestant
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is known of a round's cut before it is judged."""
+
+    asked: float
+    """The separation that it went for."""
+    predicted: float
+    """J, in nats."""
+    predicted_random: float | None
+    """J of a random cut of equal sizes, where that is a control."""
+    before: Standing
+    """What the split model cost right before it."""
+    after: Standing
+    """And right after it."""
+    expected: float
+    """The mean tax in nats that is foreseen after recovery."""
 
 
 @dataclass
@@ -32,8 +51,10 @@ class State:
     """What is left of a round's step in separation after roll-backs, 0..1."""
     undo: str | None = None
     """The checkpoint from before the open round's cut; None where no round is open."""
-    predicted: tuple[float, float | None] = (0.0, None)
-    """J of the open round's cut, and of a random one where that is a control; nats."""
+    cut: Cut | None = None
+    """What the open round's cut was expected to do; None where no round is open."""
+    uncut: Literal["nothing to split", "no step left"] | None = None
+    """Why the round that is going on cut nothing; None where it did, or has not come to that."""
     seconds: float = 0.0
     """Wall time up to the last checkpoint, all attempts together."""
 
@@ -66,7 +87,8 @@ class State:
             "rounds": [record.model_dump(mode="json") for record in self.rounds],
             "step_scale": self.step_scale,
             "undo": self.undo,
-            "predicted": list(self.predicted),
+            "cut": asdict(self.cut) if self.cut else None,
+            "uncut": self.uncut,
             "seconds": self.seconds,
             "network": describe(dense.network),
             "categories": list(dense.categories),
@@ -84,7 +106,8 @@ class State:
             rounds=[RoundEnded.model_validate(record) for record in facts["rounds"]],
             step_scale=facts["step_scale"],
             undo=facts["undo"],
-            predicted=(facts["predicted"][0], facts["predicted"][1]),
+            cut=_cut(facts["cut"]) if facts["cut"] else None,
+            uncut=facts["uncut"],
             seconds=facts["seconds"],
         )
 
@@ -104,6 +127,10 @@ class State:
 
 def _untrained(task: Task, arm: Arm, config: RunConfig) -> Contestant:
     return Contestant(SplitModel(task.build(), task.categories, told=arm == "told"), config.training)
+
+
+def _cut(facts: dict[str, Any]) -> Cut:
+    return Cut(**{**facts, "before": Standing(**facts["before"]), "after": Standing(**facts["after"])})
 
 
 def _contestant(store: Store, name: str, arm: Arm, facts: dict[str, Any], config: RunConfig) -> Contestant:

@@ -14,12 +14,19 @@ SCHEDULES = ("loop", "oneshot", "init")
 owners; ``init``: such a cut before the first step, where there is nothing to measure: equal widths, owners drawn, no
 compensation."""
 
+SWITCHES: dict[str, dict[str, Any]] = {
+    "equal_widths": {"budget": "equal"},
+    "uncompensated": {"compensation": None},
+    "refined": {"refine": True},
+}
+"""The recipe with one switch of its partition thrown, to see what that buys."""
+
 
 def methods() -> tuple[str, ...]:
-    """Return every method's name: the schedules, then each kind of ``partition.owners`` in the recipe's own rounds."""
+    """Return every method's name: schedules, switches, and each kind of ``partition.owners`` in the recipe's rounds."""
     schema = RunConfig.model_json_schema()["$defs"]["Partition"]["properties"]["owners"]
     kinds = schema["discriminator"]["mapping"]
-    return (*SCHEDULES, *(kind for kind in kinds if kind != "attribution"))
+    return (*SCHEDULES, *SWITCHES, *(kind for kind in kinds if kind != "attribution"))
 
 
 def variant(config: RunConfig, method: str, categories: int) -> RunConfig:
@@ -35,6 +42,8 @@ def variant(config: RunConfig, method: str, categories: int) -> RunConfig:
         case "init":
             data |= _single_cut(config, 0, categories)
             data["partition"] |= {"owners": {"kind": "random"}, "budget": "equal", "compensation": None}
+        case switch if switch in SWITCHES:
+            data["partition"] |= SWITCHES[switch]
         case kind:
             data["partition"]["owners"] = {"kind": kind}
     return RunConfig.model_validate_json(json.dumps(data), strict=True)

@@ -124,10 +124,11 @@ def milestones(event: Event) -> Iterator[str]:
         case RoundEnded():
             random = "" if event.tax_random is None else f"random {event.tax_random:+.3f}, "
             told = "" if event.tax_told is None else f"over told {event.tax_told:+.3f}, "
+            expected = "" if event.budget_used is None or event.uncut else f" (expected {event.expected:+.3f})"
             yield (
-                f"round {event.round} {'accepted' if event.accepted else 'rolled back'}: "
-                f"separation {percent(event.separation)}, tax {event.tax:+.3f} nats, {random}{told}"
-                f"J {two_digits(event.predicted)}"
+                f"round {event.round} {event.outcome}{f' ({event.uncut})' if event.uncut else ''}: "
+                f"separation {percent(event.separation)}, tax {event.tax:+.3f} nats"
+                f"{expected}, {random}{told}J {two_digits(event.predicted)}"
             )
         case Evaluated(moment="test") if event.loss:
             yield f"test loss of {event.arm}: {fmean(event.loss.values()):.3f} nats, mean over categories"
@@ -231,7 +232,7 @@ class TerminalDisplay:
 def _style(event: Event) -> str:
     match event:
         case RoundEnded():
-            return "green" if event.accepted else "yellow"
+            return "green" if event.outcome == "kept" else "yellow"
         case Failed():
             return "red"
         case _:

@@ -54,11 +54,16 @@ def points_of(event: Event, unit: str) -> Iterable[Point]:
                 yield "tax_error/mean", event.tax_error, event.step
             for category, tax in event.tax_by_category.items():
                 yield _key("tax", category), tax, event.step
+            if event.expected is not None:
+                yield "tax_expected/mean", event.expected, event.step
+            if event.budget_used is not None:
+                yield "budget_used", event.budget_used, event.step
             if event.tax_random is not None:
                 yield "tax_random/mean", event.tax_random, event.step
             if event.tax_told is not None:
                 yield "tax_told/mean", event.tax_told, event.step
-            yield "predicted_J/split", event.predicted, event.step
+            if not event.uncut:
+                yield "predicted_J/split", event.predicted, event.step
             if event.predicted_random is not None:
                 yield "predicted_J/random", event.predicted_random, event.step
             yield "accepted", float(event.accepted), event.step
@@ -116,7 +121,9 @@ def summary(folder: RunFolder, status: str) -> str:
     events, _ = read_events(folder.journal, 0)
     rounds = [event for event in events if isinstance(event, RoundEnded)]
     if folder.result.is_file():
-        lines += _result_table(Result.model_validate_json(folder.result.read_bytes()))
+        result = Result.model_validate_json(folder.result.read_bytes())
+        lines += [f"Stopped: {result.stopped}.", ""] if result.stopped else []
+        lines += _result_table(result)
     if rounds:
         lines += _rounds_table(rounds)
     kept = [event.tree for event in rounds if event.accepted]
@@ -140,7 +147,7 @@ def _rounds_table(rounds: Sequence[RoundEnded]) -> list[str]:
         cells = [str(event.round), percent(event.separation), nats(event.tax, signed=True)]
         cells += [nats(event.tax_random, signed=True)] * random + [nats(event.tax_told, signed=True)] * told
         cells += [two_digits(event.predicted)] + [two_digits(event.predicted_random)] * random
-        lines.append(_row([*cells, "kept" if event.accepted else "rolled back"]))
+        lines.append(_row([*cells, event.outcome]))
     return [*lines, ""]
 
 

@@ -22,13 +22,20 @@ from pipelines.wording import clock, nats, percent, two_digits
 Summary = dict[str, Any]
 
 _TOLD_NOTE = "\nover told: the split model above the told twin, which is given the category too"
+_STANDARD_ERRORS = 1.96
+"""Half of a 95 % interval."""
 _ROUND_KEYS = (
     "round",
     "step",
     "separation",
+    "asked",
     "tax",
     "tax_error",
     "tax_by_category",
+    "tax_before",
+    "tax_cut",
+    "expected",
+    "budget_used",
     "tax_random",
     "tax_told",
     "predicted",
@@ -67,6 +74,7 @@ def _of_result(result: Result) -> Summary:
         "tree": result.tree,
         "active_fraction": result.active_fraction,
         "rounds": [_round(event) for event in result.rounds],
+        "stopped": result.stopped,
         "test_loss": result.test_loss,
         "bits_per_byte": result.bits_per_byte,
         "tax": result.tax,
@@ -97,6 +105,7 @@ def _of_journal(folder: RunFolder) -> Summary:
         "tree": tree,
         "active_fraction": active_fraction(tree) if tree else None,
         "rounds": [_round(event) for event in rounds],
+        "stopped": None,
         "test_loss": {arm: tested.get(arm) for arm in started.arms} if started and tested else None,
         "bits_per_byte": None,
         "tax": _tax(tested, "split", "dense"),
@@ -108,7 +117,7 @@ def _of_journal(folder: RunFolder) -> Summary:
 
 
 def _round(event: RoundEnded) -> Summary:
-    return event.model_dump(include=set(_ROUND_KEYS))
+    return {**event.model_dump(include=set(_ROUND_KEYS)), "outcome": event.outcome}
 
 
 def _tax(tested: Mapping[str, Mapping[str, float]], arm: Arm, twin: Arm) -> dict[str, float] | None:
@@ -164,6 +173,8 @@ def print_run(folder: RunFolder, stream: TextIO) -> None:
         facts.append(f"{known['steps']:,} steps an arm")
     if known["seconds"] is not None:
         facts.append(clock(known["seconds"]))
+    if known["stopped"]:
+        facts.append(known["stopped"])
     console.print(" · ".join(facts), style="bold")
     if known["status"] != "finished":
         if reached := _reached(read_events(folder.journal, 0)[0]):
@@ -203,7 +214,7 @@ def listing(folders: Sequence[RunFolder]) -> list[Summary]:
         except ValueError as error:
             row |= {"rounds": None, "active_fraction": None, "tax": None, "problem": str(error)}
         else:
-            kept = [r for r in known["rounds"] if r["accepted"]]
+            kept = [r for r in known["rounds"] if r["outcome"] == "kept"]
             tax = known["tax"][MEAN] if known["tax"] else kept[-1]["tax"] if kept else None
             active = known["active_fraction"][MEAN] if known["active_fraction"] else None
             row |= {"rounds": len(kept), "active_fraction": active, "tax": tax, "problem": None}
@@ -259,23 +270,26 @@ def _named_by_its_categories(node: Summary) -> bool:
 
 
 def _rounds_block(known: Summary, console: Console) -> _Block:
+    """Without a budget J stands beside the tax; with one, the tax that was foreseen at the cut and what it used."""
     random, told = ("random" in known["arms"], "told" in known["arms"])
-    columns = ["round", "step", "separation", *_tax_heads(known), "J"]
-    columns += [_head("random J", narrow=told)] if random else []
+    budget = any(row["budget_used"] is not None for row in known["rounds"])
+    tax_heads = list(_tax_heads(known))
+    columns = ["round", "separation", tax_heads[0], "±", *tax_heads[1:]]
+    columns += ["expected", "budget\nused"] if budget else ["J", *(["random\nJ"] if random else [])]
     table = table_for(console, *columns, "outcome", text=(0, len(columns)))
     for row in known["rounds"]:
-        table.add_row(
-            str(row["round"]),
-            f"{row['step']:,}",
-            percent(row["separation"]),
-            *(nats(row[key], signed=True) for key in _tax_keys(known)),
-            two_digits(row["predicted"]),
-            *([two_digits(row["predicted_random"])] if random else []),
-            "kept" if row["accepted"] else "rolled back",
-        )
+        taxes = (nats(row[key], signed=True) for key in _tax_keys(known))
+        cells = [str(row["round"]), percent(row["separation"]), next(taxes), _interval(row["tax_error"]), *taxes]
+        if budget:
+            cells += [nats(row["expected"], signed=True), percent(row["budget_used"])]
+        else:
+            cells += [two_digits(row["predicted"]), *([two_digits(row["predicted_random"])] if random else [])]
+        table.add_row(*cells, row["outcome"])
     unit = known["unit"] or "unit"
-    note = "tax: above the dense twin after recovery; J: predicted from the cut alone"
-    return _Block(f"Rounds (validation; tax and J in nats per {unit})", table, f"{note}{_TOLD_NOTE if told else ''}")
+    notes = ["tax: above the dense twin after recovery; ±: 95 % interval over the rows"]
+    notes += ["expected: the tax foreseen at the cut"] if budget else ["J: predicted from the cut alone"]
+    title = f"Rounds (validation; tax{'' if budget else ' and J'} in nats per {unit})"
+    return _Block(title, table, "\n".join(notes) + (_TOLD_NOTE if told else ""))
 
 
 def _loss_block(known: Summary, console: Console) -> _Block:
@@ -289,8 +303,15 @@ def _loss_block(known: Summary, console: Console) -> _Block:
             *(nats(_of_arm(loss, arm, category)) for arm in known["arms"]),
             *(nats(tax.get(category), signed=True) for tax in taxes),
         )
-    note = _TOLD_NOTE.removeprefix("\n") if "told" in known["arms"] else ""
+    known_error = known["tax_error"] is not None
+    notes = [f"mean tax ± {_interval(known['tax_error'])}: 95 % interval over the rows, which both read"] * known_error
+    note = "\n".join(notes) + (_TOLD_NOTE if "told" in known["arms"] else "")
     return _Block(f"Test loss (nats per {known['unit']}; tax: above the dense twin)", table, note)
+
+
+def _interval(error: float | None) -> str:
+    """Return half of a 95 % interval."""
+    return "-" if error is None else nats(_STANDARD_ERRORS * error)
 
 
 def _tax_keys(known: Summary) -> tuple[str, ...]:
@@ -299,14 +320,10 @@ def _tax_keys(known: Summary) -> tuple[str, ...]:
 
 
 def _tax_heads(known: Summary) -> Iterator[str]:
-    """Yield what stands above those taxes; with the told twin's columns, heads take two lines to fit 80 columns."""
+    """Yield what stands above those taxes, a word a line, to fit 80 columns."""
     words = {"tax": "tax", "tax_random": "random tax", "tax_told": "over told"}
     for key in _tax_keys(known):
-        yield _head(words[key], narrow="told" in known["arms"])
-
-
-def _head(words: str, *, narrow: bool) -> str:
-    return words.replace(" ", "\n") if narrow else words
+        yield words[key].replace(" ", "\n")
 
 
 def _bits_block(known: Summary, console: Console) -> _Block:

@@ -274,10 +274,11 @@ class MlflowFollower:
         picture = plots.attribution_path(self._folder, event.round)
         self._upload(client, run, picture)
         self._upload(client, parent, plots.tax_path(self._folder))
-        if event.accepted:  # where the run stands is seen without a look into its rounds
+        if event.outcome == "kept":  # where the run stands is seen without a look into its rounds
             self._upload(client, parent, picture)
             self._upload(client, parent, self._folder.rounds / str(event.round) / "partition.json")
         client.set_tag(run, "moeify.accepted", str(event.accepted).lower())
+        client.set_tag(run, "moeify.outcome", event.outcome)
         client.set_terminated(run, "FINISHED", end_time=_milliseconds(event.time))
         self._summarise(client, "running")
 
@@ -288,6 +289,8 @@ class MlflowFollower:
         result = Result.model_validate_json(self._folder.result.read_bytes())
         metrics = [Metric(key, value, _milliseconds(event.time), step) for key, value, step in final_points(result)]
         self._log_metrics(client, parent, metrics)
+        if result.stopped:
+            client.set_tag(parent, "moeify.stopped", result.stopped)
         for path in (self._folder.result, plots.tax_path(self._folder)):
             self._upload(client, parent, path)
 

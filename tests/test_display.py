@@ -94,7 +94,7 @@ def test_plain_lines_tell_plan_phases_rounds_and_the_end() -> None:
         "2 categories (python, prose), 473,000 parameters, 768 units in 2 sites, 600 steps an arm",
         "prepare",
         "round 1/2 · train · all arms",
-        "round 1 accepted: separation 30.0%, tax +0.012 nats, random -0.046, J 0.034",
+        "round 1 kept: separation 30.0%, tax +0.012 nats, random -0.046, J 0.034",
         "round 2 rolled back: separation 30.0%, tax +0.012 nats, random -0.046, J 0.034",
         "test loss of dense: 1.500 nats, mean over categories",
         "finished in 1:02:05",
@@ -160,7 +160,7 @@ def test_a_terminal_catches_up_with_earlier_attempts_in_one_line() -> None:
     display.take([STARTED, step(0.5, 1.0), ended()])
     display.close()
     assert "resumed: 1 of 2 rounds and 50% of the work were done before" in stream.getvalue()
-    assert "accepted" not in stream.getvalue()
+    assert "kept" not in stream.getvalue()
 
 
 def test_no_line_of_a_round_is_wider_than_80_columns() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from moeify.control import Standing
 from moeify.events import Evaluated, MemoryTracker, Phase, Started, Step
 from moeify.loop import run
 from moeify.result import Result
@@ -155,8 +156,10 @@ def test_a_run_killed_at_every_checkpoint_ends_with_the_same_bits(tmp_path: Path
 
 @pytest.fixture
 def heavy_tax(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every round cost one nat."""
+    """Make every round cost one nat, and nothing before its cut."""
     monkeypatch.setattr("moeify.loop.tax", lambda loss, twin: {**dict.fromkeys(loss, 1.0), "mean": 1.0})
+    nothing = Standing(0.0, 0.0)
+    monkeypatch.setattr("moeify.loop._Loop._standing", lambda self, mine, twin: nothing)
 
 
 @pytest.mark.usefixtures("heavy_tax")
@@ -167,6 +170,7 @@ def test_a_round_beyond_the_tax_budget_is_rolled_back_and_the_step_halved() -> N
     first, second = result.rounds
     assert not first.accepted
     assert not second.accepted
+    assert second.asked == 0.45 / 2
     assert second.separation == pytest.approx(0.45 / 2, abs=0.04)
     assert result.active_fraction["mean"] == 1.0
     assert result.tree["children"] == []
@@ -198,6 +202,28 @@ def test_rolled_back_weights_are_those_from_before_the_cut(tmp_path: Path) -> No
         for arm in ("split", "random"):
             assert seen[f"evaluated/{arm}/2/before_cut"] == seen[f"evaluated/{arm}/1/before_cut"]
             assert seen[f"evaluated/{arm}/1/recovered"] != seen[f"evaluated/{arm}/1/before_cut"]
+
+
+def test_a_run_on_a_budget_resumes_to_the_same_decisions(tmp_path: Path, heavy_tax: None) -> None:
+    """Two rounds are rolled back, each cut less deep than the one before; the third has no step left."""
+    config = toy_config(
+        budget={"tax": 0.5, "least_step": 0.08},
+        rounds=[{"train": 10, "recover": 5, "separation": 0.3} for _ in range(3)],
+    )
+    calm = MemoryTracker()
+    wanted = run(config, ToyTask(config), tracker=calm)
+    assert [r.outcome for r in wanted.rounds] == ["rolled back", "rolled back", "not cut"]
+    for lives in (1, 2):
+        stormy, told = DyingStore(tmp_path / f"stormy-{lives}", 2), MemoryTracker()
+        stormy.lives = lives
+        result = None
+        while result is None:
+            try:
+                result = run(config, ToyTask(config), store=stormy, tracker=told)
+            except KilledError:
+                stormy.lives = lives
+        assert outcome(result) == outcome(wanted)
+        assert {i for i in told.events if not i.startswith("resumed/")} == set(calm.events)
 
 
 def test_separations_out_of_reach_are_refused_before_any_training() -> None:

@@ -316,3 +316,18 @@ def test_a_mutated_recipe_gives_a_run_or_a_recipe_error_and_nothing_else(name: s
 def test_any_text_gives_a_run_or_a_recipe_error(text: str) -> None:
     with pytest.raises(RecipeError):
         parse_recipe(text, where="noise")
+
+
+@pytest.mark.parametrize(("good", "limit"), [("0.02", 0.02), ("1 %", 0.04), ("1%", 0.04), ("'2.5 %'", 0.1)])
+def test_a_budget_is_nats_or_a_share_of_the_twins_loss(good: str, limit: float) -> None:
+    config = parse_recipe(f"{GOOD}budget: {{tax: {good}}}\n", where="mine")
+    assert config.budget is not None
+    assert config.budget.limit(4.0) == pytest.approx(limit)
+    assert parse_recipe(to_yaml(config), where="again") == config
+
+
+@pytest.mark.parametrize("bad", ["0", "-1", "0 %", "one", "1 percent", "true", "[1]", "null"])
+def test_a_budget_that_is_neither_is_told_in_a_line(bad: str) -> None:
+    (line,) = problems(f"{GOOD}budget: {{tax: {bad}}}\n")
+    assert line.startswith("budget.tax: got ")
+    assert line.endswith("such as '1 %'")

@@ -31,6 +31,7 @@ KEYS = {
     "tree",
     "active_fraction",
     "rounds",
+    "stopped",
     "test_loss",
     "bits_per_byte",
     "tax",
@@ -80,6 +81,7 @@ def ended(number: int, accepted: bool, tree: dict[str, Any]) -> RoundEnded:
         round=number,
         step=5,
         separation=0.33,
+        asked=0.35,
         tax=0.02,
         tax_error=0.004,
         tax_by_category=dict.fromkeys(CATEGORIES, 0.02),
@@ -152,14 +154,20 @@ def test_a_finished_run_is_told_by_its_result_under_stable_keys(folder: runs.Run
             "round": 1,
             "step": 5,
             "separation": 0.33,
+            "asked": 0.35,
             "tax": 0.02,
             "tax_error": 0.004,
             "tax_by_category": dict.fromkeys(CATEGORIES, 0.02),
+            "tax_before": None,
+            "tax_cut": None,
+            "expected": None,
+            "budget_used": None,
             "tax_random": 0.05,
             "tax_told": None,
             "predicted": 0.01,
             "predicted_random": 0.1,
             "accepted": True,
+            "outcome": "kept",
         }
     ]
     assert known["test_loss"]["split"] == {"python": 3.1, "prose": 4.1, "c": 2.1}
@@ -211,7 +219,8 @@ def test_the_tables_hold_what_a_person_looks_for(folder: runs.RunFolder) -> None
         "core (all) 40 40.0%",
         "python+c 20 20.0%",
         "prose 20 20.0% 60.0%",
-        "1 5 33.0% +0.0200 +0.0500 0.010 0.10 kept",
+        "1 33.0% +0.0200 0.0078 +0.0500 0.010 0.10 kept",
+        "mean tax ± 0.0059: 95 % interval over the rows, which both read",
         "prose 60.0% 4.0000 4.1000 4.3000 +0.1000 +0.3000",
         "mean 66.7% 3.0000 3.1000 - +0.1000 -",
         "mean 1.5000 1.5000 1.5000",
@@ -271,7 +280,7 @@ def test_the_told_twins_columns_stand_where_there_is_one_and_fit_80_columns(
     for line in (
         "category active dense told split random tax tax told",
         "prose 60.0% 14.0000 22.7500 14.1000 14.3000 +0.1000 +0.3000 -0.2500",
-        "1 1,200 33.0% +0.0200 +0.0500 +0.0300 0.010 0.10 kept",
+        "1 33.0% +0.0200 0.0078 +0.0500 +0.0300 0.010 0.10 kept",
         "over told: the split model above the told twin, which is given the category too",
     ):
         assert line in lines
@@ -280,6 +289,25 @@ def test_the_told_twins_columns_stand_where_there_is_one_and_fit_80_columns(
     assert known["arms"] == ["dense", "told", "split", "random"]
     assert known["tax_told"]["mean"] == -0.25
     assert [row["tax_told"] for row in known["rounds"]] == [0.03, None]
+
+
+def test_a_budget_shows_what_was_expected_and_used_and_why_the_run_stopped(
+    folder: runs.RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    kept, undone = (
+        ended(n, n == 1, TREE).model_copy(update={"expected": 0.01, "budget_used": 0.9 * n}) for n in (1, 2)
+    )
+    uncut = ended(3, True, TREE).model_copy(update={"uncut": "no step left", "budget_used": 0.2, "predicted": 0.0})
+    finish(folder, TOLD.model_copy(update={"rounds": (kept, undone, uncut), "stopped": "no step left"}))
+    text = printed(folder)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[0].endswith("1:15 · no step left")
+    assert "1 33.0% +0.0200 0.0078 +0.0500 - +0.0100 90.0% kept" in lines
+    assert "2 33.0% +0.0200 0.0078 +0.0500 - +0.0100 180.0% rolled back" in lines
+    assert "3 33.0% +0.0200 0.0078 +0.0500 - - 20.0% not cut" in lines
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
+    assert show.listing([folder])[0]["rounds"] == 1
 
 
 def test_what_was_not_controlled_for_is_not_shown(folder: runs.RunFolder) -> None:
@@ -292,7 +320,7 @@ def test_what_was_not_controlled_for_is_not_shown(folder: runs.RunFolder) -> Non
     assert "told" not in text
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "prose 60.0% 4.0000 4.1000 +0.1000" in lines
-    assert "1 5 33.0% +0.0200 0.010 kept" in lines
+    assert "1 33.0% +0.0200 0.0078 0.010 kept" in lines
 
 
 def test_an_unfinished_run_with_a_told_twin_is_held_against_it(folder: runs.RunFolder) -> None:
