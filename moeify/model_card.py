@@ -14,6 +14,7 @@ from moeify.families import describe
 from moeify.result import Result
 from moeify.split_model import SplitModel
 from moeify.stock import Form, Stock
+from moeify.store import FORMAT
 from moeify.verification import Source
 
 
@@ -53,6 +54,7 @@ def card(
         _origin(about, source.whole),
         _losses(about.result, source, stock),
         _size(source, stock),
+        _format(stock, gguf),
         _checked(checked, source.removed, stock, gguf),
         _versions(about),
     ]
@@ -170,7 +172,7 @@ def _recipe(recipe: RunConfig) -> Iterator[str]:
     training = recipe.training
     yield f"- recipe: `{recipe.name}`, seed {recipe.seed}; {training.steps:,} steps of {training.rows} rows"
     separations = ", ".join(f"{r.separation:.0%}" for r in recipe.rounds)
-    yield f"- rounds: {len(recipe.rounds)}, to a separation of {separations}; owners by {recipe.partition.owners.kind}"
+    yield f"- rounds asked for a separation of {separations}; owners by {recipe.partition.owners.kind}"
 
 
 def _losses(result: Result | None, source: Source, stock: Stock | None) -> Iterator[str]:
@@ -253,6 +255,28 @@ def _priced(stock: Stock, whole: int) -> Iterator[list[str]]:
     yield ["**run by every token**", f"{price.runs:,} ({price.runs / whole:.1%} of the dense twin's)"]
     for category, units in price.routes.items():
         yield [f"of these on the route of {category}", f"{units:,} (padding costs {price.runs / units - 1:.1%})"]
+
+
+def _format(stock: Stock | None, gguf: bool) -> Iterator[str]:
+    if stock is None:
+        yield from (
+            f"## Format {FORMAT}",
+            "",
+            "- `manifest.json`: `body`, and the SHA-256 of its JSON with sorted keys; all below lies in it.",
+            "- `files`: size and SHA-256 of each.",
+            "- `facts.network`: the shape; `facts.categories`: in the order of category indices.",
+            "- `facts.partition`: `nodes`, the expert tree, depth first; `widths`, by site the units that each node",
+            "  owns; `owners`, the same spelled out: by site the node of each unit.",
+            "- `model.safetensors`: parameters under the stock names, units of a site in the order of nodes, each site",
+            "  as wide as its widths add up to. A row runs the units of the nodes that serve its category, no others.",
+        )
+    elif gguf:
+        yield from (
+            "## Format",
+            "",
+            "One GGUF file, weights and tokenizer. Where layers of a dense model have different",
+        )
+        yield "widths, its architecture is `deci`, a Llama whose feed-forward length is a list: nothing is padded."
 
 
 def _checked(checked: Checked, removed: Sequence[str], stock: Stock | None, gguf: bool) -> Iterator[str]:

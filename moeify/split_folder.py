@@ -1,7 +1,8 @@
 """The split model as a folder: hashed safetensors and JSON, the tokenizer's files beside them.
 
 ``manifest.json`` holds the network's description, the categories and the partition; ``model.safetensors`` the
-parameters under the stock architecture's names, units in tree order.
+parameters under the stock architecture's names, units in tree order, each site as wide as its widths add up to. Folders
+of the same ``moeify.store.FORMAT`` stay readable; the model card in the folder describes it for other readers.
 """
 
 from collections.abc import Mapping

@@ -61,9 +61,9 @@ def to_moe(split: SplitModel, form: Form, forced: str) -> Stock:
     """
     tree = split.partition.tree
     if forced not in tree.categories:
-        raise ValueError(f"no category {forced!r}; the model has {', '.join(tree.categories)}")
+        raise ValueError(f"no category {forced!r}; the model has {', '.join(split.categories)}")
     if len(tree.leaves) < 2:
-        raise ValueError(f"one route serves {', '.join(tree.categories)}, wanted two or more; export a dense model")
+        raise ValueError(f"one route serves {', '.join(split.categories)}, wanted two or more; export a dense model")
     source = _llama_config(split.network)
     ways = {site.name: _ways(split, site.name) for site in split.space.sites}
     path = max(len(way) for _, paths in ways.values() for way in paths)

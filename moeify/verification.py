@@ -129,7 +129,7 @@ class Source(NamedTuple):
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "cases.safetensors"
             save_file(tensors, path, {"form": stock.form or "", "cases": json.dumps(cases), **header})
-            found = _told([sys.executable, "-P", str(program), str(weights.absolute()), str(path)], place)
+            found = _answer([sys.executable, "-P", str(program), str(weights.absolute()), str(path)], place)
         differences: dict[str, float] = {}
         for (category, _), difference in zip(cases, found, strict=True):
             differences[category] = max(difference, differences.get(category, 0.0))
@@ -140,10 +140,10 @@ class Source(NamedTuple):
         return model(inputs, torch.full((len(inputs),), model.categories.index(category)))
 
 
-def _told(command: Sequence[str], place: str) -> list[float]:
+def _answer(command: Sequence[str], place: str) -> list[float]:
     """Return the differences that a program of its own tells; RuntimeError with its last words where it fails."""
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False, env=quiet)
+    done = subprocess.run(command, cwd=place, capture_output=True, encoding="utf-8", errors="replace", env=quiet)
     if done.returncode != 0:
         said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
         raise RuntimeError(f"the export does not load in a process of its own ({done.returncode}), which said: {said}")

@@ -8,18 +8,21 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from click import Choice
 from click.testing import CliRunner, Result
 
 from moeify.config import RunConfig
 from moeify.events import Finished, Started
-from moeify.export import How
+from moeify.export import Dtype, How
 from moeify.model_card import Checked
 from moeify.result import Result as RunResult
+from moeify.stock import Form
 from pipelines import runs
 from pipelines.cli import COMMANDS, main
+from pipelines.commands.export import command as export_command
 from pipelines.journal import Follower, JournalTracker, follow
 
 RECIPE = """name: tiny
@@ -335,6 +338,7 @@ def test_export_knows_kinds_and_parts(
     done = moeify("export", "last", *arguments, "-o", tmp_path / "out")
     assert done.exit_code == 0
     assert ("moves outputs by up to 1.0e-02" in done.stdout) == ("float16" in arguments)
+    assert ("every token runs the expert of one category" in done.stdout) == ("--moe" in arguments)
     assert ("equal to the split model" in done.stdout) == ("--no-verify" not in arguments)
     assert json.loads((tmp_path / "out" / kind).read_text())[1:] == written
 
@@ -358,6 +362,11 @@ def test_export_refuses_what_makes_no_sense(
     done = moeify("export", "last", *arguments, "-o", tmp_path / "none")
     assert done.exit_code == 2
     assert said in done.stderr
+
+
+def test_export_offers_every_format_and_dtype() -> None:
+    choices = {option.name: option.type.choices for option in export_command.params if isinstance(option.type, Choice)}
+    assert choices == {"moe": get_args(Form), "dtype": get_args(Dtype)}
 
 
 def test_an_unfinished_run_is_not_exported(launched: Launched, tmp_path: Path) -> None:

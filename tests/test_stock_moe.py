@@ -108,7 +108,7 @@ def test_no_token_runs_more_than_the_longest_route_of_a_layer_in_multiples_of_ei
 
 def test_what_a_format_cannot_hold_is_refused() -> None:
     split = split_of(tiny_llama())
-    with pytest.raises(ValueError, match="no category 'x'; the model has a, c, b, d"):
+    with pytest.raises(ValueError, match="no category 'x'; the model has a, b, c, d"):
         to_moe(split, "glm4_moe", "x")
     with pytest.raises(ValueError, match="one route serves a, b, c, d, wanted two or more"):
         to_moe(SplitModel(tiny_llama(), CATEGORIES), "glm4_moe", "a")

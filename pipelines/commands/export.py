@@ -3,11 +3,14 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
+    from moeify.export import Dtype
+    from moeify.model_card import About
+    from moeify.stock import Form
     from pipelines.runs import RunFolder
 
 
@@ -41,10 +44,10 @@ def command(
     keep: tuple[str, ...],
     drop: tuple[str, ...],
     split: bool,
-    moe: str | None,
+    moe: "Form | None",
     force: str | None,
     gguf: bool,
-    dtype: str,
+    dtype: "Dtype",
     verify: bool,
     out: Path,
 ) -> None:
@@ -79,14 +82,16 @@ def command(
         raise ValueError(f"{out} is there already; give a folder that is new or empty")
     from moeify.export import How, export_dense, export_moe, export_split
 
-    how: Any = How(dtype=dtype, gguf=gguf, verify=verify, about=_about(folder))  # type: ignore[arg-type]
+    how = How(dtype=dtype, gguf=gguf, verify=verify, about=_about(folder))
     if moe:
-        done = export_moe(folder.path, moe, out, how, forced=force, keep=keep, drop=drop)  # type: ignore[arg-type]
+        done = export_moe(folder.path, moe, out, how, forced=force, keep=keep, drop=drop)
     elif split or drop:
         done = export_split(folder.path, out, how, keep=keep, drop=drop)
     else:
         done = export_dense(folder.path, keep, out, how)
     click.echo(f"wrote {out}")
+    if moe:
+        click.echo(f"every token runs the expert of one category; {out / 'README.md'} says which, and how to change it")
     if done.rounding is not None:
         click.echo(f"rounding to {dtype} moves outputs by up to {done.rounding:.1e}")
     if done.differences:
@@ -113,7 +118,7 @@ def _refuse_odd(
             raise click.UsageError(f"{name!r} is named twice")
 
 
-def _about(folder: "RunFolder") -> Any:
+def _about(folder: "RunFolder") -> "About":
     from moeify.model_card import About
     from moeify.recipe import load_recipe
     from moeify.result import Result
