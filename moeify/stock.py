@@ -64,7 +64,7 @@ def to_dense(split: SplitModel, categories: Sequence[str], *, padded: bool = Tru
         if not _same_route(split, first, other):
             raise ValueError(
                 f"{first!r} and {other!r} run different units, so no dense model equals the split model for both; "
-                f"export them as a split model or as a stock MoE, or one at a time"
+                f"export them with --split or --moe, or one at a time"
             )
     active = {site.name: int(split.partition.active(site.name, first).sum()) for site in split.space.sites}
     own = sum(active.values())
