@@ -19,7 +19,7 @@ from moeify import gguf_file
 from moeify.families import describe
 from moeify.model_card import NOTHING, About, Checked, card
 from moeify.split_folder import load_from_run, load_split, save_split
-from moeify.stock import Form, Stock, to_dense
+from moeify.stock import Form, Stock, ffn_sites, to_dense
 from moeify.stock_moe import to_moe
 from moeify.verification import Source
 
@@ -59,7 +59,8 @@ def export_dense(run: Path, categories: Sequence[str], out: Path, how: How = PLA
     _refuse_occupied(out)
     _refuse_lacking(run, how)
     source = Source.of(load_from_run(run), how.torch_dtype, keep=categories)
-    stock = to_dense(source.whole, categories, padded=not how.gguf)
+    heads_too = len(ffn_sites(source.whole)) < len(source.whole.space.sites)
+    stock = to_dense(source.whole, categories, padded=not how.gguf or heads_too)
     if describe(stock.network)["family"] != "llama":
         return export_split(run, out, how, keep=categories)
     return _export_stock(run, source, stock, out, how)

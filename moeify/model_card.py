@@ -13,7 +13,7 @@ from moeify.config import DigitsData, RunConfig, TextData
 from moeify.families import describe
 from moeify.result import Result
 from moeify.split_model import SplitModel
-from moeify.stock import Form, Stock
+from moeify.stock import Form, Stock, ffn_sites
 from moeify.store import FORMAT
 from moeify.verification import Source
 
@@ -221,14 +221,15 @@ def _rise(nats: float | None) -> str:
 
 
 def _size(source: Source, stock: Stock | None) -> Iterator[str]:
-    whole = source.whole.space.units
     yield from ("## Size", "")
     if stock is None:
         parameters = sum(parameter.numel() for parameter in source.part.network.parameters())
-        yield f"{parameters:,} parameters; {source.part.space.units:,} FFN units of {whole:,} in the whole model."
+        held, whole = source.part.space.units, source.whole.space.units
+        yield f"{parameters:,} parameters; {held:,} units of the {whole:,} in the whole model."
         yield from ("", *_table(["expert", "own units"], _owned(source.part)))
         return
     parameters = sum(parameter.numel() for parameter in stock.network.parameters())
+    whole = sum(site.units for site in ffn_sites(source.whole))
     yield f"{parameters:,} parameters. FFN units of all layers (the dense twin has and runs {whole:,}):"
     yield from ("", *_table(["", "units"], _priced(stock, whole)))
     if stock.price.padded:

@@ -5,22 +5,23 @@ nothing, so it changes no output. Our own folders hold each site as wide as it i
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from moeify.families import rebuild, unit_space, with_units
+from moeify.families import rebuild, unit_space
+from moeify.partition_config import UnitKind
 from moeify.units import UnitSite, UnitSpace, linear
 
 
 def shaped(description: dict[str, Any], units: Mapping[str, int]) -> nn.Module:
     """Return an untrained network of the described shape (``moeify.families``), each site as wide as ``units`` says."""
-    network = rebuild(with_units(description, max(units.values())))
-    for site in unit_space(network).sites:
-        if site.name in units and units[site.name] != site.units:
+    network = rebuild(description)
+    for site in unit_space(network, get_args(UnitKind)).sites:
+        if site.name in units and units[site.name] < site.units:
             _narrow(network, site, units[site.name])
     return network
 
@@ -31,12 +32,12 @@ def copy_units(
 ) -> None:
     """Copy a network's tensors into ``target``, of each site the ``kept`` units, zeros behind where target is wider."""
     held = dict(source.named_parameters()) | dict(source.named_buffers())
-    axes = {part.parameter: (part.axis, kept[site.name]) for site in space.sites for part in site.slices}
+    parts = {part.parameter: (part, kept[site.name]) for site in space.sites for part in site.slices}
     for name, tensor in [*target.named_parameters(), *target.named_buffers()]:
         values = held[name]
-        if name in axes:
-            axis, index = axes[name]
-            values = padded(values.index_select(axis, index), axis, tensor.shape[axis])
+        if name in parts:
+            part, index = parts[name]
+            values = padded(values.index_select(part.axis, part.entries(index)), part.axis, tensor.shape[part.axis])
         tensor.copy_(values)
 
 
@@ -51,5 +52,7 @@ def _narrow(network: nn.Module, site: UnitSite, units: int) -> None:
     for part in site.slices:
         name, _, kind = part.parameter.rpartition(".")
         layer = linear(network, name)
-        setattr(layer, kind, nn.Parameter(getattr(layer, kind).detach().narrow(part.axis, 0, units).clone()))
+        setattr(
+            layer, kind, nn.Parameter(getattr(layer, kind).detach().narrow(part.axis, 0, units * part.width).clone())
+        )
         layer.out_features, layer.in_features = layer.weight.shape

@@ -24,6 +24,9 @@ class Result(BaseModel):
     """Nested: name, categories, units (owned by that node, over all sites), children."""
     active_fraction: dict[str, float]
     """Category -> units on its route over all units, 0..1; and ``mean``."""
+    active_flops: dict[str, float] | None = None
+    """Category -> share of the whole network's floating-point operations a token (or example) that its route runs,
+    0..1, what is never split among them; and ``mean``. None in results from before that was kept."""
     rounds: tuple[RoundEnded, ...]
     """Every round, those that were rolled back included."""
     stopped: Stop | None = None

@@ -248,10 +248,3 @@ def _activate_backward(grad: Tensor, x: Tensor, activation: Activation) -> Tenso
             return torch.ops.aten.gelu_backward(grad, x)
         case "gelu_tanh":
             return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
-
-
-def install(network: nn.Module, sites: Sequence[FfnUnits], routes: Routes) -> None:
-    """Replace each site's feed-forward block by its routed form, in place."""
-    for site in sites:
-        parent, _, name = site.module.rpartition(".")
-        setattr(network.get_submodule(parent), name, RoutedFfn(network.get_submodule(site.module), site, routes))

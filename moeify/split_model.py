@@ -1,7 +1,8 @@
 """The split model: a network whose rows run along their category's route only."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import assert_never, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -10,16 +11,19 @@ from torch import Tensor, nn
 from moeify.families import unit_space
 from moeify.models import logits
 from moeify.partition import Partition
-from moeify.routed import Routes, install
+from moeify.partition_config import PLAIN, UnitKind
+from moeify.routed import RoutedFfn, Routes
+from moeify.routed_attention import RoutedAttention
 from moeify.told import tell
-from moeify.units import input_weight, output_weight
+from moeify.units import FfnUnits, HeadUnits, UnitSite, flops, input_weight, output_weight
 
 
 class SplitModel(nn.Module):
     """A network, its unit space and the partition that routes it. Undivided, it is the dense network itself.
 
     ``network`` keeps the stock architecture's parameter names; its units lie in tree order. ``told``: the network also
-    learns to use each row's category, see ``moeify.told``; undivided, that is the told twin.
+    learns to use each row's category, see ``moeify.told``; undivided, that is the told twin. ``kinds``: the units that
+    have owners, where no partition says so.
     """
 
     def __init__(
@@ -29,9 +33,10 @@ class SplitModel(nn.Module):
         partition: Partition | None = None,
         *,
         told: bool = False,
+        kinds: Collection[UnitKind] = PLAIN,
     ) -> None:
         super().__init__()
-        self.space = unit_space(network)
+        self.space = unit_space(network, _kinds(network, partition) if partition else kinds)
         self.categories = tuple(categories)
         """In the order that category indices count."""
         self.routes = Routes(partition or Partition.undivided(categories, self.space.readers))
@@ -40,7 +45,7 @@ class SplitModel(nn.Module):
         for site in self.space.sites:
             if site.name not in self.partition.widths or self.partition.units(site.name) != site.units:
                 raise ValueError(f"the partition does not cover the {site.units} units of site {site.name!r}")
-        install(network, self.space.sites, self.routes)
+        _install(network, self.space.sites, self.routes)
         self.told = tell(network, len(self.categories)) if told else ()
         """Biases of each category [categories units] that the network learns, where it is told; by block."""
         self.network = network
@@ -51,9 +56,25 @@ class SplitModel(nn.Module):
         return self.routes.partition
 
     @property
-    def output_weights(self) -> dict[str, Float[Tensor, "dim units"]]:
-        """Site -> the weights through which its units write."""
+    def output_weights(self) -> dict[str, Float[Tensor, "dim _"]]:
+        """Site -> the weights [dim features] through which its units write."""
         return {site.name: output_weight(self.network, site).detach() for site in self.space.sites}
+
+    def active_flops(self, length: int) -> dict[str, float]:
+        """Return category -> share of the whole network's floating-point operations that a token of it runs, 0..1.
+
+        Forward, in rows of ``length`` tokens: linear maps and attention, what is never split among them.
+        """
+        sites = unit_space(self.network, get_args(UnitKind)).sites
+        costs = {site.name: flops(self.network, site, length) for site in sites}
+        inside = {part.parameter for site in sites for part in site.slices}
+        linears = {f"{n}.weight": m.weight for n, m in self.network.named_modules() if isinstance(m, nn.Linear)}
+        total = sum(2 * weight.numel() for name, weight in linears.items() if name not in inside)
+        total += sum(site.units * costs[site.name] for site in sites)
+        split = sum(site.units * costs[site.name] for site in self.space.sites)
+        return {
+            c: 1.0 - (split - self.partition.active_units(c, costs)) / total for c in self.partition.tree.categories
+        }
 
     def input_weight(self, site: str) -> Float[Tensor, "units inputs"]:
         """Return a copy of the weights through which a site's units read."""
@@ -101,3 +122,24 @@ class SplitModel(nn.Module):
         """Run every unit and zero those off the route: the slow oracle, which attribution reads."""
         with self.routes.masking():
             yield
+
+
+def _kinds(network: nn.Module, partition: Partition) -> set[UnitKind]:
+    """Return the kinds of units that the partition names; feed-forward units always have owners."""
+    sites = unit_space(network, get_args(UnitKind)).sites
+    return {*PLAIN, *(site.kind for site in sites if site.name in partition.widths)}
+
+
+def _install(network: nn.Module, sites: Sequence[UnitSite], routes: Routes) -> None:
+    """Replace each site's block by its routed form, in place."""
+    for site in sites:
+        dense = network.get_submodule(site.module)
+        parent, _, name = site.module.rpartition(".")
+        match site:
+            case FfnUnits():
+                routed: nn.Module = RoutedFfn(dense, site, routes)
+            case HeadUnits():
+                routed = RoutedAttention(dense, site, routes)
+            case _:
+                assert_never(site)
+        setattr(network.get_submodule(parent), name, routed)

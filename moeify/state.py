@@ -126,7 +126,8 @@ class State:
 
 
 def _untrained(task: Task, arm: Arm, config: RunConfig) -> Contestant:
-    return Contestant(SplitModel(task.build(), task.categories, told=arm == "told"), config.training)
+    model = SplitModel(task.build(), task.categories, told=arm == "told", kinds=config.partition.units)
+    return Contestant(model, config.training)
 
 
 def _cut(facts: dict[str, Any]) -> Cut:

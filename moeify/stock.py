@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from moeify.families import describe, rebuild, with_units
+from moeify.partition_config import UnitKind
 from moeify.pruning import only, prune
 from moeify.resizing import copy_units
 from moeify.split_model import SplitModel
+from moeify.units import FfnUnits
 
 Form = Literal["glm4_moe", "granitemoeshared"]
 """Stock mixtures of experts that hold shared and routed slices of a dense FFN exactly."""
@@ -66,20 +68,30 @@ def to_dense(split: SplitModel, categories: Sequence[str], *, padded: bool = Tru
                 f"{first!r} and {other!r} run different units, so no dense model equals the split model for both; "
                 f"export them with --split or --moe, or one at a time"
             )
-    active = {site.name: int(split.partition.active(site.name, first).sum()) for site in split.space.sites}
+    active = {site.name: int(split.partition.active(site.name, first).sum()) for site in ffn_sites(split)}
     own = sum(active.values())
-    network, stored = _narrow(split, first), own
     if padded:
         network, stored = extract(split, first), max(active.values()) * len(active)
+    else:
+        network, stored = _narrow(split, first), own
     return Stock(network, Price(own, 0, stored - own, stored, dict.fromkeys(categories, own)))
+
+
+def ffn_sites(split: SplitModel) -> list[FfnUnits]:
+    """Return the feed-forward sites, whose units a price counts."""
+    return [site for site in split.space.sites if isinstance(site, FfnUnits)]
 
 
 def extract(split: SplitModel, category: str) -> nn.Module:
     """Return a dense network of the units on one category's route; narrower sites are zero-padded to the widest."""
     if category not in split.categories:
         raise ValueError(f"no category {category!r}; the model has {', '.join(split.categories)}")
-    active = {site.name: split.partition.active(site.name, category).nonzero()[:, 0] for site in split.space.sites}
-    dense = rebuild(with_units(describe(split.network), max(map(len, active.values()))))
+    sites = split.space.sites
+    active = {site.name: split.partition.active(site.name, category).nonzero()[:, 0] for site in sites}
+    widest: dict[UnitKind, int] = {}
+    for site in sites:
+        widest[site.kind] = max(widest.get(site.kind, 0), len(active[site.name]))
+    dense = rebuild(with_units(describe(split.network), widest["ffn"], widest.get("heads")))
     copy_units(split.network, split.space, active, dense)
     return dense.eval()
 

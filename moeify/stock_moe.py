@@ -25,7 +25,8 @@ from moeify.families import describe
 from moeify.fresh_check import ROUTE
 from moeify.resizing import padded
 from moeify.split_model import SplitModel
-from moeify.stock import Form, Price, Stock
+from moeify.stock import Form, Price, Stock, ffn_sites
+from moeify.units import FfnUnits
 
 _MULTIPLE = 8
 """Widths are multiples of so many units: 16 bytes in half precision, which grouped kernels ask for."""
@@ -64,8 +65,11 @@ def to_moe(split: SplitModel, form: Form, forced: str) -> Stock:
         raise ValueError(f"no category {forced!r}; the model has {', '.join(split.categories)}")
     if len(tree.leaves) < 2:
         raise ValueError(f"one route serves {', '.join(split.categories)}, wanted two or more; export a dense model")
+    sites = ffn_sites(split)
+    if len(sites) < len(split.space.sites):
+        raise ValueError("attention heads are split too, and stock MoE formats route feed-forward units alone")
     source = _llama_config(split.network)
-    ways = {site.name: _ways(split, site.name) for site in split.space.sites}
+    ways = {site.name: _ways(split, site.name) for site in sites}
     path = max(len(way) for _, paths in ways.values() for way in paths)
     route = max(len(core) + len(way) for core, paths in ways.values() for way in paths)
     network: nn.Module
@@ -84,12 +88,12 @@ def to_moe(split: SplitModel, form: Form, forced: str) -> Stock:
         if name in held:
             tensor.copy_(held[name])
     placed = 0
-    for number, site in enumerate(split.space.sites):
+    for number, site in enumerate(sites):
         core, paths = ways[site.name]
         shared, rest = core[: widths.shared], core[widths.shared :]
         paths = [torch.cat([rest, way]) for way in paths]
         placed += len(shared) + sum(map(len, paths))
-        layer = _layer(split, site.name, shared, paths, widths)
+        layer = _layer(split, site, shared, paths, widths)
         block = network.get_submodule(f"model.layers.{number}")
         if form == "glm4_moe":
             _fill_glm4(block, layer)
@@ -115,8 +119,7 @@ def _ways(split: SplitModel, site: str) -> tuple[Int[Tensor, " core"], list[Int[
     return (owners == 0).nonzero()[:, 0], paths
 
 
-def _layer(split: SplitModel, name: str, shared: Tensor, paths: list[Tensor], widths: _Widths) -> _Layer:
-    site = split.space[name]
+def _layer(split: SplitModel, site: FfnUnits, shared: Tensor, paths: list[Tensor], widths: _Widths) -> _Layer:
     gate, up, down = (
         split.network.get_parameter(f"{site.module}.{part}.weight") for part in (site.gate, site.up, site.down)
     )

@@ -10,12 +10,15 @@ from moeify.config import RunConfig
 from moeify.export import How, export_dense, export_moe, export_split
 from moeify.loop import run
 from moeify.model_card import About
+from moeify.partition import Partition
 from moeify.split_folder import load_from_run
 from moeify.split_model import SplitModel
 from moeify.stock import Form, Stock, extract, to_dense
 from moeify.stock_moe import to_moe
 from moeify.store import CorruptCheckpointError, FolderStore
+from moeify.tree import ExpertTree
 from moeify.verification import TOLERANCE, Source
+from tests.networks import grouped_llama, rows_for
 from tests.toy import TEXT_CONFIG, ToyTask, ToyTextTask, toy_config
 
 UNCHECKED = How(verify=False)
@@ -125,6 +128,49 @@ def test_an_extracted_expert_equals_the_masked_dense_model(text_run: Path) -> No
         with torch.no_grad(), split.masked():
             masked = split(tokens(), torch.full((5,), index))
             torch.testing.assert_close(dense(tokens()).logits, masked, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def heads_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("heads") / "run"
+    model = {"kind": "llama", "hidden": 24, "layers": 2, "heads": 6, "ffn": 24}
+    partition = {"multiple": 2, "min_units": 2, "units": ["ffn", "heads"], "cost": "flops"}
+    config = RunConfig.model_validate({**TEXT_CONFIG, "model": model, "partition": partition})
+    run(config, ToyTextTask(config), store=FolderStore(folder, 2))
+    return folder
+
+
+def test_a_category_is_exported_with_the_heads_on_its_route(heads_run: Path, tmp_path: Path) -> None:
+    split = load_from_run(heads_run)
+    for index, category in enumerate(split.categories):
+        export_dense(heads_run, [category], tmp_path / category, UNCHECKED)
+        dense = AutoModelForCausalLM.from_pretrained(tmp_path / category)
+        widest = max(int(split.partition.active(f"layers.{i}.heads", category).sum()) for i in range(2))
+        least = next(count for count in (1, 2, 3, 4, 6) if count >= widest)  # a divisor of the width, as Llama wants
+        assert dense.config.num_attention_heads == dense.config.num_key_value_heads == least
+        assert dense.config.head_dim == 4
+        with torch.no_grad():
+            difference = dense(tokens()).logits - split(tokens(), torch.full((5,), index))
+        assert difference.abs().max() <= TOLERANCE
+    export_split(heads_run, tmp_path / "split")
+    assert moeify.load_split(tmp_path / "split").partition == split.partition
+
+
+def test_groups_of_heads_leave_together() -> None:
+    network = grouped_llama(heads=6, groups=3, bias=True)
+    tree = ExpertTree.undivided("ab").split({0: [("a",), ("b",)]})
+    widths = {"heads": (1, 1, 1), "ffn": (10, 4, 6)}
+    split = SplitModel(
+        network, "ab", Partition(tree, {f"layers.{i}.{k}": w for i in (0, 1) for k, w in widths.items()})
+    )
+    inputs = rows_for(network, 3)
+    for index, category in enumerate("ab"):
+        dense = extract(split, category).double()
+        assert (dense.config.num_attention_heads, dense.config.num_key_value_heads) == (4, 2)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                dense(inputs).logits, split(inputs, torch.full((3,), index)), rtol=1e-5, atol=1e-6
+            )
 
 
 def test_a_split_export_gives_the_split_model_back(text_run: Path, tmp_path: Path) -> None:

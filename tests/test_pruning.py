@@ -10,7 +10,7 @@ from moeify.pruning import only, prune, without
 from moeify.resizing import shaped
 from moeify.split_model import SplitModel
 from moeify.tree import ExpertTree
-from tests.networks import CATEGORIES, rows_for, tiny_autoencoder, tiny_llama
+from tests.networks import CATEGORIES, grouped_llama, rows_for, tiny_autoencoder, tiny_llama
 from tests.trees import partitions
 
 TREE = ExpertTree.undivided(CATEGORIES).split({0: [("a", "c"), ("b", "d")]}).split({1: [("a",), ("c",)]})
@@ -73,6 +73,24 @@ def test_without_equals_ablation_and_changes_no_other_category(data: st.DataObje
             torch.testing.assert_close(outputs(part, category), outputs(whole, category))
         else:
             assert (outputs(part, category) - outputs(whole, category)).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("groups", [6, 3])
+def test_heads_leave_like_other_units(groups: int) -> None:
+    widths = {"heads": (2, 1, 1, 1, 1) if groups == 6 else (1, 0, 0, 1, 1), "ffn": (4,) * 5}
+    sites = {f"layers.{i}.{kind}": each for i in (0, 1) for kind, each in widths.items()}
+    whole = split_of(grouped_llama(groups=groups, bias=True).float(), Partition(TREE, sites))
+    part = prune(whole, only(whole.partition, ["a", "c"]))
+    left = 5 if groups == 6 else 2
+    assert part.space["layers.0.heads"].units == left
+    assert part.network.get_parameter("model.layers.0.self_attn.q_proj.weight").shape == (left * 24 // groups, 24)
+    for category in ("a", "c"):
+        torch.testing.assert_close(outputs(part, category), outputs(whole, category))
+    pruning = without(whole.partition, ["b", "d"])
+    part = prune(whole, pruning)
+    for category in CATEGORIES:
+        with whole.ablated(*pruning.removed):
+            torch.testing.assert_close(outputs(part, category), outputs(whole, category))
 
 
 def test_experts_with_one_child_left_become_one_with_it() -> None:

@@ -30,6 +30,7 @@ KEYS = {
     "seconds",
     "tree",
     "active_fraction",
+    "active_flops",
     "rounds",
     "stopped",
     "test_loss",

@@ -14,7 +14,7 @@ from moeify.split_model import SplitModel
 from moeify.stock import Form, Stock, to_dense
 from moeify.stock_moe import to_moe
 from moeify.tree import ExpertTree
-from tests.networks import CATEGORIES, rows_for, tiny_autoencoder, tiny_llama
+from tests.networks import CATEGORIES, grouped_llama, rows_for, tiny_autoencoder, tiny_llama
 from tests.test_pruning import TREE, WIDTHS, split_of
 
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -115,6 +115,9 @@ def test_what_a_format_cannot_hold_is_refused() -> None:
     sites = {"encoder.hidden": WIDTHS["layers.0.ffn"], "decoder.hidden": WIDTHS["layers.1.ffn"]}
     with pytest.raises(ValueError, match="no stock MoE holds a network of family 'autoencoder'"):
         to_moe(split_of(tiny_autoencoder(), Partition(TREE, sites)), "granitemoeshared", "a")
+    heads = {f"layers.{i}.{kind}": w for i in (0, 1) for kind, w in (("heads", (2, 1, 1, 1, 1)), ("ffn", (4,) * 5))}
+    with pytest.raises(ValueError, match="attention heads are split too"):
+        to_moe(split_of(grouped_llama(), Partition(TREE, heads)), "glm4_moe", "a")
     config = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     biased = Llama(LlamaConfig(**config, num_attention_heads=2, attention_bias=True))
     with pytest.raises(ValueError, match="attention_bias is set; glm4_moe has none"):
