@@ -31,11 +31,11 @@ def compensate(
         raise ValueError(f"ridge must be above 0, got {ridge}; units that depend on each other need it")
     if not bool((shares >= 0).all()) or abs(float(shares.sum()) - 1) > 1e-6:
         raise ValueError(f"shares must not be negative and add up to 1, got {shares.tolist()}")
-    units = weight.shape[0]
-    if units % active.shape[1]:
-        raise ValueError(f"{active.shape[1]} units do not divide the {units} rows of the weight")
-    active = active.repeat_interleave(units // active.shape[1], dim=1)
-    left_UU = torch.zeros(units, units, dtype=torch.float64, device=weight.device)
+    features, units = weight.shape[0], active.shape[1]
+    if features % units:
+        raise ValueError(f"{units} units do not divide the {features} rows of the weight")
+    active = active.repeat_interleave(features // units, dim=1)
+    left_UU = torch.zeros(features, features, dtype=torch.float64, device=weight.device)
     missing_UU = torch.zeros_like(left_UU)
     scale = 0.0
     for moment, active_U, share in zip(moments, active, shares.tolist(), strict=True):

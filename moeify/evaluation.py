@@ -117,6 +117,13 @@ def summarize(
         tax_error=tax_error(tested["split"], tested["dense"], task),
         tax_random=tax(losses["random"], losses["dense"]) if "random" in losses else None,
         tax_told=tax(losses["split"], losses["told"]) if "told" in losses else None,
+        error_over=_errors_over_controls(task, tested),
         steps=steps,
         seconds=seconds,
     )
+
+
+def _errors_over_controls(task: Task, tested: Mapping[Arm, RowLosses]) -> dict[Arm, float]:
+    controls = (arm for arm in tested if arm not in ("split", "dense"))
+    errors = {arm: tax_error(tested["split"], tested[arm], task) for arm in controls}
+    return {arm: error for arm, error in errors.items() if error is not None}

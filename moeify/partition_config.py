@@ -38,7 +38,7 @@ class ResidualGrouping(Closed):
     """Pairs of groups, those with the most alike profiles, of which each merge tries every one."""
 
 
-Pattern = Annotated[str, Field(min_length=1, max_length=100)]
+Pattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.*?-]{1,100}$")]
 """The name of a site, or one with ``*`` for anything and ``?`` for one character; in quotes where ``*`` comes first."""
 
 Grouping = Annotated[AffinityGrouping | ResidualGrouping, Field(discriminator="kind")]

@@ -45,6 +45,9 @@ class Result(BaseModel):
     """The same of the random split; None without that control."""
     tax_told: dict[str, float] | None = None
     """Category -> nats per unit of the split model above the told twin on test data; and ``mean``; None without it."""
+    error_over: dict[Arm, float] = {}
+    """Control -> standard error of the split model's mean loss above that control's over the test rows, which both
+    read; controls it is not known of are left out."""
     steps: PositiveInt
     """Optimizer steps of every arm."""
     seconds: float

@@ -142,6 +142,12 @@ class UnitSpace:
         return sum(site.units for site in self.sites)
 
 
+def unit_parameters(network: nn.Module, site: UnitSite) -> int:
+    """Return how many parameters belong to one unit of a site: what it reads and writes through."""
+    shapes = [(network.get_parameter(part.parameter).shape, part.axis) for part in site.slices]
+    return sum(shape.numel() // shape[axis] for shape, axis in shapes)
+
+
 def linear(network: nn.Module, name: str) -> nn.Linear:
     """Return a submodule that must be an ``nn.Linear``."""
     module = network.get_submodule(name)

@@ -83,6 +83,13 @@ def final_points(result: Result) -> Iterable[Point]:
             yield _key("test/active_flops", category), result.active_flops[category], result.steps
 
 
+def loss_points(result: Result) -> Iterable[Point]:
+    """Yield a result's losses on test data, which a run tells as they are measured."""
+    for arm, loss in result.test_loss.items():
+        for category, each in loss.items():
+            yield _key("test", arm, category), each, result.steps
+
+
 def _taxes(result: Result) -> Iterable[tuple[str, dict[str, float]]]:
     """Yield the name and the figures of every tax that the run's controls give."""
     yield "tax", result.tax

@@ -151,6 +151,24 @@ def test_run_trains_on_ray_and_ends_with_the_tables_and_where_to_look(
     assert done.stderr == ""
 
 
+def test_a_run_that_is_given_an_id_begins_once_and_then_goes_on(
+    launched: Launched, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = "tiny-20260101-000000-abcd"
+    assert moeify("run", recipe, "-q", "--id", run, "--pack").exit_code == 0
+    assert only_run(tmp_path).id == run
+    again = moeify("run", recipe, "--id", run)
+    assert (again.exit_code, again.stdout) == (0, f"{run} is finished; see it with: moeify show {run}\n")
+    assert launched.calls == [("ray", "tiny", tmp_path / "home" / run / "inputs", 0)]
+    recipe.write_text(RECIPE.replace("steps: 10", "steps: 11"))
+    other = moeify("run", recipe, "--id", run)
+    assert other.exit_code == 2
+    assert other.stderr == f"moeify: error: run {run} is there already, of another recipe; give another id\n"
+    monkeypatch.delenv("MOEIFY_HOME")
+    assert "set MOEIFY_HOME to that folder" in moeify("run", recipe, "--pack").stderr
+    assert moeify("run", recipe, "--id", "../../etc").stderr.startswith("moeify: error: '../../etc' is no id of a run")
+
+
 def test_a_quiet_run_in_this_process_says_nothing(launched: Launched, recipe: Path) -> None:
     done = moeify("run", recipe, "--local", "--quiet")
     assert (done.exit_code, done.output) == (0, "")

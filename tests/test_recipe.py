@@ -247,6 +247,10 @@ def test_units_that_are_split_must_be_there() -> None:
         f"partition.units: got ['heads'], {wanted}",
         "partition.units: got 'heads', which model.kind 'autoencoder' has none of, wanted [ffn]",
     )
+    assert problems(changed(partition={"floors": {"encoder.*": 2}, "frozen": ["a b"]})) == (
+        "partition.floors.'encoder.*': got 2, wanted a number > 0 and < 1",
+        "partition.frozen[0]: got 'a b', wanted a name that matches ^[A-Za-z0-9_.*?-]{1,100}$",
+    )
     config = parse_recipe(changed(partition={"floors": {"encoder.*": 0.5}, "frozen": ["*.hidden"]}), where="my.yaml")
     assert parse_recipe(to_yaml(config), where="again") == config
 

@@ -175,3 +175,10 @@ def test_an_attention_of_split_heads_passes_gradcheck() -> None:
     angles = torch.rand(1, 4, 2, dtype=torch.float64).repeat(1, 1, 2)
     rotary = (angles.cos(), angles.sin())
     assert torch.autograd.gradcheck(lambda x, *_: attention(x, rotary)[0], (x, *attention.parameters()), fast_mode=True)
+
+
+def test_rows_without_a_route_are_refused() -> None:
+    model = split_of("own keys", four_experts("own keys"))
+    model.routes.bounds = (0, 1, 2, 2, 2)
+    with pytest.raises(ValueError, match=r"site 'layers.0.heads': got 4 rows, wanted .* routes, \(2,\)"):
+        model.network(rows_for(model.network, 4))
