@@ -59,7 +59,7 @@ def entries(network: nn.Module) -> tuple[Entry, ...]:
 
 
 def describe(network: nn.Module) -> dict[str, Any]:
-    """Return plain data from which ``rebuild`` makes a network of the same shape."""
+    """Return plain data from which ``rebuild`` makes a network of the same shape, all sites as wide as the widest."""
     match type(network).__name__:
         case "LlamaForCausalLM":
             return {"family": "llama", "config": _config(network).to_dict()}
@@ -68,7 +68,7 @@ def describe(network: nn.Module) -> dict[str, Any]:
             return {
                 "family": "autoencoder",
                 "inputs": up.in_features,
-                "hidden": up.out_features,
+                "hidden": max(up.out_features, linear(network, "decoder.up").out_features),
                 "code": down.out_features,
             }
         case other:
@@ -138,7 +138,7 @@ def _llama_ffn(network: nn.Module, layer: int) -> FfnUnits:
 
 def _llama_heads(network: nn.Module, layer: int) -> HeadUnits:
     config, module = _config(network), f"model.layers.{layer}.self_attn"
-    query, groups = linear(network, f"{module}.q_proj"), config.num_key_value_heads
+    key, queries = linear(network, f"{module}.k_proj"), config.num_attention_heads // config.num_key_value_heads
     return HeadUnits(
         f"layers.{layer}.heads",
         module,
@@ -146,10 +146,10 @@ def _llama_heads(network: nn.Module, layer: int) -> HeadUnits:
         "k_proj",
         "v_proj",
         "o_proj",
-        units=groups,
-        queries=config.num_attention_heads // groups,
-        size=query.out_features // config.num_attention_heads,
-        bias=query.bias is not None,
+        units=key.out_features // config.head_dim,
+        queries=queries,
+        size=config.head_dim,
+        bias=key.bias is not None,
     )
 
 

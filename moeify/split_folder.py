@@ -1,7 +1,8 @@
 """The split model as a folder: hashed safetensors and JSON, the tokenizer's files beside them.
 
 ``manifest.json`` holds the network's description, the categories and the partition; ``model.safetensors`` the
-parameters under the stock architecture's names, units in tree order.
+parameters under the stock architecture's names, units in tree order, each site as wide as its widths add up to. Folders
+of the same ``moeify.store.FORMAT`` stay readable; the model card in the folder describes it for other readers.
 """
 
 from collections.abc import Mapping
@@ -12,20 +13,27 @@ import torch
 from torch import Tensor
 
 from moeify.arms import Arm
-from moeify.families import describe, rebuild
+from moeify.families import describe
 from moeify.partition import Partition
+from moeify.resizing import shaped
 from moeify.split_model import SplitModel
 from moeify.store import CorruptCheckpointError, FolderStore, read_manifest, read_part, write_folder
 
 
-def save_split(model: SplitModel, target: Path, assets: Mapping[str, bytes]) -> None:
-    """Write a split model and the files that belong to it; the folder appears whole or not at all."""
+def save_split(
+    model: SplitModel, target: Path, assets: Mapping[str, bytes], dtype: torch.dtype = torch.float32
+) -> None:
+    """Write a split model and the files that belong to it; the folder appears whole or not at all.
+
+    ``dtype``: of the weights in the file; what ``load_split`` gives is float32 again, with the values in the file.
+    """
     facts = {
         "network": describe(model.network),
         "categories": list(model.categories),
         "partition": model.partition.as_json(),
     }
-    write_folder(target, facts, {"model": _tensors(model)}, assets)
+    tensors = {name: tensor.to(dtype) for name, tensor in _tensors(model).items()}
+    write_folder(target, facts, {"model": tensors}, assets)
 
 
 def load_split(folder: str | Path) -> SplitModel:
@@ -83,7 +91,9 @@ def _tensors(model: SplitModel) -> dict[str, Tensor]:
 def _load(
     facts: Mapping[str, Any], partition: Mapping[str, Any], tensors: Mapping[str, Tensor], *, told: bool = False
 ) -> SplitModel:
-    model = SplitModel(rebuild(facts["network"]), facts["categories"], Partition.from_json(partition), told=told)
+    widths = Partition.from_json(partition)
+    network = shaped(facts["network"], {site: widths.units(site) for site in widths.widths})
+    model = SplitModel(network, facts["categories"], widths, told=told)
     own = _tensors(model)
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
