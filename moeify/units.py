@@ -144,8 +144,8 @@ class UnitSpace:
 
 def unit_parameters(network: nn.Module, site: UnitSite) -> int:
     """Return how many parameters belong to one unit of a site: what it reads and writes through."""
-    shapes = [(network.get_parameter(part.parameter).shape, part.axis) for part in site.slices]
-    return sum(shape.numel() // shape[axis] for shape, axis in shapes)
+    shapes = [(network.get_parameter(part.parameter).shape, part) for part in site.slices]
+    return sum(shape.numel() // shape[part.axis] * part.width for shape, part in shapes)
 
 
 def linear(network: nn.Module, name: str) -> nn.Linear:

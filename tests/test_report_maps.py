@@ -13,6 +13,7 @@ from PIL import Image
 
 from attribution.heatmap import figure as figure_of
 from moeify.events import RoundEnded, Started
+from moeify.result import Result
 from pipelines.report import boxes, maps, ownership
 from pipelines.report.affinity import affinities
 from pipelines.report.cost import costs, in_words
@@ -183,7 +184,11 @@ def test_costs_are_those_of_the_route(folder: RunFolder) -> None:
     folder.journal.unlink()
     tell(folder, [plan.model_copy(update=changed), *story()[1:]])
     finish(folder)
+    result = Result.model_validate_json(folder.result.read_bytes())
+    shares = {**dict.fromkeys(CATEGORIES, 0.7), "mean": 0.7}
+    folder.result.write_text(result.model_copy(update={"active_flops": shares}).model_dump_json())
     dense, *rows, mean = costs(Recorded.read(folder))
+    assert [row.network for row in (dense, *rows, mean)] == [1.0, *[0.7] * 5]
     assert (dense.flops, dense.flops_share, dense.parameters, dense.parameters_share) == (8000, 1.0, 5000, 1.0)
     route = {"python": 0.22 + 0.1 + 0.18, "prose": 0.22 + 0.2, "c": 0.22 + 0.1 + 0.16, "web": 0.22 + 0.1 + 0.14}
     assert {row.category: row.flops for row in rows} == {c: pytest.approx(8000 * route[c]) for c in CATEGORIES}
@@ -196,7 +201,7 @@ def test_costs_are_those_of_the_route(folder: RunFolder) -> None:
 def test_a_run_that_did_not_record_its_units_parameters_tells_units_alone(folder: RunFolder) -> None:
     finish(folder)
     dense, *rows = costs(Recorded.read(folder))
-    assert (dense.flops, dense.parameters) == (None, 1000)
+    assert (dense.flops, dense.network, dense.parameters) == (None, 1.0, 1000)
     assert {(row.units, row.flops, row.parameters) for row in rows} == {(0.5, None, None)}
 
 

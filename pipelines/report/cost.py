@@ -22,6 +22,9 @@ class Cost:
     """Operations of the sites' units, per token or example; None where units' parameters were not recorded."""
     flops_share: float | None
     """The same, as a fraction of the dense model's."""
+    network: float | None
+    """Fraction 0..1 of the whole network's operations, what is never split and attention's products among them; None
+    where it was not recorded, as before the run has ended."""
     parameters: float | None
     """All that are needed: of the units that run, and everything that is no unit."""
     parameters_share: float | None
@@ -37,8 +40,9 @@ def costs(run: Recorded) -> list[Cost]:
     weights = {site: units * started.unit_parameters.get(site, 0) for site, units in started.sites.items()}
     ownership = run.ownership()
     known = all(weights.values()) and (not run.kept or ownership is not None)
-    dense = _cost("dense", 1.0, sum(weights.values()), sum(weights.values()), started) if known else None
-    rows = [dense or Cost("dense", 1.0, None, None, float(started.parameters), 1.0)]
+    whole: dict[str, float] = run.known["active_flops"] or {}
+    dense = _cost("dense", 1.0, 1.0, sum(weights.values()), sum(weights.values()), started) if known else None
+    rows = [dense or Cost("dense", 1.0, None, None, 1.0, float(started.parameters), 1.0)]
     if not run.kept:
         return rows
     active = _active_weights(ownership, started) if known and ownership else {}
@@ -46,16 +50,17 @@ def costs(run: Recorded) -> list[Cost]:
         active[MEAN] = sum(active.values()) / len(active)
     for category in (*started.categories, MEAN):
         if category in active:
-            rows.append(_cost(category, fractions[category], active[category], sum(weights.values()), started))
+            shares = fractions[category], whole.get(category)
+            rows.append(_cost(category, *shares, active[category], sum(weights.values()), started))
         else:
-            rows.append(Cost(category, fractions[category], None, None, None, None))
+            rows.append(Cost(category, fractions[category], None, None, whole.get(category), None, None))
     return rows
 
 
-def _cost(category: str, units: float, weights: float, of: float, started: Started) -> Cost:
+def _cost(category: str, units: float, network: float | None, weights: float, of: float, started: Started) -> Cost:
     parameters = started.parameters - of + weights
     share = parameters / started.parameters
-    return Cost(category, units, _PER_WEIGHT * weights, weights / of, parameters, share)
+    return Cost(category, units, _PER_WEIGHT * weights, weights / of, network, parameters, share)
 
 
 def _active_weights(ownership: Ownership, started: Started) -> dict[str, float]:
