@@ -93,6 +93,7 @@ class Discover(Closed):
     restarts: PositiveInt = 10
     """Starts of k-means; the one whose documents are nearest to their centroids counts."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of the starts; a run's own seed changes no category."""
     embedding: Tfidf = Tfidf(kind="tfidf")
     """What documents are compared by."""
 
@@ -107,6 +108,7 @@ class TextData(Closed):
 
     kind: Literal["text"]
     source: Source
+    """Where documents and their categories come from."""
     discover: Discover | None = None
     """Take clusters of documents for categories; labels of the source are only compared with them. ``null``: labels
     are the categories."""
@@ -146,11 +148,15 @@ class LlamaModel(Closed):
 
     kind: Literal["llama"]
     hidden: PositiveInt = 96
+    """Dimensions of the residual stream."""
     layers: PositiveInt = 4
+    """Blocks of attention and FFN."""
     heads: PositiveInt = 4
+    """Attention heads a layer; each has an even number of dimensions, ``hidden / heads``."""
     ffn: PositiveInt = 384
     """FFN neurons a layer."""
     tie_embeddings: bool = True
+    """Input embedding and output layer are one matrix."""
 
     @model_validator(mode="after")
     def _heads_divide_hidden(self) -> Self:
@@ -185,6 +191,7 @@ class Training(Closed):
     rows: PositiveInt = 16
     """Rows (token windows or examples) a step over all workers, categories in equal shares."""
     learning_rate: PositiveFloat = 3e-3
+    """Of AdamW, at the end of the warm-up."""
     final_learning_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     """Fraction of ``learning_rate`` that is left at the last step."""
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
@@ -299,6 +306,7 @@ class Tracking(Closed):
     """What goes to MLflow."""
 
     experiment: str = "moeify"
+    """MLflow's experiment that the run goes to."""
     every: PositiveInt = 10
     """Steps between two points of a curve."""
 
@@ -307,9 +315,13 @@ class RunConfig(Closed):
     """One complete description of a run."""
 
     name: Name
+    """Starts the ids of its runs."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of initial weights, the order of rows, sampled labels, and owners that are drawn."""
     data: Data
+    """What is learned from, in categories."""
     model: Model
+    """The network, before any split."""
     training: Training
     attribution: Attribution = Attribution()
     partition: Partition = Partition()

@@ -118,6 +118,7 @@ class NullTest(Closed):
     permuted across rows (``moeify.null_test``). Costs one attribution pass a permutation."""
 
     permutations: Annotated[int, Field(ge=3)] = 8
+    """Attribution passes with permuted labels."""
     level: Fraction = 0.05
     """Largest p-value of an expert that is divided."""
 

@@ -66,7 +66,7 @@ def parse_recipe(text: str, *, where: str) -> RunConfig:
         raise RecipeError(where, [str(error)]) from None
     if not isinstance(data, dict):
         got = "nothing" if data is None else _shown(data)
-        raise RecipeError(where, [f"got {got}, wanted {_wanted(_schema(), _schema())}"])
+        raise RecipeError(where, [f"got {got}, wanted {wanted(_schema(), _schema())}"])
     try:
         config = _validate(data)
     except ValidationError as error:
@@ -136,7 +136,7 @@ def _lines(data: dict[str, Any], detail: ErrorDetails) -> Iterator[str]:
         case "union_tag_invalid" | "union_tag_not_found":
             kinds = list(place.node["discriminator"]["mapping"])
             given = _look_up(data, [*place.keys, "kind"])
-            yield f"{_joined(place.path, 'kind')}: got {_shown(given)}, wanted {_one_of(kinds)}{_near(given, kinds)}"
+            yield f"{joined(place.path, 'kind')}: got {_shown(given)}, wanted {_one_of(kinds)}{_near(given, kinds)}"
         case "extra_forbidden":
             key = str(place.keys[-1])
             here = list(place.siblings)
@@ -145,13 +145,13 @@ def _lines(data: dict[str, Any], detail: ErrorDetails) -> Iterator[str]:
             nearest = _nearest_key(root, place.parent, key, here, place.variants)
             yield f"{line}; nearest key: {nearest}" if nearest else line
         case "string_pattern_mismatch" if detail["loc"][-1] == "[key]":
-            yield f"{place.path}: got a key that is no name, wanted {_wanted(root, place.node)}"
+            yield f"{place.path}: got a key that is no name, wanted {wanted(root, place.node)}"
         case "too_short" if len(_look_up(data, place.keys)) >= place.node["minItems"]:
             pass  # pydantic did not count the items that it refused for reasons of their own
         case _:
             given = _look_up(data, place.keys)
             choices = [c for c in place.node.get("enum", ()) if isinstance(c, str)]
-            yield f"{place.path}: got {_shown(given)}, wanted {_wanted(root, place.node)}{_near(given, choices)}"
+            yield f"{place.path}: got {_shown(given)}, wanted {wanted(root, place.node)}{_near(given, choices)}"
 
 
 def _shown(value: Any) -> str:
@@ -177,10 +177,10 @@ def _near(value: Any, choices: Sequence[str]) -> str:
 def _nearest_key(root: Schema, parent: str, key: str, here: Sequence[str], variants: dict[str, Schema]) -> str | None:
     """Return the known key that was meant: at this place, in another kind of it, or anywhere."""
     if close := difflib.get_close_matches(key, here, 1):
-        return _joined(parent, close[0])
+        return joined(parent, close[0])
     for kind, variant in variants.items():
         if close := difflib.get_close_matches(key, list(variant["properties"]), 1):
-            return f"{_joined(parent, close[0])} of kind {kind!r}"
+            return f"{joined(parent, close[0])} of kind {kind!r}"
     everywhere = dict(_known_keys(root, root, ""))
     close = difflib.get_close_matches(key, list(everywhere.values()), 1, cutoff=0.8)
     return next((path for path, name in everywhere.items() if name == close[0]), None) if close else None
@@ -212,24 +212,25 @@ def _locate(root: Schema, location: Sequence[str | int]) -> _Place:
     for item in location:
         node = place.node
         if "discriminator" in node:
-            variants = {kind: _resolved(root, {"$ref": ref}) for kind, ref in node["discriminator"]["mapping"].items()}
+            variants = {kind: resolved(root, {"$ref": ref}) for kind, ref in node["discriminator"]["mapping"].items()}
             place.node = variants[str(item)]
             continue
         if item == "[key]":
             place.node = {"type": "string", "pattern": pattern}
             continue
         if "anyOf" in node:  # a value or null
-            node = _resolved(root, next(branch for branch in node["anyOf"] if branch.get("type") != "null"))
-        place.parent, place.path, place.variants = place.path, _joined(place.path, item), variants
+            node = resolved(root, next(branch for branch in node["anyOf"] if branch.get("type") != "null"))
+        place.parent, place.path, place.variants = place.path, joined(place.path, item), variants
         place.siblings = node.get("properties", {})
         place.keys.append(item)
         pattern, named = next(iter(node.get("patternProperties", {}).items()), ("", {}))
         child = node["items"] if isinstance(item, int) else place.siblings.get(item, named)
-        place.node, variants = _resolved(root, child), {}
+        place.node, variants = resolved(root, child), {}
     return place
 
 
-def _resolved(root: Schema, node: Schema) -> Schema:
+def resolved(root: Schema, node: Schema) -> Schema:
+    """Return what a node of the schema ``root`` refers to, or the node itself."""
     while "$ref" in node:
         node = root["$defs"][node["$ref"].rpartition("/")[2]]
     return node
@@ -237,17 +238,18 @@ def _resolved(root: Schema, node: Schema) -> Schema:
 
 def _known_keys(root: Schema, node: Schema, path: str) -> Iterator[tuple[str, str]]:
     """Yield the path and the last part of every known key."""
-    node = _resolved(root, node)
+    node = resolved(root, node)
     for branch in (*node.get("oneOf", ()), *node.get("anyOf", ())):
         yield from _known_keys(root, branch, path)
     if "items" in node:
         yield from _known_keys(root, node["items"], f"{path}[0]")
     for key, child in node.get("properties", {}).items():
-        yield _joined(path, key), key
-        yield from _known_keys(root, child, _joined(path, key))
+        yield joined(path, key), key
+        yield from _known_keys(root, child, joined(path, key))
 
 
-def _joined(path: str, item: str | int) -> str:
+def joined(path: str, item: str | int) -> str:
+    """Return the path of what lies one key below."""
     if isinstance(item, int):
         return f"{path}[{item}]"
     key = item if re.fullmatch(r"[\w-]{1,60}", item) else _shown(item)
@@ -266,8 +268,9 @@ def _look_up(data: Any, keys: Sequence[str | int]) -> Any:
 # --- what is allowed, in words --------------------------------------------------------------------------
 
 
-def _wanted(root: Schema, node: Schema) -> str:
-    node = _resolved(root, node)
+def wanted(root: Schema, node: Schema) -> str:
+    """Return what a node of the schema ``root`` allows, in words."""
+    node = resolved(root, node)
     if "enum" in node:
         return _one_of(node["enum"])
     if "const" in node:
@@ -275,7 +278,7 @@ def _wanted(root: Schema, node: Schema) -> str:
     if "discriminator" in node:
         return f"a mapping whose kind is {_one_of(list(node['discriminator']['mapping']))}"
     if "anyOf" in node:
-        return " or ".join(_wanted(root, branch) for branch in node["anyOf"])
+        return " or ".join(wanted(root, branch) for branch in node["anyOf"])
     match node.get("type"):
         case "integer":
             return f"a whole number{_bounds(node)}"
@@ -286,7 +289,8 @@ def _wanted(root: Schema, node: Schema) -> str:
         case "null":
             return "null"
         case "array":
-            return f"a list{_at_least(node.get('minItems'))}, each {_wanted(root, node['items'])}"
+            each = f", each {wanted(root, node['items'])}" if "items" in node else ""
+            return f"a list{_at_least(node.get('minItems'))}{each}"
         case "object" if "properties" in node:
             return f"a mapping with the keys {', '.join(node['properties'])}"
         case "object":
@@ -305,5 +309,5 @@ def _at_least(count: int | None) -> str:
 
 def _bounds(node: Schema) -> str:
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    bounds = [f"{sign} {node[key]:g}" for key, sign in signs.items() if key in node]
+    bounds = [f"{sign} {node[key]:.10g}" for key, sign in signs.items() if key in node]
     return f" {' and '.join(bounds)}" if bounds else ""

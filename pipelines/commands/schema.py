@@ -1,4 +1,4 @@
-"""``moeify schema``: the JSON schema of recipes."""
+"""``moeify schema``: what a recipe may say."""
 
 import json
 
@@ -6,8 +6,14 @@ import click
 
 
 @click.command("schema")
-def command() -> None:
+@click.option("--markdown", is_flag=True, help="As a page to read: every field, its default and what it is.")
+def command(markdown: bool) -> None:
     """Print the JSON schema of recipes, for editors."""
+    if markdown:
+        from moeify.recipe_reference import markdown as page
+
+        click.echo(page(), nl=False)
+        return
     from moeify.recipe import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2))
