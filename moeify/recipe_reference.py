@@ -11,8 +11,8 @@ _HEAD = """\
 # Every field of a recipe
 
 Written by `moeify schema --markdown` from the recipe's JSON schema; do not edit it by hand. `moeify schema` prints the
-schema itself, for editors. A recipe is one complete YAML file. An unknown key, a number out of range, a mapping that has
-kinds and names none, and parts that do not fit each other are refused in a line each. A start for your own data:
+schema itself, for editors. A recipe is one complete YAML file. An unknown key, a number out of range, a mapping that
+has kinds and names none, and parts that do not fit each other are refused in a line each. A start for your own data:
 `moeify init` ([quickstart](quickstart.md)). How a run's figures are to be read: [report](report.md).
 """
 

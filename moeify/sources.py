@@ -39,7 +39,7 @@ def fingerprint(source: Source, base: Path) -> str:
                     digest.update(f"{category}\0{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
             return digest.hexdigest()
         case JsonLines():
-            with _existing(base / source.path).open("rb") as file:
+            with existing(base / source.path).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         case _ as never:
             assert_never(never)
@@ -59,7 +59,7 @@ def read(source: Source, base: Path) -> dict[str, list[Document]]:
             return _installed(source)
         case TextFolders():
             for category in source.categories:
-                if problem := _misnamed(category):
+                if problem := misnamed(category):
                     raise ValueError(f"data.source.categories: {problem}")
             found = {
                 category: list(_folder(base / folder, source.pattern)) for category, folder in source.categories.items()
@@ -132,7 +132,7 @@ def _json_lines(path: Path, text: str, category: str | None) -> dict[str, list[D
     found: dict[str, list[Document]] = {}
     problems: list[str] = []
     count = 0
-    for number, line in _numbered(_existing(path)):
+    for number, line in numbered(existing(path)):
         if not line.strip():
             continue
         try:
@@ -179,7 +179,7 @@ def _entry(line: bytes, text: str, category: str | None) -> tuple[str, str]:
             raise ValueError(f"no field {field!r}, got {got}{way_out}")
         if not isinstance(entry[field], str):
             raise ValueError(f"field {field!r} is {type(entry[field]).__name__}, wanted a string")
-    if category is not None and (problem := _misnamed(entry[category])):
+    if category is not None and (problem := misnamed(entry[category])):
         raise ValueError(f"field {category!r}: {problem}")
     try:
         entry[text].encode()
@@ -188,7 +188,7 @@ def _entry(line: bytes, text: str, category: str | None) -> tuple[str, str]:
     return UNLABELLED if category is None else entry[category], entry[text]
 
 
-def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
+def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the lines of a file, plain or compressed, from 1."""
     with path.open("rb") as file:
         head = file.read(6)
@@ -207,13 +207,15 @@ def _opened(path: Path, head: bytes) -> BinaryIO:
     return path.open("rb")
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """Return the path of a file that is there."""
     if not path.is_file():
         raise ValueError(f"data.source.path: {path} is not a file; a relative path starts at the recipe's folder")
     return path
 
 
-def _misnamed(category: str) -> str | None:
+def misnamed(category: str) -> str | None:
+    """Return what is wrong with a category's name, or None."""
     if category == _RESERVED:
         return f"the category name {_RESERVED!r} is reserved for the mean over categories; rename the category"
     if not _NAME.fullmatch(category):

@@ -105,3 +105,11 @@ def _plain(node: yaml.Node) -> Any:
 def write(data: Any) -> str:
     """Return plain data as YAML that ``read`` turns into equal data, short collections on one line."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
+
+
+def write_flow(data: Any) -> str:
+    """Return plain data as YAML on one line."""
+    written: str = yaml.dump(
+        data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=True
+    )
+    return written.rstrip("\n")

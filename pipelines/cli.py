@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 COMMANDS = (
-    *("run", "resume", "compare", "runs", "show", "report", "status", "logs", "stop", "submit", "cluster"),
+    *("init", "run", "resume", "compare", "runs", "show", "report", "status", "logs", "stop", "submit", "cluster"),
     *("attribute", "export", "route", "generate", "sync", "schema"),
 )
 """In the order of the help; the module of each holds ``command``."""

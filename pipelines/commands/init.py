@@ -1,0 +1,87 @@
+"""``moeify init``: a recipe for one's own data."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from moeify.starter import Starter
+    from moeify.survey import Survey
+
+
+@click.command("init")
+@click.argument("data", metavar="FOLDER_OR_FILE", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    "-o",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("recipe.yaml"),
+    show_default=True,
+    help="Where the recipe goes.",
+)
+@click.option("--text", metavar="FIELD", help="Of a JSON line: the document; the longest one if not given.")
+@click.option("--category", metavar="FIELD", help="Of a JSON line: the category; the likeliest if not given.")
+@click.option("--discover", is_flag=True, help="Take JSON lines as unlabelled: clusters become the categories.")
+@click.option("--force", is_flag=True, help="Write over a file that is there.")
+def command(data: Path, out: Path, text: str | None, category: str | None, discover: bool, force: bool) -> None:
+    """Look at your texts and write a recipe for them.
+
+    FOLDER_OR_FILE is a folder whose folders of text files are the categories, or a file of JSON lines: .jsonl,
+    .jsonl.gz, .jsonl.xz. Says what it found, prepares the tokens, and sizes model, steps and rounds to the data and to
+    this machine, for a first run of minutes.
+    """
+    import re
+    import secrets
+
+    from moeify.starter import Machine, starter
+    from moeify.survey import look
+    from pipelines import machine, runs
+
+    if category and discover:
+        raise click.UsageError("give either --category or --discover")
+    if out.exists() and not force:
+        raise ValueError(f"{out} is there already; give another name with -o, or --force to write over it")
+    base = out.absolute().parent
+    if not base.is_dir():
+        raise ValueError(f"{base} is not a folder; make it first, or give another name with -o")
+    found = look(data, text, category, discover=discover)
+    for note in found.notes:
+        click.echo(note)
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", data.absolute().name.partition(".")[0]).strip("-._")[:40] or "mine"
+    here = Machine(machine.cores(), machine.free_memory())
+    made = starter(found, name, here, runs.cache(), base)
+    _print_amounts(found, made)
+    draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    try:
+        draft.write_text(made.text, encoding="utf-8")
+        if force:
+            draft.replace(out)
+        else:
+            out.hardlink_to(draft)  # fails where somebody else was quicker
+    finally:
+        draft.unlink(missing_ok=True)
+    config = made.config
+    click.echo(
+        f"\nrecipe:  {out}: {config.training.steps:,} steps an arm, about {max(1, round(made.minutes))} min here"
+    )
+    click.echo(f"run it:  moeify run {out}")
+
+
+def _print_amounts(found: "Survey", made: "Starter") -> None:
+    from pipelines.tables import console_for, table_for
+
+    console = console_for(sys.stdout)
+    if found.labelled:
+        table = table_for(console, "category", "documents", "MB", "tokens to train on")
+        for category, tokens in zip(made.categories, made.train_tokens, strict=True):
+            amount = found.amounts[category]
+            table.add_row(category, f"{amount.documents:,}", f"{amount.size / 1e6:.2f}", f"{tokens:,}")
+    else:
+        table = table_for(console, "category", "tokens to train on")
+        for category, tokens in zip(made.categories, made.train_tokens, strict=True):
+            table.add_row(category, f"{tokens:,}")
+    click.echo()
+    console.print(table)

@@ -1,0 +1,198 @@
+import gzip
+import json
+import lzma
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from moeify.config import JsonLines, TextFolders
+from moeify.survey import look
+
+WORDS = ["river", "stone", "cloud", "garden", "window", "music", "winter", "harbour", "silver", "thunder", "meadow"]
+
+
+def text(seed: int, words: int = 60) -> str:
+    draw = random.Random(seed)
+    return "".join(" ".join(draw.choice(WORDS) for _ in range(6)) + ".\n" for _ in range(words // 6))
+
+
+def write_folders(base: Path, **documents: int) -> Path:
+    for place, (name, count) in enumerate(documents.items()):
+        folder = base / name
+        folder.mkdir(parents=True)
+        for number in range(count):
+            (folder / f"{number}.txt").write_text(text(1000 * place + number), encoding="utf-8")
+    return base
+
+
+def entries(count: int = 30) -> list[dict[str, object]]:
+    return [{"id": n, "title": f"no {n}", "body": text(n), "label": "xy"[n % 2], "lang": "en"} for n in range(count)]
+
+
+def write_lines(path: Path, lines: list[dict[str, object]]) -> Path:
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    compress = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
+    path.write_bytes(compress(content))
+    return path
+
+
+# --- folders --------------------------------------------------------------------------------------------
+
+
+def test_folders_are_categories_with_their_amounts(tmp_path: Path):
+    found = look(write_folders(tmp_path / "texts", law=4, letters=5))
+    assert isinstance(found.source, TextFolders)
+    assert {name: amount.documents for name, amount in found.amounts.items()} == {"law": 4, "letters": 5}
+    size = sum(file.stat().st_size for file in (tmp_path / "texts" / "law").iterdir())
+    assert found.amounts["law"].size == size
+    assert found.source.pattern == "**/*"
+    assert found.labelled
+    assert found.notes == ()
+
+
+def test_a_folder_whose_name_is_no_name_of_a_category_gets_one(tmp_path: Path):
+    base = write_folders(tmp_path, **{"Old Books!": 3, "Old-Books": 3, "mean": 3})
+    found = look(base)
+    assert isinstance(found.source, TextFolders)
+    assert {name: path.name for name, path in found.source.categories.items()} == {
+        "Old-Books": "Old Books!",
+        "Old-Books-2": "Old-Books",
+        "mean-1": "mean",
+    }
+    assert "category 'Old-Books' stands for the folder 'Old Books!'" in found.notes
+
+
+def test_what_is_no_text_is_left_out_by_suffix(tmp_path: Path):
+    base = write_folders(tmp_path, a=3, b=3)
+    (base / "a" / "picture.png").write_bytes(b"\x89PNG\0\0")
+    (base / "b" / "old.doc").write_bytes("é".encode("latin-1"))
+    (base / "readme.md").write_text("loose")
+    found = look(base)
+    assert isinstance(found.source, TextFolders)
+    assert found.source.pattern == "**/*.txt"
+    assert {name: amount.documents for name, amount in found.amounts.items()} == {"a": 3, "b": 3}
+    assert any("pattern '**/*.txt': leaves out 2 files" in note for note in found.notes)
+    assert any("1 file beside the folders, such as readme.md" in note for note in found.notes)
+
+
+def test_empty_and_hidden_folders_are_no_categories(tmp_path: Path):
+    base = write_folders(tmp_path, a=3, b=3, **{".git": 3})
+    (base / "empty").mkdir()
+    found = look(base)
+    assert set(found.amounts) == {"a", "b"}
+    assert found.notes == ("left out: empty, which has no files",)
+
+
+def spoil_one_folder(base: Path) -> None:
+    write_folders(base, a=3)
+
+
+def spoil_empty_files(base: Path) -> None:
+    write_folders(base, a=3, b=3)
+    for file in (base / "b").iterdir():
+        file.write_text(" \n")
+
+
+def spoil_binary(base: Path) -> None:
+    write_folders(base, a=3, b=3)
+    (base / "b" / "0.txt").write_bytes(b"\0\1\2")
+
+
+def spoil_two_documents(base: Path) -> None:
+    write_folders(base, a=3, b=2)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (spoil_one_folder, "1 folders with files in them, wanted at least 2"),
+        (spoil_empty_files, "category 'b' has no text"),
+        (spoil_binary, "it holds null bytes"),
+        (spoil_two_documents, "category 'b' has 2 distinct documents, wanted at least 3"),
+    ],
+)
+def test_folders_that_no_run_can_use_are_refused_in_one_line(tmp_path: Path, spoil, words):
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        look(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+# --- JSON lines -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.jsonl.xz"])
+def test_the_longest_field_is_the_text_and_few_values_are_the_category(tmp_path: Path, name):
+    found = look(write_lines(tmp_path / name, entries()))
+    assert found.source == JsonLines(kind="jsonl", path=tmp_path / name, text="body", category="label")
+    assert {key: amount.documents for key, amount in found.amounts.items()} == {"x": 15, "y": 15}
+    assert "id (not text)" in found.notes[0]
+    assert "label (2 values)" in found.notes[0]
+    assert found.notes[1] == "text: 'body', category: 'label'"
+
+
+def test_another_field_that_may_be_the_category_is_offered(tmp_path: Path):
+    lines = [{**entry, "part": "pqr"[n % 3]} for n, entry in enumerate(entries())]
+    path = write_lines(tmp_path / "d.jsonl", lines)
+    assert look(path).notes[1] == "text: 'body', category: 'label'; or --category part"
+    assert set(look(path, category="part").amounts) == {"p", "q", "r"}
+
+
+def test_fields_may_be_named(tmp_path: Path):
+    lines = [{**entry, "note": f"{n} {entry['body']} and more"} for n, entry in enumerate(entries())]
+    path = write_lines(tmp_path / "d.jsonl", lines)
+    assert look(path).source == JsonLines(kind="jsonl", path=path, text="note", category="label")
+    assert look(path, text="body").source == JsonLines(kind="jsonl", path=path, text="body", category="label")
+
+
+@pytest.mark.parametrize("discover", [True, False])
+def test_without_a_category_discover_is_suggested(tmp_path: Path, discover):
+    drop = {"lang"} if discover else {"lang", "label"}
+    lines = [{key: value for key, value in entry.items() if key not in drop} for entry in entries()]
+    found = look(write_lines(tmp_path / "d.jsonl", lines), discover=discover)
+    assert isinstance(found.source, JsonLines)
+    assert found.source.category is None
+    assert not found.labelled
+    assert "data.discover" in found.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"\xff\xfe\0\1", "not UTF-8, wanted JSON lines; is it binary data?"),
+        (b"text\n", "line 1: not JSON"),
+        (b"[1]\n", "got list, wanted an object"),
+        (b'{"a": 1}\n', "no field is text in every line"),
+        (b'{"t": "x y"}\n{"t": "z w"}\n', "the file has 2 distinct documents, wanted at least 3"),
+    ],
+)
+def test_lines_that_no_run_can_use_are_refused_in_one_line(tmp_path: Path, content, words):
+    (tmp_path / "d.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        look(tmp_path / "d.jsonl")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"text": "bodi"}, "got --text 'bodi', wanted a field that is text in every line: 'title', 'body'"),
+        ({"category": "id"}, "got --category 'id', wanted a field that is text in every line"),
+        ({"text": "body", "category": "body"}, "one field cannot be text and category at once"),
+        ({"category": "lang"}, "has 1 categories (en), wanted at least 2"),
+    ],
+)
+def test_fields_that_will_not_do_are_refused(tmp_path: Path, options, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        look(write_lines(tmp_path / "d.jsonl", entries()), **options)
+
+
+def test_other_files_and_none_at_all_are_refused(tmp_path: Path):
+    (tmp_path / "d.csv").write_text("a,b\n")
+    with pytest.raises(ValueError, match="neither a folder nor one of"):
+        look(tmp_path / "d.csv")
+    with pytest.raises(ValueError, match="is not there"):
+        look(tmp_path / "nothing")
