@@ -25,6 +25,8 @@ _SPEED = 4e9
 """Parameters times tokens that one core trains in a second: the shipped recipe ``text`` on two cores."""
 _MINUTES = 5.0
 """What a first run may take, as far as that can be foreseen."""
+_START = 1.0
+"""Minutes before the first step and after the last one."""
 _STEPS = (240, 4000)
 """Optimizer steps, from and to."""
 _SMALL = 2_000_000
@@ -106,7 +108,7 @@ def starter(survey: Survey, name: str, machine: Machine, cache: Path, base: Path
         with suppress(ValueError):
             config = parse_recipe(text, where="the new recipe")
             check_categories(config, prepared.categories)
-            return Starter(text, config, prepared.categories, train, steps / second / 60)
+            return Starter(text, config, prepared.categories, train, _START + steps / second / 60)
     raise ValueError(f"got {number} categories, for which no rounds of three reach a leaf each; put some together")
 
 
