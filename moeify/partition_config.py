@@ -113,6 +113,9 @@ class Partition(Closed):
     """How units find their owners at given widths. What parts, and the null test, are attribution's whatever it is."""
     budget: Literal["knapsack", "equal"] = "knapsack"
     """How a round's separation is shared out over sites: by least rise of J, or the same everywhere."""
+    told: bool = False
+    """From the first cut on, the split model is given the category as the told twin is: every unit learns a bias for
+    each category (``moeify.told``)."""
     refine: bool = False
     """At the widths that the budget made, units change places between experts for as long as that lowers J
     (``moeify.refine``)."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +13,7 @@ from moeify.models import logits
 from moeify.partition import Partition
 from moeify.routed import Routes, install
 from moeify.told import tell
-from moeify.units import input_weight, output_weight
+from moeify.units import UnitSpace, input_weight, output_weight
 
 
 class SplitModel(nn.Module):
@@ -43,6 +44,8 @@ class SplitModel(nn.Module):
         install(network, self.space.sites, self.routes)
         self.told = tell(network, len(self.categories)) if told else ()
         """Biases of each category [categories units] that the network learns, where it is told; by block."""
+        if told:
+            self.space = UnitSpace(tuple(replace(site, told=True) for site in self.space.sites))
         self.network = network
 
     @property

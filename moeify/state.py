@@ -69,7 +69,7 @@ class State:
         for arm in config.cut_arms:
             if arm not in self.arms:
                 twin = _untrained(task, arm, config)
-                twin.load(dense.tensors())
+                twin.load({**twin.tensors(), **dense.tensors()})  # biases of categories begin at zero
                 twin.step = dense.step
                 self.arms[arm] = twin
 
@@ -121,22 +121,27 @@ class State:
         for arm in config.cut_arms:
             step = self.arms[arm].step
             source: Arm = arm if arm in facts["arms"] else "dense"
-            self.arms[arm] = _contestant(store, self.undo, source, facts, config)
+            self.arms[arm] = _contestant(store, self.undo, source, facts, config, arm)
             self.arms[arm].step = step
 
 
 def _untrained(task: Task, arm: Arm, config: RunConfig) -> Contestant:
-    return Contestant(SplitModel(task.build(), task.categories, told=arm == "told"), config.training)
+    return Contestant(SplitModel(task.build(), task.categories, told=arm in config.told_arms), config.training)
 
 
 def _cut(facts: dict[str, Any]) -> Cut:
     return Cut(**{**facts, "before": Standing(**facts["before"]), "after": Standing(**facts["after"])})
 
 
-def _contestant(store: Store, name: str, arm: Arm, facts: dict[str, Any], config: RunConfig) -> Contestant:
-    partition = Partition.from_json(facts["arms"][arm]["partition"])
-    model = SplitModel(rebuild(facts["network"]), facts["categories"], partition, told=arm == "told")
-    contestant = Contestant(model, config.training)
-    contestant.load(store.tensors(name, arm))
+def _contestant(
+    store: Store, name: str, arm: Arm, facts: dict[str, Any], config: RunConfig, becomes: Arm | None = None
+) -> Contestant:
+    """Return an arm of a checkpoint; one that ``becomes`` another arm is that arm's fork."""
+    partition, told = Partition.from_json(facts["arms"][arm]["partition"]), (becomes or arm) in config.told_arms
+    contestant = Contestant(
+        SplitModel(rebuild(facts["network"]), facts["categories"], partition, told=told), config.training
+    )
+    fresh = contestant.tensors() if becomes else {}
+    contestant.load({**fresh, **store.tensors(name, arm)})
     contestant.step = facts["arms"][arm]["step"]
     return contestant
