@@ -31,7 +31,12 @@ def profile_affinity(table: AttributionTable, kind: Score) -> Float64[Tensor, "c
     the mean but of raw scores .51 and 1.05, of logarithms .02. On ten classes of digits, the rank correlation of
     affinities from two halves of 20 examples a class was .90 and .93; plain cosine .73 and .87.
     """
-    products_CC = _products(_scores(table, kind))
+    return affinity_of(_scores(table, kind))
+
+
+def affinity_of(scores_UC: Float64[Tensor, "units categories"]) -> Float64[Tensor, "categories categories"]:
+    """Return the affinity, see ``profile_affinity``, of categories whose scores, none below 0, are given."""
+    products_CC = _products(scores_UC)
     norms_C = products_CC.diagonal().sqrt()
     norms_C = torch.where(norms_C > 1e-9, norms_C, torch.inf)
     affinity_CC = (products_CC / torch.outer(norms_C, norms_C)).clamp(-1, 1)

@@ -74,9 +74,11 @@ def draw(table: AttributionTable, path: str | Path, kind: Score = "fisher") -> P
     return save_png(made, Path(path))
 
 
-def thinned(table_UC: Float[np.ndarray, "units categories"]) -> Float[np.ndarray, "rows categories"]:
+def thinned(
+    table_UC: Float[np.ndarray, "units categories"], most: int = _MOST_ROWS
+) -> Float[np.ndarray, "rows categories"]:
     """Average neighbouring units where there are more of them than pixels, so that none is skipped."""
-    rows = min(len(table_UC), _MOST_ROWS)
+    rows = min(len(table_UC), most)
     starts = np.arange(rows) * len(table_UC) // rows
     counts = np.diff(np.append(starts, len(table_UC)))
     return np.add.reduceat(table_UC, starts, axis=0) / counts[:, None]

@@ -31,9 +31,10 @@ from attribution.methods import scores
 from attribution.sites import Site, output_weight
 from attribution.subject import Rows, Subject
 from attribution.table import AttributionTable
-from benchmarks.report import Cell, Figure, mean_interval, parser, report
+from benchmarks.report import Cell, Figure, parser, report
 from benchmarks.studies import STUDIES, NoDataError, Study
 from moeify.assignment import assign
+from moeify.comparison import mean_interval
 from moeify.compensation import compensate
 from moeify.knapsack import Curve, cheapest
 

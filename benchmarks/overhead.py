@@ -141,7 +141,10 @@ def _bare_worker(rank: int, recipe: str, run: str, port: int, scratch: str) -> N
     size = config.cluster.workers
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     task = build_task(config, cache=cache(), base=Path(run))
-    models = {arm: SplitModel(task.build(), task.categories, told=arm == "told") for arm in config.arms}
+    models = {
+        arm: SplitModel(task.build(), task.categories, told=arm == "told", kinds=config.partition.units)
+        for arm in config.arms
+    }
     contestants = {arm: Contestant(model, config.training) for arm, model in models.items()}
     dist.barrier()
     began = time.perf_counter()

@@ -3,17 +3,13 @@
 import argparse
 import itertools
 import json
-import math
 import os
 import platform
-import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from scipy.stats import t as student
 
 Cell = str | int | float | None
 
@@ -26,14 +22,6 @@ class Figure:
     value: float
     goal: str
     """E.g. ``<= 1``; with the unit, if the name does not say it."""
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean over seeds and half of its 95 % interval (Student's t); NaN for a single seed."""
-    if len(values) < 2:
-        return values[0], math.nan
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.mean(values), half
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """The closed-form correction of the kept units' output weights at a cut.
 
-Axes: categories C, units U, output dim D. m_c: 0/1, which units are active for category c; M_c = diag(m_c).
+Axes: categories C, features U of units (one each, or several side by side), output dim D. m_c: 0/1, which are active
+for category c; M_c = diag(m_c).
 """
 
 from collections.abc import Iterable
@@ -14,24 +15,27 @@ from attribution.moments import LowRank, Second
 
 def compensate(
     moments: Iterable[Second],
-    weight: Float[Tensor, "units dim"],
+    weight: Float[Tensor, "features dim"],
     active: Bool[Tensor, "categories units"],
     shares: Float[Tensor, " categories"],
     ridge: float,
-) -> Float[Tensor, "units dim"]:
+) -> Float[Tensor, "features dim"]:
     """Return argmin over W' of sum_c p_c E_c ||(m_c o a) W' - a W||^2 + l ||W' - W||^2, in ``weight``'s dtype.
 
     ``moments``: E_c[a a^T] of each category, one at a time; ``shares`` p_c add up to 1; l = ``ridge`` times the mean
-    over units of the pooled second moment. One float64 solve, whatever the number of categories. Since W' = W is among
-    the candidates, the squared error of the output on the measured data never rises. A unit that no category keeps has
-    its weight left alone.
+    over features of the pooled second moment. One float64 solve, whatever the number of categories. Since W' = W is
+    among the candidates, the squared error of the output on the measured data never rises. A unit that no category
+    keeps has its weight left alone.
     """
     if not ridge > 0:
         raise ValueError(f"ridge must be above 0, got {ridge}; units that depend on each other need it")
     if not bool((shares >= 0).all()) or abs(float(shares.sum()) - 1) > 1e-6:
         raise ValueError(f"shares must not be negative and add up to 1, got {shares.tolist()}")
-    units = weight.shape[0]
-    left_UU = torch.zeros(units, units, dtype=torch.float64, device=weight.device)
+    features, units = weight.shape[0], active.shape[1]
+    if features % units:
+        raise ValueError(f"{units} units do not divide the {features} rows of the weight")
+    active = active.repeat_interleave(features // units, dim=1)
+    left_UU = torch.zeros(features, features, dtype=torch.float64, device=weight.device)
     missing_UU = torch.zeros_like(left_UU)
     scale = 0.0
     for moment, active_U, share in zip(moments, active, shares.tolist(), strict=True):

@@ -222,8 +222,9 @@ class Round(Closed):
     branching: Annotated[int, Field(ge=2)] = 2
     """Children that every leaf with several categories is split into (fewer where it has fewer categories)."""
     separation: Fraction
-    """1 - the mean active fraction of units that this round cuts down to; deeper each round. With a budget, as far as
-    the tax that is foreseen stays within it, and a round may ask for the same as the one before: to try again."""
+    """1 - the mean active fraction of units (or of their operations, see ``partition.cost``) that this round cuts down
+    to; deeper each round. With a budget, as far as the tax that is foreseen stays within it, and a round may ask for
+    the same as the one before: to try again."""
 
 
 def _read_tax(value: object) -> float | str:
@@ -337,6 +338,7 @@ class RunConfig(Closed):
             *self._rounds_misfits(),
             *self._rows_misfits(),
             *self._unrouted_misfits(),
+            *self._units_misfits(),
             *self._null_test_misfits(),
         ]:
             raise ValueError("\n".join(misfits))
@@ -381,6 +383,16 @@ class RunConfig(Closed):
                 yield f"partition.unrouted: got {name!r}, which tree gives an expert; name it in one of the two"
         if unrouted and self.partition.min_core == 0.0:
             yield "partition.min_core: got 0, wanted more, since partition.unrouted categories have the core alone"
+
+    def _units_misfits(self) -> Iterator[str]:
+        units = self.partition.units
+        if "ffn" not in units or len(set(units)) < len(units):
+            yield (
+                f"partition.units: got {list(units)}, wanted [ffn] or [ffn, heads]; "
+                f"to split heads alone, freeze the rest: partition.frozen: ['*.ffn']"
+            )
+        if "heads" in units and self.model.kind == "autoencoder":
+            yield "partition.units: got 'heads', which model.kind 'autoencoder' has none of, wanted [ffn]"
 
     def _null_test_misfits(self) -> Iterator[str]:
         if self.partition.null_test and self.attribution.settled:

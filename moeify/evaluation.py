@@ -11,7 +11,6 @@ from torch import Tensor
 from moeify.arms import Arm
 from moeify.config import Evaluation
 from moeify.events import RoundEnded, Stop
-from moeify.partition import Partition
 from moeify.result import MEAN, Result
 from moeify.split_model import SplitModel
 from moeify.task import HeldOut, Task
@@ -91,7 +90,7 @@ def tax(loss: Mapping[str, float], twin: Mapping[str, float]) -> dict[str, float
 
 def summarize(
     task: Task,
-    partition: Partition,
+    split: SplitModel,
     rounds: Sequence[RoundEnded],
     tested: Mapping[Arm, RowLosses],
     rises: dict[str, dict[str, float]],
@@ -100,6 +99,7 @@ def summarize(
     seconds: float,
 ) -> Result:
     """Put a run's test figures together; ``tested`` and ``rises`` (of ``own_other``) are on the test split."""
+    partition, flops = split.partition, split.active_flops(task.units_per_row)
     losses = {arm: rows.by_category(task) for arm, rows in tested.items()}
     bits = {arm: task.bits_per_byte(loss, "test") for arm, loss in losses.items()}
     return Result(
@@ -107,6 +107,7 @@ def summarize(
         unit=task.unit,
         tree=partition.nested(),
         active_fraction={**partition.active_fraction, MEAN: 1.0 - partition.separation},
+        active_flops={**flops, MEAN: sum(flops.values()) / len(flops)},
         rounds=tuple(rounds),
         stopped=stopped,
         test_loss=losses,
@@ -116,6 +117,13 @@ def summarize(
         tax_error=tax_error(tested["split"], tested["dense"], task),
         tax_random=tax(losses["random"], losses["dense"]) if "random" in losses else None,
         tax_told=tax(losses["split"], losses["told"]) if "told" in losses else None,
+        error_over=_errors_over_controls(task, tested),
         steps=steps,
         seconds=seconds,
     )
+
+
+def _errors_over_controls(task: Task, tested: Mapping[Arm, RowLosses]) -> dict[Arm, float]:
+    controls = (arm for arm in tested if arm not in ("split", "dense"))
+    errors = {arm: tax_error(tested["split"], tested[arm], task) for arm in controls}
+    return {arm: error for arm, error in errors.items() if error is not None}

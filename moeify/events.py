@@ -41,6 +41,10 @@ class Started(_Event):
     rounds: int
     arms: tuple[Arm, ...] = ("dense", "split", "random")
     """In the order they are trained; the default is for journals from before a recipe chose them."""
+    unit_parameters: dict[str, int] = {}
+    """Site -> parameters that belong to one unit; empty in journals from before it was said."""
+    data_hash: str = ""
+    """SHA-256 over rows of the data, see ``moeify.task.data_hash``; empty in journals from before it was said."""
 
 
 class Phase(_Event):

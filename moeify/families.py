@@ -3,41 +3,39 @@
 One case a family. A family is told by the name of its class, so that no model library is imported to ask.
 """
 
-from typing import Any
+from collections.abc import Collection
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from attribution.edge_taps import Entry, Writer
 from attribution.sites import Site
-from moeify.units import FfnUnits, UnitSpace, check, linear
+from moeify.partition_config import PLAIN, UnitKind
+from moeify.units import FfnUnits, HeadUnits, UnitSite, UnitSpace, check, linear
 
 
-def unit_space(network: nn.Module) -> UnitSpace:
-    """Return the sites of a network's units; ValueError for a network without an adapter."""
+def unit_space(network: nn.Module, kinds: Collection[UnitKind] = PLAIN) -> UnitSpace:
+    """Return the sites of a network's units of these kinds, in the network's order.
+
+    Kinds that the network has none of are passed over. ValueError for a network without an adapter.
+    """
     match type(network).__name__:
         case "LlamaForCausalLM":
-            return check(network, [_llama_ffn(network, i) for i in range(_config(network).num_hidden_layers)])
+            layers = range(_config(network).num_hidden_layers)
+            sites: list[UnitSite] = [part(network, i) for i in layers for part in (_llama_heads, _llama_ffn)]
         case "Autoencoder":
-            return check(network, [_feed_forward(network, name) for name in ("encoder", "decoder")])
+            sites = [_feed_forward(network, name) for name in ("encoder", "decoder")]
         case other:
             raise ValueError(
                 f"no adapter for {other}; it needs a case in moeify.families that names the Linear layers of each site"
             )
+    return check(network, [site for site in sites if site.kind in kinds])
 
 
 def readers(network: nn.Module) -> tuple[Site, ...]:
-    """Return every site that attribution can read, in the network's order: those that are split, and attention heads.
-
-    Heads that share keys and values are one unit, since none of them can go without the others' keys.
-    """
-    sites = unit_space(network).readers
-    match type(network).__name__:
-        case "LlamaForCausalLM":
-            heads = (_llama_heads(network, i) for i in range(_config(network).num_hidden_layers))
-            return tuple(site for layer in zip(heads, sites, strict=True) for site in layer)
-        case _:
-            return sites
+    """Return every site that attribution can read, in the network's order, whether it is split or not."""
+    return unit_space(network, get_args(UnitKind)).readers
 
 
 def entries(network: nn.Module) -> tuple[Entry, ...]:
@@ -61,7 +59,7 @@ def entries(network: nn.Module) -> tuple[Entry, ...]:
 
 
 def describe(network: nn.Module) -> dict[str, Any]:
-    """Return plain data from which ``rebuild`` makes a network of the same shape."""
+    """Return plain data from which ``rebuild`` makes a network of the same shape, all sites as wide as the widest."""
     match type(network).__name__:
         case "LlamaForCausalLM":
             return {"family": "llama", "config": _config(network).to_dict()}
@@ -70,7 +68,7 @@ def describe(network: nn.Module) -> dict[str, Any]:
             return {
                 "family": "autoencoder",
                 "inputs": up.in_features,
-                "hidden": up.out_features,
+                "hidden": max(up.out_features, linear(network, "decoder.up").out_features),
                 "code": down.out_features,
             }
         case other:
@@ -93,11 +91,18 @@ def rebuild(description: dict[str, Any]) -> nn.Module:
             raise ValueError(f"unknown network family {other!r}; this version rebuilds 'llama' and 'autoencoder'")
 
 
-def with_units(description: dict[str, Any], units: int) -> dict[str, Any]:
-    """Return the description of the same network with another number of units in every site."""
+def with_units(description: dict[str, Any], units: int, heads: int | None = None) -> dict[str, Any]:
+    """Return the description of the same network with another number of units in every site.
+
+    ``units``: of each feed-forward site; ``heads``: of each site of attention heads, as many as it has if not given.
+    More heads than asked for where the format wants their number to divide the model's width.
+    """
     match description.get("family"):
         case "llama":
-            return {**description, "config": {**description["config"], "intermediate_size": units}}
+            config = {**description["config"], "intermediate_size": units}
+            if heads is not None:
+                config |= _with_heads(config, heads)
+            return {**description, "config": config}
         case "autoencoder":
             return {**description, "hidden": units}
         case other:
@@ -131,10 +136,30 @@ def _llama_ffn(network: nn.Module, layer: int) -> FfnUnits:
     )
 
 
-def _llama_heads(network: nn.Module, layer: int) -> Site:
-    config, reader = _config(network), f"model.layers.{layer}.self_attn.o_proj"
-    groups = config.num_key_value_heads
-    return Site(f"layers.{layer}.heads", reader, groups, linear(network, reader).in_features // groups)
+def _llama_heads(network: nn.Module, layer: int) -> HeadUnits:
+    config, module = _config(network), f"model.layers.{layer}.self_attn"
+    key, queries = linear(network, f"{module}.k_proj"), config.num_attention_heads // config.num_key_value_heads
+    return HeadUnits(
+        f"layers.{layer}.heads",
+        module,
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        units=key.out_features // config.head_dim,
+        queries=queries,
+        size=config.head_dim,
+        bias=key.bias is not None,
+    )
+
+
+def _with_heads(config: dict[str, Any], units: int) -> dict[str, int]:
+    """Return what a Llama's config says of at least so many groups of heads, each as large as before."""
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    queries, width = heads // groups, config["hidden_size"]
+    enough = next((n for n in range(units, groups) if width % (n * queries) == 0), groups)
+    size = config.get("head_dim") or width // heads
+    return {"num_attention_heads": enough * queries, "num_key_value_heads": enough, "head_dim": size}
 
 
 def _feed_forward(network: nn.Module, module: str) -> FfnUnits:

@@ -22,6 +22,7 @@ from moeify.given_tree import Nested, branches, given_groups
 from moeify.partition import Partition
 from moeify.partition_config import AffinityGrouping, ResidualGrouping
 from moeify.partition_config import Partition as PartitionConfig
+from moeify.terms import Terms, plain_terms
 from moeify.trials import Trials, even_cut
 
 Groups = Mapping[int, Sequence[tuple[str, ...]]]
@@ -38,18 +39,20 @@ class NothingToSplitError(ValueError):
 def choose_groups(
     partition: Partition,
     table: AttributionTable,
-    weights: Mapping[str, Float[Tensor, "dim units"]],
+    weights: Mapping[str, Float[Tensor, "dim _"]],
     config: PartitionConfig,
     round_: Round,
     score: Unsigned,
     tree: Nested | None = None,
     only: Collection[int] | None = None,
+    terms: Terms | None = None,
 ) -> Groups:
     """Return leaf -> groups of its categories, for every leaf with several; unrouted ones make the last group.
 
     ``weights`` holds each site's output weights. What ``tree``, the recipe's, gives is taken as it is
     (``moeify.given_tree``), balanced or not. ``only``: the leaves that may be divided, those that passed the null
-    test; ``None``: all. Raises NothingToSplitError where there is none.
+    test; ``None``: all. ``terms``: not given, those of ``config`` for every site. Raises NothingToSplitError where
+    there is none.
     """
     leaves = divisible_leaves(partition, config)
     if not leaves:
@@ -57,7 +60,8 @@ def choose_groups(
     leaves = {leaf: parts for leaf, parts in leaves.items() if only is None or leaf in only}
     if not leaves:
         raise NothingToSplitError("no leaf's split beats permuted labels; nothing is worth splitting")
-    cut = even_cut(partition, list(leaves), round_.separation)
+    terms = terms or plain_terms(config, partition.widths)
+    cut = even_cut(partition, list(leaves), round_.separation, terms)
     affinity_CC = profile_affinity(table, score)
     found = {}
     for leaf, (categories, unrouted) in leaves.items():
@@ -73,7 +77,7 @@ def choose_groups(
             case AffinityGrouping():
                 parts = agglomerate(start, count, room, _most_alike(affinity), apart)
             case ResidualGrouping(candidates=candidates):
-                trials = Trials(partition, table, weights, config, score, leaf, cut)
+                trials = Trials(partition, table, weights, config, score, leaf, cut, terms)
                 pick = _least_residual(affinity, categories, trials, candidates)
                 parts = agglomerate(start, count, room, pick, apart)
                 parts = _settled(parts, free, room, categories, trials)

@@ -33,6 +33,7 @@ from moeify.evaluation import RowLosses, own_other, row_losses, summarize, tax, 
 from moeify.events import MemoryTracker, Tracker
 from moeify.grouping import NothingToSplitError, divisible_leaves
 from moeify.null_test import Relabel, null_test
+from moeify.partition import Partition
 from moeify.plan import PlannedPhase, check_categories, plan
 from moeify.propose import Proposal, menu, shuffled
 from moeify.report import Reporter
@@ -42,6 +43,7 @@ from moeify.state import Cut, State
 from moeify.store import MemoryStore, Store
 from moeify.surgery import compensate_sites, permute
 from moeify.task import HeldOut, Task
+from moeify.terms import costs, terms_in_reach
 from moeify.training import Contestant, Report, train
 from moeify.twin_cache import TwinCache
 from moeify.world import Solo, World
@@ -102,7 +104,11 @@ class _Loop:
         """Return the newest checkpoint's state, the same one on every rank, or a fresh one."""
         found = self.world.share(self.store.newest() if self.world.rank == 0 else None)
         state = State.load(self.store, found.name, self.config) if found else State.fresh(self.config, self.task)
-        self.say.started(self.task, state.arms["dense"].model)
+        model = state.arms["dense"].model
+        self.terms = terms_in_reach(
+            self.config, self.task.categories, model.network, model.space, self.task.units_per_row
+        )
+        self.say.started(self.task, model)
         if found:
             self.say.resumed(found.name, found.damaged)
         return state
@@ -164,7 +170,7 @@ class _Loop:
         """Choose the split arm's cut, as deep as the round asks or the budget is expected to allow."""
         models = {arm: self.state.arms[arm].model for arm in self.config.cut_arms}
         split, rounds, partition = models["split"], self._to_come(phase.round), self.config.partition
-        reached, asked = split.partition.separation, rounds[0].separation
+        reached, asked = self._separation(split.partition), rounds[0].separation
         if not divisible_leaves(split.partition, partition):
             raise NothingToSplitError("every leaf serves one category; nothing is left to split")
         now = self._standing(rows["split"], rows["dense"])
@@ -175,9 +181,9 @@ class _Loop:
         self.say.phase("partition", phase.round)
         score, tree, seed = self.config.attribution.score, self.config.tree, self.config.seed
         known = split.partition, tables["split"], split.output_weights
-        choices = menu(*known, partition, rounds, score, tree, passed, split.input_weight, seed)
+        choices = menu(*known, partition, rounds, score, tree, passed, split.input_weight, seed, self.terms)
         proposal = choices.cut(asked)
-        room = proposal.partition.separation
+        room = self._separation(proposal.partition)
         if budget:
 
             def fits(cut: Proposal) -> bool:
@@ -185,7 +191,7 @@ class _Loop:
                 return expected_use(now, then, self.state.rounds) <= 1.0
 
             proposal = deepest(choices.cut, reached + budget.least_step, asked, fits)
-        if (got := proposal.partition.separation) < asked - 1e-9:
+        if (got := self._separation(proposal.partition)) < asked - 1e-9:
             why = "the budget allows no more" if got < room else "widths leave no more room"
             self.say.phase("partition", phase.round, f"separation {got:.3f} of {asked:.3f}: {why}")
         return proposal, tables
@@ -217,9 +223,14 @@ class _Loop:
             self.say.phase("attribute", number, f"rows measured of {total:,} at most: {told}")
         return tables
 
+    def _separation(self, partition: Partition) -> float:
+        """Return the separation by what the recipe counts (``partition.cost``)."""
+        return partition.separation_of(costs(self.terms))
+
     def _to_come(self, number: int) -> list[Round]:
         """Return this round and those after it; this one goes as far as roll-backs have left of its step."""
-        rounds, reached = list(self.config.rounds[number - 1 :]), self.state.arms["split"].model.partition.separation
+        rounds = list(self.config.rounds[number - 1 :])
+        reached = self._separation(self.state.arms["split"].model.partition)
         separation = reached + self.state.step_scale * (rounds[0].separation - reached)
         rounds[0] = rounds[0].model_copy(update={"separation": separation})
         return rounds
@@ -229,8 +240,8 @@ class _Loop:
         if not (asked := self.config.partition.null_test):
             return None
         measure = partial(self._measure, model, number)
-        weights = model.output_weights
-        found = null_test(model.partition, table, weights, self.config, round_, asked.permutations, measure, number)
+        known = model.partition, table, model.output_weights, self.config, round_
+        found = null_test(*known, asked.permutations, measure, number, self.terms)
         self.say.phase("attribute", number, "; ".join(map(str, found.values())))
         return {leaf for leaf, verdict in found.items() if verdict.p <= asked.level}
 
@@ -271,7 +282,7 @@ class _Loop:
         wounded = own_other(split, self.task, self.world, self.config.evaluation, intact)
         stopped, seconds = why_stopped(self.state.rounds, self.config.rounds[-1].separation), time.time() - self.began
         rounds, steps = self.state.rounds, self.config.training.steps
-        return summarize(self.task, split.partition, rounds, rows, wounded, stopped, steps, seconds)
+        return summarize(self.task, split, rounds, rows, wounded, stopped, steps, seconds)
 
     def _measure(self, model: SplitModel, round_: int, relabel: Relabel = iter) -> AttributionTable:
         """Return the attribution of every unit to every category, of all workers' rows together."""

@@ -1,5 +1,7 @@
 """The networks that recipes can build, freshly initialised from a seed that touches no global state."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -67,7 +69,7 @@ def build_llama(config: LlamaModel, *, vocabulary: int, length: int, end: int, s
         return network
 
 
-def logits(network: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the network's logits, whether it gives them bare or inside a model output."""
-    outputs = network(inputs)
+def logits(network: nn.Module, inputs: Tensor, **more: Any) -> Tensor:
+    """Return the network's logits, whether it gives them bare or inside a model output; it is given ``more`` as is."""
+    outputs = network(inputs, **more)
     return outputs if isinstance(outputs, Tensor) else outputs.logits

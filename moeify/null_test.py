@@ -24,6 +24,7 @@ from moeify.grouping import choose_groups, divisible_leaves, is_routed
 from moeify.partition import Partition
 from moeify.rows import generator
 from moeify.task import Batch
+from moeify.terms import Terms, plain_terms
 from moeify.trials import Trials, even_cut
 
 Relabel = Callable[[Iterable[Batch]], Iterable[Batch]]
@@ -74,12 +75,13 @@ class Verdict:
 def null_test(
     partition: Partition,
     table: AttributionTable,
-    weights: Mapping[str, Float[Tensor, "dim units"]],
+    weights: Mapping[str, Float[Tensor, "dim _"]],
     config: RunConfig,
     round_: Round,
     permutations: int,
     measure: Measure,
     number: int = 0,
+    terms: Terms | None = None,
 ) -> dict[int, Verdict]:
     """Return leaf -> verdict, for every leaf that can be divided; one measuring pass a permutation serves them all.
 
@@ -92,14 +94,14 @@ def null_test(
     if not leaves:
         return {}
     served = [[table.categories.index(c) for c in partition.tree.nodes[leaf].categories] for leaf in leaves]
-    measured = split_costs(partition, table, weights, config, round_)
+    measured = split_costs(partition, table, weights, config, round_, terms)
     nulls = []
     for i in range(permutations):
 
         def relabel(batches: Iterable[Batch], i: int = i) -> list[Batch]:
             return permuted(batches, served, generator(config.seed, "permute", number, i))
 
-        nulls.append(split_costs(partition, measure(relabel), weights, config, round_))
+        nulls.append(split_costs(partition, measure(relabel), weights, config, round_, terms))
     return {
         leaf: Verdict(partition.tree.nodes[leaf].name, measured[leaf], tuple(null[leaf] for null in nulls))
         for leaf in leaves
@@ -109,16 +111,18 @@ def null_test(
 def split_costs(
     partition: Partition,
     table: AttributionTable,
-    weights: Mapping[str, Float[Tensor, "dim units"]],
+    weights: Mapping[str, Float[Tensor, "dim _"]],
     config: RunConfig,
     round_: Round,
+    terms: Terms | None = None,
 ) -> dict[int, float]:
     """Return leaf -> J of the split into the table's own groups, with equally wide experts in all sites; nats."""
     score = config.attribution.score
-    groups = choose_groups(partition, table, weights, config.partition, round_, score, config.tree)
-    cut = even_cut(partition, list(groups), round_.separation)
+    terms = terms or plain_terms(config.partition, partition.widths)
+    groups = choose_groups(partition, table, weights, config.partition, round_, score, config.tree, terms=terms)
+    cut = even_cut(partition, list(groups), round_.separation, terms)
     return {
-        leaf: Trials(partition, table, weights, config.partition, score, leaf, cut).cost(
+        leaf: Trials(partition, table, weights, config.partition, score, leaf, cut, terms).cost(
             [part for part in parts if is_routed(part, config.partition)]
         )
         for leaf, parts in groups.items()

@@ -52,8 +52,8 @@ class LeafUnits:
     parts: Sequence[Sequence[str]]
     """The groups of categories that part, one a bin."""
     score: Unsigned
-    output_DU: Float[Tensor, "dim units"]
-    """Weights through which the site's units write."""
+    output_DF: Float[Tensor, "dim features"]
+    """Weights through which the site's units write; a unit's features side by side."""
     reads: Callable[[str], Float[Tensor, "units inputs"]] | None = None
     """Returns the weights through which a site's units read."""
     seed: int = 0
@@ -61,6 +61,21 @@ class LeafUnits:
     def mine(self, values_U: Tensor) -> Tensor:
         """Return the leaf's part of what is known of all units."""
         return values_U[self.start : self.start + self.number]
+
+    @property
+    def width(self) -> int:
+        """Features a unit."""
+        sums = self.table.sites[self.site]
+        return len(sums.power) // sums.units
+
+    @property
+    def features(self) -> slice:
+        """Places of the features of the leaf's units."""
+        return slice(self.start * self.width, (self.start + self.number) * self.width)
+
+    def per_unit(self, values_F: Tensor) -> Tensor:
+        """Return sums over each unit's features, which lie on the first axis."""
+        return values_F.unflatten(0, (-1, self.width)).sum(1)
 
     def by_part(self, values_UC: Float64[Tensor, "units categories"]) -> Float64[Tensor, "parts leaf_units"]:
         """Return the sums over each part's categories."""
@@ -119,7 +134,8 @@ def _in_turn(order_L: Int[np.ndarray, " leaf_units"], capacity_B: Capacity) -> O
 
 def _magnitude(units: LeafUnits) -> Deal:
     """The units with the largest weights stay; the others are dealt at random."""
-    square_L = units.mine(units.output_DU.t()).double().cpu().square().sum(1).numpy() + np.square(units.inputs()).sum(1)
+    written_f = units.output_DF.t()[units.features].double().cpu().square().sum(1)
+    square_L = units.per_unit(written_f).numpy() + np.square(units.inputs()).sum(1)
     falling_L = np.argsort(-square_L, kind="stable")
     drawn_L = units.random().permutation(units.number)
 
@@ -155,19 +171,23 @@ def _clustered(units: LeafUnits, point_LX: Float64[np.ndarray, "leaf_units x"]) 
 
 def _coactivation(units: LeafUnits) -> Float64[np.ndarray, "leaf_units leaf_units"]:
     """Return how much two units are active together: |E[a a^T]| over the leaf's categories, 1 for one with itself."""
-    table, places = units.table, torch.arange(units.start, units.start + units.number)
-    together: Tensor = torch.zeros(units.number, units.number, dtype=torch.float64)
+    table, number, width = units.table, units.number, units.width
+    places = torch.arange(units.features.start, units.features.stop)
+    together: Tensor = torch.zeros(len(places), len(places), dtype=torch.float64)
     for category in (c for part in units.parts for c in part):
         moment, share = table.second_moment(units.site, category), table.shares[table.categories.index(category)]
         own = moment.take(places).dense() if isinstance(moment, LowRank) else moment[places][:, places]
         together += share * own
+    if width > 1:  # of units of several features: the norm over all pairs of their features
+        together = together.view(number, width, number, width).square().sum((1, 3)).sqrt()
     size = together.diagonal().sqrt()
     return (together.abs() / (size[:, None] * size)).nan_to_num(0.0, 0.0).numpy()
 
 
 def _cmoe(units: LeafUnits) -> Deal:
     """The most active units stay; the others go where their profile of activity over categories fits, exactly."""
-    activity_LK = units.by_part(units.table.power(units.site).sqrt() * units.table.shares).t().numpy()
+    power_UC = units.per_unit(units.table.power(units.site))
+    activity_LK = units.by_part(power_UC.sqrt() * units.table.shares).t().numpy()
     falling_L = np.argsort(-activity_LK.sum(1), kind="stable")
     profile_LK = activity_LK / np.maximum(activity_LK.sum(1, keepdims=True), np.finfo(np.float64).tiny)
 

@@ -17,6 +17,9 @@ from torch import Tensor
 from attribution.sites import Site
 from moeify.tree import ExpertTree, Node
 
+Costs = Mapping[str, int]
+"""Site -> what one of its units costs; where there are none, every unit costs 1."""
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -65,28 +68,41 @@ class Partition:
         related = torch.tensor([[self.tree.related(a, b) for b in nodes] for a in nodes])
         return related[self.owners(site)][:, self.owners(other)]
 
-    def active_units(self, category: str) -> int:
-        """Return how many units of all sites lie on a category's route."""
-        return sum(widths[node] for widths in self.widths.values() for node in self.tree.route(category))
+    def active_units(self, category: str, costs: Costs | None = None) -> int:
+        """Return how many units of all sites lie on a category's route, or what they cost."""
+        route = self.tree.route(category)
+        return sum(sum(widths[node] for node in route) * _cost(costs, site) for site, widths in self.widths.items())
 
-    def surplus(self, separation: float) -> int:
-        """Return how many active units, added up over categories, are too many for a separation; below 0: too few."""
+    def surplus(self, separation: float, costs: Costs | None = None) -> int:
+        """Return how many active units, added up over categories, are too many for a separation; below 0: too few.
+
+        With ``costs``: how much they cost, for a separation of what units cost.
+        """
         categories = self.tree.categories
-        total = len(categories) * sum(sum(widths) for widths in self.widths.values())
-        active = sum(self.active_units(category) for category in categories)
-        return math.ceil(active - (1.0 - separation) * total - 1e-9)
+        total = len(categories) * self._total(costs)
+        active = sum(self.active_units(category, costs) for category in categories)
+        rounding = 1e-9 * max(_cost(costs, site) for site in self.widths)
+        return math.ceil(active - (1.0 - separation) * total - rounding)
+
+    def active_shares(self, costs: Costs | None = None) -> dict[str, float]:
+        """Return category -> fraction of all units, or of what they cost, on its route."""
+        total = self._total(costs)
+        return {category: self.active_units(category, costs) / total for category in self.tree.categories}
+
+    def separation_of(self, costs: Costs | None = None) -> float:
+        """Return 1 - the mean over categories of the active fraction of all units, or of what they cost."""
+        fractions = self.active_shares(costs).values()
+        return 1.0 - sum(fractions) / len(fractions)
 
     @property
     def active_fraction(self) -> dict[str, float]:
         """Category -> fraction of all units on its route."""
-        total = sum(sum(widths) for widths in self.widths.values())
-        return {category: self.active_units(category) / total for category in self.tree.categories}
+        return self.active_shares()
 
     @property
     def separation(self) -> float:
         """1 - the mean over categories of the active fraction."""
-        fractions = self.active_fraction.values()
-        return 1.0 - sum(fractions) / len(fractions)
+        return self.separation_of()
 
     @property
     def owned(self) -> tuple[int, ...]:
@@ -111,6 +127,13 @@ class Partition:
         nodes = tuple(Node(n["name"], n["parent"], tuple(n["categories"])) for n in data["nodes"])
         return cls(ExpertTree(nodes), {site: tuple(widths) for site, widths in data["widths"].items()})
 
+    def _total(self, costs: Costs | None) -> int:
+        return sum(sum(widths) * _cost(costs, site) for site, widths in self.widths.items())
+
     def _fractions(self, site: str) -> dict[str, float]:
         widths = self.widths[site]
         return {c: sum(widths[i] for i in self.tree.route(c)) / max(1, sum(widths)) for c in self.tree.categories}
+
+
+def _cost(costs: Costs | None, site: str) -> int:
+    return 1 if costs is None else costs[site]

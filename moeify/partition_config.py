@@ -6,6 +6,12 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from moeify.closed import Closed, Fraction, Name
 
+UnitKind = Literal["ffn", "heads"]
+"""``ffn``: neurons of feed-forward blocks, hidden units; ``heads``: attention heads, those that share keys and values
+together."""
+PLAIN: tuple[UnitKind, ...] = ("ffn",)
+"""The units that have owners where nothing else is said."""
+
 
 class Compensation(Closed):
     """Closed-form least squares for the kept units' output weights at a cut."""
@@ -31,6 +37,9 @@ class ResidualGrouping(Closed):
     candidates: PositiveInt = 48
     """Pairs of groups, those with the most alike profiles, of which each merge tries every one."""
 
+
+Pattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.*?-]{1,100}$")]
+"""The name of a site, or one with ``*`` for anything and ``?`` for one character; in quotes where ``*`` comes first."""
 
 Grouping = Annotated[AffinityGrouping | ResidualGrouping, Field(discriminator="kind")]
 
@@ -95,6 +104,15 @@ Owners = Annotated[
 ]
 
 
+class HeadLimits(Closed):
+    """What an expert may own of an attention block; a unit is a group of heads that share keys and values."""
+
+    multiple: PositiveInt = 1
+    """Every expert's width is a multiple of this many units."""
+    min_units: Annotated[int, Field(ge=0)] = 0
+    """Fewest units an expert owns. Heads are few: four of them cannot give one to each of two levels of experts."""
+
+
 class NullTest(Closed):
     """Whether there is anything to split: an expert is divided only where that costs less J than with labels that are
     permuted across rows (``moeify.null_test``). Costs one attribution pass a permutation."""
@@ -107,12 +125,17 @@ class NullTest(Closed):
 class Partition(Closed):
     """How units find their owners."""
 
+    units: tuple[UnitKind, ...] = PLAIN
+    """What is split: ``[ffn]``, or ``[ffn, heads]``. What is left out stays whole, and counts in no separation."""
     grouping: Grouping = AffinityGrouping(kind="affinity")
     """Which categories part and which stay together."""
     owners: Owners = AttributionOwners(kind="attribution")
     """How units find their owners at given widths. What parts, and the null test, are attribution's whatever it is."""
     budget: Literal["knapsack", "equal"] = "knapsack"
     """How a round's separation is shared out over sites: by least rise of J, or the same everywhere."""
+    cost: Literal["units", "flops"] = "units"
+    """What a round's separation counts, and the knapsack spends: active units, or their floating-point operations a
+    token at the recipe's row length. What is reported as separation is of units either way."""
     told: bool = False
     """From the first cut on, the split model is given the category as the told twin is: every unit learns a bias for
     each category (``moeify.told``)."""
@@ -120,11 +143,19 @@ class Partition(Closed):
     """At the widths that the budget made, units change places between experts for as long as that lowers J
     (``moeify.refine``)."""
     multiple: PositiveInt = 8
-    """Every expert's width in a site is a multiple of this many units."""
+    """Every expert's width in a feed-forward site is a multiple of this many units."""
     min_units: Annotated[int, Field(ge=0)] = 8
-    """Fewest units an expert owns in a site."""
+    """Fewest units an expert owns in a feed-forward site."""
+    heads: HeadLimits = HeadLimits()
+    """The same for attention heads."""
     min_core: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Least fraction of a site that stays with the root, the shared core."""
+    floors: dict[Pattern, Fraction] = Field(default={})
+    """Names of sites, or patterns such as ``layers.0.*``, to the least fraction of them that stays with the root. Of
+    several that match, ``min_core`` among them, the largest holds."""
+    frozen: tuple[Pattern, ...] = ()
+    """Names of sites, or patterns such as ``*.heads``, that are never split: the root owns all of them. They count in
+    separation like any other."""
     unrouted: tuple[Name, ...] = ()
     """Categories that no expert is made for: from the first cut on they run on the core alone. In the tree they share a
     leaf without units below the core; their active fraction is the core's, and counts in separation like any other."""

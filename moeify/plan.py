@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeify.config import RunConfig
-from moeify.given_tree import foreseen, names, strangers
+from moeify.given_tree import names, strangers
+from moeify.reach import check_reachable
 
 Kind = Literal["train", "cut", "recover", "judge", "finish"]
 
@@ -55,36 +56,4 @@ def check_categories(config: RunConfig, categories: Sequence[str] | None) -> Non
         problems.append("partition.unrouted: got all categories, wanted at least one left for an expert of its own")
     if problems:
         raise ValueError("\n".join(problems))
-    _check_reachable(config, [category for category in categories if category not in unrouted], len(unrouted))
-
-
-def _check_reachable(config: RunConfig, routed: Sequence[str], unrouted: int) -> None:
-    """Raise ValueError for a round whose separation its experts have no room for.
-
-    Counts in fractions of a site with the groups to expect and every expert as wide as its siblings; the cut itself
-    counts in whole units.
-    """
-    number = len(routed) + unrouted
-    reached = 0.0
-    leaves = [(tuple(routed), 1.0 - config.partition.min_core)]  # what a leaf serves, fraction of units it may give
-    for place, round_ in enumerate(config.rounds):
-        if round_.separation <= reached:  # tries again what the budget may not have allowed the round before
-            continue
-        splits = [(foreseen(config.tree, serves, round_.branching), room) for serves, room in leaves]
-        alone = unrouted if place == 0 else 0  # they leave the routed at the first cut, and spare every expert
-        spared = [
-            (sum(map(len, parts)) * (len(parts) - 1) + alone * len(parts)) / number for parts, _ in splits
-        ]  # by a unit of the experts' width
-        most = reached + sum(each * room / len(parts) for each, (parts, room) in zip(spared, splits, strict=True))
-        if round_.separation > most + 1e-9:
-            raise ValueError(
-                f"rounds.{place}.separation: got {round_.separation}, at most {most:.3f} can be reached there; "
-                f"lower it, raise the separation of the round before, or lower partition.min_core"
-            )
-        width = (round_.separation - reached) / sum(spared) if sum(spared) else 0.0
-        leaves = [
-            (part, min(width, room / len(parts)) if len(parts) > 1 or alone else room)
-            for parts, room in splits
-            for part in parts
-        ]
-        reached = round_.separation
+    check_reachable(config, categories)

@@ -26,7 +26,7 @@ from moeify.owners import Deal, LeafUnits, owners
 from moeify.partition import Partition
 from moeify.partition_config import Partition as PartitionConfig
 from moeify.refine import Exchange
-from moeify.trials import most_given
+from moeify.terms import SiteTerms, Terms, costs, plain_terms
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Menu:
     partition: Partition
     """The one that is to be cut."""
     config: PartitionConfig
+    terms: Terms
     groups: Groups
     choices: Mapping[tuple[str, int], list[_Choice]]
     """(site, leaf) -> from the narrowest expert allowed to the widest there is room for."""
@@ -65,8 +66,8 @@ class Menu:
     """(site, leaf) -> exchanges of units that lower J; none where ``config.refine`` is off."""
 
     def cut(self, separation: float) -> Proposal:
-        """Return the cut to a separation, or as far as there is room, that costs the least J."""
-        chosen = _spend(self.partition, self.config, separation, self.groups, self.choices)
+        """Return the cut to a separation (of what units cost), or as far as there is room, that costs the least J."""
+        chosen = _spend(self.partition, self.config, self.terms, separation, self.groups, self.choices)
         for key, exchange in self.exchanges.items():
             owner_L = exchange.settle(chosen[key].owner_L)
             chosen[key] = replace(chosen[key], owner_L=owner_L, predicted=exchange.residual(owner_L))
@@ -77,7 +78,7 @@ class Menu:
 def propose(
     partition: Partition,
     table: AttributionTable,
-    weights: Mapping[str, Float[Tensor, "dim units"]],
+    weights: Mapping[str, Float[Tensor, "dim _"]],
     config: PartitionConfig,
     rounds: Sequence[Round],
     score: Unsigned,
@@ -85,19 +86,21 @@ def propose(
     only: Collection[int] | None = None,
     reads: Callable[[str], Float[Tensor, "units inputs"]] | None = None,
     seed: int = 0,
+    terms: Terms | None = None,
 ) -> Proposal:
     """Choose the first of ``rounds`` to come: split every leaf that has several categories (``menu``).
 
     Where rounding to ``config.multiple`` leaves too little room for the round's separation, the cut goes as far as
     there is room.
     """
-    return menu(partition, table, weights, config, rounds, score, tree, only, reads, seed).cut(rounds[0].separation)
+    known = partition, table, weights, config, rounds, score, tree, only, reads, seed, terms
+    return menu(*known).cut(rounds[0].separation)
 
 
 def menu(
     partition: Partition,
     table: AttributionTable,
-    weights: Mapping[str, Float[Tensor, "dim units"]],
+    weights: Mapping[str, Float[Tensor, "dim _"]],
     config: PartitionConfig,
     rounds: Sequence[Round],
     score: Unsigned,
@@ -105,34 +108,36 @@ def menu(
     only: Collection[int] | None = None,
     reads: Callable[[str], Float[Tensor, "units inputs"]] | None = None,
     seed: int = 0,
+    terms: Terms | None = None,
 ) -> Menu:
     """Return what the first of ``rounds`` to come may choose from, to split every leaf that has several categories.
 
     ``rounds`` are this round and those after it, whose experts need room as well; ``weights`` holds each site's output
-    weights, ``reads`` returns its input weights, for those ``config.owners`` that ask; ``tree`` is the recipe's;
-    ``only`` are the leaves that may be split, ``None`` for all; ``seed`` is what ways to find owners draw from.
-    Raises NothingToSplitError where no leaf can be split, ValueError where an expert has too few units for its
-    children.
+    weights [dim features], ``reads`` returns its input weights, for those ``config.owners`` that ask; ``tree`` is the
+    recipe's; ``only`` are the leaves that may be split, ``None`` for all; ``seed`` is what ways to find owners draw
+    from; ``terms``: not given, those of ``config`` for every site, each unit of cost 1. Raises NothingToSplitError
+    where no leaf can be split, ValueError where an expert has too few units for its children.
     """
-    groups = choose_groups(partition, table, weights, config, rounds[0], score, tree, only)
+    terms = terms or plain_terms(config, partition.widths)
+    groups = choose_groups(partition, table, weights, config, rounds[0], score, tree, only, terms)
     choices, exchanges = {}, {}
     for site in partition.widths:
         for leaf, parts in groups.items():
             start, own = partition.starts(site)[leaf], partition.widths[site][leaf]
             deal = owners(config.owners, LeafUnits(table, site, start, own, parts, score, weights[site], reads, seed))
             choices[site, leaf] = _choices(
-                partition, table, weights[site], config, rounds, site, leaf, parts, tree, deal
+                partition, table, weights[site], config, terms[site], rounds, site, leaf, parts, tree, deal
             )
-            if config.refine:
+            if config.refine and not terms[site].frozen:
                 exchanges[site, leaf] = Exchange(partition, table, weights[site].double(), site, leaf, parts)
-    return Menu(partition, config, groups, choices, exchanges)
+    return Menu(partition, config, terms, groups, choices, exchanges)
 
 
 def shuffled(
     partition: Partition,
     proposal: Proposal,
     table: AttributionTable,
-    weights: Mapping[str, Float[Tensor, "dim units"]],
+    weights: Mapping[str, Float[Tensor, "dim _"]],
     seed: int,
 ) -> Proposal:
     """Return a cut to the proposal's tree and widths with owners drawn at random: the control of every result.
@@ -159,6 +164,7 @@ def _choices(
     table: AttributionTable,
     weight_DU: Tensor,
     config: PartitionConfig,
+    terms: SiteTerms,
     rounds: Sequence[Round],
     site: str,
     leaf: int,
@@ -168,28 +174,28 @@ def _choices(
 ) -> list[_Choice]:
     """Return what each expert width would cost, from the narrowest allowed to the widest there is room for."""
     width, children = partition.widths[site][leaf], sum(is_routed(part, config) for part in parts)
-    widest = most_given(partition, config, site, leaf) // children // config.multiple * config.multiple
-    need = max(_need(part, rounds[1:], config, tree) for part in parts if is_routed(part, config))
+    widest = terms.given(width, root=leaf == 0) // children // terms.multiple * terms.multiple
+    need = max(_need(part, rounds[1:], terms, tree) for part in parts if is_routed(part, config))
     if widest < need:
         raise ValueError(
             f"expert {partition.tree.nodes[leaf].name!r} owns {width} units of site {site!r}, too few for {children} "
-            f"children of {need} (partition.min_units, room for later rounds); lower partition.min_units, "
-            f"partition.multiple or the separation of earlier rounds"
+            f"children of {need} ({terms.where}.min_units, room for later rounds); lower {terms.where}.min_units, "
+            f"{terms.where}.multiple or the separation of earlier rounds"
         )
     found = []
-    for each in sorted({need, *range(max(need, config.multiple), widest + 1, config.multiple)}):
+    for each in sorted({need, *range(max(need, terms.multiple), widest + 1, terms.multiple)}):
         capacity = np.array([*[each * is_routed(part, config) for part in parts], width - each * children])
         owner_L = deal(capacity)
         found.append(_Choice(each, owner_L, _residual(partition, table, weight_DU, site, leaf, parts, owner_L)))
     return found
 
 
-def _need(categories: Sequence[str], later: Sequence[Round], config: PartitionConfig, tree: Nested | None) -> int:
+def _need(categories: Sequence[str], later: Sequence[Round], terms: SiteTerms, tree: Nested | None) -> int:
     """Return the fewest units an expert of these categories needs, its own later children included."""
     if len(categories) > 1 and later:
         children = foreseen(tree, categories, later[0].branching)
-        return len(children) * max(_need(child, later[1:], config, tree) for child in children)
-    return -(-config.min_units // config.multiple) * config.multiple
+        return len(children) * max(_need(child, later[1:], terms, tree) for child in children)
+    return terms.least
 
 
 def _residual(
@@ -218,14 +224,15 @@ def _residual(
 def _spend(
     partition: Partition,
     config: PartitionConfig,
+    terms: Terms,
     separation: float,
     groups: Groups,
     choices: Mapping[tuple[str, int], list[_Choice]],
 ) -> dict[tuple[str, int], _Choice]:
     """Choose one width for each site and leaf so that the separation is reached, if there is room, at the least J."""
-    asked = partition.surplus(separation)
-    saved = {  # active units, added up over categories, that each choice spares
-        (site, leaf): [_experts_spared(groups[leaf], config) * o.width for o in options]
+    asked = partition.surplus(separation, costs(terms))
+    saved = {  # active units' cost, added up over categories, that each choice spares
+        (site, leaf): [_experts_spared(groups[leaf], config) * o.width * terms[site].cost for o in options]
         for (site, leaf), options in choices.items()
     }
     wanted = min(asked, sum(savings[-1] for savings in saved.values()))

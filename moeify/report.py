@@ -14,8 +14,9 @@ from moeify.propose import Proposal
 from moeify.split_model import SplitModel
 from moeify.state import State
 from moeify.store import Store
-from moeify.task import Task
+from moeify.task import Task, data_hash
 from moeify.training import Contestant, Progress
+from moeify.units import unit_parameters
 
 
 class Reporter:
@@ -44,6 +45,8 @@ class Reporter:
                 sites={site.name: site.units for site in model.space.sites},
                 rounds=len(self.config.rounds),
                 arms=self.config.arms,
+                unit_parameters={site.name: unit_parameters(model.network, site) for site in model.space.sites},
+                data_hash=data_hash(task, self.config),
             )
         )
         for name, content in task.assets().items():

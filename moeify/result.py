@@ -24,6 +24,9 @@ class Result(BaseModel):
     """Nested: name, categories, units (owned by that node, over all sites), children."""
     active_fraction: dict[str, float]
     """Category -> units on its route over all units, 0..1; and ``mean``."""
+    active_flops: dict[str, float] | None = None
+    """Category -> share of the whole network's floating-point operations a token (or example) that its route runs,
+    0..1, what is never split among them; and ``mean``. None in results from before that was kept."""
     rounds: tuple[RoundEnded, ...]
     """Every round, those that were rolled back included."""
     stopped: Stop | None = None
@@ -42,6 +45,9 @@ class Result(BaseModel):
     """The same of the random split; None without that control."""
     tax_told: dict[str, float] | None = None
     """Category -> nats per unit of the split model above the told twin on test data; and ``mean``; None without it."""
+    error_over: dict[Arm, float] = {}
+    """Control -> standard error of the split model's mean loss above that control's over the test rows, which both
+    read; controls it is not known of are left out."""
     steps: PositiveInt
     """Optimizer steps of every arm."""
     seconds: float

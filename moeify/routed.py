@@ -38,6 +38,8 @@ class Routes:
     """Row offsets by leaf position: position k serves rows ``bounds[k] .. bounds[k + 1]``."""
     categories: Int[Tensor, " rows"] | None = None
     """Category index of each row in this batch, for blocks that are told; rows in the order in which they run."""
+    order: Int[Tensor, " tokens"] | None = None
+    """Where each token has a route of its own: the order by leaf in which tokens run, each as a row of one position."""
     ablated: frozenset[int] = field(default_factory=frozenset)
     """Nodes whose own units give nothing."""
     masked: bool = False
@@ -92,7 +94,11 @@ class RoutedFfn(nn.Module):
 
     def forward(self, x: Float[Tensor, "rows *positions dim"]) -> Float[Tensor, "rows *positions out"]:
         """Return what the active units write."""
-        return self._masked(x) if self.routes.masked else self._routed(x)
+        run, order = self._masked if self.routes.masked else self._routed, self.routes.order
+        if order is None:
+            return run(x)
+        sorted_ND = run(x.flatten(0, -2)[order])
+        return torch.empty_like(sorted_ND).index_copy_(0, order, sorted_ND).view(*x.shape[:-1], -1)
 
     def _linear(self, name: str) -> nn.Linear:
         return cast(nn.Linear, self.get_submodule(name))
@@ -248,10 +254,3 @@ def _activate_backward(grad: Tensor, x: Tensor, activation: Activation) -> Tenso
             return torch.ops.aten.gelu_backward(grad, x)
         case "gelu_tanh":
             return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
-
-
-def install(network: nn.Module, sites: Sequence[FfnUnits], routes: Routes) -> None:
-    """Replace each site's feed-forward block by its routed form, in place."""
-    for site in sites:
-        parent, _, name = site.module.rpartition(".")
-        setattr(network.get_submodule(parent), name, RoutedFfn(network.get_submodule(site.module), site, routes))

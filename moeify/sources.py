@@ -35,7 +35,7 @@ def fingerprint(source: Source, base: Path) -> str:
         case TextFolders():
             digest = hashlib.sha256()
             for category, folder in source.categories.items():
-                for name, path in _files(base / folder, source.pattern):
+                for name, path in files_in(base / folder, source.pattern):
                     digest.update(f"{category}\0{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
             return digest.hexdigest()
         case JsonLines():
@@ -98,7 +98,7 @@ def _installed(source: InstalledText) -> dict[str, list[Document]]:
 
 
 def _folder(folder: Path, pattern: str) -> Iterator[Document]:
-    for name, path in _files(folder, pattern):
+    for name, path in files_in(folder, pattern):
         try:
             text = path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -110,7 +110,7 @@ def _folder(folder: Path, pattern: str) -> Iterator[Document]:
             yield Document(text, name)
 
 
-def _files(folder: Path, pattern: str) -> list[tuple[str, Path]]:
+def files_in(folder: Path, pattern: str) -> list[tuple[str, Path]]:
     """Return relative name and path of the files below a folder, those of hidden files and folders left out."""
     if not folder.is_dir():
         raise ValueError(f"data.source: {folder} is not a folder; relative paths start at the recipe's folder")

@@ -1,7 +1,8 @@
 """The split model as a folder: hashed safetensors and JSON, the tokenizer's files beside them.
 
 ``manifest.json`` holds the network's description, the categories and the partition; ``model.safetensors`` the
-parameters under the stock architecture's names, units in tree order.
+parameters under the stock architecture's names, units in tree order, each site as wide as its widths add up to. Folders
+of the same ``moeify.store.FORMAT`` stay readable; the model card in the folder describes it for other readers.
 """
 
 from collections.abc import Mapping
@@ -12,20 +13,27 @@ import torch
 from torch import Tensor
 
 from moeify.arms import Arm
-from moeify.families import describe, rebuild
+from moeify.families import describe
 from moeify.partition import Partition
+from moeify.resizing import shaped
 from moeify.split_model import SplitModel
 from moeify.store import CorruptCheckpointError, FolderStore, read_manifest, read_part, write_folder
 
 
-def save_split(model: SplitModel, target: Path, assets: Mapping[str, bytes]) -> None:
-    """Write a split model and the files that belong to it; the folder appears whole or not at all."""
+def save_split(
+    model: SplitModel, target: Path, assets: Mapping[str, bytes], dtype: torch.dtype = torch.float32
+) -> None:
+    """Write a split model and the files that belong to it; the folder appears whole or not at all.
+
+    ``dtype``: of the weights in the file; what ``load_split`` gives is float32 again, with the values in the file.
+    """
     facts = {
         "network": describe(model.network),
         "categories": list(model.categories),
         "partition": model.partition.as_json(),
     }
-    write_folder(target, facts, {"model": _tensors(model)}, assets)
+    tensors = {name: tensor.to(dtype) for name, tensor in _tensors(model).items()}
+    write_folder(target, facts, {"model": tensors}, assets)
 
 
 def load_split(folder: str | Path) -> SplitModel:
@@ -57,6 +65,14 @@ def load_from_run(folder: Path, arm: Arm = "split") -> SplitModel:
     return _load(facts, facts["arms"][arm]["partition"], own)
 
 
+def split_hash(folder: Path) -> str:
+    """Return the SHA-256 of the split model in a run's newest checkpoint, to tell what belongs to it."""
+    store, name, facts = _newest(folder)
+    if "split" not in facts["arms"]:
+        raise ValueError(f"{folder.name} has not been split yet; its first cut comes after the first training phase")
+    return read_manifest(store.folder / "checkpoints" / name)["files"]["split.safetensors"]["sha256"]
+
+
 def _newest(folder: Path) -> tuple[FolderStore, str, dict[str, Any]]:
     store = FolderStore(folder, keep=1)
     found = store.newest()
@@ -73,8 +89,10 @@ def _tensors(model: SplitModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _load(facts: Mapping[str, Any], partition: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SplitModel:
+    widths = Partition.from_json(partition)
+    network = shaped(facts["network"], {site: widths.units(site) for site in widths.widths})
     told = any(name.endswith(".told.weight") for name in tensors)
-    model = SplitModel(rebuild(facts["network"]), facts["categories"], Partition.from_json(partition), told=told)
+    model = SplitModel(network, facts["categories"], widths, told=told)
     own = _tensors(model)
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())

@@ -121,12 +121,14 @@ class State:
         for arm in config.cut_arms:
             step = self.arms[arm].step
             source: Arm = arm if arm in facts["arms"] else "dense"
-            self.arms[arm] = _contestant(store, self.undo, source, facts, config, arm)
+            self.arms[arm] = _contestant(store, self.undo, source, facts, config, becomes=arm)
             self.arms[arm].step = step
 
 
 def _untrained(task: Task, arm: Arm, config: RunConfig) -> Contestant:
-    return Contestant(SplitModel(task.build(), task.categories, told=arm in config.told_arms), config.training)
+    told = arm in config.told_arms
+    model = SplitModel(task.build(), task.categories, told=told, kinds=config.partition.units)
+    return Contestant(model, config.training)
 
 
 def _cut(facts: dict[str, Any]) -> Cut:
@@ -134,14 +136,15 @@ def _cut(facts: dict[str, Any]) -> Cut:
 
 
 def _contestant(
-    store: Store, name: str, arm: Arm, facts: dict[str, Any], config: RunConfig, becomes: Arm | None = None
+    store: Store, name: str, arm: Arm, facts: dict[str, Any], config: RunConfig, *, becomes: Arm | None = None
 ) -> Contestant:
-    """Return an arm of a checkpoint; one that ``becomes`` another arm is that arm's fork."""
-    partition, told = Partition.from_json(facts["arms"][arm]["partition"]), (becomes or arm) in config.told_arms
+    """Return an arm of a checkpoint, or, where it ``becomes`` another one, that arm's fork."""
+    becomes = becomes or arm
+    partition, told = Partition.from_json(facts["arms"][arm]["partition"]), becomes in config.told_arms
     contestant = Contestant(
         SplitModel(rebuild(facts["network"]), facts["categories"], partition, told=told), config.training
     )
-    fresh = contestant.tensors() if becomes else {}
-    contestant.load({**fresh, **store.tensors(name, arm)})
+    begun = {} if becomes == arm else contestant.tensors()  # biases of categories, which the dense twin has none of
+    contestant.load(begun | store.tensors(name, arm))
     contestant.step = facts["arms"][arm]["step"]
     return contestant

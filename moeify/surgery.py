@@ -36,7 +36,7 @@ def permute(
                 parameter,
                 *(v for v in state.values() if torch.is_tensor(v) and v.shape == parameter.shape),
             ):
-                tensor.copy_(tensor.index_select(part.axis, index.to(tensor.device)))
+                tensor.copy_(tensor.index_select(part.axis, part.entries(index).to(tensor.device)))
 
 
 @torch.no_grad()

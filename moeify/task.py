@@ -3,12 +3,17 @@
 The loop sees nothing else of a task, so it does not know whether it trains a language model or an autoencoder.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, Protocol, Self, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from moeify.config import RunConfig
 
 HeldOut = Literal["validation", "test"]
 
@@ -81,3 +86,20 @@ class Task(Protocol):
     def assets(self) -> dict[str, bytes]:
         """Return what an export needs besides the network (for text: the tokenizer's files), by file name."""
         ...
+
+
+def data_hash(task: Task, config: RunConfig) -> str:
+    """Return SHA-256, in hex, over data of a run: the train rows that its first cut is decided on, and all test rows.
+
+    Runs whose hashes differ read different data.
+    """
+    probe, test = config.attribution, config.evaluation
+    digest = hashlib.sha256("\0".join(task.categories).encode())
+    for batch in chain(
+        task.probe_batches(1, probe.rows, probe.rows_at_once),
+        task.held_out_batches("test", test.test_rows, test.rows_at_once),
+    ):
+        for tensor in (batch.inputs, batch.targets, batch.categories):
+            digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+            digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

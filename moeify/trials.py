@@ -6,7 +6,6 @@ units, so that each saves as many active units as the next; what differs is who 
 Axes: U units of a site, L units that the leaf owns in it, C its categories, B bins (the K children, then the leaf).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -20,6 +19,7 @@ from attribution.table import AttributionTable, Unsigned
 from moeify.assignment import assign
 from moeify.partition import Partition
 from moeify.partition_config import Partition as PartitionConfig
+from moeify.terms import Terms, costs, plain_terms
 
 _ELEMENTS = 2**28
 """Numbers that the inverted moments of all trials may hold: 2 GB of float64."""
@@ -28,26 +28,29 @@ _ELEMENTS = 2**28
 class Trials:
     """One inversion a site and category to make; then a trial is an assignment a site, and a solve a site and category.
 
-    ``cut``: the fraction 0..1 of the leaf's units that a trial saves each category on average. Where the inverted
-    moments of all sites would take more than 2 GB, as many sites as fit are taken, evenly spaced.
+    ``cut``: the fraction 0..1 of the leaf's units that a trial saves each category on average; ``terms``: not given,
+    those of ``config`` for every site. Where the inverted moments of all sites would take more than 2 GB, as many
+    sites as fit are taken, evenly spaced.
     """
 
     def __init__(
         self,
         partition: Partition,
         table: AttributionTable,
-        weights: Mapping[str, Float[Tensor, "dim units"]],
+        weights: Mapping[str, Float[Tensor, "dim _"]],
         config: PartitionConfig,
         score: Unsigned,
         leaf: int,
         cut: float,
+        terms: Terms | None = None,
     ) -> None:
+        terms = terms or plain_terms(config, partition.widths)
         self._categories = partition.tree.nodes[leaf].categories
         self._cut = cut
         index = [table.categories.index(category) for category in self._categories]
         self._share_C = table.shares[index].tolist()
         self._sites: list[tuple[int, int, Float[np.ndarray, "leaf_units categories"], list[Removals]]] = []
-        for site in _affordable(partition, table, leaf):
+        for site in _affordable(partition, table, leaf, terms):
             start, own = partition.starts(site)[leaf], partition.widths[site][leaf]
             mass_LC = (table.score(site, score) * table.shares)[start : start + own, index].numpy()
             removals = [
@@ -59,7 +62,7 @@ class Trials:
                 )
                 for category in self._categories
             ]
-            self._sites.append((start, most_given(partition, config, site, leaf), mass_LC, removals))
+            self._sites.append((start, most_given(partition, terms, site, leaf), mass_LC, removals))
         self._known: dict[tuple[tuple[int, ...], ...], float] = {}
 
     def cost(self, parts: Sequence[Sequence[str]]) -> float:
@@ -89,22 +92,29 @@ class Trials:
         return total
 
 
-def most_given(partition: Partition, config: PartitionConfig, site: str, leaf: int) -> int:
+def most_given(partition: Partition, terms: Terms, site: str, leaf: int) -> int:
     """Return how many of its units of a site a leaf may give to children."""
-    width = partition.widths[site][leaf]
-    return width - (math.ceil(config.min_core * width) if leaf == 0 else 0)
+    return terms[site].given(partition.widths[site][leaf], root=leaf == 0)
 
 
-def even_cut(partition: Partition, leaves: Sequence[int], separation: float) -> float:
-    """Return the fraction of their units that leaves give up on average, the same in all of them, for a separation."""
+def even_cut(partition: Partition, leaves: Sequence[int], separation: float, terms: Terms) -> float:
+    """Return the fraction of their units that leaves give up on average, the same in all of them, for a separation.
+
+    Sites that are never split give nothing.
+    """
     categories = {leaf: len(partition.tree.nodes[leaf].categories) for leaf in leaves}
-    room = sum(categories[leaf] * widths[leaf] for widths in partition.widths.values() for leaf in leaves)
-    return min(1.0, max(0, partition.surplus(separation)) / max(1, room))
+    room = sum(
+        categories[leaf] * widths[leaf] * terms[site].cost
+        for site, widths in partition.widths.items()
+        for leaf in leaves
+        if not terms[site].frozen
+    )
+    return min(1.0, max(0, partition.surplus(separation, costs(terms))) / max(1, room))
 
 
-def _affordable(partition: Partition, table: AttributionTable, leaf: int) -> list[str]:
-    """Return the sites whose inverted moments fit, evenly spaced; sketched moments need no inverse."""
-    sites = list(partition.widths)
+def _affordable(partition: Partition, table: AttributionTable, leaf: int, terms: Terms) -> list[str]:
+    """Return the sites to split whose inverted moments fit, evenly spaced; sketched moments need no inverse."""
+    sites = [site for site in partition.widths if not terms[site].frozen]
     number = len(partition.tree.nodes[leaf].categories)
     sums = [table.sites[site] for site in sites]
     sizes = [0 if isinstance(each.inputs, SketchedMoment) else number * len(each.power) ** 2 for each in sums]

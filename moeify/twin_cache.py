@@ -10,6 +10,7 @@ import json
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -89,7 +90,8 @@ class TwinCache:
 def fingerprint(config: RunConfig, task: Task, world: World) -> str:
     """Return the hash of all that a twin's bits depend on, and of the steps that are reported."""
     whole = {"seed": True, "data": True, "model": True, "training": True}
-    settings = config.model_dump(mode="json", include={**whole, "checkpoints": {"every"}, "tracking": {"every"}})
+    parts = {"partition": {"units"}, "checkpoints": {"every"}, "tracking": {"every"}}
+    settings = config.model_dump(mode="json", include={**whole, **parts})
     machine = [
         torch.__version__,
         platform.machine(),
@@ -97,12 +99,20 @@ def fingerprint(config: RunConfig, task: Task, world: World) -> str:
         torch.get_num_threads(),
     ]
     digest = hashlib.sha256(json.dumps([settings, machine, world.size], sort_keys=True).encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):  # nearly all of the package has a say in some twin's bits
-        digest.update(path.read_bytes())
+    digest.update(code_of(Path(__file__).parent))  # nearly all of the package has a say in some twin's bits
     for tensor in _content(config, task):
         digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
         digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+@cache
+def code_of(package: Path) -> bytes:
+    """Return a hash of a package's code as it is when first asked for: an update beneath a run is not what runs."""
+    digest = hashlib.sha256()
+    for path in sorted(package.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.digest()
 
 
 def _content(config: RunConfig, task: Task) -> Iterator[Tensor]:

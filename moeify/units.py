@@ -5,12 +5,14 @@ Everything that moves or weighs units (permutation, compensation, extraction) wo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, assert_never
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attribution.sites import Site
+from moeify.partition_config import UnitKind
 
 Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]
 
@@ -21,12 +23,19 @@ class Slice:
 
     parameter: str
     axis: int
+    width: int = 1
+    """Entries a unit, side by side."""
+
+    def entries(self, units: Int[Tensor, " some"]) -> Int[Tensor, " entries"]:
+        """Return where these units lie on the axis, in the order given."""
+        return (units[:, None] * self.width + torch.arange(self.width, device=units.device)).flatten()
 
 
 @dataclass(frozen=True)
 class FfnUnits:
     """The neurons of one feed-forward block: down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
 
+    kind: ClassVar[UnitKind] = "ffn"
     name: str
     """Of the site."""
     module: str
@@ -61,8 +70,53 @@ class FfnUnits:
         return f"{self.module}.{self.down}.weight"
 
 
-UnitSite = FfnUnits
-"""A site with its tensors. Attention heads and conv channels join here as further classes."""
+@dataclass(frozen=True)
+class HeadUnits:
+    """The heads of one attention block. Query heads that share keys and values are one unit, since none of them can go
+    without the others' keys."""
+
+    kind: ClassVar[UnitKind] = "heads"
+    name: str
+    """Of the site."""
+    module: str
+    """Qualified name of the attention module."""
+    query: str
+    """Names of the ``nn.Linear`` submodules; a unit is rows of query, key and value and columns of out, in the order of
+    the heads."""
+    key: str
+    value: str
+    out: str
+    units: int
+    """Heads of keys and values."""
+    queries: int
+    """Query heads a unit."""
+    size: int
+    """Dimensions a head."""
+    bias: bool = False
+    """Whether query, key and value have biases."""
+
+    @property
+    def site(self) -> Site:
+        """The site as attribution reads it: at the input of ``out``."""
+        return Site(self.name, f"{self.module}.{self.out}", self.units, self.queries * self.size)
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """Every parameter axis that moves with the units."""
+        ways_in = ((self.query, self.queries * self.size), (self.key, self.size), (self.value, self.size))
+        found = [Slice(f"{self.module}.{name}.weight", 0, width) for name, width in ways_in]
+        if self.bias:
+            found += [Slice(f"{self.module}.{name}.bias", 0, width) for name, width in ways_in]
+        return (*found, Slice(self.output, 1, self.queries * self.size))
+
+    @property
+    def output(self) -> str:
+        """The parameter [dim features] through which the units write."""
+        return f"{self.module}.{self.out}.weight"
+
+
+UnitSite = FfnUnits | HeadUnits
+"""A site with its tensors. Conv channels join here as a further class."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +144,12 @@ class UnitSpace:
         return sum(site.units for site in self.sites)
 
 
+def unit_parameters(network: nn.Module, site: UnitSite) -> int:
+    """Return how many parameters belong to one unit of a site: what it reads and writes through."""
+    shapes = [(network.get_parameter(part.parameter).shape, part.axis) for part in site.slices]
+    return sum(shape.numel() // shape[axis] for shape, axis in shapes)
+
+
 def linear(network: nn.Module, name: str) -> nn.Linear:
     """Return a submodule that must be an ``nn.Linear``."""
     module = network.get_submodule(name)
@@ -98,15 +158,32 @@ def linear(network: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def output_weight(network: nn.Module, site: UnitSite) -> Tensor:
-    """Return the parameter [dim units] through which a site's units write."""
+def output_weight(network: nn.Module, site: UnitSite) -> Float[Tensor, "dim features"]:
+    """Return the parameter through which a site's units write; a unit's features side by side."""
     return network.get_parameter(site.output)
 
 
-def input_weight(network: nn.Module, site: UnitSite) -> Tensor:
-    """Return the weights [units inputs] through which a site's units read, those of gate and up side by side."""
+def input_weight(network: nn.Module, site: UnitSite) -> Float[Tensor, "units inputs"]:
+    """Return the weights through which a site's units read, those of all ways in (gate and up) side by side."""
     ways_in = [network.get_parameter(part.parameter) for part in site.slices if part.axis == 0]
-    return torch.cat([weight for weight in ways_in if weight.ndim == 2], dim=1)
+    return torch.cat([weight.reshape(site.units, -1) for weight in ways_in if weight.ndim == 2], dim=1)
+
+
+def flops(network: nn.Module, site: UnitSite, length: int) -> int:
+    """Return the floating-point operations of one unit's forward pass, a token (or example): 2 a weight.
+
+    Heads also compare with, and read from, earlier positions: ``length`` / 2 of them on average in causal rows of
+    ``length`` tokens.
+    """
+    shapes = [network.get_parameter(part.parameter).shape for part in site.slices]
+    own = 2 * sum(shape.numel() for shape in shapes if len(shape) > 1) // site.units
+    match site:
+        case FfnUnits():
+            return own
+        case HeadUnits():
+            return own + 2 * site.queries * site.size * length
+        case _:
+            assert_never(site)
 
 
 def check(network: nn.Module, sites: Sequence[UnitSite]) -> UnitSpace:
@@ -114,9 +191,9 @@ def check(network: nn.Module, sites: Sequence[UnitSite]) -> UnitSpace:
     for site in sites:
         for part in site.slices:
             shape = network.get_parameter(part.parameter).shape
-            if shape[part.axis] != site.units:
+            if shape[part.axis] != site.units * part.width:
                 raise ValueError(
                     f"site {site.name!r}: {part.parameter} has shape {tuple(shape)}, "
-                    f"wanted {site.units} on axis {part.axis}"
+                    f"wanted {site.units * part.width} on axis {part.axis}"
                 )
     return UnitSpace(tuple(sites))

@@ -24,7 +24,7 @@ from attribution.subject import Rows
 from attribution.table import AttributionTable, Unsigned
 from moeify.families import entries
 from moeify.subjects import Probed
-from pipelines.tables import console_for, table_for
+from pipelines.tables import console_for, in_columns, table_for
 
 Say = Callable[[str], None]
 Matrix = Float64[Tensor, "categories categories"]
@@ -164,7 +164,7 @@ def print_found(title: str, found: Found, unit: str, stream: TextIO) -> None:
     total = int(table.counts.sum())
     console.print(f"{title} · {len(table.categories)} categories · {total:,} {unit}s", style="bold")
     console.print("\nEach category's strongest unit", style="bold")
-    for chunk in _chunks(table.categories, _room(console.width, 14, 18)):
+    for chunk in in_columns(console, table.categories, 14, 18):
         grid = table_for(console, "site", "units", *chunk)
         for site, sums in table.sites.items():
             report_UC = table.report(site)
@@ -189,7 +189,7 @@ def print_found(title: str, found: Found, unit: str, stream: TextIO) -> None:
 
 def _print_matrix(console: Console, title: str, matrix_CC: Matrix, names: Sequence[str]) -> None:
     console.print(f"\n{title}", style="bold")
-    for chunk in _chunks(names, _room(console.width, 14, 9)):
+    for chunk in in_columns(console, names, 14, 9):
         grid = table_for(console, "category", *chunk)
         for row, name in zip(matrix_CC, names, strict=True):
             grid.add_row(name, *(f"{float(row[names.index(c)]):+.2f}" for c in chunk))
@@ -259,11 +259,3 @@ def _half_width(found: Comparison, method: str, rows: Sequence[Agreement]) -> fl
         return (pooled.spearman.high - pooled.spearman.low) / 2
     squares = torch.tensor([((row.pearson.high - row.pearson.low) / 2) ** 2 for row in rows])
     return float(squares.nan_to_num().sum().sqrt()) / len(rows)
-
-
-def _room(width: int, taken: int, each: int) -> int:
-    return max(1, (width - taken) // each)
-
-
-def _chunks(names: Sequence[str], size: int) -> list[Sequence[str]]:
-    return [names[start : start + size] for start in range(0, len(names), size)]

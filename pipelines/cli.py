@@ -12,7 +12,10 @@ from typing import Any
 
 import click
 
-COMMANDS = ("run", "resume", "runs", "show", "attribute", "export", "sync", "schema")
+COMMANDS = (
+    *("run", "resume", "compare", "runs", "show", "report", "status", "logs", "stop", "submit", "cluster"),
+    *("attribute", "export", "route", "generate", "sync", "schema"),
+)
 """In the order of the help; the module of each holds ``command``."""
 
 

@@ -125,7 +125,7 @@ def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, A
         ),
     )
     try:
-        with _stoppable():  # once more: Ray has set its handlers since
+        with stoppable():  # once more: Ray has set its handlers since
             trainer.fit()
     except TrainingFailedError as error:
         raise RunFailedError(
@@ -152,7 +152,9 @@ def cluster(wanted: Cluster, *, keep_logs: Path) -> Iterator[None]:
         if ray.is_initialized():
             _check_cores(wanted)
             yield
-        elif os.environ.get("RAY_ADDRESS"):
+        elif address := os.environ.get("RAY_ADDRESS"):
+            if "://" in address and not address.startswith("ray://"):
+                raise ValueError(f"RAY_ADDRESS is a job API, {address}; use 'moeify submit', or unset it to run here")
             try:
                 ray.init(log_to_driver=False, logging_level="ERROR")
                 _check_cores(wanted)
@@ -217,7 +219,7 @@ def _driven(folder: RunFolder, config: RunConfig, followers: Sequence[Follower])
 
     The note is the driver's, for only the driver outlives every worker; workers must have let go of the journal.
     """
-    with _stoppable(), hold(folder), follow(folder.journal, [*followers, MlflowFollower(folder, config)]):
+    with stoppable(), hold(folder), follow(folder.journal, [*followers, MlflowFollower(folder, config)]):
         try:
             yield
         except Exception as error:
@@ -306,7 +308,7 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[None]:
     """Let SIGTERM end the body like Ctrl-C, with everything taken down in order.
 
     Ray puts handlers of its own in the way, which exit with 0 or dump core, and leaves them behind.

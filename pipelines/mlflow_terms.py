@@ -72,13 +72,22 @@ def points_of(event: Event, unit: str) -> Iterable[Point]:
 
 
 def final_points(result: Result) -> Iterable[Point]:
-    """Yield what a result adds to its losses: the tax on test data, and what share of the units runs."""
+    """Yield what a result adds to its losses: the tax on test data, and what share of units and operations runs."""
     if result.tax_error is not None:
         yield _key("test/tax_error", MEAN), result.tax_error, result.steps
     for category in (*result.categories, MEAN):
         for name, tax in _taxes(result):
             yield _key("test", name, category), tax[category], result.steps
         yield _key("test/active_fraction", category), result.active_fraction[category], result.steps
+        if result.active_flops is not None:
+            yield _key("test/active_flops", category), result.active_flops[category], result.steps
+
+
+def loss_points(result: Result) -> Iterable[Point]:
+    """Yield a result's losses on test data, which a run tells as they are measured."""
+    for arm, loss in result.test_loss.items():
+        for category, each in loss.items():
+            yield _key("test", arm, category), each, result.steps
 
 
 def _taxes(result: Result) -> Iterable[tuple[str, dict[str, float]]]:

@@ -3,7 +3,6 @@
 Drawn from the run's own files with matplotlib's object interface: no display, no global figure.
 """
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,47 +12,33 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict
 
 from attribution.heatmap import DECADES, NEVER, save_png, thinned
 from attribution.heatmap import figure as figure_of
+from moeify import strict_yaml
 from moeify.events import RoundEnded, Started
 from moeify.result import MEAN, Result
 from pipelines.journal import read_events
+from pipelines.round_files import OwningNode, attribution_file, read_map
 from pipelines.runs import RunFolder
+from pipelines.wording import STANDARD_ERRORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Axes of arrays: U units, C categories.
 
+_FAR = 4.0
+"""Times the largest tax that a budget may be and still have its line in the picture."""
 _MOST_COLUMNS = 8
 """Sites side by side."""
 _WIDE_LEGEND = 8.0
 """Inches of a figure that hold both entries of the map's legend side by side."""
 _LEAST_GAP = 0.031
 """Fraction of a site's height below which two experts' names would run into each other."""
-_SPLIT, _RANDOM, _DENSE, _TOLD = "#0072B2", "#D55E00", "#555555", "#009E73"
+SPLIT, RANDOM, DENSE, TOLD, BUDGET = "#0072B2", "#D55E00", "#555555", "#009E73", "#CC79A7"
 """Of the Okabe-Ito palette, which colour-blind readers can tell apart."""
-
-
-class _Node(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-    name: str
-    parent: int | None
-    categories: tuple[str, ...]
-
-
-class _Ownership(BaseModel):
-    """``partition.json``: who owns which unit."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    nodes: tuple[_Node, ...]
-    """Depth first; node 0 is the root."""
-    owners: dict[str, list[int]]
-    """Site, in the network's order -> node of each unit, in tree order."""
 
 
 def attribution_path(folder: RunFolder, round_: int) -> Path:
@@ -69,7 +54,7 @@ def tax_path(folder: RunFolder) -> Path:
 def draw(folder: RunFolder, round_: int) -> list[Path]:
     """Draw what the end of a round adds; a round that left no attribution adds no map."""
     drawn = [tax_separation(folder)]
-    if (folder.rounds / str(round_) / "attribution.safetensors").is_file():
+    if attribution_file(folder, round_).is_file():
         drawn.append(attribution_map(folder, round_))
     return drawn
 
@@ -82,15 +67,8 @@ def attribution_map(folder: RunFolder, round_: int) -> Path:
     orders of magnitude, within a layer and between layers. Attribution is measured before the round's cut, so a
     category still runs what the cut takes away from it, and what earlier cuts took away is grey.
     """
-    tables_UC, categories, score = _read_attribution(folder, round_)
-    ownership = _Ownership.model_validate_json((folder.rounds / str(round_) / "partition.json").read_bytes())
-    leaves = ownership.nodes[0].categories
-    if sorted(leaves) != sorted(categories) or set(ownership.owners) != set(tables_UC):
-        raise ValueError(
-            f"round {round_}: partition.json and attribution.safetensors speak of different categories or sites "
-            f"({list(leaves)} and {categories}; {sorted(ownership.owners)} and {sorted(tables_UC)})"
-        )
-    columns = [categories.index(category) for category in leaves]
+    found = read_map(folder, round_)
+    tables_UC, ownership, leaves = found.tables_UC, found.ownership, found.leaves
 
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Patch
@@ -110,12 +88,12 @@ def attribution_map(folder: RunFolder, round_: int) -> Path:
     image: Any = None
     for axis, (site, owners) in zip(axes, ownership.owners.items(), strict=False):
         owners_U = np.asarray(owners, dtype=np.int64)
-        image = _site(axis, tables_UC[site][:, columns], owners_U, ownership.nodes, norm)
+        image = _site(axis, tables_UC[site], owners_U, ownership.nodes, norm)
         axis.set_title(f"{site}\n{len(owners_U):,} units", fontsize=9)
     colours = figure.colorbar(
         image, ax=axes[: len(tables_UC)], extend="min", shrink=min(1.0, 1.4 / down), aspect=30, pad=0.02
     )
-    colours.set_label(f"attribution ({score}), nats per {_unit(folder)}", fontsize=8)
+    colours.set_label(f"attribution ({found.score}), nats per {_unit(folder)}", fontsize=8)
     colours.ax.tick_params(labelsize=7)
     figure.suptitle(f"How much each unit matters to each category\n{folder.id}, round {round_}", fontsize=10)
     frame = Patch(facecolor="white", edgecolor="black", label="an expert after this round's cut; measured before it")
@@ -132,25 +110,44 @@ def attribution_map(folder: RunFolder, round_: int) -> Path:
 
 
 def tax_separation(folder: RunFolder) -> Path:
-    """Draw tax against separation over the journal's rounds and at the run's end, and return the picture's path.
+    """Draw tax against separation over the journal's rounds and at the run's end, and return the picture's path."""
+    rounds = [event for event in read_events(folder.journal, 0)[0] if isinstance(event, RoundEnded)]
+    end = Result.model_validate_json(folder.result.read_bytes()) if folder.result.is_file() else None
+    figure = tax_figure(rounds, end, _unit(folder), budget_of(folder, rounds))
+    figure.suptitle("What separation costs", fontsize=11)
+    figure.axes[0].set_title(f"{folder.id}; below 0: better than the dense twin", fontsize=7, color=DENSE)
+    return save_png(figure, tax_path(folder))
+
+
+def tax_figure(rounds: Sequence[RoundEnded], end: Result | None, unit: str, budget: float | None) -> "Figure":
+    """Return the figure of tax against separation, without titles; bars are 95 % intervals over rows.
 
     Rounds are judged on validation data while training goes on; the end is on test data, when it is over. The told
     twin, which has no separation, is a line at its last tax; controls that the recipe leaves out are not drawn.
+    ``budget``: the largest tax of a round that is kept, nats per unit.
     """
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    rounds = [event for event in read_events(folder.journal, 0)[0] if isinstance(event, RoundEnded)]
-    end = Result.model_validate_json(folder.result.read_bytes()) if folder.result.is_file() else None
     figure = figure_of(6.6, 4.4)
     axis = figure.subplots()
-    axis.axhline(0.0, color=_DENSE, linewidth=1.2, linestyle="--", label="dense twin")
+    axis.axhline(0.0, color=DENSE, linewidth=1.2, linestyle="--", label="dense twin")
+    if budget is not None:
+        seen = max((abs(event.tax) for event in rounds), default=0.0)
+        if budget <= _FAR * seen:
+            axis.axhline(budget, color=BUDGET, linewidth=1.2, linestyle=":", label="budget of a round")
+        else:  # a line so far away would press the rounds together
+            axis.plot([], [], color=BUDGET, linestyle=":", label=f"budget of a round: {budget:g}, above the picture")
     if (told := _told(rounds, end)) is not None:
-        axis.axhline(told[0], color=_TOLD, linewidth=1.2, linestyle="-.", label=f"told twin, {told[1]}")
+        axis.axhline(told[0], color=TOLD, linewidth=1.2, linestyle="-.", label=f"told twin, {told[1]}")
     random_end = end.tax_random[MEAN] if end and end.tax_random else None
     arms = (
-        ("split model", _SPLIT, "o", [event.tax for event in rounds], end.tax[MEAN] if end else None),
-        ("random split, same sizes", _RANDOM, "s", [event.tax_random for event in rounds], random_end),
+        ("split model", SPLIT, "o", [event.tax for event in rounds], end.tax[MEAN] if end else None),
+        ("random split, same sizes", RANDOM, "s", [event.tax_random for event in rounds], random_end),
     )
+    errors = [(e.separation, e.tax, e.tax_error) for e in rounds if e.tax_error is not None]
+    errors += [(1.0 - end.active_fraction[MEAN], end.tax[MEAN], end.tax_error)] if end and end.tax_error else []
+    for place, tax, error in errors:
+        axis.errorbar(place, tax, yerr=STANDARD_ERRORS * error, fmt="none", ecolor=SPLIT, elinewidth=1.0, alpha=0.6)
     for label, colour, marker, taxes, last in arms:
         known = [(e.separation, t, e.accepted) for e, t in zip(rounds, taxes, strict=True) if t is not None]
         axis.plot([s for s, *_ in known], [t for _, t, _ in known], color=colour, linewidth=1.2, alpha=0.7)
@@ -182,14 +179,33 @@ def tax_separation(folder: RunFolder) -> Path:
     axis.margins(x=0.12, y=0.15)
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     axis.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
-    axis.set_xlabel("separation: mean share of the units that a category does not run")
-    axis.set_ylabel(f"tax: nats per {_unit(folder)} above the dense twin")
-    figure.suptitle("What separation costs", fontsize=11)
-    axis.set_title(f"{folder.id}; below 0: better than the dense twin", fontsize=7, color=_DENSE)
+    axis.set_xlabel("separation: mean share of the units that a category does not run", fontsize=9)
+    axis.set_ylabel(f"tax: nats per {unit} above the dense twin", fontsize=9)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(fontsize=7.5, frameon=False, loc="outside lower center", ncols=2)
-    return save_png(figure, tax_path(folder))
+    figure.legend(fontsize=8.5, frameon=False, loc="outside lower center", ncols=2)
+    return figure
+
+
+def budget_of(folder: RunFolder, rounds: Sequence[RoundEnded]) -> float | None:
+    """Return the largest mean tax that a kept round may have, nats per unit.
+
+    None without a budget, for one that every category has to keep, and for a share of the dense twin's loss before a
+    round has said how much that is.
+    """
+    budget = recipe_budget(folder)
+    if not budget or budget.get("per", "mean") != "mean":
+        return None
+    if not isinstance(budget["tax"], str):
+        return float(budget["tax"])
+    shares = [event.tax / event.budget_used for event in rounds if event.budget_used]
+    return shares[-1] if shares else None
+
+
+def recipe_budget(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the recipe's budget as it is written there; None without one."""
+    recipe = strict_yaml.read(folder.resolved.read_text(encoding="utf-8"))
+    return recipe.get("budget") if isinstance(recipe, dict) else None
 
 
 def _told(rounds: Sequence[RoundEnded], end: Result | None) -> tuple[float, str] | None:
@@ -223,7 +239,7 @@ def _name_rounds(axis: "Axes", rounds: Sequence[RoundEnded]) -> None:
             textcoords="offset points",
             ha="center",
             fontsize=8,
-            color=_DENSE,
+            color=DENSE,
         )
 
 
@@ -237,23 +253,11 @@ def _unit(folder: RunFolder) -> str:
     return next((event.unit for event in first), "unit")
 
 
-def _read_attribution(folder: RunFolder, round_: int) -> tuple[dict[str, Float[np.ndarray, "U C"]], list[str], str]:
-    from safetensors import safe_open
-
-    path = folder.rounds / str(round_) / "attribution.safetensors"
-    with safe_open(path, framework="numpy") as file:
-        facts = file.metadata() or {}
-        tables = {site: file.get_tensor(site) for site in file.keys()}  # noqa: SIM118 - the file is no mapping
-    if not tables or "categories" not in facts:
-        raise ValueError(f"{path} holds {len(tables)} sites and facts {sorted(facts)}; wanted sites and 'categories'")
-    return tables, json.loads(facts["categories"]), facts.get("score", "score")
-
-
 def _site(
     axis: "Axes",
     table_UC: Float[np.ndarray, "U C"],
     owners_U: Int[np.ndarray, " U"],
-    nodes: tuple[_Node, ...],
+    nodes: tuple[OwningNode, ...],
     norm: Any,
 ) -> Any:
     """Draw one site: its heat map, and each expert as the rectangle of its units and its categories."""
@@ -261,8 +265,6 @@ def _site(
     from matplotlib.patches import Rectangle
 
     units, categories = table_UC.shape
-    if owners_U.shape != (units,):
-        raise ValueError(f"a site has {units} units of attribution and owners for {len(owners_U)}")
     order_U = np.lexsort((-table_UC.sum(axis=1), owners_U))
     thin = thinned(table_UC[order_U])
     image = axis.imshow(
@@ -316,7 +318,7 @@ def _name_experts(axis: "Axes", labels: Sequence[tuple[int, float, str]], units:
                 xycoords=("axes fraction", "data"),
                 xytext=(-0.035, place),
                 textcoords=("axes fraction", "data"),
-                arrowprops={"arrowstyle": "-", "linewidth": 0.6, "color": _DENSE, "shrinkA": 0, "shrinkB": 2},
+                arrowprops={"arrowstyle": "-", "linewidth": 0.6, "color": DENSE, "shrinkA": 0, "shrinkB": 2},
             )
 
 

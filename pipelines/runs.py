@@ -5,11 +5,13 @@ A run is a folder and nothing else: no database knows more about it than its fil
 
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +26,9 @@ from moeify.recipe import to_yaml
 Status = Literal["running", "finished", "failed", "interrupted"]
 
 _ID = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]*)-(?P<when>\d{8}-\d{6})-[0-9a-f]{4}$")
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "ray", "mlflow")
+_LONGEST_ID = 90
+"""Characters: a name, which has 64 at most, and what follows it."""
 _TAIL = 1 << 16
 """Bytes of the journal's end that are read to tell how an attempt ended."""
 
@@ -55,13 +60,19 @@ class RunFolder:
 
     @property
     def origin(self) -> Path:
-        """JSON: ``base``, the folder that relative paths of the recipe start at; ``moeify``, the version."""
+        """JSON: ``base``, the folder that relative paths of the recipe start at; ``moeify``, the version; ``versions``,
+        those of Python and of the packages that have a say in a run's figures."""
         return self.path / "origin.json"
 
     @property
     def base(self) -> Path:
         """The folder that relative paths of the recipe start at."""
         return Path(json.loads(self.origin.read_text(encoding="utf-8"))["base"])
+
+    @property
+    def inputs(self) -> Path:
+        """Data files that came with the recipe, where a cluster runs it for someone elsewhere."""
+        return self.path / "inputs"
 
     @property
     def journal(self) -> Path:
@@ -89,6 +100,11 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def report(self) -> Path:
+        """The run as one HTML page; see ``pipelines.report.page``."""
+        return self.path / "report.html"
+
+    @property
     def tracking(self) -> Path:
         """JSON: how far the journal was delivered to MLflow."""
         return self.path / "tracking.json"
@@ -97,6 +113,11 @@ class RunFolder:
     def lock(self) -> Path:
         """Held by the process that drives the run, for as long as it does."""
         return self.path / "lock"
+
+    @property
+    def driver(self) -> Path:
+        """JSON: ``host`` and ``pid`` of the process that drives the run, or did last."""
+        return self.path / "driver.json"
 
 
 def home() -> Path:
@@ -109,6 +130,15 @@ def cache() -> Path:
     return Path(os.environ.get("MOEIFY_CACHE") or "~/.cache/moeify").expanduser().absolute()
 
 
+def _versions() -> dict[str, str]:
+    """Return what a run stands on and its version, where it is installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def package_version() -> str:
     """Return moeify's version."""
     try:
@@ -117,10 +147,35 @@ def package_version() -> str:
         return "0+unknown"
 
 
-def create(config: RunConfig, recipe_text: str, home: Path, base: Path | None = None) -> RunFolder:
+def new_id(name: str) -> str:
+    """Return an id for a run of that recipe that begins now."""
+    return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def check_id(run: str) -> str:
+    """Return the id; raise ``ValueError`` where it is none, so that none is a path or anything else."""
+    if not _ID.fullmatch(run) or len(run) > _LONGEST_ID:
+        raise ValueError(f"{run[:100]!r} is no id of a run, wanted NAME-YYYYMMDD-HHMMSS-HHHH, with 4 hex digits last")
+    return run
+
+
+def create(
+    config: RunConfig,
+    recipe_text: str,
+    home: Path,
+    base: Path | None = None,
+    *,
+    run: str | None = None,
+    fill: Callable[[Path], object] | None = None,
+) -> RunFolder:
     """Make the folder of a new run; it appears whole or not at all.
 
     ``base`` is the folder that relative paths of the recipe start at; None: the working directory.
+    ``run``: its id; None: a new one. ``fill``: writes the data that goes with the recipe into a folder of the run,
+    which takes the place of ``base``.
+
+    Raises:
+        FileExistsError: ``run`` is there.
     """
     home.mkdir(parents=True, exist_ok=True)
     draft = home / f".new-{os.getpid()}-{secrets.token_hex(4)}"
@@ -129,14 +184,20 @@ def create(config: RunConfig, recipe_text: str, home: Path, base: Path | None = 
         folder = RunFolder(draft)
         folder.recipe.write_text(recipe_text, encoding="utf-8")
         folder.resolved.write_text(to_yaml(config), encoding="utf-8")
-        origin = {"base": str((base or Path()).absolute()), "moeify": package_version()}
-        folder.origin.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         for part in (folder.checkpoints, folder.rounds, folder.plots):
             part.mkdir()
+        if fill:
+            folder.inputs.mkdir()
+            fill(folder.inputs)
         while True:
-            run = home / f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-            if not run.exists():
-                return RunFolder(draft.rename(run))
+            path = home / (check_id(run) if run else new_id(config.name))
+            if not path.exists():
+                start = RunFolder(path).inputs if fill else (base or Path()).absolute()
+                origin = {"base": str(start), "moeify": package_version(), "versions": _versions()}
+                folder.origin.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+                return RunFolder(draft.rename(path))
+            if run:
+                raise FileExistsError(f"run {run} is there already")
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
@@ -171,6 +232,14 @@ def find(reference: str, home: Path) -> RunFolder:
     raise ValueError(f"no run {reference!r} in {home}; there are {_listed(runs)}")
 
 
+def find_finished(reference: str, home: Path) -> RunFolder:
+    """Return the run that ``find`` finds; ValueError where it has not ended well."""
+    folder = find(reference, home)
+    if (stands := status(folder)) != "finished":
+        raise ValueError(f"run {folder.id} is {stands}, wanted a finished one; see 'moeify resume'")
+    return folder
+
+
 def _listed(runs: list[RunFolder], most: int = 5) -> str:
     newest = ", ".join(run.id for run in reversed(runs[-most:]))
     return newest if len(runs) <= most else f"{newest} and {len(runs) - most} older ones"
@@ -178,15 +247,24 @@ def _listed(runs: list[RunFolder], most: int = 5) -> str:
 
 @contextmanager
 def hold(folder: RunFolder) -> Iterator[None]:
-    """Drive the run: hold its lock; raise ``RunBusyError`` when another process does.
+    """Drive the run: hold its lock; raise ``RunBusyError`` when another process does."""
+    with hold_lock(folder.lock, f"run {folder.id}"):
+        driver = {"host": socket.gethostname(), "pid": os.getpid()}
+        folder.driver.write_text(json.dumps(driver) + "\n", encoding="utf-8")
+        yield
+
+
+@contextmanager
+def hold_lock(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock of what is driven; raise ``RunBusyError`` when another process does.
 
     The operating system lets the lock go when the process ends, however it ends.
     """
-    lock = FileLock(folder.lock, timeout=1.0)  # long enough to outlast the probe in ``status``
+    lock = FileLock(path, timeout=1.0)  # long enough to outlast the probe in ``status``
     try:
         lock.acquire()
     except Timeout:
-        raise RunBusyError(f"run {folder.id} is driven by another process; wait for it, or stop it first") from None
+        raise RunBusyError(f"{what} is driven by another process; wait for it, or stop it first") from None
     try:
         yield
     finally:

@@ -17,13 +17,11 @@ from moeify.result import MEAN, Result
 from pipelines.journal import read_events
 from pipelines.runs import RunFolder, status
 from pipelines.tables import console_for, table_for
-from pipelines.wording import clock, nats, percent, two_digits
+from pipelines.wording import clock, interval, nats, percent, two_digits
 
 Summary = dict[str, Any]
 
 _TOLD_NOTE = "\nover told: the split model above the told twin, which is given the category too"
-_STANDARD_ERRORS = 1.96
-"""Half of a 95 % interval."""
 _ROUND_KEYS = (
     "round",
     "step",
@@ -73,6 +71,7 @@ def _of_result(result: Result) -> Summary:
         "seconds": result.seconds,
         "tree": result.tree,
         "active_fraction": result.active_fraction,
+        "active_flops": result.active_flops,
         "rounds": [_round(event) for event in result.rounds],
         "stopped": result.stopped,
         "test_loss": result.test_loss,
@@ -81,6 +80,7 @@ def _of_result(result: Result) -> Summary:
         "tax_error": result.tax_error,
         "tax_random": result.tax_random,
         "tax_told": result.tax_told,
+        "error_over": dict(result.error_over),
         "own_other": result.own_other,
     }
 
@@ -104,6 +104,7 @@ def _of_journal(folder: RunFolder) -> Summary:
         "seconds": None,
         "tree": tree,
         "active_fraction": active_fraction(tree) if tree else None,
+        "active_flops": None,
         "rounds": [_round(event) for event in rounds],
         "stopped": None,
         "test_loss": {arm: tested.get(arm) for arm in started.arms} if started and tested else None,
@@ -112,6 +113,7 @@ def _of_journal(folder: RunFolder) -> Summary:
         "tax_error": None,
         "tax_random": _tax(tested, "random", "dense"),
         "tax_told": _tax(tested, "split", "told"),
+        "error_over": None,
         "own_other": None,
     }
 
@@ -129,16 +131,17 @@ def _tax(tested: Mapping[str, Mapping[str, float]], arm: Arm, twin: Arm) -> dict
 
 def active_fraction(tree: Summary) -> dict[str, float]:
     """Return category -> units on its route over all units, and their mean, of a nested tree."""
-    nodes = [node for node, _ in _walk(tree)]
+    nodes = [node for node, _ in walk(tree)]
     total = sum(node["units"] for node in nodes)
     active = {c: sum(n["units"] for n in nodes if c in n["categories"]) / total for c in tree["categories"]}
     return {**active, MEAN: fmean(active.values())}
 
 
-def _walk(node: Summary, depth: int = 0) -> Iterator[tuple[Summary, int]]:
+def walk(node: Summary, depth: int = 0) -> Iterator[tuple[Summary, int]]:
+    """Yield the experts of a nested tree, depth first, with their depth; the root has 0."""
     yield node, depth
     for child in node["children"]:
-        yield from _walk(child, depth + 1)
+        yield from walk(child, depth + 1)
 
 
 def finite(value: Any) -> Any:
@@ -246,14 +249,14 @@ def _blocks(known: Summary, console: Console) -> Iterator[_Block]:
 
 def _tree_block(tree: Summary, console: Console) -> _Block:
     """Name what each expert serves in a column of its own, unless all names say it already."""
-    total = sum(node["units"] for node, _ in _walk(tree))
+    total = sum(node["units"] for node, _ in walk(tree))
     active = active_fraction(tree)
-    telling = all(_named_by_its_categories(node) for node, depth in _walk(tree) if depth)
+    telling = all(_named_by_its_categories(node) for node, depth in walk(tree) if depth)
     columns = (
         ("expert", "own units", "share", "active") if telling else ("expert", "serves", "own units", "share", "active")
     )
     table = table_for(console, *columns, text=(0,) if telling else (0, 1))
-    for node, depth in _walk(tree):
+    for node, depth in walk(tree):
         serves = ", ".join(node["categories"]) if depth else "all"
         table.add_row(
             "  " * depth + node["name"] + (" (all)" if telling and not depth else ""),
@@ -279,7 +282,7 @@ def _rounds_block(known: Summary, console: Console) -> _Block:
     table = table_for(console, *columns, "outcome", text=(0, len(columns)))
     for row in known["rounds"]:
         taxes = (nats(row[key], signed=True) for key in _tax_keys(known))
-        cells = [str(row["round"]), percent(row["separation"]), next(taxes), _interval(row["tax_error"]), *taxes]
+        cells = [str(row["round"]), percent(row["separation"]), next(taxes), interval(row["tax_error"]), *taxes]
         if budget:
             cells += [nats(row["expected"], signed=True), percent(row["budget_used"])]
         else:
@@ -300,18 +303,13 @@ def _loss_block(known: Summary, console: Console) -> _Block:
         table.add_row(
             category,
             percent(active.get(category)),
-            *(nats(_of_arm(loss, arm, category)) for arm in known["arms"]),
+            *(nats(of_arm(loss, arm, category)) for arm in known["arms"]),
             *(nats(tax.get(category), signed=True) for tax in taxes),
         )
     known_error = known["tax_error"] is not None
-    notes = [f"mean tax ± {_interval(known['tax_error'])}: 95 % interval over the rows, which both read"] * known_error
+    notes = [f"mean tax ± {interval(known['tax_error'])}: 95 % interval over the rows, which both read"] * known_error
     note = "\n".join(notes) + (_TOLD_NOTE if "told" in known["arms"] else "")
     return _Block(f"Test loss (nats per {known['unit']}; tax: above the dense twin)", table, note)
-
-
-def _interval(error: float | None) -> str:
-    """Return half of a 95 % interval."""
-    return "-" if error is None else nats(_STANDARD_ERRORS * error)
 
 
 def _tax_keys(known: Summary) -> tuple[str, ...]:
@@ -329,11 +327,12 @@ def _tax_heads(known: Summary) -> Iterator[str]:
 def _bits_block(known: Summary, console: Console) -> _Block:
     table = table_for(console, "category", *known["arms"])
     for category in (*known["categories"], MEAN):
-        table.add_row(category, *(nats(_of_arm(known["bits_per_byte"], arm, category)) for arm in known["arms"]))
+        table.add_row(category, *(nats(of_arm(known["bits_per_byte"], arm, category)) for arm in known["arms"]))
     return _Block("Test bits per byte", table)
 
 
-def _of_arm(figures: Mapping[str, Mapping[str, float | None] | None], arm: str, category: str) -> float | None:
+def of_arm(figures: Mapping[str, Mapping[str, float | None] | None], arm: str, category: str) -> float | None:
+    """Return an arm's figure of a category, or of ``mean``; None where it is not known."""
     of_arm = figures.get(arm) or {}
     if category != MEAN or MEAN in of_arm:
         return of_arm.get(category)
@@ -348,7 +347,7 @@ def _own_other_blocks(known: Summary, console: Console) -> Iterator[_Block]:
     are several blocks, a row of nothing but dots is left out.
     """
     matrix: dict[str, dict[str, float | None]] = known["own_other"]
-    nodes = [(node, depth) for node, depth in _walk(known["tree"]) if depth]
+    nodes = [(node, depth) for node, depth in walk(known["tree"]) if depth]
     names = ["  " * (depth - 1) + node["name"] for node, depth in nodes]
     room = console.width - max(map(len, [*names, "without"])) - 2
     top = [child["categories"] for child in known["tree"]["children"]]

@@ -13,6 +13,12 @@ def console_for(stream: TextIO) -> Console:
     return Console(file=stream, highlight=False, markup=False, emoji=False)
 
 
+def in_columns(console: Console, names: Sequence[str], taken: int, each: int) -> list[Sequence[str]]:
+    """Return the names in as many parts as the width asks for, with ``taken`` characters spent, ``each`` a column."""
+    size = max(1, (console.width - taken) // each)
+    return [names[start : start + size] for start in range(0, len(names), size)]
+
+
 def table_for(console: Console, *columns: str, text: Sequence[int] = (0,)) -> Table:
     """Return an empty table; columns whose position is not in ``text`` hold numbers."""
     if console.is_terminal:  # a rule below the head; the box puts a blank of its own between columns

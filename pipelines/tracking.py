@@ -5,19 +5,13 @@ times and steps, so that the store knows a point it already has, and files and t
 delivered twice shows once. MLflow is imported by the thread that delivers, while the run already works.
 """
 
-import getpass
-import logging
-import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import urlsplit, urlunsplit
+from typing import TYPE_CHECKING, Self
 
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 
 from moeify.config import RunConfig
@@ -25,26 +19,26 @@ from moeify.events import Artifact, Event, Failed, Finished, RoundEnded, Started
 from moeify.result import Result
 from pipelines import plots
 from pipelines.journal import read_events
+from pipelines.mlflow_store import (
+    LONGEST_TAG,
+    address,
+    experiment_named,
+    first_contact,
+    log_metrics,
+    log_params,
+    milliseconds,
+    new_run,
+    public,
+    told_as_delivery_error,
+    tracking_uri,
+)
 from pipelines.mlflow_terms import final_points, flat, points_of, summary
-from pipelines.runs import RunFolder, hold
+from pipelines.report.page import write_or_warn
+from pipelines.runs import RunFolder, Status, hold
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
 
-_SETTINGS = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}
-"""Set where the user has not: an absent server costs a few seconds instead of four minutes."""
-
-_LONGEST_TAG = 8000
-"""Characters that MLflow takes."""
-_MOST_METRICS = 1000
-_MOST_PARAMS = 100
-"""Items that MLflow takes at once."""
 _MOST_EVENTS = 1000
 """Events read at once when a journal is delivered later."""
 
@@ -86,12 +80,14 @@ class Progress(BaseModel):
 
 
 class MlflowFollower:
-    """Draws the run's plots and delivers its journal to MLflow."""
+    """Draws the run's plots, writes its report and delivers its journal to MLflow."""
 
-    def __init__(self, folder: RunFolder, config: RunConfig) -> None:
+    def __init__(self, folder: RunFolder, config: RunConfig, *, driven: bool = True) -> None:
         self._folder = folder
+        self._driven = driven
+        """Whether the run is under way, as against delivered later."""
         self._config = config
-        self._progress = Progress.load(folder.tracking, _public(_tracking_uri(folder)))
+        self._progress = Progress.load(folder.tracking, public(tracking_uri(folder.path.parent)))
         self._client: MlflowClient | None = None
         self._drawn: set[str] = set()
 
@@ -121,7 +117,7 @@ class MlflowFollower:
         for event in events:
             if isinstance(event, Started):
                 self._progress.unit = event.unit
-                client.set_tag(self._progress.parent, "moeify.categories", ", ".join(event.categories)[:_LONGEST_TAG])
+                client.set_tag(self._progress.parent, "moeify.categories", ", ".join(event.categories)[:LONGEST_TAG])
         self._deliver_points(client, events)
         for event in events:
             match event:
@@ -135,20 +131,17 @@ class MlflowFollower:
                     pass
 
     def close(self) -> None:
-        """Say how the run ended: its status, summary and result."""
+        """Say how the run ended: its report, status, summary and result."""
+        end = self._last()
+        status, ended_as = _ending(end)
+        write_or_warn(self._folder, ended_as)
         client = self._connected()
         parent = self._progress.parent
-        events, _ = read_events(self._folder.journal, 0)
-        end = events[-1] if events else None
-        if isinstance(end, Finished):
-            status = "FINISHED"
-        elif isinstance(end, Failed):
-            status = "FAILED"
-            client.set_tag(parent, "moeify.last_failure", end.reason[:_LONGEST_TAG])
-        else:
-            status = "KILLED"
+        if isinstance(end, Failed):
+            client.set_tag(parent, "moeify.last_failure", end.reason[:LONGEST_TAG])
+        self._upload(client, parent, self._folder.report)
         self._summarise(client, status.lower())
-        client.set_terminated(parent, status, end_time=_milliseconds(end.time) if end else None)
+        client.set_terminated(parent, status, end_time=milliseconds(end.time) if end else None)
         self._progress.closed = True
         self._progress.save(self._folder.tracking)
 
@@ -162,10 +155,16 @@ class MlflowFollower:
         except (OSError, ValueError) as error:
             what = f"round {event.round}" if isinstance(event, RoundEnded) else "the end"
             sys.stderr.write(f"moeify: warning: {what} was not drawn ({' '.join(str(error).split())[:300]})\n")
+        if isinstance(event, RoundEnded):  # the end's is written when it is known that it was the end
+            write_or_warn(self._folder, "running" if self._driven else _ending(self._last())[1])
+
+    def _last(self) -> Event | None:
+        events, _ = read_events(self._folder.journal, 0)
+        return events[-1] if events else None
 
     def _summarise(self, client: "MlflowClient", status: str) -> None:
         client.set_tag(self._progress.parent, "moeify.status", status)
-        client.set_tag(self._progress.parent, "mlflow.note.content", summary(self._folder, status)[:_LONGEST_TAG])
+        client.set_tag(self._progress.parent, "mlflow.note.content", summary(self._folder, status)[:LONGEST_TAG])
 
     # --- contact ------------------------------------------------------------------------------------------
 
@@ -173,13 +172,12 @@ class MlflowFollower:
         """Return a client, the experiment and the run found or made."""
         if self._client is not None:
             return self._client
-        mlflow = _mlflow()
-        uri = _tracking_uri(self._folder)
         home = self._folder.path.parent
-        with FileLock(home / ".mlflow.lock", timeout=60):  # two first runs at once would both lay out the database
-            client = mlflow.MlflowClient(tracking_uri=uri)
+        with first_contact(home) as client:
             if not self._progress.experiment:
-                self._progress.experiment = self._experiment(client, home if uri.startswith("sqlite") else None)
+                name = self._config.tracking.experiment
+                way_out = "change tracking.experiment in the recipe"
+                self._progress.experiment = experiment_named(client, name, home, way_out)
             if not self._progress.parent:
                 self._progress.parent = self._found_or_made(
                     client, self._folder.id, self._began(), {"moeify.run": self._folder.id}
@@ -190,18 +188,6 @@ class MlflowFollower:
         self._summarise(client, "running")
         self._client = client
         return client
-
-    def _experiment(self, client: "MlflowClient", local: Path | None) -> str:
-        name = self._config.tracking.experiment
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            artifacts = (local / "mlflow-artifacts").absolute().as_uri() if local else None
-            return client.create_experiment(name, artifact_location=artifacts)
-        if found.lifecycle_stage != "active":
-            raise ValueError(
-                f"MLflow's experiment {name!r} was deleted; restore it or change tracking.experiment in the recipe"
-            )
-        return found.experiment_id
 
     def _began(self) -> float:
         """Return when the run began, in seconds since the epoch: its first event, however late MLflow hears of it."""
@@ -217,19 +203,14 @@ class MlflowFollower:
         if found:
             return found[0].info.run_id
         tags = tags | {"moeify.kind": "round" if "mlflow.parentRunId" in tags else "run"}
-        tags |= {"mlflow.source.name": f"moeify run {self._config.name}", "mlflow.source.type": "LOCAL"}
-        with suppress(KeyError, OSError):  # a user id without a name
-            tags["mlflow.user"] = getpass.getuser()
-        start = _milliseconds(began)
-        return client.create_run(self._progress.experiment, start_time=start, run_name=name, tags=tags).info.run_id
+        tags |= {"mlflow.source.name": f"moeify run {self._config.name}"}
+        return new_run(client, self._progress.experiment, name, began, tags)
 
     def _describe(self, client: "MlflowClient") -> None:
-        from mlflow.entities import Param, RunTag
+        from mlflow.entities import RunTag
 
-        params = [Param(key, value) for key, value in flat(self._config.model_dump(mode="json")).items()]
         tags = [RunTag("moeify.recipe", self._config.name), RunTag("moeify.seed", str(self._config.seed))]
-        for start in range(0, len(params), _MOST_PARAMS):
-            client.log_batch(self._progress.parent, params=params[start : start + _MOST_PARAMS])
+        log_params(client, self._progress.parent, flat(self._config.model_dump(mode="json")))
         client.log_batch(self._progress.parent, tags=tags)
         for path in (self._folder.recipe, self._folder.resolved):
             self._upload(client, self._progress.parent, path)
@@ -256,30 +237,26 @@ class MlflowFollower:
 
         metrics: dict[str, list[Metric]] = defaultdict(list)
         for event in events:
-            when = _milliseconds(event.time)
+            when = milliseconds(event.time)
             points = [Metric(key, value, when, step) for key, value, step in points_of(event, self._progress.unit)]
             if points:
                 for run in {self._progress.parent, self._run_of(client, event)}:  # one, where no round is meant
                     metrics[run] += points
         for run, held in metrics.items():
-            self._log_metrics(client, run, held)
-
-    @staticmethod
-    def _log_metrics(client: "MlflowClient", run: str, metrics: "Sequence[Metric]") -> None:
-        for start in range(0, len(metrics), _MOST_METRICS):
-            client.log_batch(run, metrics=metrics[start : start + _MOST_METRICS])
+            log_metrics(client, run, held)
 
     def _deliver_round(self, client: "MlflowClient", event: RoundEnded) -> None:
         run, parent = self._run_of(client, event), self._progress.parent
         picture = plots.attribution_path(self._folder, event.round)
         self._upload(client, run, picture)
         self._upload(client, parent, plots.tax_path(self._folder))
+        self._upload(client, parent, self._folder.report)
         if event.outcome == "kept":  # where the run stands is seen without a look into its rounds
             self._upload(client, parent, picture)
             self._upload(client, parent, self._folder.rounds / str(event.round) / "partition.json")
         client.set_tag(run, "moeify.accepted", str(event.accepted).lower())
         client.set_tag(run, "moeify.outcome", event.outcome)
-        client.set_terminated(run, "FINISHED", end_time=_milliseconds(event.time))
+        client.set_terminated(run, "FINISHED", end_time=milliseconds(event.time))
         self._summarise(client, "running")
 
     def _deliver_result(self, client: "MlflowClient", event: Finished) -> None:
@@ -287,8 +264,8 @@ class MlflowFollower:
 
         parent = self._progress.parent
         result = Result.model_validate_json(self._folder.result.read_bytes())
-        metrics = [Metric(key, value, _milliseconds(event.time), step) for key, value, step in final_points(result)]
-        self._log_metrics(client, parent, metrics)
+        metrics = [Metric(key, value, milliseconds(event.time), step) for key, value, step in final_points(result)]
+        log_metrics(client, parent, metrics)
         if result.stopped:
             client.set_tag(parent, "moeify.stopped", result.stopped)
         for path in (self._folder.result, plots.tax_path(self._folder)):
@@ -302,8 +279,15 @@ class MlflowFollower:
             client.log_artifact(run, str(path))
 
 
-class DeliveryError(OSError):
-    """MLflow cannot be reached, or takes no more."""
+def _ending(last: Event | None) -> tuple[str, Status]:
+    """Return MLflow's word and ours for a run whose last event is that."""
+    match last:
+        case Finished():
+            return "FINISHED", "finished"
+        case Failed():
+            return "FAILED", "failed"
+        case _:
+            return "KILLED", "interrupted"
 
 
 def deliver(folder: RunFolder, config: RunConfig) -> int:
@@ -312,8 +296,9 @@ def deliver(folder: RunFolder, config: RunConfig) -> int:
     Raises ``DeliveryError``, and ``RunBusyError`` while the run is driven: its driver delivers by itself.
     """
     delivered = 0
-    with hold(folder), _told_as_delivery_error(folder):
-        follower = MlflowFollower(folder, config)
+    stays = f"what is missing stays in {folder.journal}"
+    with hold(folder), told_as_delivery_error(folder.path.parent, stays):
+        follower = MlflowFollower(folder, config, driven=False)
         while True:
             events, end = read_events(folder.journal, follower.offset, _MOST_EVENTS)
             if not events:
@@ -326,58 +311,8 @@ def deliver(folder: RunFolder, config: RunConfig) -> int:
     return delivered
 
 
-@contextmanager
-def _told_as_delivery_error(folder: RunFolder) -> Iterator[None]:
-    """Say what went wrong with MLflow in one line; errors of ours pass."""
-    _mlflow()
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-
-    try:
-        yield
-    except (MlflowException, RequestException) as error:
-        uri = _public(_tracking_uri(folder))
-        why = " ".join(str(error).split())[:200]
-        raise DeliveryError(
-            f"MLflow at {uri} did not take it ({why}); what is missing stays in {folder.journal}"
-        ) from error
-
-
 def where_to_look(folder: RunFolder) -> str:
     """Return the command line that shows the run in MLflow, or its address on the server."""
-    uri = _public(_tracking_uri(folder))
-    if not uri.startswith(("http://", "https://")):
-        return f"mlflow ui --backend-store-uri {uri}"
-    progress = Progress.load(folder.tracking, uri)
-    if not progress.parent:
-        return uri
-    return f"{uri}/#/experiments/{progress.experiment}/runs/{progress.parent}?workflowType=machine_learning"
-
-
-def _mlflow() -> Any:
-    """Import MLflow with short timeouts and without its chatter."""
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
-    import mlflow
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    return mlflow
-
-
-def _tracking_uri(folder: RunFolder) -> str:
-    """Return where runs of this home go: ``MLFLOW_TRACKING_URI``, or a database beside them."""
-    asked = os.environ.get("MLFLOW_TRACKING_URI")
-    return asked.rstrip("/") if asked else f"sqlite:///{(folder.path.parent / 'mlflow.db').absolute()}"
-
-
-def _public(uri: str) -> str:
-    """Return the address without user and password."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-
-
-def _milliseconds(seconds: float) -> int:
-    return round(seconds * 1000)
+    uri = tracking_uri(folder.path.parent)
+    progress = Progress.load(folder.tracking, public(uri))
+    return address(uri, progress.experiment, progress.parent)

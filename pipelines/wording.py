@@ -2,6 +2,9 @@
 
 import math
 
+STANDARD_ERRORS = 1.96
+"""Half of a 95 % interval."""
+
 
 def clock(seconds: float) -> str:
     """Return seconds as ``m:ss`` or ``h:mm:ss``."""
@@ -31,3 +34,8 @@ def two_digits(value: float | None) -> str:
 def percent(value: float | None) -> str:
     """Return a fraction 0..1 as a percentage."""
     return "-" if value is None else f"{value:.1%}"
+
+
+def interval(error: float | None) -> str:
+    """Return half of a 95 % interval for a standard error, in nats."""
+    return "-" if error is None else nats(STANDARD_ERRORS * error)

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,20 @@ class Failure(BaseModel):
     message: str
     trace: str
     """The traceback, for whoever debugs."""
+
+    @classmethod
+    def of(cls, error: Exception) -> Self:
+        """Return what there is to say of an error."""
+        return cls(
+            family="value" if isinstance(error, ValueError) else "os" if isinstance(error, OSError) else "program",
+            kind=type(error).__name__,
+            message=str(error),
+            trace="".join(traceback.format_exception(error)),
+        )
+
+    def told(self) -> str:
+        """Return one line for people."""
+        return " ".join((self.message if self.family != "program" else f"{self.kind}: {self.message}").split())
 
 
 class _Silent:
@@ -100,12 +114,7 @@ def guarded(worker: Callable[[dict[str, Any]], None], payload: dict[str, Any]) -
 
 def leave(folder: Path, error: Exception) -> None:
     """Lay the error down in the run's folder; the first worker to do so is the one that is heard."""
-    failure = Failure(
-        family="value" if isinstance(error, ValueError) else "os" if isinstance(error, OSError) else "program",
-        kind=type(error).__name__,
-        message=str(error),
-        trace="".join(traceback.format_exception(error)),
-    )
+    failure = Failure.of(error)
     path = failure_path(folder)
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     draft.write_text(failure.model_dump_json(indent=2), encoding="utf-8")

@@ -24,3 +24,19 @@ def rows_for(network: nn.Module, rows: int, seed: int = 0) -> torch.Tensor:
     if type(network).__name__ == "Autoencoder":
         return torch.rand(rows, 10, generator=generator, dtype=torch.float64)
     return torch.randint(40, (rows, 12), generator=generator)
+
+
+def grouped_llama(seed: int = 0, *, heads: int = 6, groups: int = 6, bias: bool = False) -> nn.Module:
+    """A Llama of more heads; ``groups`` < ``heads``: several share keys and values."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "vocab_size": 40}
+    attention = {"num_attention_heads": heads, "num_key_value_heads": groups, "attention_bias": bias, "mlp_bias": bias}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = LlamaForCausalLM(LlamaConfig(**sizes, **attention, max_position_embeddings=12, use_cache=False))
+        if bias:  # freshly initialised ones are 0
+            for name, parameter in network.named_parameters():
+                if name.endswith("bias"):
+                    nn.init.normal_(parameter, std=0.1)
+        return network.double()

@@ -6,12 +6,15 @@ from attribution.moments import ExactMoment
 from attribution.table import AttributionTable, SiteSums
 
 
-def empty_table(categories: Sequence[str], sites: Mapping[str, tuple[int, int]]) -> AttributionTable:
-    """Sums over nothing with exact moments; ``sites`` maps a site's name to (units, dim)."""
+def empty_table(categories: Sequence[str], sites: Mapping[str, tuple[int, int]], *, width: int = 1) -> AttributionTable:
+    """Sums over nothing with exact moments; ``sites`` maps a site's name to (units, dim), ``width`` features a unit."""
     number = len(categories)
     sums = {
         name: SiteSums.zeros(
-            units, units, number, moments=(ExactMoment.zeros(number, units), ExactMoment.zeros(number, dim))
+            units,
+            units * width,
+            number,
+            moments=(ExactMoment.zeros(number, units * width), ExactMoment.zeros(number, dim)),
         )
         for name, (units, dim) in sites.items()
     }

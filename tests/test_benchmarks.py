@@ -13,9 +13,8 @@ ROOT = Path(__file__).parent.parent
 NAMES = sorted(
     path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main()" in path.read_text(encoding="utf-8")
 )
-PARAMETERS = [
-    pytest.param(name, marks=[pytest.mark.main_path, pytest.mark.ray] if name == "overhead" else []) for name in NAMES
-]
+MARKS = {"overhead": [pytest.mark.main_path, pytest.mark.ray], "frontier": [pytest.mark.ray]}
+PARAMETERS = [pytest.param(name, marks=MARKS.get(name, [])) for name in NAMES]
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -8,16 +8,21 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from click import Choice
 from click.testing import CliRunner, Result
 
 from moeify.config import RunConfig
 from moeify.events import Finished, Started
+from moeify.export import Dtype, How
+from moeify.model_card import Checked
 from moeify.result import Result as RunResult
+from moeify.stock import Form
 from pipelines import runs
 from pipelines.cli import COMMANDS, main
+from pipelines.commands.export import command as export_command
 from pipelines.journal import Follower, JournalTracker, follow
 
 RECIPE = """name: tiny
@@ -88,17 +93,20 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launched:
     class RunFailedError(RuntimeError):
         pass
 
-    def export_category(run: Path, category: str, out: Path) -> None:
-        out.mkdir()
-        (out / "category").write_text(f"{run.name} {category}")
+    def exporter(kind: str) -> Callable[..., Checked]:
+        def write(run: Path, *what: Any, **part: Any) -> Checked:
+            *told, out, how = what
+            out.mkdir(exist_ok=True)
+            (out / (f"{kind}.gguf" if how.gguf else kind)).write_text(
+                json.dumps([run.name, *told, how.dtype, how.verify, part])
+            )
+            return Checked(0.01 if how.dtype != "float32" else None, {"a": 1e-6} if how.verify else None)
 
-    def export_split(run: Path, out: Path) -> None:
-        out.mkdir(exist_ok=True)
-        (out / "split").write_text(run.name)
+        return write
 
     vars(launch).update(on_ray=told.start("ray"), in_process=told.start("local"), RunFailedError=RunFailedError)
     vars(tracking).update(where_to_look=lambda folder: f"mlflow ui of {folder.id}", deliver=told.deliver)
-    vars(export).update(export_category=export_category, export_split=export_split)
+    vars(export).update({f"export_{kind}": exporter(kind) for kind in ("dense", "moe", "split")}, How=How)
     monkeypatch.setitem(sys.modules, "pipelines.launch", launch)
     monkeypatch.setitem(sys.modules, "pipelines.tracking", tracking)
     monkeypatch.setitem(sys.modules, "moeify.export", export)
@@ -141,6 +149,24 @@ def test_run_trains_on_ray_and_ends_with_the_tables_and_where_to_look(
     ):
         assert line in done.stdout.splitlines()
     assert done.stderr == ""
+
+
+def test_a_run_that_is_given_an_id_begins_once_and_then_goes_on(
+    launched: Launched, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = "tiny-20260101-000000-abcd"
+    assert moeify("run", recipe, "-q", "--id", run, "--pack").exit_code == 0
+    assert only_run(tmp_path).id == run
+    again = moeify("run", recipe, "--id", run)
+    assert (again.exit_code, again.stdout) == (0, f"{run} is finished; see it with: moeify show {run}\n")
+    assert launched.calls == [("ray", "tiny", tmp_path / "home" / run / "inputs", 0)]
+    recipe.write_text(RECIPE.replace("steps: 10", "steps: 11"))
+    other = moeify("run", recipe, "--id", run)
+    assert other.exit_code == 2
+    assert other.stderr == f"moeify: error: run {run} is there already, of another recipe; give another id\n"
+    monkeypatch.delenv("MOEIFY_HOME")
+    assert "set MOEIFY_HOME to that folder" in moeify("run", recipe, "--pack").stderr
+    assert moeify("run", recipe, "--id", "../../etc").stderr.startswith("moeify: error: '../../etc' is no id of a run")
 
 
 def test_a_quiet_run_in_this_process_says_nothing(launched: Launched, recipe: Path) -> None:
@@ -294,24 +320,71 @@ def test_the_help_names_every_command_in_a_whole_line() -> None:
     assert [line.split()[0] for line in listed.splitlines() if line] == list(COMMANDS)
 
 
-def test_export_writes_a_category_or_the_whole_into_a_new_folder(
-    launched: Launched, recipe: Path, tmp_path: Path
-) -> None:
+def test_export_writes_a_part_or_the_whole_into_a_new_folder(launched: Launched, recipe: Path, tmp_path: Path) -> None:
     moeify("run", recipe, "-q")
     run = only_run(tmp_path).id
     out = tmp_path / "out"
-    assert moeify("export", "last", "--category", "a", "-o", out).stdout == f"wrote {out}\n"
-    assert (out / "category").read_text() == f"{run} a"
+    checked = "equal to the split model within 1.0e-06: a\n"
+    assert moeify("export", "last", "--category", "a", "-o", out).stdout == f"wrote {out}\n{checked}"
+    assert json.loads((out / "dense").read_text()) == [run, ["a"], "float32", True, {}]
     taken = moeify("export", "last", "--split", "-o", out)
     assert taken.exit_code == 2
     assert taken.stderr == f"moeify: error: {out} is there already; give a folder that is new or empty\n"
-    assert moeify("export", run, "--split", "-o", tmp_path / "whole").exit_code == 0
     unknown = moeify("export", run, "--category", "aa", "-o", tmp_path / "none")
     assert unknown.stderr == "moeify: error: no category 'aa'; the run has a, b; nearest: a\n"
-    for both in ((), ("--split", "--category", "a")):
-        wrong = moeify("export", run, *both, "-o", tmp_path / "none")
-        assert wrong.exit_code == 2
-        assert "either --category NAME or --split" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "written"),
+    [
+        (["--split"], "split", ["float32", True, {"keep": [], "drop": []}]),
+        (["--split", "--category", "a", "--no-verify"], "split", ["float32", False, {"keep": ["a"], "drop": []}]),
+        (["--without", "b", "--dtype", "float16"], "split", ["float16", True, {"keep": [], "drop": ["b"]}]),
+        (["--category", "a", "--category", "b"], "dense", [["a", "b"], "float32", True, {}]),
+        (["--category", "a", "--gguf"], "dense.gguf", [["a"], "float32", True, {}]),
+        (
+            ["--moe", "glm4_moe", "--force", "b"],
+            "moe",
+            ["glm4_moe", "float32", True, {"forced": "b", "keep": [], "drop": []}],
+        ),
+    ],
+)
+def test_export_knows_kinds_and_parts(
+    launched: Launched, recipe: Path, tmp_path: Path, arguments: list[str], kind: str, written: list[Any]
+) -> None:
+    moeify("run", recipe, "-q")
+    done = moeify("export", "last", *arguments, "-o", tmp_path / "out")
+    assert done.exit_code == 0
+    assert ("moves outputs by up to 1.0e-02" in done.stdout) == ("float16" in arguments)
+    assert ("every token runs the expert of one category" in done.stdout) == ("--moe" in arguments)
+    assert ("equal to the split model" in done.stdout) == ("--no-verify" not in arguments)
+    assert json.loads((tmp_path / "out" / kind).read_text())[1:] == written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "say what to export: --category NAME, --split, --moe FORMAT or --without NAME"),
+        (["--category", "a", "--without", "b"], "give either --category or --without"),
+        (["--split", "--moe", "glm4_moe"], "give either --split or --moe"),
+        (["--split", "--force", "a"], "--force is for --moe"),
+        (["--split", "--category", "a", "--category", "a"], "'a' is named twice"),
+        (["--split", "--gguf"], "--gguf is for --category NAME or --moe; only moeify loads a split model"),
+        (["--without", "a", "--gguf"], "--gguf is for --category NAME or --moe"),
+        (["--moe", "mixtral"], "'mixtral' is not one of 'glm4_moe', 'granitemoeshared'"),
+    ],
+)
+def test_export_refuses_what_makes_no_sense(
+    launched: Launched, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    done = moeify("export", "last", *arguments, "-o", tmp_path / "none")
+    assert done.exit_code == 2
+    assert said in done.stderr
+
+
+def test_export_offers_every_format_and_dtype() -> None:
+    choices = {option.name: option.type.choices for option in export_command.params if isinstance(option.type, Choice)}
+    assert choices == {"moe": get_args(Form), "dtype": get_args(Dtype)}
 
 
 def test_an_unfinished_run_is_not_exported(launched: Launched, tmp_path: Path) -> None:

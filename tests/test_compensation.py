@@ -90,6 +90,16 @@ def test_a_kept_copy_takes_over_the_weight_of_its_removed_twin() -> None:
     assert corrected.flatten().tolist() == pytest.approx([3, 2], rel=1e-6)
 
 
+def test_units_of_several_features_leave_with_all_of_them() -> None:
+    samples, weight, _, shares = problem(3)
+    groups = torch.tensor([[True, False, True], [True, True, False], [False, True, True]])
+    wide = compensate(moments(samples), weight, groups, shares, 0.01)
+    narrow = compensate(moments(samples), weight, groups.repeat_interleave(2, 1), shares, 0.01)
+    assert torch.equal(wide, narrow)
+    with pytest.raises(ValueError, match="4 units do not divide the 6 rows"):
+        compensate(moments(samples), weight, torch.ones(3, 4, dtype=torch.bool), shares, 0.01)
+
+
 def test_bad_input_is_refused() -> None:
     samples, weight, active, shares = problem(0)
     with pytest.raises(ValueError, match="ridge must be above 0, got 0"):

@@ -102,3 +102,10 @@ def test_every_round_and_the_result_say_how_sure_their_tax_is() -> None:
     assert result.tax_error is not None
     assert 0 < result.tax_error < 1
     assert all(ended.tax_error is not None for ended in result.rounds)
+
+
+def test_the_result_says_how_sure_the_split_models_place_among_its_controls_is() -> None:
+    config = toy_config(controls=("random", "told"))
+    result = run(config, ToyTask(config))
+    assert set(result.error_over) == {"random", "told"}
+    assert all(0 < error < 1 for error in result.error_over.values())

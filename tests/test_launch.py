@@ -153,6 +153,12 @@ def test_a_lost_peer_is_raised_and_other_errors_are_left(folder: RunFolder, monk
     worker.guarded(bereaved, payload)  # the peer has said why it left: another attempt would not help
 
 
+def test_the_address_of_a_job_api_is_not_joined_as_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    with pytest.raises(ValueError, match=r"use 'moeify submit'"), cluster(Cluster(), keep_logs=tmp_path):
+        pass
+
+
 def test_settings_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEIFY_TEST_OLD", "1")
     with launch._environment({"MOEIFY_TEST_OLD": "2", "MOEIFY_TEST_NEW": "3"}):

@@ -75,6 +75,11 @@ def test_text_runs_on_ray_and_exports_what_stock_transformers_load(tmp_path: Pat
     assert exported.returncode == 0, exported.stderr
     exported = moeify_command(tmp_path, "export", "last", "--split", "-o", str(tmp_path / "split"))
     assert exported.returncode == 0, exported.stderr
+    exported = moeify_command(
+        tmp_path, "export", "last", "--moe", "glm4_moe", "--force", "c", "-o", str(tmp_path / "moe")
+    )
+    assert exported.returncode == 0, exported.stderr
+    assert ": c, python, prose, web" in exported.stdout
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "python")
@@ -85,4 +90,6 @@ def test_text_runs_on_ray_and_exports_what_stock_transformers_load(tmp_path: Pat
     with torch.no_grad():
         wanted = split(tokens, torch.tensor([split.categories.index("python")]))
         assert (dense(tokens).logits - wanted).abs().max() <= 1e-4
+        wanted = split(tokens, torch.tensor([split.categories.index("c")]))
+        assert (AutoModelForCausalLM.from_pretrained(tmp_path / "moe")(tokens).logits - wanted).abs().max() <= 1e-4
     assert dense.config.intermediate_size < 384

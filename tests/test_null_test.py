@@ -163,4 +163,5 @@ def test_a_run_divides_what_has_structure_and_says_so_where_nothing_has() -> Non
         said = list(notes(tracker))
         assert said[0].startswith("core: J ")
         assert said[1:] == ([] if parts else ["no leaf's split beats permuted labels; nothing is worth splitting"])
-        assert len(result.rounds) == (1 if parts else 0)
+        assert [r.outcome for r in result.rounds] == ["kept" if parts else "not cut"]
+        assert result.stopped == ("target reached" if parts else "nothing to split")

@@ -30,35 +30,38 @@ def way(kind: str) -> Owners:
     return TypeAdapter(Owners).validate_python({"kind": kind})
 
 
-def random_units(number: int, parts: list[list[str]], seed: int = 0, site_units: int = 0, dim: int = 5) -> LeafUnits:
+def random_units(
+    number: int, parts: list[list[str]], seed: int = 0, site_units: int = 0, dim: int = 5, width: int = 1
+) -> LeafUnits:
     """Units of a leaf in the middle of a site, everything about them at random, some dead."""
     generator = torch.Generator().manual_seed(seed)
     total = site_units or number + 5
     categories = tuple(c for part in parts for c in part)
-    table = empty_table(categories, {"s": (total, DIM)})
+    table = empty_table(categories, {"s": (total, DIM)}, width=width)
     for tensor in (table.counts, table.sampled):
         tensor.fill_(100.0)
     sums = table.sites["s"]
     alive = torch.rand(total, generator=generator) < 0.9
     for tensor in (sums.fisher, sums.absolute):
         tensor.copy_(torch.rand(total, len(categories), generator=generator, dtype=torch.float64) * alive[:, None])
-    active = torch.randn(len(categories), total, 20, generator=generator, dtype=torch.float64) * alive[:, None]
+    active = torch.randn(len(categories), total * width, 20, generator=generator, dtype=torch.float64)
+    active *= alive.repeat_interleave(width)[:, None]
     sums.moments[0].tensors()[0].copy_(active @ active.transpose(1, 2))
     sums.power.copy_(active.square().sum(2).t())
-    output, inputs = (torch.randn(*shape, generator=generator) for shape in ((DIM, total), (total, dim)))
+    output, inputs = (torch.randn(*shape, generator=generator) for shape in ((DIM, total * width), (total, dim)))
     start = 2 if total > number + 2 else 0
     return LeafUnits(table, "s", start, number, parts, "fisher", output, lambda _: inputs, seed)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=30, deadline=None)
-@given(data=st.data())
-def test_capacities_are_met_and_the_answer_is_always_the_same(kind: str, data: st.DataObject) -> None:
+@given(data=st.data(), width=st.sampled_from([1, 3]))
+def test_capacities_are_met_and_the_answer_is_always_the_same(kind: str, data: st.DataObject, width: int) -> None:
     children = data.draw(st.integers(1, 4))
     widths = data.draw(st.lists(st.integers(0, 6), min_size=children, max_size=children))
     capacity = np.array([*widths, data.draw(st.integers(0, 9))])
     parts = [[f"c{i}", f"d{i}"][: 1 + i % 2] for i in range(children)]
-    units = random_units(int(capacity.sum()), parts, data.draw(st.integers(0, 99)))
+    units = random_units(int(capacity.sum()), parts, data.draw(st.integers(0, 99)), width=width)
     deal = owners(way(kind), units)
     found = deal(capacity)
     assert np.bincount(found, minlength=len(capacity)).tolist() == capacity.tolist()
@@ -110,6 +113,31 @@ def test_a_planted_division_is_found(kind: str, seed: int) -> None:
     assert owners(way(kind), units)(np.array([6, 6, 12])).tolist() == owner.tolist()
 
 
+def widened(units: LeafUnits, width: int) -> LeafUnits:
+    """The same units, each spread over several features."""
+    spread = torch.linspace(1, 2, width, dtype=torch.float64).softmax(0)
+    old = units.table.sites["s"]
+    table = empty_table(units.table.categories, {"s": (old.units, DIM)}, width=width)
+    for counts in (table.counts, table.sampled):
+        counts.fill_(100.0)
+    for name in ("fisher", "absolute"):
+        getattr(table.sites["s"], name).copy_(getattr(old, name))
+    table.sites["s"].power.copy_(torch.kron(old.power, spread[:, None]))
+    outer = spread.sqrt()[:, None] * spread.sqrt()
+    for moment, mine in zip(old.moments[0].tensors()[0], table.sites["s"].moments[0].tensors()[0], strict=True):
+        mine.copy_(torch.kron(moment, outer))
+    writes = torch.kron(units.output_DF, spread.sqrt()[None])
+    return LeafUnits(table, "s", 0, units.number, units.parts, "fisher", writes, units.reads)
+
+
+@pytest.mark.parametrize("kind", sorted({*KINDS} - {"random"}))
+def test_a_unit_of_several_features_is_dealt_out_as_one(kind: str) -> None:
+    units, _ = planted(1)
+    capacity = np.array([6, 6, 12])
+    found = owners(way(kind), widened(units, 3))(capacity)
+    assert found.tolist() == owners(way(kind), units)(capacity).tolist()
+
+
 def test_magnitude_keeps_the_largest_and_deals_the_others_blindly() -> None:
     units, owner = planted(0)
     found = owners(way("magnitude"), units)(np.array([6, 6, 12]))
@@ -126,7 +154,7 @@ def test_random_owners_are_those_of_the_seed() -> None:
 
 def test_a_way_that_reads_input_weights_asks_for_them() -> None:
     units, _ = planted(0)
-    blind = LeafUnits(units.table, "s", 0, units.number, units.parts, "fisher", units.output_DU)
+    blind = LeafUnits(units.table, "s", 0, units.number, units.parts, "fisher", units.output_DF)
     with pytest.raises(ValueError, match="site 's': got no input weights"):
         owners(way("moefication"), blind)
 
@@ -145,7 +173,7 @@ def test_a_proposal_keeps_to_widths_nesting_and_the_unrouted(kind: str) -> None:
     rounds = [Round(train=1, recover=1, separation=s) for s in (0.3, 0.4)]
     whole = Partition.undivided(CATEGORIES, [Site("s", "x", units.number)])
     assert units.reads is not None
-    weights = {"s": units.output_DU.float()}
+    weights = {"s": units.output_DF.float()}
     first = propose(whole, table, weights, config, rounds, "fisher", reads=units.reads)
     assert sorted(first.order["s"].tolist()) == list(range(units.number))
     widths = first.partition.widths["s"]

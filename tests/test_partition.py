@@ -16,6 +16,19 @@ def small() -> Partition:
     return Partition(tree, {"s": (1, 2, 1)})
 
 
+def test_units_may_cost_more_in_one_site_than_in_another() -> None:
+    tree = ExpertTree.undivided("ab").split({0: [("a",), ("b",)]})
+    partition = Partition(tree, {"s": (2, 1, 1), "t": (1, 1, 2)})
+    costs = {"s": 1, "t": 10}
+    assert partition.active_units("a", costs) == 3 + 20
+    assert partition.active_shares(costs) == {"a": 23 / 44, "b": 33 / 44}
+    assert partition.separation_of(costs) == pytest.approx(1 - 28 / 44)
+    assert partition.separation_of({"s": 1, "t": 1}) == partition.separation == partition.separation_of()
+    assert partition.surplus(0.0, costs) == 56 - 88
+    assert partition.surplus(partition.separation_of(costs), costs) == 0
+    assert partition.surplus(0.5, costs) == 56 - 44
+
+
 def test_a_small_partition_by_hand() -> None:
     partition = small()
     assert partition.owners("s").tolist() == [0, 1, 1, 2]

@@ -1,9 +1,39 @@
 import pytest
 
 from moeify.plan import check_categories, plan, training_work
+from moeify.reach import Stake, check_reachable
 from tests.toy import toy_config
 
 NAMES = tuple("abcdefghij")
+
+
+def test_few_heads_count_whole() -> None:
+    """Of four heads two children get one each, which they cannot divide: later rounds live on the neurons alone."""
+    stakes = [Stake(0.5, 0.1), Stake(0.5, 0.1, 0.25)]
+    check_reachable(toy_config(rounds=rounds((0.35, 2))), NAMES[:4], stakes)  # .45 / 2 + .25 / 2
+    with pytest.raises(ValueError, match=r"rounds.0.separation: got 0.36, at most 0.350"):
+        check_reachable(toy_config(rounds=rounds((0.36, 2))), NAMES[:4], stakes)
+    check_reachable(toy_config(rounds=rounds((0.225, 2), (0.337, 2))), NAMES[:4], stakes)  # neurons first
+    with pytest.raises(ValueError, match=r"rounds.1.separation: got 0.34, at most 0.338"):
+        check_reachable(toy_config(rounds=rounds((0.225, 2), (0.34, 2))), NAMES[:4], stakes)
+    with pytest.raises(ValueError, match=r"rounds.1.separation: got 0.47, at most 0.462"):
+        check_reachable(toy_config(rounds=rounds((0.35, 2), (0.47, 2))), NAMES[:4], stakes)
+
+
+def test_what_is_frozen_lies_out_of_reach() -> None:
+    """Of two equal sites one is frozen: two groups of the other reach half of .9 / 2, and two leaves each as much."""
+    frozen = {"min_core": 0.1, "frozen": ["x"]}
+    stakes = [Stake(0.5, 1.0), Stake(0.5, 0.1)]
+    config = toy_config(rounds=rounds((0.225, 2)), partition=frozen)
+    check_reachable(config, NAMES[:4], stakes)
+    with pytest.raises(ValueError, match=r"rounds.0.separation: got 0.23, at most 0.225 .*or freeze less") as caught:
+        check_reachable(toy_config(rounds=rounds((0.23, 2)), partition=frozen), NAMES[:4], stakes)
+    assert "\n" not in str(caught.value)
+    check_reachable(toy_config(rounds=rounds((0.225, 2), (0.335, 2)), partition=frozen), NAMES[:4], stakes)
+    with pytest.raises(ValueError, match=r"rounds.1.separation: got 0.35, at most 0.338"):
+        check_reachable(toy_config(rounds=rounds((0.225, 2), (0.35, 2)), partition=frozen), NAMES[:4], stakes)
+    with pytest.raises(ValueError, match=r"at most 0.000"):
+        check_reachable(config, NAMES[:4], [Stake(1.0, 1.0)])
 
 
 def test_the_plan_lists_every_phase_once_and_ends_with_all_steps() -> None:

@@ -12,7 +12,8 @@ from matplotlib.patches import Rectangle
 from safetensors.numpy import load_file, save_file
 
 from attribution.heatmap import thinned
-from pipelines import plots
+from moeify.events import RoundEnded
+from pipelines import plots, round_files
 from pipelines.runs import RunFolder
 
 
@@ -74,7 +75,7 @@ def test_columns_follow_the_leaves_and_rows_their_owners(folder: RunFolder, figu
     leave_rounds(folder, sites=1, units=60)
     plots.attribution_map(folder, 1)
     drawn = np.asarray(figures[0].axes[0].images[0].get_array())
-    tables, categories, score = plots._read_attribution(folder, 1)
+    tables, categories, score = round_files.read_attribution(folder, 1)
     assert (tuple(categories), score) == (CATEGORIES, "fisher")
     table = tables["layers.0.ffn"][:, [0, 2, 3, 1]]  # python, c, web, prose
     core = table[:13]  # 22 % of 60 units
@@ -195,3 +196,26 @@ def test_drawing_needs_no_display_and_no_global_figure(folder: RunFolder, monkey
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it raises
     monkeypatch.setenv("MPLBACKEND", "tkagg")
     assert plots.tax_separation(folder).is_file()
+
+
+@pytest.mark.parametrize(
+    ("budget", "line"),
+    [("null", None), ("{tax: 0.02}", 0.02), ("{tax: 1 %}", 0.05), ("{tax: 0.02, per: category}", None)],
+)
+def test_the_budgets_line_is_where_rounds_are_judged(tmp_path: Path, budget: str, line: float | None) -> None:
+    folder = fake_run(tmp_path)
+    folder.resolved.write_text(f"name: fake\nbudget: {budget}\n")
+    rounds = [event for event in story() if isinstance(event, RoundEnded)]
+    judged = [event.model_copy(update={"budget_used": event.tax / 0.05}) for event in rounds]
+    assert plots.budget_of(folder, judged) == (None if line is None else pytest.approx(line))
+    if "%" in budget:  # no round has said yet how much that is
+        assert plots.budget_of(folder, rounds) is None
+
+
+@pytest.mark.parametrize(("budget", "drawn"), [(0.05, True), (5.0, False)])
+def test_a_budget_far_away_is_told_and_not_drawn(budget: float, drawn: bool) -> None:
+    rounds = [event for event in story() if isinstance(event, RoundEnded)]
+    axis = plots.tax_figure(rounds, None, "token", budget).axes[0]
+    (line,) = (line for line in axis.lines if str(line.get_label()).startswith("budget"))
+    assert list(line.get_ydata()) == ([budget, budget] if drawn else [])
+    assert axis.get_ylim()[1] < 1.0

@@ -8,6 +8,7 @@ from moeify.grouping import NothingToSplitError
 from moeify.partition import Partition
 from moeify.partition_config import Partition as PartitionConfig
 from moeify.propose import propose, shuffled
+from moeify.terms import SiteTerms, Terms, costs
 
 CATEGORIES = ("a", "b", "c", "d")
 UNITS, DIM = 16, 3
@@ -149,6 +150,67 @@ def test_a_cut_goes_as_far_as_there_is_room() -> None:
     for budget in ("knapsack", "equal"):
         changed = config.model_copy(update={"budget": budget})
         assert propose(whole(table), table, weights(table), changed, rounds(0.4), "fisher").partition.separation == 0.25
+
+
+def test_units_of_several_features_are_removed_with_all_of_them() -> None:
+    """Two features of half the power each are worth one: the same cut, at the same J."""
+    narrow = table_of({"s": CLEAR})
+    sums = narrow.sites["s"]
+    wide = empty_table(CATEGORIES, {"s": (UNITS, DIM)}, width=2)
+    for name in ("counts", "sampled", "rows"):
+        getattr(wide, name).copy_(getattr(narrow, name))
+    wide.sites["s"].fisher.copy_(sums.fisher)
+    for mine, its in zip(wide.sites["s"].moments, sums.moments, strict=True):
+        pairs = torch.eye(2, dtype=torch.float64) / 2 if mine is wide.sites["s"].moments[0] else torch.eye(1).double()
+        mine.tensors()[0].copy_(torch.kron(its.tensors()[0], pairs))
+    for grouping in ({"kind": "affinity"}, {"kind": "residual"}):
+        config = PartitionConfig.model_validate({**CONFIG.model_dump(), "grouping": grouping})
+        one = propose(whole(narrow), narrow, weights(narrow), config, rounds(0.3125), "fisher")
+        two = propose(whole(wide), wide, {"s": torch.ones(DIM, 2 * UNITS)}, config, rounds(0.3125), "fisher")
+        assert one.partition == two.partition
+        assert torch.equal(one.order["s"], two.order["s"])
+        assert two.predicted == pytest.approx(one.predicted, rel=1e-4)
+
+
+def with_terms(table: AttributionTable, **sites: SiteTerms) -> Terms:
+    plain = SiteTerms(CONFIG.multiple, CONFIG.min_units, CONFIG.min_core)
+    return {site: sites.get(site, plain) for site in table.sites}
+
+
+def test_the_knapsack_spends_what_units_cost() -> None:
+    """Twins but for the cost of a unit: one unit of the dear site saves as much as ten of the cheap one."""
+    table = table_of({"cheap": CLEAR, "dear": CLEAR}, noise=0.0)
+    terms = with_terms(table, dear=SiteTerms(1, 0, 0.0, cost=10), cheap=SiteTerms(1, 0, 0.0))
+    proposal = propose(whole(table), table, weights(table), CONFIG, rounds(0.2), "fisher", terms=terms)
+    partition, spent = proposal.partition, costs(terms)
+    assert partition.separation_of(spent) == pytest.approx(0.2, abs=10 / 176)
+    assert partition.separation_of(spent) >= 0.2
+    assert partition.widths["cheap"] == (16, 0, 0), "experts of four units in the dear site alone do it, at no J"
+    assert partition.widths["dear"] == (8, 4, 4)
+    plain = propose(whole(table), table, weights(table), CONFIG, rounds(0.2), "fisher").partition
+    assert min(plain.owned) > 0
+    assert sum(plain.widths["cheap"][1:]) > 0
+
+
+@pytest.mark.parametrize("grouping", [{"kind": "affinity"}, {"kind": "residual"}])
+@pytest.mark.parametrize("budget", ["knapsack", "equal"])
+def test_a_frozen_site_is_never_split_and_a_floor_holds(grouping: dict[str, str], budget: str) -> None:
+    table = table_of({"free": CLEAR, "frozen": CLEAR, "floored": CLEAR})
+    terms = with_terms(table, frozen=SiteTerms(1, 4, 1.0), floored=SiteTerms(1, 1, 0.75))
+    config = PartitionConfig.model_validate({**CONFIG.model_dump(), "grouping": grouping, "budget": budget})
+    first = propose(whole(table), table, weights(table), config, rounds(0.2, 0.25), "fisher", terms=terms)
+    assert first.partition.widths["frozen"] == (16, 0, 0)
+    assert first.partition.widths["floored"][0] >= 12
+    moved = AttributionTable(
+        table.categories,
+        table.counts,
+        table.rows,
+        table.sampled,
+        {site: permuted(table.sites[site], first.order[site]) for site in table.sites},
+    )
+    second = propose(first.partition, moved, weights(moved), config, rounds(0.25), "fisher", terms=terms)
+    assert second.partition.widths["frozen"] == (16, *[0] * 6)
+    assert second.partition.separation > first.partition.separation
 
 
 def test_an_expert_with_too_few_units_for_its_children_is_named() -> None:

@@ -240,6 +240,21 @@ def test_unrouted_categories_must_fit_the_rest() -> None:
     assert line.startswith("partition.unrouted: got 'ten', which is no category of the data")
 
 
+def test_units_that_are_split_must_be_there() -> None:
+    wanted = "wanted [ffn] or [ffn, heads]; to split heads alone, freeze the rest: partition.frozen: ['*.ffn']"
+    assert problems(changed(partition={"units": ["ffn", "ffn"]})) == (f"partition.units: got ['ffn', 'ffn'], {wanted}",)
+    assert problems(changed(partition={"units": ["heads"]})) == (
+        f"partition.units: got ['heads'], {wanted}",
+        "partition.units: got 'heads', which model.kind 'autoencoder' has none of, wanted [ffn]",
+    )
+    assert problems(changed(partition={"floors": {"encoder.*": 2}, "frozen": ["a b"]})) == (
+        "partition.floors.'encoder.*': got 2, wanted a number > 0 and < 1",
+        "partition.frozen[0]: got 'a b', wanted a name that matches ^[A-Za-z0-9_.*?-]{1,100}$",
+    )
+    config = parse_recipe(changed(partition={"floors": {"encoder.*": 0.5}, "frozen": ["*.hidden"]}), where="my.yaml")
+    assert parse_recipe(to_yaml(config), where="again") == config
+
+
 def test_a_null_test_wants_all_rows_measured() -> None:
     partition = {"null_test": {"permutations": 8}}
     assert problems(changed(partition=partition, attribution={"settled": 0.9})) == (

@@ -107,3 +107,61 @@ def test_every_form_of_feed_forward_passes_gradcheck(activation: Activation, gat
     masked = routed(x)
     routes.masked = False
     torch.testing.assert_close(routed(x), masked)
+
+
+def by_hand(model: SplitModel, inputs: torch.Tensor, categories: torch.Tensor) -> torch.Tensor:
+    """The stock network, every token's units off its own route set to zero where the down projection reads them."""
+    network, partition = copy.deepcopy(NETWORKS["llama"]), model.partition
+    for site in SITES["llama"]:
+        active_CU = torch.stack([partition.active(site.name, c) for c in model.categories])
+        mask_RPU = active_CU[categories].double()
+        network.get_submodule(site.reader).register_forward_pre_hook(lambda _, given, mask=mask_RPU: (given[0] * mask,))
+    return logits(network, inputs)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data(), st.integers(1, 5), st.integers(0, 99))
+def test_tokens_of_one_row_run_along_routes_of_their_own(data: st.DataObject, rows: int, seed: int) -> None:
+    model = split_of("llama", data.draw(partitions(SITES["llama"])))
+    inputs = rows_for(model.network, rows, seed)
+    categories = torch.randint(len(model.categories), inputs.shape, generator=torch.Generator().manual_seed(seed))
+    routed, routed_grads = model(inputs, categories), gradients(model, inputs, categories)
+    torch.testing.assert_close(routed, by_hand(model, inputs, categories), rtol=1e-9, atol=1e-12)
+    with model.masked():
+        masked, masked_grads = model(inputs, categories), gradients(model, inputs, categories)
+    torch.testing.assert_close(routed, masked, rtol=1e-9, atol=1e-12)
+    for one, other in zip(routed_grads, masked_grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.data(), st.integers(0, 99))
+def test_a_row_whose_tokens_share_a_route_runs_as_a_row(data: st.DataObject, seed: int) -> None:
+    model = split_of("llama", data.draw(partitions(SITES["llama"]))).float()
+    inputs = rows_for(model.network, 5, seed)
+    categories = torch.randint(len(model.categories), (5,), generator=torch.Generator().manual_seed(seed))
+    by_token = model(inputs, categories.unsqueeze(1).expand(inputs.shape))
+    torch.testing.assert_close(by_token, model(inputs, categories))
+
+
+def test_a_told_twin_is_told_each_tokens_category() -> None:
+    model = SplitModel(copy.deepcopy(NETWORKS["llama"]), CATEGORIES, told=True).double()
+    with torch.no_grad():
+        for bias in model.told:
+            bias.copy_(torch.randn(bias.shape, generator=torch.Generator().manual_seed(len(bias))))
+    inputs = rows_for(model.network, 2)
+    categories = torch.randint(4, inputs.shape, generator=torch.Generator().manual_seed(1))
+    routed = model(inputs, categories)
+    with model.masked():
+        torch.testing.assert_close(routed, model(inputs, categories))
+    assert not torch.allclose(routed, model(inputs, categories.roll(1, 1)))
+
+
+def test_routes_of_tokens_must_fit() -> None:
+    tokens = split_of("llama", Partition.undivided(CATEGORIES, SITES["llama"]))
+    inputs = rows_for(tokens.network, 2)
+    with pytest.raises(ValueError, match=r"\(2, 3\) do not fit inputs \(2, 12\)"):
+        tokens(inputs, torch.zeros(2, 3, dtype=torch.long))
+    images = split_of("autoencoder", Partition.undivided(CATEGORIES, SITES["autoencoder"]))
+    with pytest.raises(ValueError, match="one category a row"):
+        images(rows_for(images.network, 2), torch.zeros(2, 10, dtype=torch.long))

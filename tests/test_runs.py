@@ -1,9 +1,11 @@
 """Run folders: made whole, found by what a person types, and honest about who drives them."""
 
 import json
+import platform
 import subprocess
 import sys
 import threading
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -32,9 +34,25 @@ def test_a_new_run_holds_its_recipe_as_given_and_as_resolved_and_where_its_paths
     assert folder.recipe.read_text() == RECIPE
     assert load_recipe(folder.resolved) == CONFIG
     assert folder.base == tmp_path / "recipes"
-    assert json.loads(folder.origin.read_text())["moeify"] == runs.package_version()
+    origin = json.loads(folder.origin.read_text())
+    assert origin["moeify"] == runs.package_version()
+    assert origin["versions"]["python"] == platform.python_version()
+    assert origin["versions"]["torch"] == version("torch")
     assert folder.id.startswith("tiny-2")
     assert runs.every(tmp_path / "home") == [folder]
+
+
+def test_a_run_may_be_given_its_id_once_and_data_of_its_own(tmp_path: Path) -> None:
+    run = "tiny-20260101-000000-abcd"
+    folder = runs.create(CONFIG, RECIPE, tmp_path, run=run, fill=lambda to: (to / "data").write_text("x"))
+    assert (folder.id, folder.base) == (run, tmp_path / run / "inputs")
+    assert (folder.base / "data").read_text() == "x"
+    with pytest.raises(FileExistsError, match=f"run {run} is there already"):
+        runs.create(CONFIG, RECIPE, tmp_path, run=run)
+    for hostile in ("../x-20260101-000000-abcd", "a/b-20260101-000000-abcd", f"{run}\n", "x" * 99 + run, "last", ""):
+        with pytest.raises(ValueError, match="is no id of a run"):
+            runs.check_id(hostile)
+    assert [path.name for path in tmp_path.iterdir()] == [run]
 
 
 def test_runs_made_at_the_same_moment_do_not_meet(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ KEYS = {
     "seconds",
     "tree",
     "active_fraction",
+    "active_flops",
     "rounds",
     "stopped",
     "test_loss",
@@ -38,6 +39,7 @@ KEYS = {
     "tax_error",
     "tax_random",
     "tax_told",
+    "error_over",
     "own_other",
 }
 
@@ -340,7 +342,7 @@ def test_an_unfinished_run_with_a_told_twin_is_held_against_it(folder: runs.RunF
 def test_files_from_before_recipes_chose_their_controls_are_read(folder: runs.RunFolder) -> None:
     finish(folder)
     old = json.loads(folder.result.read_text())
-    del old["tax_told"]
+    del old["tax_told"], old["error_over"]
     for row in old["rounds"]:
         del row["tax_told"]
     folder.result.write_text(json.dumps(old))

@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -9,30 +10,36 @@ from torch import nn
 
 from moeify.families import unit_space
 from moeify.models import logits
+from moeify.partition_config import UnitKind
 from moeify.surgery import permute
-from tests.networks import rows_for, tiny_autoencoder, tiny_llama
+from tests.networks import grouped_llama, rows_for, tiny_autoencoder, tiny_llama
 from tests.trees import random_orders
 
 Make = Callable[[int], nn.Module]
+BOTH = get_args(UnitKind)
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_autoencoder])
+def shared_keys(seed: int) -> nn.Module:
+    return grouped_llama(seed, heads=6, groups=3, bias=True)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_autoencoder, shared_keys])
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 2**20))
 def test_permuting_units_never_changes_the_function(make: Make, seed: int) -> None:
     network = make(1)
-    space, inputs = unit_space(network), rows_for(network, 4, seed)
+    space, inputs = unit_space(network, BOTH), rows_for(network, 4, seed)
     before = logits(network, inputs)
     orders = random_orders(list(space.readers), seed)
     permute(network, None, space, orders)
     torch.testing.assert_close(logits(network, inputs), before, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_autoencoder])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_autoencoder, shared_keys])
 def test_optimizer_state_follows_its_units_so_that_training_goes_on_alike(make: Make) -> None:
     plain = make(2)
     moved = copy.deepcopy(plain)
-    space = unit_space(plain)
+    space = unit_space(plain, BOTH)
     optimizers = {id(n): torch.optim.AdamW(n.parameters(), lr=1e-2) for n in (plain, moved)}
 
     def train(network: nn.Module, steps: range) -> None:

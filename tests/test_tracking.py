@@ -2,7 +2,6 @@ import json
 import os
 import shutil
 import socket
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +9,10 @@ import pytest
 from fake_runs import CATEGORIES, fake_run, finish, leave_rounds, recipe, story, tell
 
 from moeify.arms import Control
-from moeify.events import Failed
+from moeify.events import Failed, RoundEnded
 from moeify.result import Result
-from pipelines import tracking
 from pipelines.journal import follow
+from pipelines.mlflow_store import DeliveryError, open_mlflow
 from pipelines.mlflow_terms import final_points, flat, points_of, summary
 from pipelines.runs import RunBusyError, RunFolder, hold
 from pipelines.tracking import MlflowFollower, Progress, deliver, where_to_look
@@ -23,18 +22,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 pytestmark = pytest.mark.filterwarnings(r"ignore::Warning:(mlflow|alembic|sqlalchemy|pydantic|google)\.")
-
-
-@pytest.fixture(scope="module")
-def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs: to lay one out takes longer than any test here."""
-    home = tmp_path_factory.mktemp("laid_out")
-    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
-        warnings.simplefilter("ignore")
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        mlflow = tracking._mlflow()
-        mlflow.MlflowClient(f"sqlite:///{home}/mlflow.db").search_experiments()
-    return home / "mlflow.db"
 
 
 @pytest.fixture
@@ -54,7 +41,7 @@ def folder(home: Path) -> RunFolder:
 
 
 def client(home: Path) -> "MlflowClient":
-    return tracking._mlflow().MlflowClient(tracking_uri=f"sqlite:///{home}/mlflow.db")
+    return open_mlflow().MlflowClient(tracking_uri=f"sqlite:///{home}/mlflow.db")
 
 
 def runs(home: Path) -> dict[str, "Run"]:
@@ -94,6 +81,7 @@ def test_a_run_is_told_whole_and_once(home: Path, folder: RunFolder) -> None:
         "attribution-round-1.png",  # of the round that was kept
         "partition.json",
         "recipe.yaml",
+        "report.html",
         "resolved.yaml",
         "result.json",
         "tax-separation.png",
@@ -132,6 +120,48 @@ def test_a_run_is_told_whole_and_once(home: Path, folder: RunFolder) -> None:
     assert curve(home, parent, "tax_random/mean") == [(30, 0.04), (60, 0.08)]
     assert curve(home, found["round 2"], "separation") == [(60, 0.4)]
     assert curve(home, parent, "tokens_per_second/dense")[0] == (10, 40_000.0)
+
+
+def test_the_report_is_delivered_anew_with_every_round_and_at_the_end(home: Path) -> None:
+    folder = fake_run(home)
+    leave_rounds(folder, sites=1)
+    events = story()
+    follower = MlflowFollower(folder, recipe())
+
+    def delivered() -> str:
+        run = runs(home)[folder.id].info.run_id
+        return Path(client(home).download_artifacts(run, "report.html", str(home))).read_text()
+
+    first = next(i for i, event in enumerate(events) if isinstance(event, RoundEnded))
+    tell(folder, events[: first + 1])
+    follower.take(events[: first + 1])
+    assert '<span class="status">running</span>' in delivered()
+    assert "round 1" in delivered()
+    assert "round 2" not in delivered()
+    tell(folder, events[first + 1 :])
+    follower.take(events[first + 1 :])
+    assert "round 2" in delivered()
+    follower.close()
+    assert '<span class="status">interrupted</span>' in delivered()
+    finish(folder)
+    deliver(folder, recipe())
+    assert '<span class="status">finished</span>' in delivered()
+    assert delivered() == folder.report.read_text()
+
+
+def test_a_report_that_cannot_be_made_keeps_nothing_from_being_delivered(
+    home: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> str:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("pipelines.report.page.build", broken)
+    deliver(folder, recipe())
+    assert runs(home)[folder.id].info.status == "FINISHED"
+    said = capsys.readouterr().err
+    assert (
+        said.count(f"the report of {folder.id} was not written (RuntimeError: no room)") == len(said.splitlines()) == 3
+    )
 
 
 def test_the_told_twin_has_its_curves_and_columns(home: Path) -> None:
@@ -241,6 +271,7 @@ def test_while_the_server_is_away_nothing_is_lost(
     assert str(folder.journal) in said
     assert len(said.strip().splitlines()) <= 3
     assert (folder.plots / "attribution-round-1.png").is_file()  # pictures need no server
+    assert '<span class="status">finished</span>' in folder.report.read_text()
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert deliver(folder, recipe()) == len(story()) + 1
@@ -253,7 +284,7 @@ def test_a_server_that_is_away_is_told_in_one_line(folder: RunFolder, monkeypatc
         uri = f"http://127.0.0.1:{free.getsockname()[1]}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(tracking.DeliveryError, match=f"^MLflow at {uri} did not take it"):
+    with pytest.raises(DeliveryError, match=f"^MLflow at {uri} did not take it"):
         deliver(folder, recipe())
 
 
@@ -308,7 +339,7 @@ def test_progress_belongs_to_one_store(folder: RunFolder) -> None:
 def test_timeouts_that_the_user_set_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "99")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
-    tracking._mlflow()
+    open_mlflow()
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "99"
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "2"
 

@@ -7,8 +7,10 @@ from moeify.events import MemoryTracker, Step
 from moeify.loop import run
 from moeify.store import MemoryStore
 from moeify.task import Batch
+from moeify.twin_cache import fingerprint
+from moeify.world import Solo
 from tests.test_loop import outcome
-from tests.toy import ToyTask, toy_config
+from tests.toy import TEXT_CONFIG, ToyTask, ToyTextTask, toy_config
 
 OTHER_CUTS = [{"train": 25, "recover": 10, "branching": 4, "separation": 0.4}]
 
@@ -52,6 +54,14 @@ def test_a_run_that_differs_in_its_cuts_takes_the_twins_and_ends_with_the_same_b
 def test_what_would_train_another_twin_finds_none(tmp_path: Path, change: dict[str, object]) -> None:
     trained(toy_config(), tmp_path)
     assert trained(toy_config(**change), tmp_path) == 60 + 2 * 45
+
+
+def test_twins_whose_heads_are_units_are_others_than_those_whose_heads_are_not() -> None:
+    config = RunConfig.model_validate(TEXT_CONFIG)
+    heads = RunConfig.model_validate({**TEXT_CONFIG, "partition": {"units": ["ffn", "heads"]}})
+    frozen = RunConfig.model_validate({**TEXT_CONFIG, "partition": {"frozen": ["layers.0.ffn"]}})
+    found = [fingerprint(each, ToyTextTask(each), Solo()) for each in (config, heads, frozen)]
+    assert found[0] == found[2] != found[1]
 
 
 def test_other_data_under_the_same_recipe_finds_none(tmp_path: Path) -> None:

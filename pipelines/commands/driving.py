@@ -33,4 +33,7 @@ def drive(folder: "RunFolder", config: "RunConfig", *, local: bool, quiet: bool)
 
         click.echo()
         print_run(folder, sys.stdout)
-        click.echo(f"\nagain:   moeify show {folder.id}\nfiles:   {folder.path}\ncurves:  {where_to_look(folder)}")
+        click.echo(f"\nagain:   moeify show {folder.id}\nfiles:   {folder.path}")
+        if folder.report.is_file():
+            click.echo(f"report:  {folder.report}")
+        click.echo(f"curves:  {where_to_look(folder)}")

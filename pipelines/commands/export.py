@@ -1,39 +1,132 @@
 """``moeify export``: what leaves a run."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from moeify.export import Dtype
+    from moeify.model_card import About
+    from moeify.stock import Form
+    from pipelines.runs import RunFolder
 
 
 @click.command("export")
 @click.argument("run_", metavar="RUN")
-@click.option("--category", metavar="NAME", help="A smaller dense model: the route of this category.")
-@click.option("--split", is_flag=True, help="The whole split model.")
+@click.option("--category", "keep", multiple=True, metavar="NAME", help="This category alone; may be repeated.")
+@click.option(
+    "--without", "drop", multiple=True, metavar="NAME", help="Take out this category's own experts; may be repeated."
+)
+@click.option("--split", is_flag=True, help="The split model, for moeify.load_split.")
+@click.option(
+    "--moe", type=click.Choice(["glm4_moe", "granitemoeshared"]), help="A mixture of experts that transformers loads."
+)
+@click.option("--force", metavar="NAME", help="With --moe: the category whose expert runs as loaded (the first).")
+@click.option("--gguf", is_flag=True, help="For llama.cpp: a dense model or --moe as one file.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of the weights in the files.",
+)
+@click.option(
+    "--verify/--no-verify", default=True, show_default=True, help="Compare with the split model before it is there."
+)
 @click.option(
     "--out", "-o", required=True, metavar="DIR", type=click.Path(path_type=Path), help="A folder that is new or empty."
 )
-def command(run_: str, category: str | None, split: bool, out: Path) -> None:
-    """Write RUN's model, or one category's part of it, to a folder."""
+def command(
+    run_: str,
+    keep: tuple[str, ...],
+    drop: tuple[str, ...],
+    split: bool,
+    moe: "Form | None",
+    force: str | None,
+    gguf: bool,
+    dtype: "Dtype",
+    verify: bool,
+    out: Path,
+) -> None:
+    """Write RUN's model, or a part of it, to a folder.
+
+    \b
+    --category NAME               a smaller dense model of that category's route
+    --split                       the whole split model
+    --moe FORMAT                  the whole split model, for plain transformers
+    --category A --category B     with --split or --moe: those categories and
+                                  what serves them, nothing else
+    --without NAME                as --split or --moe, all categories, but NAME
+                                  runs on what others share with it
+
+    A dense model of several categories would run units for each of them that the split model does not run, and give
+    other outputs: it is written only where they share one route.
+    """
     from pipelines import runs
     from pipelines.show import summary
 
-    if (category is not None) == split:
-        raise click.UsageError("give either --category NAME or --split")
+    _refuse_odd(keep, drop, split, moe, force, gguf)
     folder = runs.find(run_, runs.home())
     known = summary(folder)
     if known["status"] != "finished":
         raise ValueError(f"run {folder.id} is {known['status']}, wanted a finished one; see 'moeify resume'")
-    if category is not None and category not in known["categories"]:
-        close = difflib.get_close_matches(category, known["categories"], 1)
-        nearest = f"; nearest: {close[0]}" if close else ""
-        raise ValueError(f"no category {category!r}; the run has {', '.join(known['categories'])}{nearest}")
+    for category in [*keep, *drop, *([force] if force else [])]:
+        if category not in known["categories"]:
+            close = difflib.get_close_matches(category, known["categories"], 1)
+            nearest = f"; nearest: {close[0]}" if close else ""
+            raise ValueError(f"no category {category!r}; the run has {', '.join(known['categories'])}{nearest}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already; give a folder that is new or empty")
-    from moeify.export import export_category, export_split
+    from moeify.export import How, export_dense, export_moe, export_split
 
-    if category is None:
-        export_split(folder.path, out)
+    how = How(dtype=dtype, gguf=gguf, verify=verify, about=_about(folder))
+    if moe:
+        done = export_moe(folder.path, moe, out, how, forced=force, keep=keep, drop=drop)
+    elif split or drop:
+        done = export_split(folder.path, out, how, keep=keep, drop=drop)
     else:
-        export_category(folder.path, category, out)
+        done = export_dense(folder.path, keep, out, how)
     click.echo(f"wrote {out}")
+    if moe:
+        click.echo(f"every token runs the expert of one category; {out / 'README.md'} says which, and how to change it")
+    if done.rounding is not None:
+        click.echo(f"rounding to {dtype} moves outputs by up to {done.rounding:.1e}")
+    if done.differences:
+        click.echo(
+            f"equal to the split model within {max(done.differences.values()):.1e}: {', '.join(done.differences)}"
+        )
+
+
+def _refuse_odd(
+    keep: Sequence[str], drop: Sequence[str], split: bool, moe: str | None, force: str | None, gguf: bool
+) -> None:
+    if not (keep or drop or split or moe):
+        raise click.UsageError("say what to export: --category NAME, --split, --moe FORMAT or --without NAME")
+    if keep and drop:
+        raise click.UsageError("give either --category or --without")
+    if split and moe:
+        raise click.UsageError("give either --split or --moe")
+    if force and not moe:
+        raise click.UsageError("--force is for --moe")
+    if gguf and (split or (drop and not moe)):
+        raise click.UsageError("--gguf is for --category NAME or --moe; only moeify loads a split model")
+    for name in (*keep, *drop):
+        if (*keep, *drop).count(name) > 1:
+            raise click.UsageError(f"{name!r} is named twice")
+
+
+def _about(folder: "RunFolder") -> "About":
+    from moeify.model_card import About
+    from moeify.recipe import load_recipe
+    from moeify.result import Result
+    from pipelines.runs import package_version
+
+    return About(
+        run=folder.id,
+        recipe=load_recipe(folder.resolved),
+        result=Result.model_validate_json(folder.result.read_bytes()),
+        moeify=package_version(),
+    )

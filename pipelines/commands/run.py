@@ -1,5 +1,7 @@
 """``moeify run``: start a run and see it through."""
 
+import os
+
 import click
 
 from pipelines.commands.driving import drive
@@ -11,18 +13,34 @@ from pipelines.find_recipe import find_recipe
 @click.argument("recipe")
 @LOCAL
 @QUIET
+@click.option("--id", "run_", metavar="RUN", help="The run's id; one that is there already goes on.")
+@click.option("--pack", is_flag=True, help="Keep the data that RECIPE names by relative paths in the run's folder.")
 @click.pass_obj
-def command(obj: dict[str, str], recipe: str, local: bool, quiet: bool) -> None:
+def command(obj: dict[str, str], recipe: str, local: bool, quiet: bool, run_: str | None, pack: bool) -> None:
     """Run RECIPE to the end, watched.
 
     RECIPE is a YAML file, or the name of a recipe that comes with moeify: 'text', 'digits'. A run that was stopped
     goes on with 'moeify resume'.
     """
-    from moeify.recipe import parse_recipe
-    from pipelines import runs
+    from moeify.recipe import load_recipe, parse_recipe
+    from pipelines import package, runs
 
+    if pack and not os.environ.get("MOEIFY_HOME"):
+        raise ValueError(
+            "--pack keeps data where the run is kept; set MOEIFY_HOME to that folder, on every node the same"
+        )
     text, where, base = find_recipe(recipe)
     config = parse_recipe(text, where=where)
-    folder = runs.create(config, text, runs.home(), base)
+    known = run_ and runs.RunFolder(runs.home() / runs.check_id(run_))
+    if known and known.resolved.exists():
+        folder = known
+        if load_recipe(folder.resolved) != config:
+            raise ValueError(f"run {folder.id} is there already, of another recipe; give another id")
+        if runs.status(folder) == "finished":
+            click.echo(f"{folder.id} is finished; see it with: moeify show {folder.id}")
+            return
+    else:
+        fill = (lambda to: package.pack(config, base, to)) if pack else None
+        folder = runs.create(config, text, runs.home(), base, run=run_, fill=fill)
     obj["run"] = folder.id
     drive(folder, config, local=local, quiet=quiet)

@@ -4,15 +4,19 @@ import sys
 
 import click
 
-from pipelines.commands.options import JSON
+from pipelines.commands.options import ADDRESS, JSON
 
 
 @click.command("runs")
+@ADDRESS
 @JSON
-def command(as_json: bool) -> None:
+def command(address: str | None, as_json: bool) -> None:
     """List all runs, oldest first."""
-    from pipelines import runs, show
+    from pipelines import ray_jobs, runs, show
 
+    if (where := ray_jobs.address_of(address)) is not None:
+        click.echo(ray_jobs.connect(where).ask(["runs", *["--json"] * as_json]), nl=False)
+        return
     folders = runs.every(runs.home())
     if as_json:
         click.echo(show.to_json(show.listing(folders)))

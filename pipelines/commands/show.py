@@ -4,16 +4,20 @@ import sys
 
 import click
 
-from pipelines.commands.options import JSON
+from pipelines.commands.options import ADDRESS, JSON
 
 
 @click.command("show")
 @click.argument("run_", metavar="RUN")
+@ADDRESS
 @JSON
-def command(run_: str, as_json: bool) -> None:
+def command(run_: str, address: str | None, as_json: bool) -> None:
     """Show RUN's expert tree, its rounds, and what they cost."""
-    from pipelines import runs, show
+    from pipelines import ray_jobs, runs, show
 
+    if (where := ray_jobs.address_of(address)) is not None:
+        click.echo(ray_jobs.connect(where).ask(["show", run_, *["--json"] * as_json]), nl=False)
+        return
     folder = runs.find(run_, runs.home())
     if as_json:
         click.echo(show.to_json(show.summary(folder)))

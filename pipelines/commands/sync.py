@@ -2,18 +2,24 @@
 
 import click
 
+from pipelines.commands.options import ADDRESS
+
 
 @click.command("sync")
 @click.argument("run_", metavar="RUN")
-def command(run_: str) -> None:
+@ADDRESS
+def command(run_: str, address: str | None) -> None:
     """Deliver to MLflow what it missed of RUN.
 
     It goes to $MLFLOW_TRACKING_URI, or to the database beside the runs. A run delivers by itself as it goes on; this
     is for what MLflow could not take then. Nothing shows twice.
     """
     from moeify.recipe import load_recipe
-    from pipelines import runs
+    from pipelines import ray_jobs, runs
 
+    if (where := ray_jobs.address_of(address)) is not None:
+        click.echo(ray_jobs.connect(where).ask(["sync", run_]), nl=False)
+        return
     folder = runs.find(run_, runs.home())
     config = load_recipe(folder.resolved)
     from pipelines.tracking import deliver, where_to_look

@@ -1,0 +1,15 @@
+#!/bin/sh
+# A node that trains. Further arguments go to 'ray start'.
+#
+# RAY_HEAD                               HOST:PORT of the head
+# RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH  the head's token
+# MOEIFY_HOME                            the folder of runs, the same on every node
+set -eu
+: "${RAY_HEAD:?HOST:PORT of the head}"
+: "${MOEIFY_HOME:?the folder of runs, which every node sees}"
+if [ -z "${RAY_AUTH_TOKEN:-}" ] && [ ! -s "${RAY_AUTH_TOKEN_PATH:-}" ]; then
+  echo "ray_worker: set RAY_AUTH_TOKEN_PATH to a file with the head's token" >&2
+  exit 2
+fi
+export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+exec ray start --block --disable-usage-stats --address="$RAY_HEAD" "$@"

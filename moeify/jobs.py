@@ -1,0 +1,76 @@
+"""Run one job of a comparison, or take the result that it ended with before.
+
+A result is a function of the job's recipe, its data and the code; these are hashed into the name of its file, the data
+by the content of sample batches. So what is there is never out of date, and what is interrupted leaves nothing.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import attribution
+from moeify.comparison import Job, job_recipe, seeded
+from moeify.config import RunConfig
+from moeify.loop import run
+from moeify.result import Result
+from moeify.tasks import build_task
+from moeify.twin_cache import code_of, fingerprint
+from moeify.world import Solo
+
+
+@dataclass(frozen=True)
+class Places:
+    """The folders that jobs read and write; all may be shared by comparisons."""
+
+    base: Path
+    """Where the recipe's relative paths start."""
+    cache: Path
+    """Of prepared data."""
+    results: Path
+    twins: Path
+    """Of ``moeify.twin_cache``."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job's result, and where it came from."""
+
+    result: Result
+    path: Path
+    """The result's file."""
+    before: bool
+    """Whether it was there already."""
+
+
+def run_job(config: RunConfig, job: Job, places: Places) -> Ended:
+    """Run a job of the comparison of ``config`` in this process, unless its result is in ``places.results``.
+
+    Bits, and so what counts as the same, depend on torch's threads. ValueError where recipe or data are at fault.
+    """
+    task = build_task(seeded(config, job), cache=places.cache, base=places.base)
+    recipe = job_recipe(config, job, len(task.categories))
+    content = f"{recipe.model_dump_json()} {fingerprint(recipe, task, Solo())} {code()}"
+    path = places.results / f"{job}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+    if known := _read(path):
+        return Ended(known, path, before=True)
+    result = run(recipe, task, twins=places.twins)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)
+    return Ended(result, path, before=False)
+
+
+def _read(path: Path) -> Result | None:
+    """Return a result; None where there is none, or it is damaged."""
+    try:
+        return Result.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def code() -> str:
+    """Return a hash of the code that a result depends on: this package and attribution."""
+    packages = Path(__file__).parent, Path(str(attribution.__file__)).parent
+    return hashlib.sha256(b"".join(map(code_of, packages))).hexdigest()[:32]

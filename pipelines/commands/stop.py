@@ -1,0 +1,32 @@
+"""``moeify stop``: end the process that drives a run."""
+
+import click
+
+from pipelines.commands.options import ADDRESS
+
+
+@click.command("stop")
+@click.argument("run_", metavar="RUN")
+@ADDRESS
+def command(run_: str, address: str | None) -> None:
+    """Stop RUN as Ctrl-C does.
+
+    Nothing is lost; 'moeify resume' goes on from its last checkpoint.
+    """
+    from pipelines import ray_jobs, runs
+
+    if (where := ray_jobs.address_of(address)) is None:
+        from pipelines.standing import stop
+
+        folder = runs.find(run_, runs.home())
+        stop(folder)
+        run = folder.id
+    else:
+        cluster = ray_jobs.connect(where)
+        run = cluster.resolve(run_)
+        newest = next(reversed(cluster.attempts(run)), None)
+        if newest is None or not newest.live:
+            how = f"its newest job is {newest.status}" if newest else "the head knows no job of it"
+            raise ValueError(f"run {run} is not running there: {how}; see 'moeify status {run}'")
+        cluster.stop(newest.id)
+    click.echo(f"{run} is stopped; go on with: moeify resume {run}")

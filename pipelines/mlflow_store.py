@@ -1,0 +1,130 @@
+"""The MLflow that everything is delivered to: where it is, how it is asked for quickly, what it takes at once."""
+
+import getpass
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
+
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+"""Set where the user has not: an absent server costs seconds instead of four minutes, and MLflow prints nothing."""
+
+LONGEST_TAG = 8000
+"""Characters that MLflow takes."""
+_MOST_METRICS = 1000
+_MOST_PARAMS = 100
+"""Items that MLflow takes at once."""
+
+
+class DeliveryError(OSError):
+    """MLflow cannot be reached, or takes no more."""
+
+
+def open_mlflow() -> Any:
+    """Import MLflow with short timeouts and without its chatter."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return mlflow
+
+
+def tracking_uri(home: Path) -> str:
+    """Return where runs of this home go: ``MLFLOW_TRACKING_URI``, or a database beside them."""
+    asked = os.environ.get("MLFLOW_TRACKING_URI")
+    return asked.rstrip("/") if asked else f"sqlite:///{(home / 'mlflow.db').absolute()}"
+
+
+def public(uri: str) -> str:
+    """Return the address without user and password."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def address(uri: str, experiment: str, run: str) -> str:
+    """Return the command line that shows MLflow, or a run's address on the server, as far as the ids are known."""
+    uri = public(uri)
+    if not uri.startswith(("http://", "https://")):
+        return f"mlflow ui --backend-store-uri {uri}"
+    return f"{uri}/#/experiments/{experiment}/runs/{run}?workflowType=machine_learning" if run else uri
+
+
+@contextmanager
+def first_contact(home: Path) -> Iterator["MlflowClient"]:
+    """Give a client to make experiments and runs with, to one process at a time: each might lay out the database."""
+    mlflow = open_mlflow()
+    with FileLock(home / ".mlflow.lock", timeout=60):
+        yield mlflow.MlflowClient(tracking_uri=tracking_uri(home))
+
+
+def experiment_named(client: "MlflowClient", name: str, home: Path, way_out: str) -> str:
+    """Return the id of the experiment, made where there is none; ``way_out``: what to do where it was deleted."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        local = tracking_uri(home).startswith("sqlite")
+        artifacts = (home / "mlflow-artifacts").absolute().as_uri() if local else None
+        return client.create_experiment(name, artifact_location=artifacts)
+    if found.lifecycle_stage != "active":
+        raise ValueError(f"MLflow's experiment {name!r} was deleted; restore it or {way_out}")
+    return found.experiment_id
+
+
+def new_run(client: "MlflowClient", experiment: str, name: str, began: float, tags: Mapping[str, str]) -> str:
+    """Make a run that began then, in seconds since the epoch, and return its id; its tags say who made it."""
+    tags = {"mlflow.source.type": "LOCAL", **tags}
+    with suppress(KeyError, OSError):  # a user id without a name
+        tags["mlflow.user"] = getpass.getuser()
+    return client.create_run(experiment, start_time=milliseconds(began), run_name=name, tags=tags).info.run_id
+
+
+def log_params(client: "MlflowClient", run: str, params: Mapping[str, str]) -> None:
+    """Log parameters, as many at once as MLflow takes."""
+    from mlflow.entities import Param
+
+    each = [Param(key, value) for key, value in params.items()]
+    for start in range(0, len(each), _MOST_PARAMS):
+        client.log_batch(run, params=each[start : start + _MOST_PARAMS])
+
+
+def log_metrics(client: "MlflowClient", run: str, metrics: "Sequence[Metric]") -> None:
+    """Log points, as many at once as MLflow takes."""
+    for start in range(0, len(metrics), _MOST_METRICS):
+        client.log_batch(run, metrics=metrics[start : start + _MOST_METRICS])
+
+
+@contextmanager
+def told_as_delivery_error(home: Path, what_stays: str) -> Iterator[None]:
+    """Say what went wrong with MLflow in one line, and what is not lost by it; errors of ours pass."""
+    open_mlflow()
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    try:
+        yield
+    except (MlflowException, RequestException) as error:
+        why = " ".join(str(error).split())[:200]
+        raise DeliveryError(f"MLflow at {public(tracking_uri(home))} did not take it ({why}); {what_stays}") from error
+
+
+def milliseconds(seconds: float) -> int:
+    """Return a time as MLflow counts it."""
+    return round(seconds * 1000)

@@ -1,0 +1,70 @@
+"""What goes with a recipe to a machine that does not have the user's files: the text itself, and small local data.
+
+Relative paths of a recipe name files that belong to it: they are copied. Absolute paths name what every node sees at
+the same place, and stay as they are.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from moeify.config import JsonLines, RunConfig, TextData, TextFolders
+
+RECIPE = "recipe.yaml"
+"""File of the recipe in a package."""
+MOST_MEGABYTES = 64.0
+"""Data that goes with a recipe, in 10^6 bytes; more belongs where all nodes see it."""
+
+
+def pack(config: RunConfig, base: Path, to: Path) -> list[Path]:
+    """Copy the files that the recipe names by relative paths from ``base`` to the folder ``to``; return absolute ones.
+
+    Raises:
+        ValueError: A relative path leaves the recipe's folder, or names more than ``MOST_MEGABYTES``.
+    """
+    _check(config, base)
+    copied = 0
+    for name, path in _files(config, base):
+        copied += path.stat().st_size
+        if copied > MOST_MEGABYTES * 1e6:
+            raise ValueError(
+                f"data.source names more than {MOST_MEGABYTES:g} MB by relative paths, too much to go with the recipe; "
+                f"put it where all nodes see it and name it by an absolute path"
+            )
+        target = to / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    return [path for _, path in _named(config) if path.is_absolute()]
+
+
+def _check(config: RunConfig, base: Path) -> None:
+    for key, path in _named(config):
+        if not path.is_absolute() and not (base / path).resolve().is_relative_to(base.resolve()):
+            raise ValueError(
+                f"{key}: got {str(path)!r}, which lies outside of the recipe's folder and cannot go with it; move it "
+                f"below {base}, or give an absolute path that all nodes see"
+            )
+
+
+def _named(config: RunConfig) -> Iterator[tuple[str, Path]]:
+    """Yield key and value of every path in the recipe."""
+    if isinstance(config.data, TextData):
+        match config.data.source:
+            case TextFolders(categories=categories):
+                yield from ((f"data.source.categories.{name}", path) for name, path in categories.items())
+            case JsonLines(path=path):
+                yield "data.source.path", path
+
+
+def _files(config: RunConfig, base: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield every file that relative paths name: its name below ``base``, and where it is."""
+    from moeify.sources import files_in
+
+    if isinstance(config.data, TextData):
+        match config.data.source:
+            case TextFolders(categories=categories, pattern=pattern):
+                for folder in dict.fromkeys(categories.values()):
+                    if not folder.is_absolute():
+                        yield from ((folder / name, path) for name, path in files_in(base / folder, pattern))
+            case JsonLines(path=path) if not path.is_absolute():
+                yield path, base / path

@@ -1,0 +1,98 @@
+"""Where a run stands, in a few lines, and how the process that drives it is stopped."""
+
+import json
+import os
+import signal
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from moeify.events import Failed
+from pipelines.display import PlainDisplay, RunState
+from pipelines.journal import read_events
+from pipelines.runs import RunFolder, status
+
+_STOP_SECONDS = 60.0
+_POLL_SECONDS = 0.25
+
+
+def standing(folder: RunFolder) -> dict[str, Any]:
+    """Return run, status, where it is, the fraction 0..1 of the work that is done, and why it failed if it did."""
+    events, _ = read_events(folder.journal, 0)
+    state = RunState()
+    for event in events:
+        state.take(event)
+    now = status(folder)
+    reason = events[-1].reason if events and isinstance(events[-1], Failed) and now == "failed" else None
+    return {
+        "run": folder.id,
+        "status": now,
+        "work": 1.0 if now == "finished" else state.work,
+        "where": state.phase_line() if now == "running" else "",
+        "step": state.step_line() if now == "running" else "",
+        "rounds": state.rounds,
+        "reason": reason,
+        "folder": str(folder.path),
+    }
+
+
+def lines(stands: dict[str, Any]) -> list[str]:
+    """Return the same for people."""
+    rounds = "1 round" if stands["rounds"] == 1 else f"{stands['rounds']} rounds"
+    told = [f"{stands['run']} · {stands['status']} · {stands['work']:.0%} of the work · {rounds} done"]
+    doing = " · ".join(filter(None, (stands["where"], stands["step"])))
+    told += [f"now:     {doing}"] * bool(doing)
+    told += [f"reason:  {stands['reason']}"] * bool(stands["reason"])
+    return [*told, *[f"files:   {stands['folder']}"] * bool(stands["folder"])]
+
+
+def tell(folder: RunFolder, display: PlainDisplay, *, follow: bool) -> None:
+    """Tell a run's journal; with ``follow`` until nobody drives the run any more."""
+    while True:
+        driven = follow and status(folder) == "running"  # before reading: what was written until then is told
+        events, display.offset = read_events(folder.journal, display.offset)
+        display.take(events)
+        if not driven:
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def stop(folder: RunFolder) -> None:
+    """End the process that drives the run, as Ctrl-C does, and wait for it.
+
+    Raises:
+        ValueError: nobody drives it, or a process that is not on this machine.
+        OSError: it does not end.
+    """
+    if (now := status(folder)) != "running":
+        raise ValueError(f"run {folder.id} is {now}, so there is nothing to stop")
+    pid, where = _driver(folder)
+    if pid is None:
+        raise ValueError(f"run {folder.id} is driven {where}; stop it there, or give --address")
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_SECONDS
+    while status(folder) == "running":
+        if time.monotonic() > deadline:
+            raise OSError(f"process {pid}, which drives {folder.id}, has not ended in {_STOP_SECONDS:g} s")
+        time.sleep(_POLL_SECONDS)
+
+
+def _driver(folder: RunFolder) -> tuple[int | None, str]:
+    """Return the process that drives the run, where it is one of this machine that has the run's lock open."""
+    try:
+        known = json.loads(folder.driver.read_text(encoding="utf-8"))
+        host, pid = str(known["host"]), int(known["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, "by a process that did not say which"
+    with suppress(psutil.Error):
+        if host == socket.gethostname() and _has_open(psutil.Process(pid), folder.lock):
+            return pid, ""
+    return None, f"by process {pid} on {host}"
+
+
+def _has_open(process: psutil.Process, path: Path) -> bool:
+    return any(Path(file.path) == path.resolve() for file in process.open_files())

@@ -1,0 +1,20 @@
+"""What tests of several files start from."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs: to lay one out takes longer than any test that needs it."""
+    from pipelines.mlflow_store import open_mlflow
+
+    home = tmp_path_factory.mktemp("laid_out")
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("ignore")
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        mlflow = open_mlflow()
+        mlflow.MlflowClient(f"sqlite:///{home}/mlflow.db").search_experiments()
+    return home / "mlflow.db"

@@ -1,0 +1,126 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from moeify import gguf_file
+from moeify.config import LlamaModel
+from moeify.documents import Document
+from moeify.models import build_llama
+from moeify.partition import Partition
+from moeify.split_model import SplitModel
+from moeify.stock import Form, to_dense
+from moeify.stock_moe import to_moe
+from moeify.tokens import train_tokenizer
+from moeify.verification import TOLERANCE, Source
+from tests.networks import CATEGORIES
+from tests.test_pruning import TREE, WIDTHS
+from tests.texts import WORDS
+
+gguf = pytest.importorskip("gguf")
+VOCABULARY = 300
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> bytes:
+    documents = [Document(" ".join(WORDS[i:]), str(i)) for i in range(len(WORDS))]
+    return train_tokenizer([documents], VOCABULARY - 4).to_str().encode()
+
+
+def llama() -> nn.Module:
+    config = LlamaModel(kind="llama", hidden=32, layers=2, heads=2, ffn=24)
+    return build_llama(config, vocabulary=VOCABULARY, length=80, end=0, seed=0)
+
+
+def source() -> Source:
+    return Source.of(SplitModel(llama(), CATEGORIES, Partition(TREE, WIDTHS)).eval(), torch.float32)
+
+
+def written(network: nn.Module, tokenizer: bytes, place: Path, dtype: torch.dtype = torch.float32) -> Any:
+    gguf_file.write(network, tokenizer, place / "model.gguf", dtype=dtype, name="tiny")
+    return gguf.GGUFReader(place / "model.gguf")
+
+
+def test_layers_keep_their_own_widths_and_nothing_is_padded(tokenizer: bytes, tmp_path: Path) -> None:
+    split = source().whole
+    stock = to_dense(split, ["a"], padded=False)
+    assert stock.price.padded == 0
+    reader = written(stock.network, tokenizer, tmp_path)
+    assert reader.fields["general.architecture"].contents() == "deci"
+    assert reader.fields["deci.feed_forward_length"].contents() == [12, 11]
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    up = split.network.get_parameter("model.layers.1.mlp.up_proj.weight")[:11]
+    assert np.array_equal(tensors["blk.1.ffn_up.weight"], up.detach().numpy())
+
+
+def test_equal_layers_are_a_plain_llama_with_heads_turned(tokenizer: bytes, tmp_path: Path) -> None:
+    network = llama()
+    reader = written(network, tokenizer, tmp_path)
+    assert reader.fields["general.architecture"].contents() == "llama"
+    assert reader.fields["llama.feed_forward_length"].contents() == 24
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    query = network.get_parameter("model.layers.0.self_attn.q_proj.weight").detach().numpy()
+    # Two heads of 16 rows: of each, rows i and i + 8 come to lie side by side.
+    order = [head * 16 + half * 8 + i for head in range(2) for i in range(8) for half in range(2)]
+    assert np.array_equal(tensors["blk.0.attn_q.weight"], query[order])
+    assert "output.weight" not in tensors  # tied
+
+
+def test_half_precision_is_for_matrices(tokenizer: bytes, tmp_path: Path) -> None:
+    stock = to_moe(source().whole, "glm4_moe", "a")
+    for dtype, name in ((torch.bfloat16, "BF16"), (torch.float16, "F16")):
+        kinds = {t.name: t.tensor_type.name for t in written(stock.network, tokenizer, tmp_path, dtype).tensors}
+        assert kinds["blk.0.ffn_up_exps.weight"] == kinds["token_embd.weight"] == name
+        assert {kinds[f"blk.0.{n}"] for n in ("attn_norm.weight", "ffn_gate_inp.weight", "exp_probs_b.bias")} == {"F32"}
+
+
+def test_the_tokenizer_comes_along_and_unused_tokens_are_marked(tokenizer: bytes, tmp_path: Path) -> None:
+    reader = written(llama(), tokenizer, tmp_path)
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    kinds = reader.fields["tokenizer.ggml.token_type"].contents()
+    assert len(tokens) == len(kinds) == VOCABULARY
+    assert (tokens[0], kinds[0]) == ("<|end|>", 3)
+    assert (tokens[-1], kinds[-1]) == ("[PAD299]", 5)
+    assert reader.fields["tokenizer.ggml.merges"].contents()
+    other = tokenizer.replace(b'"ByteLevel"', b'"Whitespace"')
+    with pytest.raises(ValueError, match="knows byte-level BPE tokenizers"):
+        written(llama(), other, tmp_path)
+
+
+def test_what_the_writer_does_not_know_is_refused(tokenizer: bytes, tmp_path: Path) -> None:
+    network: Any = llama()
+    network.config.rope_parameters = {**network.config.rope_parameters, "rope_type": "llama3"}
+    with pytest.raises(ValueError, match="knows plain rotary positions"):
+        written(network, tokenizer, tmp_path)
+
+
+def test_a_missing_package_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_file, "find_spec", lambda name: None if name == "xllamacpp" else object())
+    gguf_file.require(verify=False)
+    with pytest.raises(ValueError, match=r"needs the xllamacpp package; pip install 'moeify\[gguf\]'"):
+        gguf_file.require(verify=True)
+    monkeypatch.setattr(gguf_file, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"writing a GGUF file needs the gguf package; pip install 'moeify\[gguf\]'"):
+        gguf_file.require(verify=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [None, "glm4_moe", "granitemoeshared"])
+def test_llama_cpp_predicts_what_the_split_model_does(form: Form | None, tokenizer: bytes, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    of = source()
+    stock = to_moe(of.part, form, "c") if form else to_dense(of.part, ["c"], padded=False)
+    for dtype in (torch.float32,) if form else (torch.float32, torch.float16):
+        path = tmp_path / f"{dtype}.gguf"
+        gguf_file.write(stock.network, tokenizer, path, dtype=dtype, name="tiny")
+        differences = of.against_gguf(path, stock, tokenizer, dtype)
+        assert differences.keys() == (set("abcd") if form else {"c"})
+        assert max(differences.values()) <= TOLERANCE
+    with torch.no_grad():
+        stock.network.get_parameter("model.norm.weight").mul_(1.1)
+    gguf_file.write(stock.network, tokenizer, tmp_path / "odd.gguf", dtype=torch.float32, name="tiny")
+    with pytest.raises(RuntimeError, match="the export for 'c' differs from the split model"):
+        of.against_gguf(tmp_path / "odd.gguf", stock, tokenizer, torch.float32)

@@ -1,0 +1,112 @@
+import re
+from typing import get_args
+
+import pytest
+import torch
+
+from moeify.arms import Arm
+from moeify.config import RunConfig
+from moeify.model_card import About, Checked, card
+from moeify.result import Result
+from moeify.stock import Form, to_dense
+from moeify.stock_moe import to_moe
+from moeify.verification import Source
+from tests.networks import CATEGORIES, rows_for, tiny_llama
+from tests.test_pruning import split_of
+
+EACH = (*CATEGORIES, "mean")
+LOSS: dict[Arm, dict[str, float]] = {
+    arm: dict.fromkeys(CATEGORIES, nats) for arm, nats in (("dense", 3.5), ("split", 3.52), ("random", 3.6))
+}
+RESULT = Result(
+    categories=CATEGORIES,
+    unit="token",
+    tree={},
+    active_fraction=dict.fromkeys(EACH, 0.5),
+    rounds=(),
+    test_loss=LOSS,
+    bits_per_byte=None,
+    own_other={c: {"a": 0.25 if c == "a" else 0.0} for c in CATEGORIES},
+    tax=dict.fromkeys(EACH, 0.02),
+    tax_random=dict.fromkeys(EACH, 0.1),
+    steps=100,
+    seconds=60.0,
+)
+RECIPE = RunConfig.model_validate(
+    {
+        "name": "mine",
+        "seed": 3,
+        "data": {"kind": "text", "source": {"kind": "jsonl", "path": "/secret/place.jsonl"}},
+        "model": {"kind": "llama"},
+        "training": {"steps": 3000},
+        "rounds": [{"train": 20, "recover": 10, "separation": 0.4}],
+    }
+)
+ABOUT = About(run="mine-1", recipe=RECIPE, result=RESULT, moeify="1.2.3")
+
+
+def source(**part: list[str]) -> Source:
+    return Source.of(split_of(tiny_llama().float()), torch.float32, **part)
+
+
+def test_the_card_of_a_dense_model_gives_origin_losses_price_and_check() -> None:
+    of = source(keep=["b", "d"])
+    text = card(ABOUT, of, Checked(None, {"b": 1e-6, "d": 2e-6}), dtype="float32", stock=to_dense(of.whole, ["b", "d"]))
+    assert "library_name: transformers" in text
+    assert "# mine-1: b, d" in text
+    assert "It holds nothing that only a, c would run." in text
+    assert "- recipe: `mine`, seed 3; 3,000 steps of 16 rows" in text
+    assert "| b | 50.0% | 3.5000 | 3.5200 | 3.6000 | +0.0200 | +0.1000 |" in text
+    assert "| a |" not in text
+    assert "| zeros for padding | 1 (3.3% of the stored) |" in text
+    assert "| **run by every token** | 30 (62.5% of the dense twin's) |" in text
+    assert "| d | 2.0e-06 |" in text
+    assert "moeify 1.2.3, Python 3" in text
+    assert "secret" not in text
+
+
+@pytest.mark.parametrize("form", get_args(Form))
+def test_the_code_of_a_mixtures_card_sends_tokens_along_another_route(form: Form) -> None:
+    of = source()
+    stock = to_moe(of.part, form, "c")
+    text = card(ABOUT, of, Checked(0.01, None), dtype="bfloat16", stock=stock)
+    assert "every token runs the expert of `c`" in text
+    assert "moves the split model's outputs by up to 1.00e-02" in text
+    assert "were not compared" in text
+    _, code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {"model": stock.network}
+    exec(code.replace('experts["a"]', 'experts["d"]'), names)
+    rows = rows_for(of.whole.network, 3)
+    with torch.no_grad():
+        wanted = of.whole(rows, torch.full((3,), 3))
+        torch.testing.assert_close(stock.network(rows).logits, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_the_code_of_a_gguf_card_is_that_of_the_check() -> None:
+    pytest.importorskip("gguf")
+    of = source()
+    text = card(ABOUT, of, Checked(None, None), dtype="float32", stock=to_moe(of.part, "glm4_moe", "c"), gguf=True)
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    from moeify import fresh_gguf
+
+    names: dict[str, object] = {}
+    exec(code.rpartition("\n\n")[0], names)
+    assert names["route_glm4_moe"].__doc__ == fresh_gguf.route_glm4_moe.__doc__
+    assert code.endswith('route_glm4_moe("FOLDER/model.gguf", experts["a"])\n')
+    assert "library_name: gguf" in text
+
+
+def test_the_card_without_a_category_says_what_is_gone_and_where_its_rows_run() -> None:
+    text = card(ABOUT, source(drop=["a"]), Checked(None, {"a": 0.0}), dtype="float32")
+    assert "**Taken out: the expert `a` and all below it.**" in text
+    assert "Rows of a run on what is left of their route, down to `a+c`" in text
+    assert "| a | a | +0.2500 |" in text
+    assert 'moeify.load_split("FOLDER")' in text
+    assert "split model with a ablated" in text
+
+
+def test_a_card_tells_what_is_known_when_the_run_is_not() -> None:
+    text = card(About(), source(), Checked(None, None), dtype="float32")
+    assert "# A split model: a, b, c, d" in text
+    assert "Test loss" not in text
+    assert "recipe" not in text

@@ -1,0 +1,75 @@
+"""What goes with a recipe: what it names by relative paths, and nothing outside of its folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moeify.config import RunConfig
+from pipelines import package
+from pipelines.package import pack
+
+
+def recipe(source: dict[str, object]) -> RunConfig:
+    return RunConfig.model_validate_json(
+        json.dumps(
+            {
+                "name": "tiny",
+                "data": {"kind": "text", "source": source},
+                "model": {"kind": "llama"},
+                "training": {"steps": 10},
+                "rounds": [{"train": 1, "recover": 2, "separation": 0.4}],
+            }
+        )
+    )
+
+
+def listed(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    base = tmp_path / "base"
+    for name in ("law/a.txt", "law/deep/b.txt", "law/c.md", "law/.hidden/d.txt", "law/.gitignore", "other.txt"):
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(name)
+    (tmp_path / "outside.jsonl").write_text("{}")
+    return base
+
+
+def test_folders_go_with_the_files_that_the_recipe_reads(base: Path, tmp_path: Path) -> None:
+    config = recipe({"kind": "folders", "categories": {"law": "law", "far": "/data/far"}, "pattern": "**/*.txt"})
+    assert pack(config, base, tmp_path / "to") == [Path("/data/far")]
+    assert listed(tmp_path / "to") == ["law/a.txt", "law/deep/b.txt"]
+
+
+def test_a_file_goes_and_an_absolute_one_stays(base: Path, tmp_path: Path) -> None:
+    assert pack(recipe({"kind": "jsonl", "path": "other.txt"}), base, tmp_path / "to") == []
+    assert listed(tmp_path / "to") == ["other.txt"]
+    there = str(tmp_path / "outside.jsonl")
+    assert pack(recipe({"kind": "jsonl", "path": there}), base, tmp_path / "none") == [Path(there)]
+    assert listed(tmp_path / "none") == []
+
+
+def test_a_path_out_of_the_recipes_folder_is_refused_dots_and_links_alike(base: Path, tmp_path: Path) -> None:
+    (base / "link.jsonl").symlink_to(tmp_path / "outside.jsonl")
+    for path in ("../outside.jsonl", "law/../../outside.jsonl", "link.jsonl"):
+        with pytest.raises(ValueError, match=r"data.source.path: got .* lies outside of the recipe's folder"):
+            pack(recipe({"kind": "jsonl", "path": path}), base, tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+def test_too_much_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package, "MOST_MEGABYTES", 1e-6)
+    with pytest.raises(ValueError, match=r"more than 1e-06 MB by relative paths.*where all nodes see it"):
+        pack(recipe({"kind": "jsonl", "path": "other.txt"}), base, tmp_path / "to")
+
+
+def test_a_file_that_is_not_there_is_named(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"missing.jsonl"):
+        pack(recipe({"kind": "jsonl", "path": "missing.jsonl"}), base, tmp_path / "to")
+
+
+def test_what_carries_no_files_packs_none(tmp_path: Path) -> None:
+    assert pack(recipe({"kind": "installed", "sources": ["python", "c"]}), tmp_path, tmp_path / "to") == []

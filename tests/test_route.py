@@ -1,0 +1,168 @@
+"""`moeify route` and `moeify generate` through the real command line, on small runs, and on bad input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from moeify.routers import load_router, save_router
+from moeify.store import CorruptCheckpointError
+from pipelines.cli import main
+from tests.texts import write_texts
+
+TEXT = """name: tiny
+data: {kind: text, source: {kind: jsonl, path: texts.jsonl}, vocabulary: 300, length: 16}
+model: {kind: llama, hidden: 16, layers: 2, heads: 4, ffn: 32}
+training: {steps: 12, rows: 8}
+attribution: {rows: 8, rows_at_once: 8}
+partition: {multiple: 2, min_units: 2}
+rounds: [{train: 4, recover: 4, separation: 0.4}]
+evaluation: {validation_rows: 8, test_rows: 8, rows_at_once: 8}
+controls: [told]
+"""
+DIGITS = """name: images
+data: {kind: digits}
+model: {kind: autoencoder, hidden: 40, code: 4}
+training: {steps: 20, rows: 20}
+attribution: {rows: 8, rows_at_once: 20}
+partition: {multiple: 2, min_units: 2}
+rounds: [{train: 5, recover: 5, branching: 10, separation: 0.4}]
+evaluation: {validation_rows: 16, test_rows: 16, rows_at_once: 20}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run of text and one of images."""
+    place = tmp_path_factory.mktemp("route")
+    write_texts(place)
+    for name, recipe in (("tiny", TEXT), ("images", DIGITS)):
+        (place / f"{name}.yaml").write_text(recipe, encoding="utf-8")
+        # In a process of its own: MLflow warns when it is first used, and here warnings are errors.
+        command = [sys.executable, "-m", "pipelines", "run", str(place / f"{name}.yaml"), "--local", "--quiet"]
+        subprocess.run(command, env={**os.environ, **environment(place)}, check=True)
+    return place
+
+
+def environment(place: Path, **more: str) -> dict[str, str]:
+    return {"MOEIFY_HOME": str(place / "runs"), "MOEIFY_CACHE": str(place / "cache"), "COLUMNS": "80"} | more
+
+
+def call(place: Path, *arguments: str, **more: str) -> Result:
+    return CliRunner().invoke(main, arguments, env=environment(place, **more))
+
+
+def folder(place: Path, name: str) -> Path:
+    (found,) = (place / "runs").glob(f"{name}-*")
+    return found
+
+
+def test_a_router_is_trained_shown_and_kept(place: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (folder(place, "tiny") / "checkpoints").rglob("*")}
+    done = call(place, "route", "tiny")
+    assert done.exit_code == 0, done.output
+    for words in ("Ways to use it", "taken", "router tax", "over dense", "over told", "Who serves whom", "calibration"):
+        assert words in done.stdout
+    assert max(len(line.rstrip()) for line in done.stdout.splitlines()[:-2]) <= 80
+    assert {path.name for path in (folder(place, "tiny") / "router").iterdir()} == {
+        "manifest.json",
+        "report.json",
+        "router.safetensors",
+    }
+    assert before == {path: path.stat().st_mtime_ns for path in (folder(place, "tiny") / "checkpoints").rglob("*")}
+    kept = json.loads((folder(place, "tiny") / "router" / "report.json").read_text())
+    told = json.loads(call(place, "route", "tiny", "--json").stdout)
+    assert told.pop("run").startswith("tiny-")
+    assert told == kept
+    assert set(kept["confusion"]) == {"code", "prose"}
+    assert load_router(folder(place, "tiny")).kind == kept["kind"]
+
+
+@pytest.mark.parametrize("kind", ["document", "token"])
+def test_text_is_written_and_says_who_served_it(place: Path, kind: str) -> None:
+    assert call(place, "route", "tiny", "--kind", kind, "--threshold", "0.9", "--json").exit_code == 0
+    asked = ("generate", "tiny", "--prompt", "def f(x):\n", "--tokens", "12", "--seed", "3")
+    one, again = (json.loads(call(place, *asked, "--json").stdout) for _ in range(2))
+    assert one == again
+    assert "".join(token["text"] for token in one["tokens"] if not token["written"]) == "def f(x):\n"
+    assert "".join(token["text"] for token in one["tokens"] if token["written"]) == one["text"]
+    assert sum(token["written"] for token in one["tokens"]) <= 12
+    assert {token["expert"] for token in one["tokens"]} <= {"code", "prose"}
+    written = [token for token in one["tokens"] if token["written"]]
+    assert all((token["second"] is not None) == (token["probability"] < 0.9) for token in written)
+    if kind == "document":
+        assert len({(token["expert"], token["probability"]) for token in one["tokens"]}) == 1
+    plain = call(place, *asked).stdout
+    assert plain.startswith("def f(x):\n")
+    assert "prompt" in plain
+    assert "written" in plain
+    assert "\x1b" not in plain
+    table = plain[plain.index("tokens") :].splitlines()
+    assert max(len(line.rstrip()) for line in table) <= 80
+
+
+def test_colours_are_for_terminals_that_want_them(place: Path) -> None:
+    asked = ("generate", "tiny", "--prompt", "The", "--tokens", "3", "--category", "prose")
+    coloured = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    shown = call(place, *asked, **coloured).stdout
+    assert "\x1b[1;35m" in shown or "\x1b[1;36m" in shown
+    assert "tokens by expert" in shown
+    assert "\x1b[3" not in call(place, *asked, **coloured, NO_COLOR="1").stdout
+
+
+def test_a_category_needs_no_router_and_an_empty_prompt_is_a_new_document(place: Path) -> None:
+    asked = ("generate", "tiny", "--prompt", "", "--tokens", "4", "--seed", "1", "--category", "code", "--json")
+    told = json.loads(call(place, *asked).stdout)
+    assert [token["probability"] for token in told["tokens"]] == [None] * len(told["tokens"])
+    assert {token["expert"] for token in told["tokens"]} == {"code"}
+    assert all(token["written"] for token in told["tokens"])
+
+
+def test_images_are_routed_one_by_one(place: Path) -> None:
+    done = call(place, "route", "images")
+    assert done.exit_code == 0, done.output
+    assert "nats per example" in done.stdout
+    assert max(len(line.rstrip()) for line in done.stdout.splitlines()[:-2]) <= 80
+    kept = json.loads((folder(place, "images") / "router" / "report.json").read_text())
+    assert kept["accuracy"] > 0.8
+    assert kept["later"] is None
+
+
+def test_a_router_of_another_checkpoint_or_with_a_changed_file_is_refused(place: Path) -> None:
+    assert call(place, "route", "tiny", "--kind", "document", "--threshold", "0", "--json").exit_code == 0
+    run = folder(place, "tiny")
+    router = load_router(run)
+    weights = run / "router" / "router.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(CorruptCheckpointError, match="not what was written"):
+        load_router(run)
+    weights.write_bytes(whole)
+    shutil.rmtree(folder(place, "images") / "router", ignore_errors=True)
+    shutil.copytree(run / "router", folder(place, "images") / "router")
+    with pytest.raises(ValueError, match="another checkpoint"):
+        load_router(folder(place, "images"))
+    save_router(router, run, b"{}")
+    assert load_router(run).threshold == 0.0
+
+
+def test_mistakes_are_told_in_a_line(place: Path) -> None:
+    cases = {
+        ("route", "nothing"): "no run 'nothing'",
+        ("route", "tiny", "--threshold", "2"): "2.0 is not in the range",
+        ("route", "images", "--kind", "token"): "take 'document'",
+        ("route", "images", "--threshold", "0.5"): "single examples",
+        ("generate", "images", "--prompt", "x"): "only language models write text",
+        ("generate", "tiny", "--prompt", "x", "--category", "cod"): "nearest: code",
+        ("generate", "tiny"): "Missing option '--prompt'",
+    }
+    for asked, told in cases.items():
+        done = call(place, *asked)
+        assert done.exit_code == 2, done.output
+        assert told in done.output
+        assert "Traceback" not in done.output

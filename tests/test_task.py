@@ -1,0 +1,26 @@
+import dataclasses
+from collections.abc import Iterator
+
+from moeify.task import Batch, HeldOut, data_hash
+from tests.toy import ToyTask, toy_config
+
+
+class Changed(ToyTask):
+    """One value of the last test row is another."""
+
+    def held_out_batches(self, split: HeldOut, rows: int, rows_at_once: int) -> Iterator[Batch]:
+        *most, last = super().held_out_batches(split, rows, rows_at_once)
+        yield from most
+        targets = last.targets.clone()
+        targets[-1, -1] += 1e-6
+        yield dataclasses.replace(last, targets=targets)
+
+
+def test_the_same_data_has_the_same_hash_and_one_other_value_another() -> None:
+    config = toy_config()
+    found = data_hash(ToyTask(config), config)
+    assert len(found) == 64
+    assert data_hash(ToyTask(config), config) == found
+    assert data_hash(Changed(config), config) != found
+    fewer = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"test_rows": 8})})
+    assert data_hash(ToyTask(config), fewer) != found
