@@ -109,6 +109,17 @@ def with_units(description: dict[str, Any], units: int, heads: int | None = None
             raise ValueError(f"unknown network family {other!r}")
 
 
+def with_biases(description: dict[str, Any]) -> dict[str, Any]:
+    """Return the description of the same network with biases in its feed-forward blocks."""
+    match description.get("family"):
+        case "llama":
+            return {**description, "config": {**description["config"], "mlp_bias": True}}
+        case "autoencoder":
+            return description  # has them
+        case other:
+            raise ValueError(f"unknown network family {other!r}")
+
+
 def example_inputs(network: nn.Module, rows: int, seed: int) -> Tensor:
     """Return random rows of valid input, as long as the network takes them."""
     generator = torch.Generator().manual_seed(seed)

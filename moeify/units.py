@@ -48,6 +48,8 @@ class FfnUnits:
     units: int
     gate_bias: bool = False
     up_bias: bool = False
+    told: bool = False
+    """Whether units learn a bias for each category (``moeify.told``)."""
 
     @property
     def site(self) -> Site:
@@ -60,7 +62,7 @@ class FfnUnits:
         ways_in = [(self.up, self.up_bias)] + ([(self.gate, self.gate_bias)] if self.gate else [])
         found = [Slice(f"{self.module}.{name}.weight", 0) for name, _ in ways_in]
         found += [Slice(f"{self.module}.{name}.bias", 0) for name, bias in ways_in if bias]
-        return (*found, Slice(self.output, 1))
+        return (*found, Slice(self.output, 1), *([Slice(f"{self.module}.told.weight", 1)] if self.told else []))
 
     @property
     def output(self) -> str:
