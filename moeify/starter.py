@@ -225,6 +225,7 @@ partition:
   multiple: {settings["multiple"]}  # experts' widths, units
   min_units: {settings["multiple"]}
   min_core: 0.1  # of each layer stays with all categories
+  told: false  # true: the split model learns a bias for each category, as the told twin does
   compensation: {{ridge: 0.01}}  # least squares for what stays, at each cut
   null_test: null  # {{permutations: 8}}: divide only what splits better than with permuted labels
 tree: null  # or your own groups, e.g. [[a, b], c]

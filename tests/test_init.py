@@ -9,7 +9,7 @@ from moeify.recipe import load_recipe
 from moeify.starter import Machine, starter
 from moeify.survey import look
 from pipelines.cli import main
-from tests.test_survey import entries, text, write_folders, write_lines
+from tests.surveyed import entries, text, write_folders, write_lines
 
 
 @pytest.fixture(autouse=True)
