@@ -27,6 +27,10 @@ _MINUTES = 5.0
 """What a first run may take, as far as that can be foreseen."""
 _START = 1.0
 """Minutes before the first step and after the last one."""
+_ENOUGH = 600
+"""Steps that a larger network must come to in that time, or a smaller one is taken."""
+_ARMS = 3.7
+"""What all models train, in trainings of one: two twins, and two that are cut a little later."""
 _STEPS = (240, 4000)
 """Optimizer steps, from and to."""
 _SMALL = 2_000_000
@@ -84,19 +88,16 @@ def starter(survey: Survey, name: str, machine: Machine, cache: Path, base: Path
     data, prepared = _prepared(data, cache, base)
     data = data.model_copy(update={"length": _length(prepared)})
     train = tuple(len(stream) for stream in prepared.streams["train"])
-    hidden, layers, ffn = _from(_SHAPES, total)
     workers = 1 << int(math.log2(max(1, min(8, machine.cores, machine.memory // _WORKER_GB))))
     number = len(prepared.categories)
     rows = max(16, 2 ** math.ceil(math.log2(number)))
-    size = prepared.vocabulary * hidden + layers * (4 * hidden**2 + 3 * hidden * ffn)
-    arms = 3.7  # two twins, and two models that are cut a little later
-    second = _SPEED * machine.cores / (size * rows * data.length * arms)
-    steps = min(_MINUTES * 60 * second, _EPOCHS * sum(train) / (rows * data.length), _STEPS[1])
-    steps = max(_STEPS[0], round(steps / 40) * 40)
+    shape, a_minute = _shape(total, prepared.vocabulary, rows * data.length, machine.cores)
+    most = min(_MINUTES * a_minute, _EPOCHS * sum(train) / (rows * data.length), _STEPS[1])
+    steps = max(_STEPS[0], round(most / 40) * 40)
     settings: dict[str, Any] = {
         "name": name,
         "data": data.model_dump(mode="json"),
-        "model": (hidden, layers, ffn),
+        "model": shape,
         "steps": steps,
         "rows": rows,
         "multiple": 8 if number <= 12 else 4,
@@ -108,7 +109,7 @@ def starter(survey: Survey, name: str, machine: Machine, cache: Path, base: Path
         with suppress(ValueError):
             config = parse_recipe(text, where="the new recipe")
             check_categories(config, prepared.categories)
-            return Starter(text, config, prepared.categories, train, _START + steps / second / 60)
+            return Starter(text, config, prepared.categories, train, _START + steps / a_minute)
     raise ValueError(f"got {number} categories, for which no rounds of three reach a leaf each; put some together")
 
 
@@ -122,6 +123,17 @@ def _prepared(data: TextData, cache: Path, base: Path) -> tuple[TextData, tokens
             return asked, tokens.prepare(asked, cache, base)
     asked = data.model_copy(update={"discover": data.discover.model_copy(update={"number": 2})})
     return asked, tokens.prepare(asked, cache, base)
+
+
+def _shape(size: int, vocabulary: int, tokens_a_step: int, cores: int) -> tuple[tuple[int, int, int], float]:
+    """Return the largest network that data of so many bytes calls for and that gets far here, and its steps a minute."""
+    for least, shape in _SHAPES:
+        hidden, layers, ffn = shape
+        parameters = vocabulary * hidden + layers * (4 * hidden**2 + 3 * hidden * ffn)
+        a_minute = 60 * _SPEED * cores / (parameters * tokens_a_step * _ARMS)
+        if size >= least and _MINUTES * a_minute >= _ENOUGH:
+            break
+    return shape, a_minute
 
 
 def _from(table: Sequence[tuple[int, Any]], size: int) -> Any:

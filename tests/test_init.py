@@ -6,7 +6,7 @@ from click.testing import CliRunner, Result
 
 from moeify.config import TextFolders
 from moeify.recipe import load_recipe
-from moeify.starter import Machine, starter
+from moeify.starter import Machine, _shape, starter
 from moeify.survey import look
 from pipelines.cli import main
 from tests.surveyed import entries, text, write_folders, write_lines
@@ -109,6 +109,15 @@ def test_rounds_reach_a_leaf_for_each_category(tmp_path: Path, number: int, roun
     assert leaves >= number
     assert made.config.training.rows >= number
     assert made.config.cluster.workers == 8
+
+
+@pytest.mark.parametrize(
+    ("size", "cores", "hidden"), [(10**5, 64, 64), (10**8, 1, 64), (10**8, 16, 128), (10**8, 256, 256)]
+)
+def test_the_network_grows_with_data_and_cores(size: int, cores: int, hidden: int):
+    shape, a_minute = _shape(size, 8192, 16 * 128, cores)
+    assert shape[0] == hidden
+    assert a_minute > 0
 
 
 def test_a_small_machine_gets_one_worker(tmp_path: Path):
