@@ -106,11 +106,17 @@ def starter(survey: Survey, name: str, machine: Machine, cache: Path, base: Path
     }
     for separations in _depths(number):
         text = _written({**settings, "rounds": _rounds(number, steps, separations)})
-        with suppress(ValueError):
+        try:
             config = parse_recipe(text, where="the new recipe")
             check_categories(config, prepared.categories)
-            return Starter(text, config, prepared.categories, train, _START + steps / a_minute)
-    raise ValueError(f"got {number} categories, for which no rounds of three reach a leaf each; put some together")
+        except ValueError as error:
+            problem = " ".join(str(error).split())
+            continue
+        assert config.data == data, (config.data, data)
+        return Starter(text, config, prepared.categories, train, _START + steps / a_minute)
+    raise ValueError(
+        f"found no recipe that reaches a leaf for each of {number} categories; put some together ({problem})"
+    )
 
 
 def _prepared(data: TextData, cache: Path, base: Path) -> tuple[TextData, tokens.Tokens]:
@@ -126,7 +132,7 @@ def _prepared(data: TextData, cache: Path, base: Path) -> tuple[TextData, tokens
 
 
 def _shape(size: int, vocabulary: int, tokens_a_step: int, cores: int) -> tuple[tuple[int, int, int], float]:
-    """Return the largest network that data of so many bytes calls for and that gets far here, and its steps a minute."""
+    """Return the largest network that so many bytes call for and that gets far here, and its steps a minute."""
     for least, shape in _SHAPES:
         hidden, layers, ffn = shape
         parameters = vocabulary * hidden + layers * (4 * hidden**2 + 3 * hidden * ffn)

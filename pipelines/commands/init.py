@@ -57,10 +57,7 @@ def command(data: Path, out: Path, text: str | None, category: str | None, disco
     draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
         draft.write_text(made.text, encoding="utf-8")
-        if force:
-            draft.replace(out)
-        else:
-            out.hardlink_to(draft)  # fails where somebody else was quicker
+        draft.replace(out)
     finally:
         draft.unlink(missing_ok=True)
     config = made.config
