@@ -145,10 +145,10 @@ def _origin(about: About, whole: SplitModel) -> Iterator[str]:
     """Say where the weights come from; no path of the recipe is told."""
     yield from ("## Where it comes from", "")
     description = describe(whole.network)
-    if description["family"] == "llama":
-        config = description["config"]
+    if config := description.get("config"):
+        name = type(whole.network).__name__.removesuffix("ForCausalLM")
         yield (
-            f"- network: Llama, {config['num_hidden_layers']} layers, hidden size {config['hidden_size']}, "
+            f"- network: {name}, {config['num_hidden_layers']} layers, hidden size {config['hidden_size']}, "
             f"FFN {config['intermediate_size']}, {config['num_attention_heads']} heads, "
             f"vocabulary {config['vocab_size']:,}, up to {config['max_position_embeddings']:,} positions"
         )

@@ -92,6 +92,9 @@ class HeadUnits:
     """Dimensions a head."""
     bias: bool = False
     """Whether query, key and value have biases."""
+    norms: tuple[str, str] | None = None
+    """Names of the modules that norm each head's queries and keys [... size], where there are any; all heads share
+    them, so they belong to no unit."""
 
     @property
     def site(self) -> Site:

@@ -1,14 +1,45 @@
+import copy
+import json
+import string
+from pathlib import Path
+from typing import Any, get_args
+
 import pytest
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    DynamicCache,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+)
 
 from attribution.edges import measure_edges
 from attribution.measure import measure
 from attribution.subject import Rows, Subject
-from moeify.families import entries, readers
+from moeify.config import TextData
+from moeify.decoders import DECODERS, decoder_named
+from moeify.families import describe, entries, example_inputs, readers, rebuild, unit_space
 from moeify.language import sample_tokens, token_nats
-from moeify.models import Autoencoder
+from moeify.models import Autoencoder, logits
+from moeify.partition import Partition
+from moeify.partition_config import UnitKind
+from moeify.pruning import only, prune
+from moeify.split_folder import load_split, save_split
+from moeify.split_model import SplitModel
+from moeify.stock import extract
+from moeify.subjects import of_checkpoint
+from moeify.surgery import permute
+from moeify.tree import ExpertTree
+from tests.networks import CATEGORIES, rows_for
 
 
 def llama(groups: int) -> LlamaForCausalLM:
@@ -52,3 +83,226 @@ def test_a_network_without_an_adapter_is_named() -> None:
     for ask in (readers, entries):
         with pytest.raises(ValueError, match="no adapter for Linear"):
             ask(nn.Linear(2, 2))
+
+
+SIZES = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 6}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 3},
+    "mistral": {"num_key_value_heads": 3, "head_dim": 6, "sliding_window": None},
+    "qwen2": {"num_key_value_heads": 3},
+    "qwen3": {"num_key_value_heads": 3, "head_dim": 6},
+    "gemma": {"num_key_value_heads": 3, "head_dim": 6},
+    "gemma2": {"num_key_value_heads": 3, "head_dim": 6, "sliding_window": 6, "query_pre_attn_scalar": 6},
+    "gemma3_text": {"num_key_value_heads": 3, "head_dim": 6, "sliding_window": 6, "query_pre_attn_scalar": 6},
+    "gpt_neox": {},
+}
+"""Family -> what its configuration says besides the sizes."""
+WITH_HEADS = {"llama", "mistral", "qwen2", "qwen3"}
+TREE = ExpertTree.undivided(CATEGORIES).split({0: [("a", "b"), ("c", "d")]}).split({1: [("a",), ("b",)]})
+BOTH = get_args(UnitKind)
+
+
+def decoder(family: str, **changes: Any) -> nn.Module:
+    """A tiny random network of a family; every norm and bias random too, so that none can be forgotten unseen."""
+    found = decoder_named(family)
+    assert found is not None
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, "use_cache": False}
+    config = {"vocab_size": 40, "max_position_embeddings": 12, **ends, **SIZES, **CONFIGS[family], **changes}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = found.build(config)
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    return network.eval()
+
+
+def split_of(network: nn.Module, kinds: tuple[UnitKind, ...] = BOTH) -> SplitModel:
+    widths = {
+        site.name: (8, 2, 2, 2, 6) if site.width == 1 else (1, 1, 0, 0, site.units - 2)
+        for site in unit_space(network, kinds).readers
+    }
+    return SplitModel(network, CATEGORIES, Partition(TREE, widths), kinds=kinds)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer with a token a letter."""
+    letters = Tokenizer(WordLevel({letter: number for number, letter in enumerate(string.ascii_lowercase)}, "a"))
+    letters.pre_tokenizer = Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(folder)
+
+
+EVERY = pytest.mark.parametrize("family", [decoder.family for decoder in DECODERS])
+
+
+def test_every_family_is_tested() -> None:
+    assert list(CONFIGS) == [decoder.family for decoder in DECODERS]
+
+
+@EVERY
+def test_sites_of_a_family(family: str) -> None:
+    kinds = ["heads", "ffn"] if family in WITH_HEADS else ["ffn"]
+    space = unit_space(decoder(family), BOTH)
+    assert [site.name for site in space.sites] == [f"layers.{i}.{kind}" for i in (0, 1) for kind in kinds]
+    assert {site.units for site in space.sites if site.kind == "ffn"} == {20}
+    assert {site.units for site in space.sites if site.kind == "heads"} <= {3}
+
+
+@EVERY
+def test_a_permutation_of_a_familys_units_changes_no_output(family: str) -> None:
+    network = decoder(family).double()
+    inputs = rows_for(network, 3)
+    before = logits(network, inputs)
+    weights = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    space = unit_space(network, BOTH)
+    order = {site.name: torch.arange(site.units).roll(1) for site in space.sites}
+    permute(network, None, space, order)
+    moved = {name for name, parameter in network.named_parameters() if not torch.equal(parameter, weights[name])}
+    assert moved == {part.parameter for site in space.sites for part in site.slices}
+    torch.testing.assert_close(logits(network, inputs), before, rtol=1e-9, atol=1e-10)
+
+
+@EVERY
+def test_undivided_a_family_is_the_stock_network_under_its_own_names(family: str) -> None:
+    network = decoder(family).double()
+    inputs = rows_for(network, 4)
+    model = SplitModel(copy.deepcopy(network), CATEGORIES, kinds=BOTH)
+    assert list(model.network.state_dict()) == list(network.state_dict())
+    categories = torch.tensor([3, 0, 1, 1])
+    torch.testing.assert_close(model(inputs, categories), logits(network, inputs), rtol=1e-9, atol=1e-10)
+    with model.masked():
+        torch.testing.assert_close(model(inputs, categories), logits(network, inputs), rtol=1e-9, atol=1e-10)
+
+
+@EVERY
+def test_a_familys_routes_equal_the_masked_oracle_forward_and_backward(family: str) -> None:
+    model = split_of(decoder(family).double())
+    inputs, categories = rows_for(model.network, 6), torch.tensor([2, 0, 3, 1, 1, 0])
+
+    def run() -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad()
+        outputs = model(inputs, categories)
+        (outputs * torch.linspace(-1, 1, outputs.numel(), dtype=outputs.dtype).view_as(outputs)).sum().backward()
+        return outputs.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    routed, routed_grads = run()
+    with model.masked():
+        masked, masked_grads = run()
+    torch.testing.assert_close(routed, masked, rtol=1e-9, atol=1e-10)
+    assert routed_grads.keys() == masked_grads.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in routed_grads.items():
+        torch.testing.assert_close(gradient, masked_grads[name], rtol=1e-7, atol=1e-8)
+    alone = model(inputs[:1], categories[:1])
+    assert (alone - model(inputs[:1], categories[1:2])).abs().max() > 1e-3
+
+
+@EVERY
+@pytest.mark.parametrize("kinds", [("ffn",), BOTH])
+def test_what_is_extracted_for_a_category_loads_in_transformers_and_gives_its_route(
+    family: str, kinds: tuple[UnitKind, ...], tmp_path: Path
+) -> None:
+    model = split_of(decoder(family), kinds).eval()
+    inputs = rows_for(model.network, 3)
+    for number, category in enumerate(CATEGORIES):
+        extract(model, category).save_pretrained(tmp_path / category)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / category, dtype=torch.float32)
+        assert type(loaded) is type(model.network)
+        assert loaded.config.intermediate_size < 20
+        with torch.no_grad():
+            wanted = model(inputs, torch.full((3,), number))
+            torch.testing.assert_close(loaded(inputs).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@EVERY
+def test_a_familys_split_folder_gives_the_split_model_back(family: str, tmp_path: Path) -> None:
+    model = split_of(decoder(family)).eval()
+    save_split(model, tmp_path / "split", {})
+    loaded = load_split(tmp_path / "split")
+    inputs, categories = rows_for(model.network, 4), torch.tensor([0, 1, 2, 3])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(inputs, categories), model(inputs, categories), rtol=0, atol=0)
+        part = prune(model, only(model.partition, ["a", "c"]))
+        wanted = model(inputs, torch.tensor([0, 0, 2, 2]))
+        torch.testing.assert_close(part(inputs, torch.tensor([0, 0, 1, 1])), wanted, rtol=1e-4, atol=1e-4)
+    assert part.space.units < model.space.units
+
+
+@EVERY
+def test_a_family_is_rebuilt_from_plain_data(family: str) -> None:
+    network = decoder(family)
+    description = json.loads(json.dumps(describe(network)))
+    again = rebuild(description)
+    assert type(again) is type(network)
+    assert description["family"] == family
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in again.state_dict().items()} == shapes
+    again.load_state_dict(network.state_dict())
+    inputs = example_inputs(network, rows=2, seed=0)
+    assert inputs.shape == (2, 12)
+    torch.testing.assert_close(logits(again.eval(), inputs), logits(network, inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("family", "window"), [("mistral", 4), ("qwen2", 4), ("qwen3", 4)])
+def test_heads_see_no_more_than_a_sliding_window(family: str, window: int) -> None:
+    """The model makes the mask of the window, and split heads take it as it is."""
+    changes = {} if family == "mistral" else {"use_sliding_window": True, "max_window_layers": 1}
+    network = decoder(family, sliding_window=window, **changes).double()
+    inputs = rows_for(network, 4)
+    stock = logits(network, inputs)
+    assert not torch.allclose(stock, logits(decoder(family).double(), inputs))
+    model = SplitModel(copy.deepcopy(network), CATEGORIES, kinds=BOTH)
+    torch.testing.assert_close(model(inputs, torch.tensor([0, 1, 2, 3])), stock, rtol=1e-9, atol=1e-10)
+    cache = DynamicCache(config=network.config)
+    pieces = [model.network(p, cache=cache, use_cache=True).logits for p in inputs.split([5] + [1] * 7, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), stock, rtol=1e-9, atol=1e-10)
+
+
+@EVERY
+def test_a_checkpoint_of_a_family_is_measured(family: str, tmp_path: Path) -> None:
+    checkpoint, texts = tmp_path / "checkpoint", tmp_path / "texts"
+    decoder(family).save_pretrained(checkpoint)
+    save_tokenizer(checkpoint)
+    for name, letters in (("one", "abcdef"), ("two", "uvwxyz")):
+        (texts / name).mkdir(parents=True)
+        for number in range(4):
+            (texts / name / f"{number}.txt").write_text(letters * 9, encoding="utf-8")
+    source = {"kind": "folders", "categories": {name: str(texts / name) for name in ("one", "two")}}
+    data = TextData.model_validate({"kind": "text", "source": source, "vocabulary": 300, "length": 10})
+    probed = of_checkpoint(checkpoint, data, base=tmp_path, rows=4, rows_at_once=4, seed=0)
+    table = measure(probed.subject, probed.batches)
+    assert list(table.sites) == [site.name for site in readers(probed.subject.inner)]
+    for name in table.sites:
+        assert torch.isfinite(table.report(name)).all()
+        assert table.report(name).abs().max() > 0
+    if ways := entries(probed.subject.inner):
+        edges = measure_edges(probed.subject, probed.batches, ways)
+        assert all(bool(edge.taylor.any()) and bool(edge.taylor.isfinite().all()) for edge in edges.pairs.values())
+    else:
+        assert family in {"gemma2", "gemma3_text"}
+
+
+def test_an_activation_that_routed_blocks_do_not_compute_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"hidden_act is 'mish'; the qwen3 adapter knows 'silu', .*'gelu_pytorch_tanh'$"
+    ):
+        unit_space(decoder("qwen3", hidden_act="mish"))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9), "GPT2LMHeadModel: its maps are Conv1D"),
+        (OPTConfig(**SIZES, word_embed_proj_dim=24, ffn_dim=20, vocab_size=9), "OPTForCausalLM: its layers run fc1"),
+        (Phi3Config(**SIZES, vocab_size=9, pad_token_id=None), "Phi3ForCausalLM: gate and up are one module"),
+        (BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9), "BloomForCausalLM: moeify.decoders names the"),
+    ],
+)
+def test_an_architecture_without_an_adapter_is_refused_in_one_line(config: Any, reason: str) -> None:
+    network = AutoModelForCausalLM.from_config(config)
+    for ask in (unit_space, entries, describe):
+        with pytest.raises(ValueError, match=f"^no adapter for {reason}[^\n]*$"):
+            ask(network)
+
+
+def test_a_family_that_is_not_known_is_refused_with_those_that_are() -> None:
+    with pytest.raises(ValueError, match="unknown network family 'rnn'; this version rebuilds autoencoder, llama, mis"):
+        rebuild({"family": "rnn"})
