@@ -26,7 +26,7 @@ from attribution.edges import measure_edges
 from attribution.measure import measure
 from attribution.subject import Rows, Subject
 from moeify.config import TextData
-from moeify.decoders import DECODERS, decoder_named
+from moeify.decoders import DECODERS
 from moeify.families import describe, entries, example_inputs, readers, rebuild, unit_space
 from moeify.language import sample_tokens, token_nats
 from moeify.models import Autoencoder, logits
@@ -39,7 +39,7 @@ from moeify.stock import extract
 from moeify.subjects import of_checkpoint
 from moeify.surgery import permute
 from moeify.tree import ExpertTree
-from tests.networks import CATEGORIES, rows_for
+from tests.networks import CATEGORIES, DECODER_CONFIGS, DECODER_SIZES, rows_for, tiny_decoder
 
 
 def llama(groups: int) -> LlamaForCausalLM:
@@ -85,35 +85,9 @@ def test_a_network_without_an_adapter_is_named() -> None:
             ask(nn.Linear(2, 2))
 
 
-SIZES = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 6}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": {"num_key_value_heads": 3},
-    "mistral": {"num_key_value_heads": 3, "head_dim": 6, "sliding_window": None},
-    "qwen2": {"num_key_value_heads": 3},
-    "qwen3": {"num_key_value_heads": 3, "head_dim": 6},
-    "gemma": {"num_key_value_heads": 3, "head_dim": 6},
-    "gemma2": {"num_key_value_heads": 3, "head_dim": 6, "sliding_window": 6, "query_pre_attn_scalar": 6},
-    "gemma3_text": {"num_key_value_heads": 3, "head_dim": 6, "sliding_window": 6, "query_pre_attn_scalar": 6},
-    "gpt_neox": {},
-}
-"""Family -> what its configuration says besides the sizes."""
 WITH_HEADS = {"llama", "mistral", "qwen2", "qwen3"}
 TREE = ExpertTree.undivided(CATEGORIES).split({0: [("a", "b"), ("c", "d")]}).split({1: [("a",), ("b",)]})
 BOTH = get_args(UnitKind)
-
-
-def decoder(family: str, **changes: Any) -> nn.Module:
-    """A tiny random network of a family; every norm and bias random too, so that none can be forgotten unseen."""
-    found = decoder_named(family)
-    assert found is not None
-    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, "use_cache": False}
-    config = {"vocab_size": 40, "max_position_embeddings": 12, **ends, **SIZES, **CONFIGS[family], **changes}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = found.build(config)
-        for parameter in network.parameters():
-            nn.init.normal_(parameter, std=0.3)
-    return network.eval()
 
 
 def split_of(network: nn.Module, kinds: tuple[UnitKind, ...] = BOTH) -> SplitModel:
@@ -135,13 +109,13 @@ EVERY = pytest.mark.parametrize("family", [decoder.family for decoder in DECODER
 
 
 def test_every_family_is_tested() -> None:
-    assert list(CONFIGS) == [decoder.family for decoder in DECODERS]
+    assert list(DECODER_CONFIGS) == [decoder.family for decoder in DECODERS]
 
 
 @EVERY
 def test_sites_of_a_family(family: str) -> None:
     kinds = ["heads", "ffn"] if family in WITH_HEADS else ["ffn"]
-    space = unit_space(decoder(family), BOTH)
+    space = unit_space(tiny_decoder(family), BOTH)
     assert [site.name for site in space.sites] == [f"layers.{i}.{kind}" for i in (0, 1) for kind in kinds]
     assert {site.units for site in space.sites if site.kind == "ffn"} == {20}
     assert {site.units for site in space.sites if site.kind == "heads"} <= {3}
@@ -149,7 +123,7 @@ def test_sites_of_a_family(family: str) -> None:
 
 @EVERY
 def test_a_permutation_of_a_familys_units_changes_no_output(family: str) -> None:
-    network = decoder(family).double()
+    network = tiny_decoder(family).double()
     inputs = rows_for(network, 3)
     before = logits(network, inputs)
     weights = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
@@ -163,7 +137,7 @@ def test_a_permutation_of_a_familys_units_changes_no_output(family: str) -> None
 
 @EVERY
 def test_undivided_a_family_is_the_stock_network_under_its_own_names(family: str) -> None:
-    network = decoder(family).double()
+    network = tiny_decoder(family).double()
     inputs = rows_for(network, 4)
     model = SplitModel(copy.deepcopy(network), CATEGORIES, kinds=BOTH)
     assert list(model.network.state_dict()) == list(network.state_dict())
@@ -175,7 +149,7 @@ def test_undivided_a_family_is_the_stock_network_under_its_own_names(family: str
 
 @EVERY
 def test_a_familys_routes_equal_the_masked_oracle_forward_and_backward(family: str) -> None:
-    model = split_of(decoder(family).double())
+    model = split_of(tiny_decoder(family).double())
     inputs, categories = rows_for(model.network, 6), torch.tensor([2, 0, 3, 1, 1, 0])
 
     def run() -> tuple[Tensor, dict[str, Tensor]]:
@@ -200,7 +174,7 @@ def test_a_familys_routes_equal_the_masked_oracle_forward_and_backward(family: s
 def test_what_is_extracted_for_a_category_loads_in_transformers_and_gives_its_route(
     family: str, kinds: tuple[UnitKind, ...], tmp_path: Path
 ) -> None:
-    model = split_of(decoder(family), kinds).eval()
+    model = split_of(tiny_decoder(family), kinds).eval()
     inputs = rows_for(model.network, 3)
     for number, category in enumerate(CATEGORIES):
         extract(model, category).save_pretrained(tmp_path / category)
@@ -214,7 +188,7 @@ def test_what_is_extracted_for_a_category_loads_in_transformers_and_gives_its_ro
 
 @EVERY
 def test_a_familys_split_folder_gives_the_split_model_back(family: str, tmp_path: Path) -> None:
-    model = split_of(decoder(family)).eval()
+    model = split_of(tiny_decoder(family)).eval()
     save_split(model, tmp_path / "split", {})
     loaded = load_split(tmp_path / "split")
     inputs, categories = rows_for(model.network, 4), torch.tensor([0, 1, 2, 3])
@@ -228,7 +202,7 @@ def test_a_familys_split_folder_gives_the_split_model_back(family: str, tmp_path
 
 @EVERY
 def test_a_family_is_rebuilt_from_plain_data(family: str) -> None:
-    network = decoder(family)
+    network = tiny_decoder(family)
     description = json.loads(json.dumps(describe(network)))
     again = rebuild(description)
     assert type(again) is type(network)
@@ -245,10 +219,10 @@ def test_a_family_is_rebuilt_from_plain_data(family: str) -> None:
 def test_heads_see_no_more_than_a_sliding_window(family: str, window: int) -> None:
     """The model makes the mask of the window, and split heads take it as it is."""
     changes = {} if family == "mistral" else {"use_sliding_window": True, "max_window_layers": 1}
-    network = decoder(family, sliding_window=window, **changes).double()
+    network = tiny_decoder(family, sliding_window=window, **changes).double()
     inputs = rows_for(network, 4)
     stock = logits(network, inputs)
-    assert not torch.allclose(stock, logits(decoder(family).double(), inputs))
+    assert not torch.allclose(stock, logits(tiny_decoder(family).double(), inputs))
     model = SplitModel(copy.deepcopy(network), CATEGORIES, kinds=BOTH)
     torch.testing.assert_close(model(inputs, torch.tensor([0, 1, 2, 3])), stock, rtol=1e-9, atol=1e-10)
     cache = DynamicCache(config=network.config)
@@ -259,7 +233,7 @@ def test_heads_see_no_more_than_a_sliding_window(family: str, window: int) -> No
 @EVERY
 def test_a_checkpoint_of_a_family_is_measured(family: str, tmp_path: Path) -> None:
     checkpoint, texts = tmp_path / "checkpoint", tmp_path / "texts"
-    decoder(family).save_pretrained(checkpoint)
+    tiny_decoder(family).save_pretrained(checkpoint)
     save_tokenizer(checkpoint)
     for name, letters in (("one", "abcdef"), ("two", "uvwxyz")):
         (texts / name).mkdir(parents=True)
@@ -284,15 +258,18 @@ def test_an_activation_that_routed_blocks_do_not_compute_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"hidden_act is 'mish'; the qwen3 adapter knows 'silu', .*'gelu_pytorch_tanh'$"
     ):
-        unit_space(decoder("qwen3", hidden_act="mish"))
+        unit_space(tiny_decoder("qwen3", hidden_act="mish"))
 
 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
         (GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9), "GPT2LMHeadModel: its maps are Conv1D"),
-        (OPTConfig(**SIZES, word_embed_proj_dim=24, ffn_dim=20, vocab_size=9), "OPTForCausalLM: its layers run fc1"),
-        (Phi3Config(**SIZES, vocab_size=9, pad_token_id=None), "Phi3ForCausalLM: gate and up are one module"),
+        (
+            OPTConfig(**DECODER_SIZES, word_embed_proj_dim=24, ffn_dim=20, vocab_size=9),
+            "OPTForCausalLM: its layers run fc1",
+        ),
+        (Phi3Config(**DECODER_SIZES, vocab_size=9, pad_token_id=None), "Phi3ForCausalLM: gate and up are one module"),
         (BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9), "BloomForCausalLM: moeify.decoders names the"),
     ],
 )
