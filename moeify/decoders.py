@@ -34,13 +34,18 @@ class Decoder:
     layer: str = "model.layers.{}"
     """Qualified name of a layer."""
     mlp: str = "mlp"
+    """The feed-forward block; empty where the layer itself runs it, see ``FfnUnits.inline``."""
     gate: str | None = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    inline: str | None = None
+    width: str = "intermediate_size"
+    """Key of the configuration that says how many feed-forward units a layer has."""
     activation: str = "hidden_act"
     """Key of the configuration that names the activation function."""
     norm: str | None = "post_attention_layernorm"
-    """The norm before the feed-forward block; None where another stands behind it, so that edges are not followed."""
+    """The norm before the feed-forward block; None where edges cannot be followed: another norm stands behind the
+    block, or it is given tokens without rows."""
     heads: bool = False
     """Whether the attention is what ``moeify.routed_attention`` computes: q_proj, k_proj, v_proj and o_proj, rotary
     positions in halves, one scaled dot product under the mask that the model hands over."""
@@ -78,11 +83,11 @@ class Decoder:
 
     def with_units(self, config: dict[str, Any], units: int, heads: int | None) -> dict[str, Any]:
         """Return the configuration with so many feed-forward units a layer, and at least so many units of heads."""
-        changed = {**config, "intermediate_size": units}
+        changed = {**config, self.width: units}
         return changed | _with_heads(config, heads) if heads is not None else changed
 
     def _ffn(self, network: nn.Module, layer: int) -> FfnUnits:
-        module = f"{self.layer.format(layer)}.{self.mlp}"
+        module = ".".join(filter(None, (self.layer.format(layer), self.mlp)))
         up, activation = linear(network, f"{module}.{self.up}"), getattr(config_of(network), self.activation)
         if activation not in ACTIVATIONS:
             known = ", ".join(map(repr, ACTIVATIONS))
@@ -97,6 +102,7 @@ class Decoder:
             up.out_features,
             gate_bias=self.gate is not None and linear(network, f"{module}.{self.gate}").bias is not None,
             up_bias=up.bias is not None,
+            inline=self.inline,
         )
 
     def _heads(self, network: nn.Module, layer: int) -> HeadUnits:
@@ -135,11 +141,24 @@ DECODERS = (
         up="dense_h_to_4h",
         down="dense_4h_to_h",
     ),
+    Decoder(
+        "opt",
+        "OPTForCausalLM",
+        "OPTConfig",
+        layer="model.decoder.layers.{}",
+        mlp="",
+        gate=None,
+        up="fc1",
+        down="fc2",
+        inline="activation_fn",
+        width="ffn_dim",
+        activation="activation_function",
+        norm=None,
+    ),
 )
 
 WITHOUT = {
     "GPT2LMHeadModel": "its maps are Conv1D, which keep weights the other way round; units need nn.Linear",
-    "OPTForCausalLM": "its layers run fc1 and fc2 themselves; units need a feed-forward module of their own",
     "Phi3ForCausalLM": "gate and up are one module, gate_up_proj; units need an nn.Linear for each",
 }
 """Class -> why there is no adapter, and what one would need."""

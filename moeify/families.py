@@ -39,7 +39,7 @@ def readers(network: nn.Module) -> tuple[Site, ...]:
 def entries(network: nn.Module) -> tuple[Entry, ...]:
     """Return the ways into the sites of ``readers`` that have sites before them, for attribution of edges.
 
-    None where edges cannot be followed: what a site writes is normed before it reaches the stream, or there is but one.
+    None where edges cannot be followed, see ``Decoder.norm``, or where there is but one site.
     """
     if decoder := decoder_of(network):
         return decoder.entries(network)

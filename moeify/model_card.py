@@ -10,6 +10,7 @@ from typing import assert_never
 from moeify import fresh_check
 from moeify.arms import Arm
 from moeify.config import DigitsData, RunConfig, TextData
+from moeify.decoders import decoder_of
 from moeify.families import describe
 from moeify.result import Result
 from moeify.split_model import SplitModel
@@ -145,11 +146,12 @@ def _origin(about: About, whole: SplitModel) -> Iterator[str]:
     """Say where the weights come from; no path of the recipe is told."""
     yield from ("## Where it comes from", "")
     description = describe(whole.network)
-    if config := description.get("config"):
+    if decoder := decoder_of(whole.network):
+        config = description["config"]
         name = type(whole.network).__name__.removesuffix("ForCausalLM")
         yield (
             f"- network: {name}, {config['num_hidden_layers']} layers, hidden size {config['hidden_size']}, "
-            f"FFN {config['intermediate_size']}, {config['num_attention_heads']} heads, "
+            f"FFN {config[decoder.width]}, {config['num_attention_heads']} heads, "
             f"vocabulary {config['vocab_size']:,}, up to {config['max_position_embeddings']:,} positions"
         )
     else:

@@ -128,18 +128,20 @@ class RoutedFfn(nn.Module):
         return out_ND.view(*x.shape[:-1], -1)
 
     def _masked(self, x: Tensor) -> Tensor:
-        up = self._linear(self.units.up)(x)
-        if (told_NU := self._told(x)) is not None:
+        gate = None if self.units.gate is None else self._linear(self.units.gate)(x)
+        return self._linear(self.units.down)(self._active(self._linear(self.units.up)(x), gate))
+
+    def _active(self, up: Tensor, gate: Tensor | None) -> Tensor:
+        """Return the activations [rows *positions units], 0 off each row's route, of what up and gate give."""
+        if (told_NU := self._told(up)) is not None:
             up = up + told_NU.view(up.shape)
-        active = up if self.units.gate is None else self._linear(self.units.gate)(x)
-        hidden = _activate(active, self.units.activation)
-        if self.units.gate is not None:
+        hidden = _activate(up if gate is None else gate, self.units.activation)
+        if gate is not None:
             hidden = hidden * up
-        mask_RU = hidden.new_zeros(x.shape[0], self.units.units)
+        mask_RU = hidden.new_zeros(up.shape[0], self.units.units)
         for rectangle in self.routes.rectangles(self.units.name):
             mask_RU[rectangle] = 1.0
-        mask = mask_RU.view(x.shape[0], *[1] * (x.dim() - 2), self.units.units)
-        return self._linear(self.units.down)(hidden * mask)
+        return hidden * mask_RU.view(up.shape[0], *[1] * (up.dim() - 2), self.units.units)
 
 
 class _Rectangles(torch.autograd.Function):

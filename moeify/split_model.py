@@ -14,6 +14,7 @@ from moeify.partition import Partition
 from moeify.partition_config import PLAIN, UnitKind
 from moeify.routed import RoutedFfn, Routes
 from moeify.routed_attention import RoutedAttention
+from moeify.routed_inline import InlineFfn
 from moeify.told import tell
 from moeify.units import FfnUnits, HeadUnits, UnitSite, flops, input_weight, output_weight
 
@@ -163,6 +164,9 @@ def _install(network: nn.Module, sites: Sequence[UnitSite], routes: Routes) -> N
         dense = network.get_submodule(site.module)
         parent, _, name = site.module.rpartition(".")
         match site:
+            case FfnUnits(inline=str()):
+                InlineFfn.install(dense, site, routes)
+                continue
             case FfnUnits():
                 routed: nn.Module = RoutedFfn(dense, site, routes)
             case HeadUnits():

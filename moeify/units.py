@@ -48,6 +48,9 @@ class FfnUnits:
     units: int
     gate_bias: bool = False
     up_bias: bool = False
+    inline: str | None = None
+    """Name of the activation's submodule, where ``module`` is a whole layer that runs up, activation and down itself
+    on tokens [rows*positions dim]; None where it is the feed-forward block alone."""
 
     @property
     def site(self) -> Site:

@@ -71,7 +71,7 @@ def attribute(
         say("measuring edges")
         (out / EDGES).write_text(edge_graph(probed, table).graphml(), encoding="utf-8")
     else:
-        say(f"no {EDGES}: what a site of this network writes reaches no other site through one norm alone")
+        say(f"no {EDGES}: edges between the sites of {type(probed.subject.inner).__name__} cannot be followed")
     found = None
     if agreement:
         few = _few(probed.batches, len(table.categories))

@@ -20,6 +20,7 @@ DECODER_CONFIGS: dict[str, dict[str, Any]] = {
     "gemma2": {"num_key_value_heads": 3, "head_dim": 6, "sliding_window": 6, "query_pre_attn_scalar": 6},
     "gemma3_text": {"num_key_value_heads": 3, "head_dim": 6, "sliding_window": 6, "query_pre_attn_scalar": 6},
     "gpt_neox": {},
+    "opt": {"ffn_dim": 20, "word_embed_proj_dim": 24},
 }
 """Family -> what its configuration says besides the sizes."""
 
@@ -58,7 +59,7 @@ def grouped_llama(seed: int = 0, *, heads: int = 6, groups: int = 6, bias: bool 
 
 
 def tiny_decoder(family: str, **changes: Any) -> nn.Module:
-    """A tiny random network of a family; every norm and bias random too, so that none can be forgotten unseen. In float32."""
+    """A tiny random network of a family; norms and biases random too, so that none is forgotten unseen. In float32."""
     found = decoder_named(family)
     assert found is not None
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, "use_cache": False}

@@ -17,7 +17,6 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
-    OPTConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
 )
@@ -180,7 +179,7 @@ def test_what_is_extracted_for_a_category_loads_in_transformers_and_gives_its_ro
         extract(model, category).save_pretrained(tmp_path / category)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / category, dtype=torch.float32)
         assert type(loaded) is type(model.network)
-        assert loaded.config.intermediate_size < 20
+        assert all(site.units < 20 for site in unit_space(loaded).sites)
         with torch.no_grad():
             wanted = model(inputs, torch.full((3,), number))
             torch.testing.assert_close(loaded(inputs).logits, wanted, rtol=1e-4, atol=1e-4)
@@ -231,6 +230,47 @@ def test_heads_see_no_more_than_a_sliding_window(family: str, window: int) -> No
 
 
 @EVERY
+def test_tokens_of_a_row_have_routes_of_their_own_in_a_family(family: str) -> None:
+    """Routed equals masked; with one category a row, both equal routes of whole rows."""
+    model = split_of(tiny_decoder(family).double(), ("ffn",))
+    inputs = rows_for(model.network, 4)
+    categories = torch.randint(4, inputs.shape, generator=torch.Generator().manual_seed(1))
+    routed = model(inputs, categories)
+    with model.masked():
+        torch.testing.assert_close(routed, model(inputs, categories), rtol=1e-9, atol=1e-10)
+    whole = torch.tensor([2, 0, 3, 1])
+    by_token = model(inputs, whole[:, None].expand_as(inputs))
+    torch.testing.assert_close(by_token, model(inputs, whole), rtol=1e-9, atol=1e-10)
+
+
+@EVERY
+def test_a_family_can_be_told_the_category(family: str) -> None:
+    model = SplitModel(tiny_decoder(family).double(), CATEGORIES, told=True)
+    inputs, categories = rows_for(model.network, 4), torch.tensor([0, 1, 2, 3])
+    before = model(inputs, categories)
+    assert [bias.shape for bias in model.told] == [(4, 20)] * 2
+    for bias in model.told:
+        nn.init.normal_(bias)
+    after = model(inputs, categories)
+    assert (after - before).abs().max() > 1e-3
+    with model.masked():
+        torch.testing.assert_close(after, model(inputs, categories), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("changes", [{"do_layer_norm_before": False}, {"enable_bias": False}])
+def test_variants_of_opt(changes: dict[str, Any]) -> None:
+    """As in OPT-350m, norms behind the blocks; and without biases."""
+    network = tiny_decoder("opt", **changes).double()
+    inputs, categories = rows_for(network, 4), torch.tensor([0, 1, 2, 3])
+    undivided = SplitModel(copy.deepcopy(network), CATEGORIES)
+    torch.testing.assert_close(undivided(inputs, categories), logits(network, inputs), rtol=1e-9, atol=1e-10)
+    model = split_of(network)
+    routed = model(inputs, categories)
+    with model.masked():
+        torch.testing.assert_close(routed, model(inputs, categories), rtol=1e-9, atol=1e-10)
+
+
+@EVERY
 def test_a_checkpoint_of_a_family_is_measured(family: str, tmp_path: Path) -> None:
     checkpoint, texts = tmp_path / "checkpoint", tmp_path / "texts"
     tiny_decoder(family).save_pretrained(checkpoint)
@@ -251,7 +291,7 @@ def test_a_checkpoint_of_a_family_is_measured(family: str, tmp_path: Path) -> No
         edges = measure_edges(probed.subject, probed.batches, ways)
         assert all(bool(edge.taylor.any()) and bool(edge.taylor.isfinite().all()) for edge in edges.pairs.values())
     else:
-        assert family in {"gemma2", "gemma3_text"}
+        assert family in {"gemma2", "gemma3_text", "opt"}
 
 
 def test_an_activation_that_routed_blocks_do_not_compute_is_refused() -> None:
@@ -265,10 +305,6 @@ def test_an_activation_that_routed_blocks_do_not_compute_is_refused() -> None:
     ("config", "reason"),
     [
         (GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9), "GPT2LMHeadModel: its maps are Conv1D"),
-        (
-            OPTConfig(**DECODER_SIZES, word_embed_proj_dim=24, ffn_dim=20, vocab_size=9),
-            "OPTForCausalLM: its layers run fc1",
-        ),
         (Phi3Config(**DECODER_SIZES, vocab_size=9, pad_token_id=None), "Phi3ForCausalLM: gate and up are one module"),
         (BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9), "BloomForCausalLM: moeify.decoders names the"),
     ],
