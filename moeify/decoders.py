@@ -39,6 +39,9 @@ class Decoder:
     up: str = "up_proj"
     down: str = "down_proj"
     inline: str | None = None
+    transposed: bool = False
+    after: str | None = None
+    """These three: see ``FfnUnits``."""
     width: str = "intermediate_size"
     """Key of the configuration that says how many feed-forward units a layer has."""
     activation: str = "hidden_act"
@@ -88,10 +91,11 @@ class Decoder:
 
     def _ffn(self, network: nn.Module, layer: int) -> FfnUnits:
         module = ".".join(filter(None, (self.layer.format(layer), self.mlp)))
-        up, activation = linear(network, f"{module}.{self.up}"), getattr(config_of(network), self.activation)
+        activation = getattr(config_of(network), self.activation)
         if activation not in ACTIVATIONS:
             known = ", ".join(map(repr, ACTIVATIONS))
             raise ValueError(f"{self.activation} is {activation!r}; the {self.family} adapter knows {known}")
+        ways_in = {name: self._map(network, f"{module}.{name}") for name in (self.gate, self.up) if name}
         return FfnUnits(
             f"layers.{layer}.ffn",
             module,
@@ -99,11 +103,16 @@ class Decoder:
             self.up,
             self.down,
             ACTIVATIONS[activation],
-            up.out_features,
-            gate_bias=self.gate is not None and linear(network, f"{module}.{self.gate}").bias is not None,
-            up_bias=up.bias is not None,
+            ways_in[self.up].weight.shape[int(self.transposed)],
+            gate_bias=self.gate is not None and ways_in[self.gate].bias is not None,
+            up_bias=ways_in[self.up].bias is not None,
             inline=self.inline,
+            transposed=self.transposed,
+            after=self.after,
         )
+
+    def _map(self, network: nn.Module, name: str) -> Any:
+        return network.get_submodule(name) if self.transposed else linear(network, name)
 
     def _heads(self, network: nn.Module, layer: int) -> HeadUnits:
         config, module = config_of(network), f"{self.layer.format(layer)}.self_attn"
@@ -142,6 +151,20 @@ DECODERS = (
         down="dense_4h_to_h",
     ),
     Decoder(
+        "gpt2",
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        layer="transformer.h.{}",
+        gate=None,
+        up="c_fc",
+        down="c_proj",
+        transposed=True,
+        after="dropout",
+        width="n_inner",
+        activation="activation_function",
+        norm="ln_2",
+    ),
+    Decoder(
         "opt",
         "OPTForCausalLM",
         "OPTConfig",
@@ -158,7 +181,6 @@ DECODERS = (
 )
 
 WITHOUT = {
-    "GPT2LMHeadModel": "its maps are Conv1D, which keep weights the other way round; units need nn.Linear",
     "Phi3ForCausalLM": "gate and up are one module, gate_up_proj; units need an nn.Linear for each",
 }
 """Class -> why there is no adapter, and what one would need."""

@@ -93,11 +93,10 @@ def with_units(description: dict[str, Any], units: int, heads: int | None = None
 def example_inputs(network: nn.Module, rows: int, seed: int) -> Tensor:
     """Return random rows of valid input, as long as the network takes them."""
     generator = torch.Generator().manual_seed(seed)
-    description = describe(network)
-    if "config" in description:
-        shape = (rows, min(64, description["config"]["max_position_embeddings"]))
-        return torch.randint(description["config"]["vocab_size"], shape, generator=generator)
-    return torch.rand(rows, description["inputs"], generator=generator)
+    if decoder_of(network):
+        config = config_of(network)
+        return torch.randint(config.vocab_size, (rows, min(64, config.max_position_embeddings)), generator=generator)
+    return torch.rand(rows, describe(network)["inputs"], generator=generator)
 
 
 def _is_autoencoder(network: nn.Module) -> bool:

@@ -45,7 +45,7 @@ class InlineFfn(RoutedFfn):
             return super().forward(x)
         return super().forward(_rows(x, self.routes)).flatten(0, -2)
 
-    def _linear(self, name: str) -> nn.Linear:
+    def _map(self, name: str) -> nn.Linear:
         return self._outer[name]
 
     def _masked(self, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ DECODER_CONFIGS: dict[str, dict[str, Any]] = {
     "gemma2": {"num_key_value_heads": 3, "head_dim": 6, "sliding_window": 6, "query_pre_attn_scalar": 6},
     "gemma3_text": {"num_key_value_heads": 3, "head_dim": 6, "sliding_window": 6, "query_pre_attn_scalar": 6},
     "gpt_neox": {},
+    "gpt2": {"n_inner": 20, "resid_pdrop": 0.0},
     "opt": {"ffn_dim": 20, "word_embed_proj_dim": 24},
 }
 """Family -> what its configuration says besides the sizes."""

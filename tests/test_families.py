@@ -1,6 +1,7 @@
 import copy
 import json
 import string
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +15,6 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     DynamicCache,
-    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     Phi3Config,
@@ -25,7 +25,7 @@ from attribution.edges import measure_edges
 from attribution.measure import measure
 from attribution.subject import Rows, Subject
 from moeify.config import TextData
-from moeify.decoders import DECODERS
+from moeify.decoders import DECODERS, decoder_of
 from moeify.families import describe, entries, example_inputs, readers, rebuild, unit_space
 from moeify.language import sample_tokens, token_nats
 from moeify.models import Autoencoder, logits
@@ -38,6 +38,7 @@ from moeify.stock import extract
 from moeify.subjects import of_checkpoint
 from moeify.surgery import permute
 from moeify.tree import ExpertTree
+from moeify.units import input_weight, output_weight, unit_parameters
 from tests.networks import CATEGORIES, DECODER_CONFIGS, DECODER_SIZES, rows_for, tiny_decoder
 
 
@@ -270,6 +271,50 @@ def test_variants_of_opt(changes: dict[str, Any]) -> None:
         torch.testing.assert_close(routed, model(inputs, categories), rtol=1e-9, atol=1e-10)
 
 
+def test_dropout_behind_a_block_of_gpt2_stays() -> None:
+    network = tiny_decoder("gpt2", resid_pdrop=0.5, n_inner=None).double().train()
+    model = SplitModel(copy.deepcopy(network), CATEGORIES)
+    inputs, categories = rows_for(network, 4), torch.tensor([0, 1, 2, 3])
+
+    def drawn(run: Callable[[], Tensor]) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return run()
+
+    stock = drawn(lambda: logits(network, inputs))
+    assert (stock - logits(network.eval(), inputs)).abs().max() > 1e-3
+    torch.testing.assert_close(drawn(lambda: model(inputs, categories)), stock, rtol=1e-9, atol=1e-10)
+    with model.masked():
+        torch.testing.assert_close(drawn(lambda: model(inputs, categories)), stock, rtol=1e-9, atol=1e-10)
+
+
+def test_weights_that_lie_the_other_way_round_are_read_the_right_way() -> None:
+    network = tiny_decoder("gpt2")
+    site = unit_space(network).sites[1]
+    block = network.get_submodule("transformer.h.1.mlp")
+    assert torch.equal(input_weight(network, site), block.c_fc.weight.t())
+    assert torch.equal(output_weight(network, site), block.c_proj.weight.t())
+    output_weight(network, site).data[:, 3] = 7.0
+    assert bool((block.c_proj.weight[3] == 7.0).all())
+    assert unit_parameters(network, site) == 24 + 1 + 24
+
+
+@EVERY
+def test_a_familys_share_of_operations_counts_every_matrix(family: str) -> None:
+    """All that multiplies a token: matrices but the embeddings (the tied head is one, positions and input are not)."""
+    model = split_of(tiny_decoder(family), ("ffn",))
+    looked_up = {"model.embed_tokens.weight", "gpt_neox.embed_in.weight", "model.decoder.embed_tokens.weight"}
+    looked_up |= {"model.decoder.embed_positions.weight", "transformer.wte.weight", "transformer.wpe.weight"}
+    named = dict(model.network.named_parameters(remove_duplicate=True)).items()
+    matrices = sum(tensor.numel() for name, tensor in named if tensor.ndim == 2 and name not in looked_up)
+    matrices += 0 if "lm_head.weight" in dict(named) or "embed_out.weight" in dict(named) else 40 * 24
+    of_a_unit = 24 * (3 if decoder_of(model.network).gate else 2)
+    seen = 2 * 6 * getattr(model.network.config, "head_dim", 4) * 12 if family in WITH_HEADS else 0
+    # Of 20 units a layer, a's route runs 8 + 2 + 2.
+    share = 1 - 2 * 2 * 8 * of_a_unit / (2 * matrices + 2 * seen)
+    assert model.active_flops(12)["a"] == pytest.approx(share)
+
+
 @EVERY
 def test_a_checkpoint_of_a_family_is_measured(family: str, tmp_path: Path) -> None:
     checkpoint, texts = tmp_path / "checkpoint", tmp_path / "texts"
@@ -304,7 +349,6 @@ def test_an_activation_that_routed_blocks_do_not_compute_is_refused() -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9), "GPT2LMHeadModel: its maps are Conv1D"),
         (Phi3Config(**DECODER_SIZES, vocab_size=9, pad_token_id=None), "Phi3ForCausalLM: gate and up are one module"),
         (BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9), "BloomForCausalLM: moeify.decoders names the"),
     ],

@@ -95,7 +95,7 @@ def test_what_the_writer_does_not_know_is_refused(tokenizer: bytes, tmp_path: Pa
     network.config.rope_parameters = {**network.config.rope_parameters, "rope_type": "llama3"}
     with pytest.raises(ValueError, match="knows plain rotary positions"):
         written(network, tokenizer, tmp_path)
-    for family in ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neox", "opt"):
+    for family in ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neox", "gpt2", "opt"):
         told = f"^the GGUF writer knows llama, glm4_moe, granitemoeshared, not {family}; export without --gguf$"
         with pytest.raises(ValueError, match=told):
             written(tiny_decoder(family), tokenizer, tmp_path)

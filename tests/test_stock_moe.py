@@ -101,7 +101,7 @@ def test_families_built_like_llama_become_mixtures_too(family: str, form: Form, 
 
 
 def test_mixtures_of_other_families_are_refused_in_one_line() -> None:
-    for family in ("gemma", "gemma2", "gemma3_text", "gpt_neox", "opt"):
+    for family in ("gemma", "gemma2", "gemma3_text", "gpt_neox", "gpt2", "opt"):
         told = f"^no stock MoE holds a network of family '{family}', only 'llama', 'mistral', 'qwen2', 'qwen3' fit$"
         with pytest.raises(ValueError, match=told):
             to_moe(decoder_split(family), "glm4_moe", "a")
