@@ -414,6 +414,11 @@ class RunConfig(Closed):
                 )
 
     @property
+    def told_arms(self) -> tuple[Arm, ...]:
+        """The arms that are given the category."""
+        return ("told", *(self.cut_arms if self.partition.told else ()))
+
+    @property
     def category_names(self) -> tuple[str, ...] | None:
         """The categories of the data; None where only the data itself says."""
         match self.data:

@@ -44,6 +44,8 @@ class Decoder:
     """These three: see ``FfnUnits``."""
     width: str = "intermediate_size"
     """Key of the configuration that says how many feed-forward units a layer has."""
+    biases: str | bool = False
+    """Whether ``up`` has a bias; or the key of the configuration that says so."""
     activation: str = "hidden_act"
     """Key of the configuration that names the activation function."""
     norm: str | None = "post_attention_layernorm"
@@ -88,6 +90,19 @@ class Decoder:
         """Return the configuration with so many feed-forward units a layer, and at least so many units of heads."""
         changed = {**config, self.width: units}
         return changed | _with_heads(config, heads) if heads is not None else changed
+
+    def with_biases(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the configuration with biases in feed-forward blocks; ValueError where there is no place for them."""
+        match self.biases:
+            case str(key):
+                return {**config, key: True}
+            case True:
+                return config
+            case _:
+                raise ValueError(
+                    f"feed-forward blocks of family {self.family!r} have no biases, which a told split model becomes; "
+                    f"export it with --split"
+                )
 
     def _ffn(self, network: nn.Module, layer: int) -> FfnUnits:
         module = ".".join(filter(None, (self.layer.format(layer), self.mlp)))
@@ -134,7 +149,7 @@ class Decoder:
 
 
 DECODERS = (
-    Decoder("llama", "LlamaForCausalLM", "LlamaConfig", heads=True),
+    Decoder("llama", "LlamaForCausalLM", "LlamaConfig", biases="mlp_bias", heads=True),
     Decoder("mistral", "MistralForCausalLM", "MistralConfig", heads=True),
     Decoder("qwen2", "Qwen2ForCausalLM", "Qwen2Config", heads=True),
     Decoder("qwen3", "Qwen3ForCausalLM", "Qwen3Config", heads=True, head_norms=True),
@@ -149,6 +164,7 @@ DECODERS = (
         gate=None,
         up="dense_h_to_4h",
         down="dense_4h_to_h",
+        biases=True,
     ),
     Decoder(
         "gpt2",
@@ -161,6 +177,7 @@ DECODERS = (
         transposed=True,
         after="dropout",
         width="n_inner",
+        biases=True,
         activation="activation_function",
         norm="ln_2",
     ),
@@ -175,6 +192,7 @@ DECODERS = (
         down="fc2",
         inline="activation_fn",
         width="ffn_dim",
+        biases="enable_bias",
         activation="activation_function",
         norm=None,
     ),

@@ -90,6 +90,19 @@ def with_units(description: dict[str, Any], units: int, heads: int | None = None
     raise ValueError(f"unknown network family {family!r}")
 
 
+def with_biases(description: dict[str, Any]) -> dict[str, Any]:
+    """Return the description of the same network with biases in its feed-forward blocks.
+
+    ValueError for a family that has no place for them.
+    """
+    family = description.get("family")
+    if decoder := decoder_named(family):
+        return {**description, "config": decoder.with_biases(description["config"])}
+    if family == "autoencoder":
+        return description  # has them
+    raise ValueError(f"unknown network family {family!r}")
+
+
 def example_inputs(network: nn.Module, rows: int, seed: int) -> Tensor:
     """Return random rows of valid input, as long as the network takes them."""
     generator = torch.Generator().manual_seed(seed)

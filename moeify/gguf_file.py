@@ -65,6 +65,8 @@ def write(network: nn.Module, tokenizer: bytes, path: Path, *, dtype: torch.dtyp
         raise ValueError(f"the GGUF writer knows {', '.join(_KNOWN)}, not {config.model_type}; export without --gguf")
     if config.rope_parameters["rope_type"] != "default" or config.attention_bias:
         raise ValueError("the GGUF writer knows plain rotary positions and no attention_bias; export without --gguf")
+    if config.hidden_act != "silu":
+        raise ValueError(f"hidden_act is {config.hidden_act!r}, the GGUF writer knows 'silu'; export without --gguf")
     if getattr(config, "use_qk_norm", False):
         raise ValueError("queries and keys are normed, which the GGUF writer does not know; export without --gguf")
     architecture, settings = _settings(network)

@@ -140,11 +140,8 @@ class _Loop:
         rows = self._evaluate(phase, "before_cut", ("dense", *self.config.cut_arms))
         try:
             proposal, tables = self._propose(phase, rows)
-        except NothingToSplitError as reason:
-            self.state.uncut = "nothing to split"
-            return self.say.phase("partition", phase.round, str(reason))
-        except NoStepLeftError as reason:
-            self.state.uncut = "no step left"
+        except (NothingToSplitError, NoStepLeftError) as reason:
+            self.state.uncut = "no step left" if isinstance(reason, NoStepLeftError) else "nothing to split"
             return self.say.phase("partition", phase.round, str(reason))
         models = {arm: self.state.arms[arm].model for arm in self.config.cut_arms}
         cuts, blind, asked = {"split": proposal}, None, self._to_come(phase.round)[0].separation
@@ -155,10 +152,8 @@ class _Loop:
         for arm in models:
             self._apply(self.state.arms[arm], cuts[arm], tables[arm])
         self.say.cut(phase.round, proposal, tables["split"])
-        now, then = (
-            self._standing(each["split"], rows["dense"])
-            for each in (rows, self._evaluate(phase, "after_cut", self.config.cut_arms))
-        )
+        cut_rows = self._evaluate(phase, "after_cut", self.config.cut_arms)
+        now, then = (self._standing(each["split"], rows["dense"]) for each in (rows, cut_rows))
         expected = expected_tax(now, then, self.state.rounds)
         self.state.undo = before
         self.state.cut = Cut(asked, proposal.predicted, blind, now, then, expected)

@@ -18,6 +18,7 @@ from moeify.partition import Partition
 from moeify.resizing import copy_units, shaped
 from moeify.split_model import SplitModel
 from moeify.tree import ROOT, ExpertTree, Node
+from moeify.units import FfnUnits
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,19 @@ def prune(split: SplitModel, pruning: Pruning) -> SplitModel:
     network = shaped(describe(split.network), {site: len(kept) for site, kept in pruning.kept.items()})
     copy_units(split.network, split.space, pruning.kept, network)
     served = set(pruning.partition.tree.categories)
-    return SplitModel(network, [c for c in split.categories if c in served], pruning.partition).eval()
+    categories = [c for c in split.categories if c in served]
+    pruned = SplitModel(network, categories, pruning.partition, told=bool(split.told)).eval()
+    _copy_told(split, pruning, pruned)
+    return pruned
+
+
+@torch.no_grad()
+def _copy_told(split: SplitModel, pruning: Pruning, pruned: SplitModel) -> None:
+    """Copy what the units that stay have learned of the categories that stay."""
+    places = torch.tensor([split.categories.index(category) for category in pruned.categories])
+    sites = [site.name for site in split.space.sites if isinstance(site, FfnUnits)]
+    for site, biases, mine in zip(sites if split.told else (), split.told, pruned.told, strict=True):
+        mine.copy_(biases[places][:, pruning.kept[site]])
 
 
 def _pruning(partition: Partition, found: Sequence[tuple[Node, tuple[int, ...]]], removed: Sequence[str]) -> Pruning:

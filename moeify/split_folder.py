@@ -62,7 +62,7 @@ def load_from_run(folder: Path, arm: Arm = "split") -> SplitModel:
     parts = ("parameter/", "buffer/")
     tensors = store.tensors(name, arm)
     own = {key.partition("/")[2]: tensor for key, tensor in tensors.items() if key.startswith(parts)}
-    return _load(facts, facts["arms"][arm]["partition"], own, told=arm == "told")
+    return _load(facts, facts["arms"][arm]["partition"], own)
 
 
 def split_hash(folder: Path) -> str:
@@ -88,11 +88,10 @@ def _tensors(model: SplitModel) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _load(
-    facts: Mapping[str, Any], partition: Mapping[str, Any], tensors: Mapping[str, Tensor], *, told: bool = False
-) -> SplitModel:
+def _load(facts: Mapping[str, Any], partition: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SplitModel:
     widths = Partition.from_json(partition)
     network = shaped(facts["network"], {site: widths.units(site) for site in widths.widths})
+    told = any(name.endswith(".told.weight") for name in tensors)
     model = SplitModel(network, facts["categories"], widths, told=told)
     own = _tensors(model)
     if own.keys() != tensors.keys():

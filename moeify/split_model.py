@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, assert_never, get_args
 
 import torch
@@ -16,7 +17,7 @@ from moeify.routed import RoutedFfn, Routes
 from moeify.routed_attention import RoutedAttention
 from moeify.routed_inline import InlineFfn
 from moeify.told import tell
-from moeify.units import FfnUnits, HeadUnits, UnitSite, flops, input_weight, is_conv1d, output_weight
+from moeify.units import FfnUnits, HeadUnits, UnitSite, UnitSpace, flops, input_weight, is_conv1d, output_weight
 
 
 class SplitModel(nn.Module):
@@ -49,6 +50,9 @@ class SplitModel(nn.Module):
         _install(network, self.space.sites, self.routes)
         self.told = tell(network, len(self.categories)) if told else ()
         """Biases of each category [categories units] that the network learns, where it is told; by block."""
+        if told:
+            sites = (replace(site, told=True) if isinstance(site, FfnUnits) else site for site in self.space.sites)
+            self.space = UnitSpace(tuple(sites))
         self.network = network
 
     @property

@@ -69,7 +69,7 @@ class State:
         for arm in config.cut_arms:
             if arm not in self.arms:
                 twin = _untrained(task, arm, config)
-                twin.load(dense.tensors())
+                twin.load({**twin.tensors(), **dense.tensors()})  # biases of categories begin at zero
                 twin.step = dense.step
                 self.arms[arm] = twin
 
@@ -121,12 +121,13 @@ class State:
         for arm in config.cut_arms:
             step = self.arms[arm].step
             source: Arm = arm if arm in facts["arms"] else "dense"
-            self.arms[arm] = _contestant(store, self.undo, source, facts, config)
+            self.arms[arm] = _contestant(store, self.undo, source, facts, config, becomes=arm)
             self.arms[arm].step = step
 
 
 def _untrained(task: Task, arm: Arm, config: RunConfig) -> Contestant:
-    model = SplitModel(task.build(), task.categories, told=arm == "told", kinds=config.partition.units)
+    told = arm in config.told_arms
+    model = SplitModel(task.build(), task.categories, told=told, kinds=config.partition.units)
     return Contestant(model, config.training)
 
 
@@ -134,10 +135,16 @@ def _cut(facts: dict[str, Any]) -> Cut:
     return Cut(**{**facts, "before": Standing(**facts["before"]), "after": Standing(**facts["after"])})
 
 
-def _contestant(store: Store, name: str, arm: Arm, facts: dict[str, Any], config: RunConfig) -> Contestant:
-    partition = Partition.from_json(facts["arms"][arm]["partition"])
-    model = SplitModel(rebuild(facts["network"]), facts["categories"], partition, told=arm == "told")
-    contestant = Contestant(model, config.training)
-    contestant.load(store.tensors(name, arm))
+def _contestant(
+    store: Store, name: str, arm: Arm, facts: dict[str, Any], config: RunConfig, *, becomes: Arm | None = None
+) -> Contestant:
+    """Return an arm of a checkpoint, or, where it ``becomes`` another one, that arm's fork."""
+    becomes = becomes or arm
+    partition, told = Partition.from_json(facts["arms"][arm]["partition"]), becomes in config.told_arms
+    contestant = Contestant(
+        SplitModel(rebuild(facts["network"]), facts["categories"], partition, told=told), config.training
+    )
+    begun = {} if becomes == arm else contestant.tensors()  # biases of categories, which the dense twin has none of
+    contestant.load(begun | store.tensors(name, arm))
     contestant.step = facts["arms"][arm]["step"]
     return contestant

@@ -13,6 +13,7 @@ from moeify.pruning import only, prune
 from moeify.resizing import copy_units
 from moeify.split_model import SplitModel
 from moeify.units import FfnUnits
+from moeify.untold import untold
 
 Form = Literal["glm4_moe", "granitemoeshared"]
 """Stock mixtures of experts that hold shared and routed slices of a dense FFN exactly."""
@@ -62,6 +63,13 @@ def to_dense(split: SplitModel, categories: Sequence[str], *, padded: bool = Tru
     of them units that the split model does not, and give other outputs.
     """
     first, *others = categories
+    if split.told:
+        if others:
+            raise ValueError(
+                f"the split model is told the category (partition.told), so no dense model equals it for both "
+                f"{first!r} and {others[0]!r}; export them with --split, or one at a time"
+            )
+        split = untold(split, first)
     for other in others:
         if not _same_route(split, first, other):
             raise ValueError(
@@ -86,6 +94,7 @@ def extract(split: SplitModel, category: str) -> nn.Module:
     """Return a dense network of the units on one category's route; narrower sites are zero-padded to the widest."""
     if category not in split.categories:
         raise ValueError(f"no category {category!r}; the model has {', '.join(split.categories)}")
+    split = untold(split, category) if split.told else split
     sites = split.space.sites
     active = {site.name: split.partition.active(site.name, category).nonzero()[:, 0] for site in sites}
     widest: dict[UnitKind, int] = {}

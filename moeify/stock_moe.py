@@ -63,6 +63,10 @@ def to_moe(split: SplitModel, form: Form, forced: str) -> Stock:
     Raises ValueError where the format cannot hold the network, or where there is but one route.
     """
     tree = split.partition.tree
+    if split.told:
+        raise ValueError(
+            "the split model is told the category (partition.told) by biases, which stock MoE formats have no place for"
+        )
     if forced not in tree.categories:
         raise ValueError(f"no category {forced!r}; the model has {', '.join(split.categories)}")
     if len(tree.leaves) < 2:

@@ -55,6 +55,8 @@ class FfnUnits:
     """Whether the maps are ``Conv1D`` of ``transformers``, which keeps weights as [inputs outputs]."""
     after: str | None = None
     """Name of the submodule, a dropout, that is given what the block writes."""
+    told: bool = False
+    """Whether units learn a bias for each category (``moeify.told``)."""
 
     @property
     def site(self) -> Site:
@@ -64,10 +66,15 @@ class FfnUnits:
     @property
     def slices(self) -> tuple[Slice, ...]:
         """Every parameter axis that moves with the units."""
-        ways_in = [(self.up, self.up_bias)] + ([(self.gate, self.gate_bias)] if self.gate else [])
-        found = [Slice(f"{self.module}.{name}.weight", int(self.transposed)) for name, _ in ways_in]
-        found += [Slice(f"{self.module}.{name}.bias", 0) for name, bias in ways_in if bias]
-        return (*found, Slice(self.output, int(not self.transposed)))
+        told = [Slice(f"{self.module}.{self.inline}.told.weight" if self.inline else f"{self.module}.told.weight", 1)]
+        return (*self.ways_in, Slice(self.output, int(not self.transposed)), *(told if self.told else []))
+
+    @property
+    def ways_in(self) -> tuple[Slice, ...]:
+        """Weights and biases through which the units read."""
+        maps = [(self.up, self.up_bias)] + ([(self.gate, self.gate_bias)] if self.gate else [])
+        found = [Slice(f"{self.module}.{name}.weight", int(self.transposed)) for name, _ in maps]
+        return (*found, *(Slice(f"{self.module}.{name}.bias", 0) for name, bias in maps if bias))
 
     @property
     def output(self) -> str:
@@ -111,11 +118,14 @@ class HeadUnits:
     @property
     def slices(self) -> tuple[Slice, ...]:
         """Every parameter axis that moves with the units."""
-        ways_in = ((self.query, self.queries * self.size), (self.key, self.size), (self.value, self.size))
-        found = [Slice(f"{self.module}.{name}.weight", 0, width) for name, width in ways_in]
-        if self.bias:
-            found += [Slice(f"{self.module}.{name}.bias", 0, width) for name, width in ways_in]
-        return (*found, Slice(self.output, 1, self.queries * self.size))
+        return (*self.ways_in, Slice(self.output, 1, self.queries * self.size))
+
+    @property
+    def ways_in(self) -> tuple[Slice, ...]:
+        """Weights and biases through which the units read."""
+        maps = ((self.query, self.queries * self.size), (self.key, self.size), (self.value, self.size))
+        kinds = ("weight", "bias") if self.bias else ("weight",)
+        return tuple(Slice(f"{self.module}.{name}.{kind}", 0, width) for kind in kinds for name, width in maps)
 
     @property
     def output(self) -> str:
@@ -179,7 +189,7 @@ def output_weight(network: nn.Module, site: UnitSite) -> Float[Tensor, "dim feat
 
 def input_weight(network: nn.Module, site: UnitSite) -> Float[Tensor, "units inputs"]:
     """Return the weights through which a site's units read, those of all ways in (gate and up) side by side."""
-    ways_in = [network.get_parameter(part.parameter) for part in site.slices if part.parameter != site.output]
+    ways_in = [network.get_parameter(part.parameter) for part in site.ways_in]
     matrices = [weight.t() if _transposed(site) else weight for weight in ways_in if weight.ndim == 2]
     return torch.cat([weight.reshape(site.units, -1) for weight in matrices], dim=1)
 

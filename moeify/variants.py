@@ -18,6 +18,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "equal_widths": {"budget": "equal"},
     "uncompensated": {"compensation": None},
     "refined": {"refine": True},
+    "told_split": {"told": True},
 }
 """The recipe with one switch of its partition thrown, to see what that buys."""
 

@@ -90,12 +90,12 @@ TREE = ExpertTree.undivided(CATEGORIES).split({0: [("a", "b"), ("c", "d")]}).spl
 BOTH = get_args(UnitKind)
 
 
-def split_of(network: nn.Module, kinds: tuple[UnitKind, ...] = BOTH) -> SplitModel:
+def split_of(network: nn.Module, kinds: tuple[UnitKind, ...] = BOTH, *, told: bool = False) -> SplitModel:
     widths = {
         site.name: (8, 2, 2, 2, 6) if site.width == 1 else (1, 1, 0, 0, site.units - 2)
         for site in unit_space(network, kinds).readers
     }
-    return SplitModel(network, CATEGORIES, Partition(TREE, widths), kinds=kinds)
+    return SplitModel(network, CATEGORIES, Partition(TREE, widths), kinds=kinds, told=told)
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -245,17 +245,39 @@ def test_tokens_of_a_row_have_routes_of_their_own_in_a_family(family: str) -> No
 
 
 @EVERY
-def test_a_family_can_be_told_the_category(family: str) -> None:
-    model = SplitModel(tiny_decoder(family).double(), CATEGORIES, told=True)
+def test_a_family_can_be_told_the_category(family: str, tmp_path: Path) -> None:
+    model = split_of(tiny_decoder(family), ("ffn",), told=True)
     inputs, categories = rows_for(model.network, 4), torch.tensor([0, 1, 2, 3])
     before = model(inputs, categories)
     assert [bias.shape for bias in model.told] == [(4, 20)] * 2
-    for bias in model.told:
-        nn.init.normal_(bias)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for bias in model.told:
+            nn.init.normal_(bias)
     after = model(inputs, categories)
     assert (after - before).abs().max() > 1e-3
     with model.masked():
-        torch.testing.assert_close(after, model(inputs, categories), rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(after, model(inputs, categories), rtol=1e-4, atol=1e-4)
+    save_split(model.eval(), tmp_path / "split", {})
+    torch.testing.assert_close(load_split(tmp_path / "split")(inputs, categories), after, rtol=0, atol=0)
+    if family in {"llama", "gpt_neox", "gpt2", "opt"}:
+        dense = extract(model, "c")
+        torch.testing.assert_close(logits(dense, inputs[2:3]), after[2:3], rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(ValueError, match=f"blocks of family '{family}' have no biases, .* export it with --split"):
+            extract(model, "c")
+    assert model.input_weight("layers.0.ffn").shape == (20, 24 * (2 if decoder_of(model.network).gate else 1))
+
+
+@EVERY
+def test_biases_of_categories_move_with_a_familys_units(family: str) -> None:
+    model = SplitModel(tiny_decoder(family).double(), CATEGORIES, told=True)
+    for number, bias in enumerate(model.told):
+        bias.data.copy_(torch.linspace(-1, 1 + number, bias.numel()).view_as(bias))
+    inputs, categories = rows_for(model.network, 4), torch.tensor([0, 1, 2, 3])
+    before = model(inputs, categories)
+    permute(model.network, None, model.space, {site.name: torch.arange(20).roll(3) for site in model.space.sites})
+    torch.testing.assert_close(model(inputs, categories), before, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("changes", [{"do_layer_norm_before": False}, {"enable_bias": False}])
