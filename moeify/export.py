@@ -61,7 +61,7 @@ def export_dense(run: Path, categories: Sequence[str], out: Path, how: How = PLA
     source = Source.of(load_from_run(run), how.torch_dtype, keep=categories)
     heads_too = len(ffn_sites(source.whole)) < len(source.whole.space.sites)
     stock = to_dense(source.whole, categories, padded=not how.gguf or heads_too)
-    if describe(stock.network)["family"] != "llama":
+    if describe(stock.network)["family"] == "autoencoder":
         return export_split(run, out, how, keep=categories)
     return _export_stock(run, source, stock, out, how)
 

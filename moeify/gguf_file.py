@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 _CONTROL, _NORMAL, _UNUSED = 3, 1, 5
 """GGUF's token types."""
+_KNOWN = ("llama", "glm4_moe", "granitemoeshared")
+"""Kinds of models, as ``transformers`` names them."""
 _PARTS = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -59,8 +61,14 @@ def write(network: nn.Module, tokenizer: bytes, path: Path, *, dtype: torch.dtyp
     import gguf
 
     config: Any = network.config
+    if config.model_type not in _KNOWN:
+        raise ValueError(f"the GGUF writer knows {', '.join(_KNOWN)}, not {config.model_type}; export without --gguf")
     if config.rope_parameters["rope_type"] != "default" or config.attention_bias:
         raise ValueError("the GGUF writer knows plain rotary positions and no attention_bias; export without --gguf")
+    if config.hidden_act != "silu":
+        raise ValueError(f"hidden_act is {config.hidden_act!r}, the GGUF writer knows 'silu'; export without --gguf")
+    if getattr(config, "use_qk_norm", False):
+        raise ValueError("queries and keys are normed, which the GGUF writer does not know; export without --gguf")
     architecture, settings = _settings(network)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(name)
@@ -136,7 +144,7 @@ def _settings(network: nn.Module) -> tuple[str, dict[str, Any]]:
                 "logit_scale": config.logits_scaling,
             }
         case other:
-            raise ValueError(f"no GGUF architecture is known for {other!r}")
+            raise AssertionError(other)
 
 
 def _tensors(network: nn.Module, architecture: str) -> Iterator[tuple[str, Tensor]]:

@@ -10,6 +10,7 @@ from typing import assert_never
 from moeify import fresh_check
 from moeify.arms import Arm
 from moeify.config import DigitsData, RunConfig, TextData
+from moeify.decoders import config_of, decoder_of
 from moeify.families import describe
 from moeify.result import Result
 from moeify.split_model import SplitModel
@@ -144,15 +145,16 @@ def _routing(stock: Stock, form: Form, gguf: bool) -> Iterator[str]:
 def _origin(about: About, whole: SplitModel) -> Iterator[str]:
     """Say where the weights come from; no path of the recipe is told."""
     yield from ("## Where it comes from", "")
-    description = describe(whole.network)
-    if description["family"] == "llama":
-        config = description["config"]
+    if decoder_of(whole.network):
+        config, ffn = config_of(whole.network), max(site.units for site in ffn_sites(whole))
+        name = type(whole.network).__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
         yield (
-            f"- network: Llama, {config['num_hidden_layers']} layers, hidden size {config['hidden_size']}, "
-            f"FFN {config['intermediate_size']}, {config['num_attention_heads']} heads, "
-            f"vocabulary {config['vocab_size']:,}, up to {config['max_position_embeddings']:,} positions"
+            f"- network: {name}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
+            f"FFN {ffn}, {config.num_attention_heads} heads, "
+            f"vocabulary {config.vocab_size:,}, up to {config.max_position_embeddings:,} positions"
         )
     else:
+        description = describe(whole.network)
         yield f"- network: {description['family']}, {description['hidden']} hidden units, code {description['code']}"
     yield f"- categories: {', '.join(whole.categories)}"
     if about.recipe is not None:

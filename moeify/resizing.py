@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moeify.families import rebuild, unit_space
 from moeify.partition_config import UnitKind
-from moeify.units import UnitSite, UnitSpace, linear
+from moeify.units import UnitSite, UnitSpace, is_conv1d
 
 
 def shaped(description: dict[str, Any], units: Mapping[str, int]) -> nn.Module:
@@ -51,8 +51,11 @@ def _narrow(network: nn.Module, site: UnitSite, units: int) -> None:
     """Keep a site's first units, in place."""
     for part in site.slices:
         name, _, kind = part.parameter.rpartition(".")
-        layer = linear(network, name)
+        layer: Any = network.get_submodule(name)
         setattr(
             layer, kind, nn.Parameter(getattr(layer, kind).detach().narrow(part.axis, 0, units * part.width).clone())
         )
-        layer.out_features, layer.in_features = layer.weight.shape
+        if is_conv1d(layer):
+            layer.nx, layer.nf = layer.weight.shape
+        else:
+            layer.out_features, layer.in_features = layer.weight.shape

@@ -10,7 +10,7 @@ Axes: N tokens (rows times positions), D model width, U units; a rectangle has n
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,12 +96,15 @@ class RoutedFfn(nn.Module):
         """Return what the active units write."""
         run, order = self._masked if self.routes.masked else self._routed, self.routes.order
         if order is None:
-            return run(x)
-        sorted_ND = run(x.flatten(0, -2)[order])
-        return torch.empty_like(sorted_ND).index_copy_(0, order, sorted_ND).view(*x.shape[:-1], -1)
+            out = run(x)
+        else:
+            sorted_ND = run(x.flatten(0, -2)[order])
+            out = torch.empty_like(sorted_ND).index_copy_(0, order, sorted_ND).view(*x.shape[:-1], -1)
+        return self.get_submodule(self.units.after)(out) if self.units.after else out
 
-    def _linear(self, name: str) -> nn.Linear:
-        return cast(nn.Linear, self.get_submodule(name))
+    def _map(self, name: str) -> Any:
+        """Return an ``nn.Linear``, or a ``Conv1D`` where units are transposed."""
+        return self.get_submodule(name)
 
     def _told(self, x: Tensor) -> Tensor | None:
         if self.told is None:
@@ -110,17 +113,18 @@ class RoutedFfn(nn.Module):
         return self.told(self.routes.categories.repeat_interleave(x.shape[:-1].numel() // max(1, x.shape[0])))
 
     def _routed(self, x: Tensor) -> Tensor:
-        up, down = self._linear(self.units.up), self._linear(self.units.down)
-        gate = self._linear(self.units.gate) if self.units.gate else None
+        up, down = self._map(self.units.up), self._map(self.units.down)
+        gate = self._map(self.units.gate) if self.units.gate else None
+        up_UD, down_DU = (way.weight.t() if self.units.transposed else way.weight for way in (up, down))
         flat_ND = x.reshape(-1, x.shape[-1])
         out_ND = _rectangles(
             flat_ND,
             gate.weight if gate else None,
             gate.bias if gate else None,
-            up.weight,
+            up_UD,
             up.bias,
             self._told(x),
-            down.weight,
+            down_DU,
             down.bias,
             self.routes.rectangles(self.units.name, flat_ND.shape[0] // max(1, x.shape[0])),
             self.units.activation,
@@ -128,18 +132,20 @@ class RoutedFfn(nn.Module):
         return out_ND.view(*x.shape[:-1], -1)
 
     def _masked(self, x: Tensor) -> Tensor:
-        up = self._linear(self.units.up)(x)
-        if (told_NU := self._told(x)) is not None:
+        gate = None if self.units.gate is None else self._map(self.units.gate)(x)
+        return self._map(self.units.down)(self._active(self._map(self.units.up)(x), gate))
+
+    def _active(self, up: Tensor, gate: Tensor | None) -> Tensor:
+        """Return the activations [rows *positions units], 0 off each row's route, of what up and gate give."""
+        if (told_NU := self._told(up)) is not None:
             up = up + told_NU.view(up.shape)
-        active = up if self.units.gate is None else self._linear(self.units.gate)(x)
-        hidden = _activate(active, self.units.activation)
-        if self.units.gate is not None:
+        hidden = _activate(up if gate is None else gate, self.units.activation)
+        if gate is not None:
             hidden = hidden * up
-        mask_RU = hidden.new_zeros(x.shape[0], self.units.units)
+        mask_RU = hidden.new_zeros(up.shape[0], self.units.units)
         for rectangle in self.routes.rectangles(self.units.name):
             mask_RU[rectangle] = 1.0
-        mask = mask_RU.view(x.shape[0], *[1] * (x.dim() - 2), self.units.units)
-        return self._linear(self.units.down)(hidden * mask)
+        return hidden * mask_RU.view(up.shape[0], *[1] * (up.dim() - 2), self.units.units)
 
 
 class _Rectangles(torch.autograd.Function):

@@ -102,6 +102,8 @@ class RoutedAttention(nn.Module):
     def _heads(self, projected: Sequence[Tensor], rotary: Sequence[Tensor]) -> Heads:
         """Return queries, keys and values of linear maps' outputs [n T f], positions turned in."""
         query, key, value = (each.unflatten(2, (-1, self.units.size)).transpose(1, 2) for each in projected)
+        if self.units.norms:
+            query, key = (self.get_submodule(n)(x) for n, x in zip(self.units.norms, (query, key), strict=True))
         cos, sin = (part.unsqueeze(1) for part in rotary)
         return _turned(query, cos, sin), _turned(key, cos, sin), value
 

@@ -15,8 +15,9 @@ from moeify.partition import Partition
 from moeify.partition_config import PLAIN, UnitKind
 from moeify.routed import RoutedFfn, Routes
 from moeify.routed_attention import RoutedAttention
+from moeify.routed_inline import InlineFfn
 from moeify.told import tell
-from moeify.units import FfnUnits, HeadUnits, UnitSite, UnitSpace, flops, input_weight, output_weight
+from moeify.units import FfnUnits, HeadUnits, UnitSite, UnitSpace, flops, input_weight, is_conv1d, output_weight
 
 
 class SplitModel(nn.Module):
@@ -72,8 +73,9 @@ class SplitModel(nn.Module):
         sites = unit_space(self.network, get_args(UnitKind)).sites
         costs = {site.name: flops(self.network, site, length) for site in sites}
         inside = {part.parameter for site in sites for part in site.slices}
-        linears = {f"{n}.weight": m.weight for n, m in self.network.named_modules() if isinstance(m, nn.Linear)}
-        total = sum(2 * weight.numel() for name, weight in linears.items() if name not in inside)
+        linears = {n for n, m in self.network.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
+        weights = [f"{name}.weight" for name in linears]
+        total = sum(2 * self.network.get_parameter(name).numel() for name in weights if name not in inside)
         total += sum(site.units * costs[site.name] for site in sites)
         split = sum(site.units * costs[site.name] for site in self.space.sites)
         return {
@@ -167,6 +169,9 @@ def _install(network: nn.Module, sites: Sequence[UnitSite], routes: Routes) -> N
         dense = network.get_submodule(site.module)
         parent, _, name = site.module.rpartition(".")
         match site:
+            case FfnUnits(inline=str()):
+                InlineFfn.install(dense, site, routes)
+                continue
             case FfnUnits():
                 routed: nn.Module = RoutedFfn(dense, site, routes)
             case HeadUnits():

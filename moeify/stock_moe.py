@@ -28,6 +28,8 @@ from moeify.split_model import SplitModel
 from moeify.stock import Form, Price, Stock, ffn_sites
 from moeify.units import FfnUnits
 
+_FIT = ("llama", "mistral", "qwen2", "qwen3")
+"""Families whose attention, norms and embeddings a format has too."""
 _MULTIPLE = 8
 """Widths are multiples of so many units: 16 bytes in half precision, which grouped kernels ask for."""
 
@@ -72,7 +74,7 @@ def to_moe(split: SplitModel, form: Form, forced: str) -> Stock:
     sites = ffn_sites(split)
     if len(sites) < len(split.space.sites):
         raise ValueError("attention heads are split too, and stock MoE formats route feed-forward units alone")
-    source = _llama_config(split.network)
+    source = _shared_config(split.network)
     ways = {site.name: _ways(split, site.name) for site in sites}
     path = max(len(way) for _, paths in ways.values() for way in paths)
     route = max(len(core) + len(way) for core, paths in ways.values() for way in paths)
@@ -80,17 +82,19 @@ def to_moe(split: SplitModel, form: Form, forced: str) -> Stock:
     match form:
         case "glm4_moe":
             widths = _glm4_widths(path, route, len(tree.leaves))
-            network = _glm4(source, widths)
+            network = _glm4(source, widths, split.network)
         case "granitemoeshared":
             expert = _rounded(path)
             widths = _Widths(_rounded(route - expert), expert, len(tree.leaves) + 1)
-            network = _granite(source, widths)
+            network = _granite(source, widths, split.network)
         case _:
             assert_never(form)
     held = dict(split.network.named_parameters())
     for name, tensor in network.named_parameters():
         if name in held:
             tensor.copy_(held[name])
+        elif name.endswith("o_proj.bias"):
+            tensor.zero_()
     placed = 0
     for number, site in enumerate(sites):
         core, paths = ways[site.name]
@@ -140,20 +144,25 @@ def _layer(split: SplitModel, site: FfnUnits, shared: Tensor, paths: list[Tensor
     )
 
 
-def _llama_config(network: nn.Module) -> dict[str, Any]:
-    """Return what both formats take over from a Llama's configuration."""
+def _shared_config(network: nn.Module) -> dict[str, Any]:
+    """Return what both formats take over from the configuration of a Llama, or of a family built like one."""
     description = describe(network)
-    if description["family"] != "llama":
-        raise ValueError(f"no stock MoE holds a network of family {description['family']!r}, only 'llama' fits")
-    config = description["config"]
-    if config["mlp_bias"]:
+    family, config = description["family"], description.get("config", {})
+    if family not in _FIT:
+        fit = ", ".join(map(repr, _FIT))
+        raise ValueError(f"no stock MoE holds a network of family {family!r}, only {fit} fit")
+    if config.get("mlp_bias"):
         raise ValueError("mlp_bias is set; experts of stock MoE formats have no biases, export the split model instead")
+    if config.get("sliding_window"):
+        raise ValueError("sliding_window is set; stock MoE formats see all positions, export the split model instead")
     same = (
-        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act "
-        "max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_bias attention_dropout "
+        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+        "max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_dropout "
         "bos_token_id eos_token_id pad_token_id rope_parameters"
     )
-    return {name: config[name] for name in same.split()}
+    biased = family == "qwen2" or config.get("attention_bias", False)
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return {name: config[name] for name in same.split()} | {"attention_bias": biased, "head_dim": size}
 
 
 # --- glm4_moe -----------------------------------------------------------------------------------------
@@ -171,10 +180,11 @@ def _glm4_widths(path: int, route: int, leaves: int) -> _Widths:
     return min(found, key=lambda widths: (widths.shared + widths.expert, widths.stored))
 
 
-def _glm4(source: dict[str, Any], widths: _Widths) -> nn.Module:
+def _glm4(source: dict[str, Any], widths: _Widths, dense: nn.Module) -> nn.Module:
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
-    if source["attention_bias"]:
+    held = dict(dense.named_parameters())
+    if "model.layers.0.self_attn.o_proj.bias" in held:
         raise ValueError("attention_bias is set; glm4_moe has none at the attention's output, take granitemoeshared")
     config = Glm4MoeConfig(
         **source | {"rope_parameters": {**source["rope_parameters"], "partial_rotary_factor": 1.0}},
@@ -190,7 +200,7 @@ def _glm4(source: dict[str, Any], widths: _Widths) -> nn.Module:
         topk_group=1,
         first_k_dense_replace=0,
         num_mtp_layers=0,
-        use_qk_norm=False,
+        use_qk_norm="model.layers.0.self_attn.q_norm.weight" in held,
     )
     return Glm4MoeForCausalLM(config)
 
@@ -209,9 +219,11 @@ def _fill_glm4(layer: Any, values: _Layer) -> None:
 # --- granitemoeshared ---------------------------------------------------------------------------------
 
 
-def _granite(source: dict[str, Any], widths: _Widths) -> nn.Module:
+def _granite(source: dict[str, Any], widths: _Widths, dense: nn.Module) -> nn.Module:
     from transformers import GraniteMoeSharedConfig, GraniteMoeSharedForCausalLM
 
+    if "model.layers.0.self_attn.q_norm.weight" in dict(dense.named_parameters()):
+        raise ValueError("queries and keys are normed, which granitemoeshared does not do; take glm4_moe")
     config = GraniteMoeSharedConfig(
         **source,
         intermediate_size=widths.expert,

@@ -1,6 +1,6 @@
 """What attribution can be asked about outside of a run: the model of a run, or a checkpoint with text in categories."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from moeify.documents import Document
 from moeify.families import readers
 from moeify.language import sample_tokens, token_nats
 from moeify.split_folder import load_from_run
+from moeify.split_model import SplitModel
 from moeify.tasks import build_task
 
 
@@ -46,12 +47,7 @@ def of_run(folder: Path, config: RunConfig, arm: Arm, *, cache: Path, base: Path
     for batch in task.probe_batches(0, rows, config.attribution.rows_at_once):
         batch = batch.take(model.order(batch.categories))
         batches.append(Rows(batch.inputs, batch.targets, batch.categories, batch.ids))
-
-    def run(inputs: Tensor, categories: Tensor) -> Tensor:
-        with model.masked():
-            return model(inputs, categories)
-
-    subject = Subject(model.network, readers(model.network), task.categories, task.nats, task.sample, run)
+    subject = Subject(model.network, readers(model.network), task.categories, task.nats, task.sample, _masked(model))
     partition = model.partition
     if partition.separation == 0:
         return Probed(subject, batches, task.unit)
@@ -80,8 +76,20 @@ def of_checkpoint(folder: Path, data: TextData, *, base: Path, rows: int, rows_a
         categories = torch.tensor([category for category, _ in picks])
         batches.append(Rows(tokens[:, :-1], tokens[:, 1:], categories, torch.arange(first, first + len(picks))))
         first += len(picks)
-    subject = Subject(network.eval(), readers(network), tuple(found), token_nats, sample_tokens)
+    model = SplitModel(network, tuple(found)).eval()
+    batches = [batch.take(model.order(batch.categories)) for batch in batches]
+    subject = Subject(network, readers(network), tuple(found), token_nats, sample_tokens, _masked(model))
     return Probed(subject, batches, "token")
+
+
+def _masked(model: SplitModel) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what runs the model for attribution: all units, those off a row's route zero. Undivided, that is all."""
+
+    def run(inputs: Tensor, categories: Tensor) -> Tensor:
+        with model.masked():
+            return model(inputs, categories)
+
+    return run
 
 
 def _pretrained(folder: Path) -> tuple[Any, Any]:

@@ -21,7 +21,7 @@ def tell(network: nn.Module, categories: int) -> tuple[nn.Parameter, ...]:
     """
     found: list[nn.Parameter] = []
     for block in [module for module in network.modules() if isinstance(module, RoutedFfn)]:
-        like = next(block.parameters())
+        like = network.get_parameter(block.units.output)
         zeros = torch.zeros(categories, block.units.units, dtype=like.dtype, device=like.device)
         block.told = nn.Embedding.from_pretrained(zeros, freeze=False)
         found += block.told.parameters()

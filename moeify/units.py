@@ -41,13 +41,20 @@ class FfnUnits:
     module: str
     """Qualified name of the feed-forward module."""
     gate: str | None
-    """Names of the ``nn.Linear`` submodules; a neuron is a row of gate and up and a column of down."""
+    """Names of the linear maps, submodules; a neuron is a row of gate and up and a column of down."""
     up: str
     down: str
     activation: Activation
     units: int
     gate_bias: bool = False
     up_bias: bool = False
+    inline: str | None = None
+    """Name of the activation's submodule, where ``module`` is a whole layer that runs up, activation and down itself
+    on tokens [rows*positions dim]; None where it is the feed-forward block alone."""
+    transposed: bool = False
+    """Whether the maps are ``Conv1D`` of ``transformers``, which keeps weights as [inputs outputs]."""
+    after: str | None = None
+    """Name of the submodule, a dropout, that is given what the block writes."""
     told: bool = False
     """Whether units learn a bias for each category (``moeify.told``)."""
 
@@ -59,14 +66,19 @@ class FfnUnits:
     @property
     def slices(self) -> tuple[Slice, ...]:
         """Every parameter axis that moves with the units."""
-        ways_in = [(self.up, self.up_bias)] + ([(self.gate, self.gate_bias)] if self.gate else [])
-        found = [Slice(f"{self.module}.{name}.weight", 0) for name, _ in ways_in]
-        found += [Slice(f"{self.module}.{name}.bias", 0) for name, bias in ways_in if bias]
-        return (*found, Slice(self.output, 1), *([Slice(f"{self.module}.told.weight", 1)] if self.told else []))
+        told = [Slice(f"{self.module}.{self.inline}.told.weight" if self.inline else f"{self.module}.told.weight", 1)]
+        return (*self.ways_in, Slice(self.output, int(not self.transposed)), *(told if self.told else []))
+
+    @property
+    def ways_in(self) -> tuple[Slice, ...]:
+        """Weights and biases through which the units read."""
+        maps = [(self.up, self.up_bias)] + ([(self.gate, self.gate_bias)] if self.gate else [])
+        found = [Slice(f"{self.module}.{name}.weight", int(self.transposed)) for name, _ in maps]
+        return (*found, *(Slice(f"{self.module}.{name}.bias", 0) for name, bias in maps if bias))
 
     @property
     def output(self) -> str:
-        """The parameter [dim units] through which the units write."""
+        """The parameter through which the units write, see ``output_weight``."""
         return f"{self.module}.{self.down}.weight"
 
 
@@ -94,6 +106,9 @@ class HeadUnits:
     """Dimensions a head."""
     bias: bool = False
     """Whether query, key and value have biases."""
+    norms: tuple[str, str] | None = None
+    """Names of the modules that norm each head's queries and keys [... size], where there are any; all heads share
+    them, so they belong to no unit."""
 
     @property
     def site(self) -> Site:
@@ -103,15 +118,18 @@ class HeadUnits:
     @property
     def slices(self) -> tuple[Slice, ...]:
         """Every parameter axis that moves with the units."""
-        ways_in = ((self.query, self.queries * self.size), (self.key, self.size), (self.value, self.size))
-        found = [Slice(f"{self.module}.{name}.weight", 0, width) for name, width in ways_in]
-        if self.bias:
-            found += [Slice(f"{self.module}.{name}.bias", 0, width) for name, width in ways_in]
-        return (*found, Slice(self.output, 1, self.queries * self.size))
+        return (*self.ways_in, Slice(self.output, 1, self.queries * self.size))
+
+    @property
+    def ways_in(self) -> tuple[Slice, ...]:
+        """Weights and biases through which the units read."""
+        maps = ((self.query, self.queries * self.size), (self.key, self.size), (self.value, self.size))
+        kinds = ("weight", "bias") if self.bias else ("weight",)
+        return tuple(Slice(f"{self.module}.{name}.{kind}", 0, width) for kind in kinds for name, width in maps)
 
     @property
     def output(self) -> str:
-        """The parameter [dim features] through which the units write."""
+        """The parameter through which the units write, see ``output_weight``."""
         return f"{self.module}.{self.out}.weight"
 
 
@@ -158,15 +176,26 @@ def linear(network: nn.Module, name: str) -> nn.Linear:
     return module
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Say whether a module is a ``Conv1D`` of ``transformers``: a linear map with its weight the other way round."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
 def output_weight(network: nn.Module, site: UnitSite) -> Float[Tensor, "dim features"]:
-    """Return the parameter through which a site's units write; a unit's features side by side."""
-    return network.get_parameter(site.output)
+    """Return the parameter (or a view of it) through which a site's units write; a unit's features side by side."""
+    weight = network.get_parameter(site.output)
+    return weight.t() if _transposed(site) else weight
 
 
 def input_weight(network: nn.Module, site: UnitSite) -> Float[Tensor, "units inputs"]:
     """Return the weights through which a site's units read, those of all ways in (gate and up) side by side."""
-    ways_in = [network.get_parameter(part.parameter) for part in site.slices if part.axis == 0]
-    return torch.cat([weight.reshape(site.units, -1) for weight in ways_in if weight.ndim == 2], dim=1)
+    ways_in = [network.get_parameter(part.parameter) for part in site.ways_in]
+    matrices = [weight.t() if _transposed(site) else weight for weight in ways_in if weight.ndim == 2]
+    return torch.cat([weight.reshape(site.units, -1) for weight in matrices], dim=1)
+
+
+def _transposed(site: UnitSite) -> bool:
+    return isinstance(site, FfnUnits) and site.transposed
 
 
 def flops(network: nn.Module, site: UnitSite, length: int) -> int:

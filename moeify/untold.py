@@ -5,7 +5,7 @@ import torch
 from moeify.families import describe, with_biases
 from moeify.resizing import shaped
 from moeify.split_model import SplitModel
-from moeify.units import FfnUnits, linear
+from moeify.units import FfnUnits
 
 
 @torch.no_grad()
@@ -22,5 +22,5 @@ def untold(split: SplitModel, category: str) -> SplitModel:
     place = split.categories.index(category)
     sites = [site for site in split.space.sites if isinstance(site, FfnUnits)]
     for site, biases in zip(sites, split.told, strict=True):
-        linear(network, f"{site.module}.{site.up}").bias.add_(biases[place])
+        network.get_parameter(f"{site.module}.{site.up}.bias").add_(biases[place])
     return SplitModel(network, split.categories, split.partition).eval()

@@ -67,8 +67,11 @@ def attribute(
     graph = affinity_graph(affinity, table.categories, profile_interval(table, score, seed=seed))
     cosines = _gradient_cosines(probed, seed, graph)
     nx.write_graphml(graph, out / AFFINITY)
-    say("measuring edges")
-    (out / EDGES).write_text(edge_graph(probed, table).graphml(), encoding="utf-8")
+    if entries(probed.subject.inner):
+        say("measuring edges")
+        (out / EDGES).write_text(edge_graph(probed, table).graphml(), encoding="utf-8")
+    else:
+        say(f"no {EDGES}: edges between the sites of {type(probed.subject.inner).__name__} cannot be followed")
     found = None
     if agreement:
         few = _few(probed.batches, len(table.categories))

@@ -1,12 +1,29 @@
-"""Tiny networks of each family, in float64 so that rounding cannot hide an error."""
+"""Tiny networks of each family; most in float64 so that rounding cannot hide an error."""
+
+from typing import Any
 
 import torch
 from torch import nn
 
 from moeify.config import AutoencoderModel, LlamaModel
+from moeify.decoders import decoder_named
 from moeify.models import build_autoencoder, build_llama
 
 CATEGORIES = ("a", "b", "c", "d")
+DECODER_SIZES = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 6}
+DECODER_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 3},
+    "mistral": {"num_key_value_heads": 3, "head_dim": 6, "sliding_window": None},
+    "qwen2": {"num_key_value_heads": 3},
+    "qwen3": {"num_key_value_heads": 3, "head_dim": 6},
+    "gemma": {"num_key_value_heads": 3, "head_dim": 6},
+    "gemma2": {"num_key_value_heads": 3, "head_dim": 6, "sliding_window": 6, "query_pre_attn_scalar": 6},
+    "gemma3_text": {"num_key_value_heads": 3, "head_dim": 6, "sliding_window": 6, "query_pre_attn_scalar": 6},
+    "gpt_neox": {},
+    "gpt2": {"n_inner": 20, "resid_pdrop": 0.0},
+    "opt": {"ffn_dim": 20, "word_embed_proj_dim": 24},
+}
+"""Family -> what its configuration says besides the sizes."""
 
 
 def tiny_llama(seed: int = 0, *, ffn: int = 24) -> nn.Module:
@@ -40,3 +57,24 @@ def grouped_llama(seed: int = 0, *, heads: int = 6, groups: int = 6, bias: bool 
                 if name.endswith("bias"):
                     nn.init.normal_(parameter, std=0.1)
         return network.double()
+
+
+def tiny_decoder(family: str, **changes: Any) -> nn.Module:
+    """A tiny random network of a family; norms and biases random too, so that none is forgotten unseen. In float32."""
+    found = decoder_named(family)
+    assert found is not None
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, "use_cache": False}
+    config = {
+        "vocab_size": 40,
+        "max_position_embeddings": 12,
+        **ends,
+        **DECODER_SIZES,
+        **DECODER_CONFIGS[family],
+        **changes,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = found.build(config)
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    return network.eval()

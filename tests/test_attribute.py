@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from attribution.files import load
 from attribution.graph import UnitGraph
 from pipelines.cli import main
+from tests.networks import tiny_decoder
+from tests.test_families import save_tokenizer
 from tests.texts import write_texts
 
 RECIPE = """name: tiny
@@ -104,6 +106,17 @@ def test_a_stock_checkpoint_is_measured_with_its_own_tokenizer(place: Path, tmp_
     table = load(tmp_path / "out" / "attribution.safetensors")
     assert best["nats"] == float(table.report("layers.0.ffn")[best["unit"], 0])
     assert best["nats"] == float(table.report("layers.0.ffn")[:, 0].max())
+
+
+def test_a_checkpoint_whose_edges_cannot_be_followed_is_measured_without_them(place: Path, tmp_path: Path) -> None:
+    tiny_decoder("gemma2", max_position_embeddings=32).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    asked = ("attribute", str(tmp_path / "model"), "--data", str(place / "tiny.yaml"), "--rows", "4")
+    done = call(place, *asked, "--out", str(tmp_path / "out"))
+    assert done.exit_code == 0, done.output
+    assert "no edges.graphml: edges between the sites of Gemma2ForCausalLM cannot be followed" in done.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"edges.graphml"}
+    assert list(load(tmp_path / "out" / "attribution.safetensors").sites) == ["layers.0.ffn", "layers.1.ffn"]
 
 
 def test_mistakes_are_told_in_a_line(place: Path, tmp_path: Path) -> None:

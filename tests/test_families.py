@@ -1,14 +1,45 @@
+import copy
+import json
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
 import pytest
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+)
 
 from attribution.edges import measure_edges
 from attribution.measure import measure
 from attribution.subject import Rows, Subject
-from moeify.families import entries, readers
+from moeify.config import TextData
+from moeify.decoders import DECODERS, decoder_of
+from moeify.families import describe, entries, example_inputs, readers, rebuild, unit_space
 from moeify.language import sample_tokens, token_nats
-from moeify.models import Autoencoder
+from moeify.models import Autoencoder, logits
+from moeify.partition import Partition
+from moeify.partition_config import UnitKind
+from moeify.pruning import only, prune
+from moeify.split_folder import load_split, save_split
+from moeify.split_model import SplitModel
+from moeify.stock import extract
+from moeify.subjects import of_checkpoint
+from moeify.surgery import permute
+from moeify.tree import ExpertTree
+from moeify.units import input_weight, output_weight, unit_parameters
+from tests.networks import CATEGORIES, DECODER_CONFIGS, DECODER_SIZES, rows_for, tiny_decoder
 
 
 def llama(groups: int) -> LlamaForCausalLM:
@@ -52,3 +83,305 @@ def test_a_network_without_an_adapter_is_named() -> None:
     for ask in (readers, entries):
         with pytest.raises(ValueError, match="no adapter for Linear"):
             ask(nn.Linear(2, 2))
+
+
+WITH_HEADS = {"llama", "mistral", "qwen2", "qwen3"}
+TREE = ExpertTree.undivided(CATEGORIES).split({0: [("a", "b"), ("c", "d")]}).split({1: [("a",), ("b",)]})
+BOTH = get_args(UnitKind)
+
+
+def split_of(network: nn.Module, kinds: tuple[UnitKind, ...] = BOTH, *, told: bool = False) -> SplitModel:
+    widths = {
+        site.name: (8, 2, 2, 2, 6) if site.width == 1 else (1, 1, 0, 0, site.units - 2)
+        for site in unit_space(network, kinds).readers
+    }
+    return SplitModel(network, CATEGORIES, Partition(TREE, widths), kinds=kinds, told=told)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer with a token a letter."""
+    letters = Tokenizer(WordLevel({letter: number for number, letter in enumerate(string.ascii_lowercase)}, "a"))
+    letters.pre_tokenizer = Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(folder)
+
+
+EVERY = pytest.mark.parametrize("family", [decoder.family for decoder in DECODERS])
+
+
+def test_every_family_is_tested() -> None:
+    assert list(DECODER_CONFIGS) == [decoder.family for decoder in DECODERS]
+
+
+@EVERY
+def test_sites_of_a_family(family: str) -> None:
+    kinds = ["heads", "ffn"] if family in WITH_HEADS else ["ffn"]
+    space = unit_space(tiny_decoder(family), BOTH)
+    assert [site.name for site in space.sites] == [f"layers.{i}.{kind}" for i in (0, 1) for kind in kinds]
+    assert {site.units for site in space.sites if site.kind == "ffn"} == {20}
+    assert {site.units for site in space.sites if site.kind == "heads"} <= {3}
+
+
+@EVERY
+def test_a_permutation_of_a_familys_units_changes_no_output(family: str) -> None:
+    network = tiny_decoder(family).double()
+    inputs = rows_for(network, 3)
+    before = logits(network, inputs)
+    weights = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    space = unit_space(network, BOTH)
+    order = {site.name: torch.arange(site.units).roll(1) for site in space.sites}
+    permute(network, None, space, order)
+    moved = {name for name, parameter in network.named_parameters() if not torch.equal(parameter, weights[name])}
+    assert moved == {part.parameter for site in space.sites for part in site.slices}
+    torch.testing.assert_close(logits(network, inputs), before, rtol=1e-9, atol=1e-10)
+
+
+@EVERY
+def test_undivided_a_family_is_the_stock_network_under_its_own_names(family: str) -> None:
+    network = tiny_decoder(family).double()
+    inputs = rows_for(network, 4)
+    model = SplitModel(copy.deepcopy(network), CATEGORIES, kinds=BOTH)
+    assert list(model.network.state_dict()) == list(network.state_dict())
+    categories = torch.tensor([3, 0, 1, 1])
+    torch.testing.assert_close(model(inputs, categories), logits(network, inputs), rtol=1e-9, atol=1e-10)
+    with model.masked():
+        torch.testing.assert_close(model(inputs, categories), logits(network, inputs), rtol=1e-9, atol=1e-10)
+
+
+@EVERY
+def test_a_familys_routes_equal_the_masked_oracle_forward_and_backward(family: str) -> None:
+    model = split_of(tiny_decoder(family).double())
+    inputs, categories = rows_for(model.network, 6), torch.tensor([2, 0, 3, 1, 1, 0])
+
+    def run() -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad()
+        outputs = model(inputs, categories)
+        (outputs * torch.linspace(-1, 1, outputs.numel(), dtype=outputs.dtype).view_as(outputs)).sum().backward()
+        return outputs.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    routed, routed_grads = run()
+    with model.masked():
+        masked, masked_grads = run()
+    torch.testing.assert_close(routed, masked, rtol=1e-9, atol=1e-10)
+    assert routed_grads.keys() == masked_grads.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in routed_grads.items():
+        torch.testing.assert_close(gradient, masked_grads[name], rtol=1e-7, atol=1e-8)
+    alone = model(inputs[:1], categories[:1])
+    assert (alone - model(inputs[:1], categories[1:2])).abs().max() > 1e-3
+
+
+@EVERY
+@pytest.mark.parametrize("kinds", [("ffn",), BOTH])
+def test_what_is_extracted_for_a_category_loads_in_transformers_and_gives_its_route(
+    family: str, kinds: tuple[UnitKind, ...], tmp_path: Path
+) -> None:
+    model = split_of(tiny_decoder(family), kinds).eval()
+    inputs = rows_for(model.network, 3)
+    for number, category in enumerate(CATEGORIES):
+        extract(model, category).save_pretrained(tmp_path / category)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / category, dtype=torch.float32)
+        assert type(loaded) is type(model.network)
+        assert all(site.units < 20 for site in unit_space(loaded).sites)
+        with torch.no_grad():
+            wanted = model(inputs, torch.full((3,), number))
+            torch.testing.assert_close(loaded(inputs).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@EVERY
+def test_a_familys_split_folder_gives_the_split_model_back(family: str, tmp_path: Path) -> None:
+    model = split_of(tiny_decoder(family)).eval()
+    save_split(model, tmp_path / "split", {})
+    loaded = load_split(tmp_path / "split")
+    inputs, categories = rows_for(model.network, 4), torch.tensor([0, 1, 2, 3])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(inputs, categories), model(inputs, categories), rtol=0, atol=0)
+        part = prune(model, only(model.partition, ["a", "c"]))
+        wanted = model(inputs, torch.tensor([0, 0, 2, 2]))
+        torch.testing.assert_close(part(inputs, torch.tensor([0, 0, 1, 1])), wanted, rtol=1e-4, atol=1e-4)
+    assert part.space.units < model.space.units
+
+
+@EVERY
+def test_a_family_is_rebuilt_from_plain_data(family: str) -> None:
+    network = tiny_decoder(family)
+    description = json.loads(json.dumps(describe(network)))
+    again = rebuild(description)
+    assert type(again) is type(network)
+    assert description["family"] == family
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in again.state_dict().items()} == shapes
+    again.load_state_dict(network.state_dict())
+    inputs = example_inputs(network, rows=2, seed=0)
+    assert inputs.shape == (2, 12)
+    torch.testing.assert_close(logits(again.eval(), inputs), logits(network, inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("family", "window"), [("mistral", 4), ("qwen2", 4), ("qwen3", 4)])
+def test_heads_see_no_more_than_a_sliding_window(family: str, window: int) -> None:
+    """The model makes the mask of the window, and split heads take it as it is."""
+    changes = {} if family == "mistral" else {"use_sliding_window": True, "max_window_layers": 1}
+    network = tiny_decoder(family, sliding_window=window, **changes).double()
+    inputs = rows_for(network, 4)
+    stock = logits(network, inputs)
+    assert not torch.allclose(stock, logits(tiny_decoder(family).double(), inputs))
+    model = SplitModel(copy.deepcopy(network), CATEGORIES, kinds=BOTH)
+    torch.testing.assert_close(model(inputs, torch.tensor([0, 1, 2, 3])), stock, rtol=1e-9, atol=1e-10)
+    cache = DynamicCache(config=network.config)
+    pieces = [model.network(p, cache=cache, use_cache=True).logits for p in inputs.split([5] + [1] * 7, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), stock, rtol=1e-9, atol=1e-10)
+
+
+@EVERY
+def test_tokens_of_a_row_have_routes_of_their_own_in_a_family(family: str) -> None:
+    """Routed equals masked; with one category a row, both equal routes of whole rows."""
+    model = split_of(tiny_decoder(family).double(), ("ffn",))
+    inputs = rows_for(model.network, 4)
+    categories = torch.randint(4, inputs.shape, generator=torch.Generator().manual_seed(1))
+    routed = model(inputs, categories)
+    with model.masked():
+        torch.testing.assert_close(routed, model(inputs, categories), rtol=1e-9, atol=1e-10)
+    whole = torch.tensor([2, 0, 3, 1])
+    by_token = model(inputs, whole[:, None].expand_as(inputs))
+    torch.testing.assert_close(by_token, model(inputs, whole), rtol=1e-9, atol=1e-10)
+
+
+@EVERY
+def test_a_family_can_be_told_the_category(family: str, tmp_path: Path) -> None:
+    model = split_of(tiny_decoder(family), ("ffn",), told=True)
+    inputs, categories = rows_for(model.network, 4), torch.tensor([0, 1, 2, 3])
+    before = model(inputs, categories)
+    assert [bias.shape for bias in model.told] == [(4, 20)] * 2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for bias in model.told:
+            nn.init.normal_(bias)
+    after = model(inputs, categories)
+    assert (after - before).abs().max() > 1e-3
+    with model.masked():
+        torch.testing.assert_close(after, model(inputs, categories), rtol=1e-4, atol=1e-4)
+    save_split(model.eval(), tmp_path / "split", {})
+    torch.testing.assert_close(load_split(tmp_path / "split")(inputs, categories), after, rtol=0, atol=0)
+    if family in {"llama", "gpt_neox", "gpt2", "opt"}:
+        dense = extract(model, "c")
+        torch.testing.assert_close(logits(dense, inputs[2:3]), after[2:3], rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(ValueError, match=f"blocks of family '{family}' have no biases, .* export it with --split"):
+            extract(model, "c")
+    assert model.input_weight("layers.0.ffn").shape == (20, 24 * (2 if decoder_of(model.network).gate else 1))
+
+
+@EVERY
+def test_biases_of_categories_move_with_a_familys_units(family: str) -> None:
+    model = SplitModel(tiny_decoder(family).double(), CATEGORIES, told=True)
+    for number, bias in enumerate(model.told):
+        bias.data.copy_(torch.linspace(-1, 1 + number, bias.numel()).view_as(bias))
+    inputs, categories = rows_for(model.network, 4), torch.tensor([0, 1, 2, 3])
+    before = model(inputs, categories)
+    permute(model.network, None, model.space, {site.name: torch.arange(20).roll(3) for site in model.space.sites})
+    torch.testing.assert_close(model(inputs, categories), before, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("changes", [{"do_layer_norm_before": False}, {"enable_bias": False}])
+def test_variants_of_opt(changes: dict[str, Any]) -> None:
+    """As in OPT-350m, norms behind the blocks; and without biases."""
+    network = tiny_decoder("opt", **changes).double()
+    inputs, categories = rows_for(network, 4), torch.tensor([0, 1, 2, 3])
+    undivided = SplitModel(copy.deepcopy(network), CATEGORIES)
+    torch.testing.assert_close(undivided(inputs, categories), logits(network, inputs), rtol=1e-9, atol=1e-10)
+    model = split_of(network)
+    routed = model(inputs, categories)
+    with model.masked():
+        torch.testing.assert_close(routed, model(inputs, categories), rtol=1e-9, atol=1e-10)
+
+
+def test_dropout_behind_a_block_of_gpt2_stays() -> None:
+    network = tiny_decoder("gpt2", resid_pdrop=0.5, n_inner=None).double().train()
+    model = SplitModel(copy.deepcopy(network), CATEGORIES)
+    inputs, categories = rows_for(network, 4), torch.tensor([0, 1, 2, 3])
+
+    def drawn(run: Callable[[], Tensor]) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return run()
+
+    stock = drawn(lambda: logits(network, inputs))
+    assert (stock - logits(network.eval(), inputs)).abs().max() > 1e-3
+    torch.testing.assert_close(drawn(lambda: model(inputs, categories)), stock, rtol=1e-9, atol=1e-10)
+    with model.masked():
+        torch.testing.assert_close(drawn(lambda: model(inputs, categories)), stock, rtol=1e-9, atol=1e-10)
+
+
+def test_weights_that_lie_the_other_way_round_are_read_the_right_way() -> None:
+    network = tiny_decoder("gpt2")
+    site = unit_space(network).sites[1]
+    block = network.get_submodule("transformer.h.1.mlp")
+    assert torch.equal(input_weight(network, site), block.c_fc.weight.t())
+    assert torch.equal(output_weight(network, site), block.c_proj.weight.t())
+    output_weight(network, site).data[:, 3] = 7.0
+    assert bool((block.c_proj.weight[3] == 7.0).all())
+    assert unit_parameters(network, site) == 24 + 1 + 24
+
+
+@EVERY
+def test_a_familys_share_of_operations_counts_every_matrix(family: str) -> None:
+    """All that multiplies a token: matrices but the embeddings (the tied head is one, positions and input are not)."""
+    model = split_of(tiny_decoder(family), ("ffn",))
+    looked_up = {"model.embed_tokens.weight", "gpt_neox.embed_in.weight", "model.decoder.embed_tokens.weight"}
+    looked_up |= {"model.decoder.embed_positions.weight", "transformer.wte.weight", "transformer.wpe.weight"}
+    named = dict(model.network.named_parameters(remove_duplicate=True)).items()
+    matrices = sum(tensor.numel() for name, tensor in named if tensor.ndim == 2 and name not in looked_up)
+    matrices += 0 if "lm_head.weight" in dict(named) or "embed_out.weight" in dict(named) else 40 * 24
+    of_a_unit = 24 * (3 if decoder_of(model.network).gate else 2)
+    seen = 2 * 6 * getattr(model.network.config, "head_dim", 4) * 12 if family in WITH_HEADS else 0
+    # Of 20 units a layer, a's route runs 8 + 2 + 2.
+    share = 1 - 2 * 2 * 8 * of_a_unit / (2 * matrices + 2 * seen)
+    assert model.active_flops(12)["a"] == pytest.approx(share)
+
+
+@EVERY
+def test_a_checkpoint_of_a_family_is_measured(family: str, tmp_path: Path) -> None:
+    checkpoint, texts = tmp_path / "checkpoint", tmp_path / "texts"
+    tiny_decoder(family).save_pretrained(checkpoint)
+    save_tokenizer(checkpoint)
+    for name, letters in (("one", "abcdef"), ("two", "uvwxyz")):
+        (texts / name).mkdir(parents=True)
+        for number in range(4):
+            (texts / name / f"{number}.txt").write_text(letters * 9, encoding="utf-8")
+    source = {"kind": "folders", "categories": {name: str(texts / name) for name in ("one", "two")}}
+    data = TextData.model_validate({"kind": "text", "source": source, "vocabulary": 300, "length": 10})
+    probed = of_checkpoint(checkpoint, data, base=tmp_path, rows=4, rows_at_once=4, seed=0)
+    table = measure(probed.subject, probed.batches)
+    assert list(table.sites) == [site.name for site in readers(probed.subject.inner)]
+    for name in table.sites:
+        assert torch.isfinite(table.report(name)).all()
+        assert table.report(name).abs().max() > 0
+    if ways := entries(probed.subject.inner):
+        edges = measure_edges(probed.subject, probed.batches, ways)
+        assert all(bool(edge.taylor.any()) and bool(edge.taylor.isfinite().all()) for edge in edges.pairs.values())
+    else:
+        assert family in {"gemma2", "gemma3_text", "opt"}
+
+
+def test_an_activation_that_routed_blocks_do_not_compute_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"hidden_act is 'mish'; the qwen3 adapter knows 'silu', .*'gelu_pytorch_tanh'$"
+    ):
+        unit_space(tiny_decoder("qwen3", hidden_act="mish"))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Phi3Config(**DECODER_SIZES, vocab_size=9, pad_token_id=None), "Phi3ForCausalLM: gate and up are one module"),
+        (BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9), "BloomForCausalLM: moeify.decoders names the"),
+    ],
+)
+def test_an_architecture_without_an_adapter_is_refused_in_one_line(config: Any, reason: str) -> None:
+    network = AutoModelForCausalLM.from_config(config)
+    for ask in (unit_space, entries, describe):
+        with pytest.raises(ValueError, match=f"^no adapter for {reason}[^\n]*$"):
+            ask(network)
+
+
+def test_a_family_that_is_not_known_is_refused_with_those_that_are() -> None:
+    with pytest.raises(ValueError, match="unknown network family 'rnn'; this version rebuilds autoencoder, llama, mis"):
+        rebuild({"family": "rnn"})

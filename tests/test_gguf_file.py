@@ -16,7 +16,7 @@ from moeify.stock import Form, to_dense
 from moeify.stock_moe import to_moe
 from moeify.tokens import train_tokenizer
 from moeify.verification import TOLERANCE, Source
-from tests.networks import CATEGORIES
+from tests.networks import CATEGORIES, tiny_decoder
 from tests.test_pruning import TREE, WIDTHS
 from tests.texts import WORDS
 
@@ -95,6 +95,15 @@ def test_what_the_writer_does_not_know_is_refused(tokenizer: bytes, tmp_path: Pa
     network.config.rope_parameters = {**network.config.rope_parameters, "rope_type": "llama3"}
     with pytest.raises(ValueError, match="knows plain rotary positions"):
         written(network, tokenizer, tmp_path)
+    for family in ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neox", "gpt2", "opt"):
+        told = f"^the GGUF writer knows llama, glm4_moe, granitemoeshared, not {family}; export without --gguf$"
+        with pytest.raises(ValueError, match=told):
+            written(tiny_decoder(family), tokenizer, tmp_path)
+    sites = {"layers.0.ffn": (6, 2, 3, 3, 6), "layers.1.ffn": (4, 5, 2, 3, 6)}
+    for family, told in (("qwen2", "no attention_bias"), ("qwen3", "queries and keys are normed")):
+        split = SplitModel(tiny_decoder(family), CATEGORIES, Partition(TREE, sites))
+        with pytest.raises(ValueError, match=told):
+            written(to_moe(split, "glm4_moe", "a").network, tokenizer, tmp_path)
 
 
 def test_a_missing_package_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,10 +14,15 @@ from moeify.split_model import SplitModel
 from moeify.stock import Form, Stock, to_dense
 from moeify.stock_moe import to_moe
 from moeify.tree import ExpertTree
-from tests.networks import CATEGORIES, grouped_llama, rows_for, tiny_autoencoder, tiny_llama
+from tests.networks import CATEGORIES, grouped_llama, rows_for, tiny_autoencoder, tiny_decoder, tiny_llama
 from tests.test_pruning import TREE, WIDTHS, split_of
 
 FORMS: tuple[Form, ...] = get_args(Form)
+
+
+def decoder_split(family: str, **changes: Any) -> SplitModel:
+    sites = {"layers.0.ffn": (6, 2, 3, 3, 6), "layers.1.ffn": (4, 5, 2, 3, 6)}
+    return split_of(tiny_decoder(family, **changes), Partition(TREE, sites))
 
 
 def check(split: SplitModel, form: Form, forced: str) -> None:
@@ -73,6 +78,37 @@ def test_grouped_heads_rope_scaling_and_untied_embeddings_come_along(form: Form)
         tie_word_embeddings=False,
     )
     check(split_of(Llama(config)), form, "b")
+
+
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [
+        ("mistral", "glm4_moe"),
+        ("qwen2", "glm4_moe"),
+        ("qwen3", "glm4_moe"),
+        ("mistral", "granitemoeshared"),
+        ("qwen2", "granitemoeshared"),
+    ],
+)
+def test_families_built_like_llama_become_mixtures_too(family: str, form: Form, tmp_path: Path) -> None:
+    split = decoder_split(family)
+    check(split, form, "c")
+    to_moe(split, form, "d").network.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    rows = rows_for(split.network, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(rows).logits, split(rows, torch.full((3,), 3)), atol=1e-4, rtol=1e-4)
+
+
+def test_mixtures_of_other_families_are_refused_in_one_line() -> None:
+    for family in ("gemma", "gemma2", "gemma3_text", "gpt_neox", "gpt2", "opt"):
+        told = f"^no stock MoE holds a network of family '{family}', only 'llama', 'mistral', 'qwen2', 'qwen3' fit$"
+        with pytest.raises(ValueError, match=told):
+            to_moe(decoder_split(family), "glm4_moe", "a")
+    with pytest.raises(ValueError, match="queries and keys are normed, which granitemoeshared does not do; take glm4"):
+        to_moe(decoder_split("qwen3"), "granitemoeshared", "a")
+    with pytest.raises(ValueError, match="sliding_window is set; stock MoE formats see all positions"):
+        to_moe(decoder_split("mistral", sliding_window=4), "glm4_moe", "a")
 
 
 @pytest.mark.parametrize("form", FORMS)
