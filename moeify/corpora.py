@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeify import excerpts
-from moeify.config import BuiltinSource
+from moeify.data_config import BuiltinSource
 from moeify.documents import Document
 
 LEAST_BYTES = 200

@@ -11,7 +11,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from moeify import rows as rows_of
-from moeify.config import AutoencoderModel, DigitsData, RunConfig
+from moeify.config import AutoencoderModel, RunConfig
+from moeify.data_config import DigitsData
 from moeify.models import build_autoencoder
 from moeify.task import Batch, HeldOut
 

@@ -21,7 +21,7 @@ from sklearn.utils.extmath import randomized_svd
 
 import moeify.clusters
 from moeify.clusters import k_means, unit_rows
-from moeify.config import Discover, cluster_names
+from moeify.data_config import Discover, cluster_names
 from moeify.documents import SPLITS, Split
 
 _TELLING = 10

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moeify import rows as rows_of
-from moeify.config import LlamaModel, RunConfig, TextData
+from moeify.config import LlamaModel, RunConfig
+from moeify.data_config import TextData
 from moeify.documents import Split
 from moeify.models import build_llama
 from moeify.task import Batch, HeldOut

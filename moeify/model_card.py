@@ -9,7 +9,8 @@ from typing import assert_never
 
 from moeify import fresh_check
 from moeify.arms import Arm
-from moeify.config import DigitsData, RunConfig, TextData
+from moeify.config import RunConfig
+from moeify.data_config import DigitsData, TextData
 from moeify.decoders import config_of, decoder_of
 from moeify.families import describe
 from moeify.result import Result

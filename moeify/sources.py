@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, assert_never, cast
 
 from moeify import corpora
-from moeify.config import InstalledText, JsonLines, Source, TextFolders
+from moeify.data_config import InstalledText, JsonLines, Source, TextFolders
 from moeify.documents import Document, distinct
 
 LEAST_MEGABYTES = 2.0

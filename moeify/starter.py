@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moeify import strict_yaml, tokens
-from moeify.config import Discover, JsonLines, RunConfig, TextData, TextFolders
+from moeify.config import RunConfig
+from moeify.data_config import Discover, JsonLines, TextData, TextFolders
 from moeify.plan import check_categories
 from moeify.recipe import parse_recipe
 from moeify.survey import Survey

@@ -14,7 +14,8 @@ from attribution.subject import Rows, Subject
 from moeify import rows as rows_of
 from moeify import tokens as tokens_of
 from moeify.arms import Arm
-from moeify.config import RunConfig, TextData
+from moeify.config import RunConfig
+from moeify.data_config import TextData
 from moeify.documents import Document
 from moeify.families import readers
 from moeify.language import sample_tokens, token_nats

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moeify import sources
-from moeify.config import JsonLines, TextFolders
+from moeify.data_config import JsonLines, TextFolders
 from moeify.documents import SPLITS
 
 _PEEK = 2000

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import assert_never
 
-from moeify.config import DigitsData, RunConfig, TextData
+from moeify.config import RunConfig
+from moeify.data_config import DigitsData, TextData
 from moeify.task import Task
 
 

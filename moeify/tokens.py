@@ -22,7 +22,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from moeify import corpora, documents, excerpts, sources
-from moeify.config import Discover, TextData
+from moeify.data_config import Discover, TextData
 from moeify.documents import SPLITS, Document, Split
 
 END = "<|end|>"

@@ -137,7 +137,7 @@ def _extra(name: str) -> Check:
 def _texts() -> Check:
     """Read the installed text, as the recipe ``text`` does."""
     from moeify import corpora
-    from moeify.config import InstalledText
+    from moeify.data_config import InstalledText
     from moeify.sources import LEAST_MEGABYTES
 
     told, short = [], []

@@ -8,7 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from moeify.config import JsonLines, RunConfig, TextData, TextFolders
+from moeify.config import RunConfig
+from moeify.data_config import JsonLines, TextData, TextFolders
 
 RECIPE = "recipe.yaml"
 """File of the recipe in a package."""

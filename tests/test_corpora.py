@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from moeify import corpora
-from moeify.config import BuiltinSource, InstalledText
+from moeify.data_config import BuiltinSource, InstalledText
 from moeify.documents import Document, distinct, divide
 from moeify.sources import read
 

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from moeify.config import Discover, RunConfig, TextData
+from moeify.config import RunConfig
+from moeify.data_config import Discover, TextData
 from moeify.discover import Clusters, cluster, report
 from moeify.documents import SPLITS, Split
 from moeify.recipe import RecipeError, parse_recipe, to_yaml

@@ -24,7 +24,7 @@ from transformers import (
 from attribution.edges import measure_edges
 from attribution.measure import measure
 from attribution.subject import Rows, Subject
-from moeify.config import TextData
+from moeify.data_config import TextData
 from moeify.decoders import DECODERS, decoder_of
 from moeify.families import describe, entries, example_inputs, readers, rebuild, unit_space
 from moeify.language import sample_tokens, token_nats

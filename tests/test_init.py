@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from moeify.config import TextFolders
+from moeify.data_config import TextFolders
 from moeify.recipe import load_recipe
 from moeify.starter import Machine, _shape, starter
 from moeify.survey import look

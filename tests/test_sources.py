@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moeify.config import InstalledText, JsonLines, TextFolders
+from moeify.data_config import InstalledText, JsonLines, TextFolders
 from moeify.sources import fingerprint, read
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from moeify.config import JsonLines, TextFolders
+from moeify.data_config import JsonLines, TextFolders
 from moeify.survey import look
 from tests.surveyed import entries, write_folders, write_lines
 

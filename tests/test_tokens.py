@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moeify import tokens as tokens_of
-from moeify.config import JsonLines, TextData
+from moeify.data_config import JsonLines, TextData
 from moeify.documents import Document
 from moeify.tokens import END, Tokens, encode, prepare, train_tokenizer
 from tests.texts import write_texts

@@ -50,7 +50,7 @@ def _probed(
     target: str, arm: Arm | None, data: str | None, rows: int | None
 ) -> tuple[str, "Probed", "RunConfig", Path, float]:
     """Return what to call the model, what to measure, the recipe, the folder of files and the share a cut removes."""
-    from moeify.config import TextData
+    from moeify.data_config import TextData
     from moeify.recipe import load_recipe, parse_recipe
     from moeify.split_folder import arms_of_run
     from moeify.subjects import of_checkpoint, of_run
