@@ -83,12 +83,10 @@ def check_step(budget: Budget, step: float, now: Standing) -> None:
 
 
 def deepest(cut: Callable[[float], Proposal], least: float, most: float, fits: Callable[[Proposal], bool]) -> Proposal:
-    """Return the cut with the largest separation from ``least`` to ``most`` that fits, to a sixty-fourth of the way.
+    """Return the deepest cut that fits, from a separation of ``least`` to ``most``, which does not; to a sixty-fourth.
 
     Takes it that what fits at a separation fits below it. Raises NoStepLeftError where not even the smallest fits.
     """
-    if fits(whole := cut(most)):
-        return whole
     if not fits(found := cut(least)):
         got = found.partition.separation
         raise NoStepLeftError(f"no step left: even a separation of {got:.3f} is expected to cost more than the budget")

@@ -177,17 +177,15 @@ class _Loop:
         score, tree, seed = self.config.attribution.score, self.config.tree, self.config.seed
         known = split.partition, tables["split"], split.output_weights
         choices = menu(*known, partition, rounds, score, tree, passed, split.input_weight, seed, self.terms)
-        proposal = choices.cut(asked)
-        room = self._separation(proposal.partition)
-        if budget:
 
-            def fits(cut: Proposal) -> bool:
-                then = self._standing(self._tried(cut, tables["split"]), rows["dense"])
-                return expected_use(now, then, self.state.rounds) <= 1.0
+        def fits(cut: Proposal) -> bool:
+            then = self._standing(self._tried(cut, tables["split"]), rows["dense"])
+            return expected_use(now, then, self.state.rounds) <= 1.0
 
-            proposal = deepest(choices.cut, reached + budget.least_step, asked, fits)
+        proposal, why = choices.cut(asked), "widths leave no more room"
+        if budget and not fits(proposal):
+            proposal, why = deepest(choices.cut, reached + budget.least_step, asked, fits), "the budget allows no more"
         if (got := self._separation(proposal.partition)) < asked - 1e-9:
-            why = "the budget allows no more" if got < room else "widths leave no more room"
             self.say.phase("partition", phase.round, f"separation {got:.3f} of {asked:.3f}: {why}")
         return proposal, tables
 

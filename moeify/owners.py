@@ -90,7 +90,7 @@ class LeafUnits:
     def inputs(self) -> Float64[np.ndarray, "leaf_units inputs"]:
         """Return the leaf's input weights."""
         if self.reads is None:
-            raise ValueError(f"site {self.site!r}: got no input weights, wanted [units inputs]; give propose() reads")
+            raise ValueError(f"site {self.site!r}: got no input weights, wanted [units inputs]; give menu() reads")
         return self.mine(self.reads(self.site)).double().cpu().numpy()
 
     def random(self) -> np.random.Generator:

@@ -66,35 +66,16 @@ class Menu:
     """(site, leaf) -> exchanges of units that lower J; none where ``config.refine`` is off."""
 
     def cut(self, separation: float) -> Proposal:
-        """Return the cut to a separation (of what units cost), or as far as there is room, that costs the least J."""
+        """Return the cut to a separation (of what units cost) that costs the least J.
+
+        Where rounding to whole multiples leaves too little room for it, the cut goes as far as there is room.
+        """
         chosen = _spend(self.partition, self.config, self.terms, separation, self.groups, self.choices)
         for key, exchange in self.exchanges.items():
             owner_L = exchange.settle(chosen[key].owner_L)
             chosen[key] = replace(chosen[key], owner_L=owner_L, predicted=exchange.residual(owner_L))
         owned = {key: choice.owner_L for key, choice in chosen.items()}
         return _proposal(self.partition, self.groups, owned, sum(choice.predicted for choice in chosen.values()))
-
-
-def propose(
-    partition: Partition,
-    table: AttributionTable,
-    weights: Mapping[str, Float[Tensor, "dim _"]],
-    config: PartitionConfig,
-    rounds: Sequence[Round],
-    score: Unsigned,
-    tree: Nested | None = None,
-    only: Collection[int] | None = None,
-    reads: Callable[[str], Float[Tensor, "units inputs"]] | None = None,
-    seed: int = 0,
-    terms: Terms | None = None,
-) -> Proposal:
-    """Choose the first of ``rounds`` to come: split every leaf that has several categories (``menu``).
-
-    Where rounding to ``config.multiple`` leaves too little room for the round's separation, the cut goes as far as
-    there is room.
-    """
-    known = partition, table, weights, config, rounds, score, tree, only, reads, seed, terms
-    return menu(*known).cut(rounds[0].separation)
 
 
 def menu(

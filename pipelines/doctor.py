@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
@@ -70,7 +71,7 @@ def examine() -> Iterator[Check]:
         "cluster": _cluster,
         "mlflow": _mlflow,
         "texts": _texts,
-        **{name: lambda name=name: _extra(name) for name in _EXTRAS},  # type: ignore[misc]
+        **{name: partial(_extra, name) for name in _EXTRAS},
     }
     for name, look in looks.items():
         try:

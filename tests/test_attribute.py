@@ -1,55 +1,27 @@
 """`moeify attribute` through the real command line, on a small run, on a checkpoint, and on bad input."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import networkx as nx
 import pyarrow.parquet
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from attribution.files import load
 from attribution.graph import UnitGraph
-from pipelines.cli import main
+from tests.finished_runs import TINY, call, finish
 from tests.networks import tiny_decoder
 from tests.test_families import save_tokenizer
-from tests.texts import write_texts
 
-RECIPE = """name: tiny
-data: {kind: text, source: {kind: jsonl, path: texts.jsonl}, vocabulary: 300, length: 16}
-model: {kind: llama, hidden: 16, layers: 2, heads: 4, ffn: 32}
-training: {steps: 12, rows: 8}
-attribution: {rows: 8, rows_at_once: 8}
-partition: {multiple: 2, min_units: 2}
-rounds: [{train: 4, recover: 4, separation: 0.4}]
-evaluation: {validation_rows: 8, test_rows: 8, rows_at_once: 8}
-"""
 FILES = {"affinity.graphml", "edges.graphml", "attribution.parquet", "attribution.png", "attribution.safetensors"}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the recipe and, in its runs, a finished run."""
-    place = tmp_path_factory.mktemp("attribute")
-    write_texts(place)
-    (place / "tiny.yaml").write_text(RECIPE, encoding="utf-8")
-    # In a process of its own: MLflow warns when it is first used, and here warnings are errors.
-    command = [sys.executable, "-m", "pipelines", "run", str(place / "tiny.yaml"), "--local", "--quiet"]
-    subprocess.run(command, env={**os.environ, **environment(place)}, check=True)
-    return place
-
-
-def environment(place: Path) -> dict[str, str]:
-    return {"MOEIFY_HOME": str(place / "runs"), "MOEIFY_CACHE": str(place / "cache"), "COLUMNS": "80"}
-
-
-def call(place: Path, *arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments, env=environment(place))
+    return finish(tmp_path_factory.mktemp("attribute"), {"tiny": TINY})
 
 
 def test_a_run_is_measured_and_leaves_files(place: Path, tmp_path: Path) -> None:

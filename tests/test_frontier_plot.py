@@ -7,20 +7,13 @@ from matplotlib.figure import Figure
 from moeify.comparison import Job, rows
 from pipelines import frontier_plot
 from pipelines.frontier_plot import frontier
+from tests.figures import kept
 
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Figures as they were saved."""
-    seen: list[Figure] = []
-    save = frontier_plot.save_png
-
-    def keep(figure: Figure, path: Path) -> Path:
-        seen.append(figure)
-        return save(figure, path)
-
-    monkeypatch.setattr(frontier_plot, "save_png", keep)
-    return seen
+    return kept(monkeypatch, frontier_plot)
 
 
 def test_every_method_is_on_it_where_its_tax_and_separation_are(tmp_path: Path, figures: list[Figure]) -> None:

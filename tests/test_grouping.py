@@ -15,8 +15,8 @@ from moeify.given_tree import Nested
 from moeify.grouping import NothingToSplitError, choose_groups
 from moeify.partition import Partition
 from moeify.partition_config import Partition as PartitionConfig
-from moeify.propose import propose
 from moeify.trials import Trials
+from tests.proposals import propose
 from tests.tables import empty_table
 
 UNITS, DIM = 24, 3

@@ -17,8 +17,8 @@ from moeify.owners import LeafUnits, owners
 from moeify.partition import Partition
 from moeify.partition_config import Owners
 from moeify.partition_config import Partition as PartitionConfig
-from moeify.propose import propose
 from moeify.recipe import RecipeError, parse_recipe, to_yaml
+from tests.proposals import propose
 from tests.toy import TEXT_CONFIG, ToyTextTask, toy_config
 
 KINDS = [get_args(way.__annotations__["kind"])[0] for way in get_args(get_args(Owners)[0])]

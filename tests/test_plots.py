@@ -15,6 +15,7 @@ from attribution.heatmap import thinned
 from moeify.events import RoundEnded
 from pipelines import plots, round_files
 from pipelines.runs import RunFolder
+from tests.figures import kept
 
 
 @pytest.fixture
@@ -27,15 +28,7 @@ def folder(tmp_path: Path) -> RunFolder:
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Figures as they were saved."""
-    seen: list[Figure] = []
-    save = plots.save_png
-
-    def keep(figure: Figure, path: Path) -> Path:
-        seen.append(figure)
-        return save(figure, path)
-
-    monkeypatch.setattr(plots, "save_png", keep)
-    return seen
+    return kept(monkeypatch, plots)
 
 
 def png_size(path: Path) -> tuple[int, int]:

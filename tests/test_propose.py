@@ -7,8 +7,9 @@ from moeify.config import Round
 from moeify.grouping import NothingToSplitError
 from moeify.partition import Partition
 from moeify.partition_config import Partition as PartitionConfig
-from moeify.propose import propose, shuffled
+from moeify.propose import shuffled
 from moeify.terms import SiteTerms, Terms, costs
+from tests.proposals import propose
 
 CATEGORIES = ("a", "b", "c", "d")
 UNITS, DIM = 16, 3

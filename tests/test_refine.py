@@ -12,8 +12,8 @@ from attribution.table import AttributionTable, SiteSums
 from moeify.config import Round
 from moeify.partition import Partition
 from moeify.partition_config import Partition as PartitionConfig
-from moeify.propose import propose
 from moeify.refine import Exchange
+from tests.proposals import propose
 
 CATEGORIES = ("a", "b")
 DIM = 3

@@ -1,30 +1,16 @@
 """`moeify route` and `moeify generate` through the real command line, on small runs, and on bad input."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
 from moeify.routers import load_router, save_router
 from moeify.store import CorruptCheckpointError
-from pipelines.cli import main
-from tests.texts import write_texts
+from tests.finished_runs import TINY, call, finish
 
-TEXT = """name: tiny
-data: {kind: text, source: {kind: jsonl, path: texts.jsonl}, vocabulary: 300, length: 16}
-model: {kind: llama, hidden: 16, layers: 2, heads: 4, ffn: 32}
-training: {steps: 12, rows: 8}
-attribution: {rows: 8, rows_at_once: 8}
-partition: {multiple: 2, min_units: 2}
-rounds: [{train: 4, recover: 4, separation: 0.4}]
-evaluation: {validation_rows: 8, test_rows: 8, rows_at_once: 8}
-controls: [told]
-"""
+TEXT = TINY + "controls: [told]\n"
 DIGITS = """name: images
 data: {kind: digits}
 model: {kind: autoencoder, hidden: 40, code: 4}
@@ -39,22 +25,7 @@ evaluation: {validation_rows: 16, test_rows: 16, rows_at_once: 20}
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run of text and one of images."""
-    place = tmp_path_factory.mktemp("route")
-    write_texts(place)
-    for name, recipe in (("tiny", TEXT), ("images", DIGITS)):
-        (place / f"{name}.yaml").write_text(recipe, encoding="utf-8")
-        # In a process of its own: MLflow warns when it is first used, and here warnings are errors.
-        command = [sys.executable, "-m", "pipelines", "run", str(place / f"{name}.yaml"), "--local", "--quiet"]
-        subprocess.run(command, env={**os.environ, **environment(place)}, check=True)
-    return place
-
-
-def environment(place: Path, **more: str) -> dict[str, str]:
-    return {"MOEIFY_HOME": str(place / "runs"), "MOEIFY_CACHE": str(place / "cache"), "COLUMNS": "80"} | more
-
-
-def call(place: Path, *arguments: str, **more: str) -> Result:
-    return CliRunner().invoke(main, arguments, env=environment(place, **more))
+    return finish(tmp_path_factory.mktemp("route"), {"tiny": TEXT, "images": DIGITS})
 
 
 def folder(place: Path, name: str) -> Path:

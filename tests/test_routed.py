@@ -14,6 +14,7 @@ from moeify.split_model import SplitModel
 from moeify.tree import ExpertTree
 from moeify.units import Activation, FfnUnits
 from tests.networks import CATEGORIES, rows_for, tiny_autoencoder, tiny_llama
+from tests.oracles import assert_equals_the_masked_oracle
 from tests.trees import partitions
 
 NETWORKS = {"llama": tiny_llama(), "autoencoder": tiny_autoencoder()}
@@ -25,13 +26,6 @@ def split_of(family: str, partition: Partition) -> SplitModel:
     return SplitModel(copy.deepcopy(NETWORKS[family]), categories, partition).double()
 
 
-def gradients(model: SplitModel, inputs: torch.Tensor, categories: torch.Tensor) -> list[torch.Tensor]:
-    model.zero_grad()
-    outputs = model(inputs, categories)
-    (outputs * torch.linspace(-1, 1, outputs.numel(), dtype=outputs.dtype).view_as(outputs)).sum().backward()
-    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-
-
 @settings(deadline=None, max_examples=25)
 @given(st.data(), st.sampled_from(["llama", "autoencoder"]), st.integers(1, 9), st.integers(0, 99))
 def test_rectangles_equal_the_masked_oracle_forward_and_backward(
@@ -41,12 +35,7 @@ def test_rectangles_equal_the_masked_oracle_forward_and_backward(
     model = split_of(family, partition)
     inputs = rows_for(model.network, rows, seed)
     categories = torch.randint(len(model.categories), (rows,), generator=torch.Generator().manual_seed(seed))
-    routed, routed_grads = model(inputs, categories), gradients(model, inputs, categories)
-    with model.masked():
-        masked, masked_grads = model(inputs, categories), gradients(model, inputs, categories)
-    torch.testing.assert_close(routed, masked, rtol=1e-9, atol=1e-12)
-    for one, other in zip(routed_grads, masked_grads, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert_equals_the_masked_oracle(model, inputs, categories)
 
 
 @pytest.mark.parametrize("family", ["llama", "autoencoder"])
@@ -125,13 +114,9 @@ def test_tokens_of_one_row_run_along_routes_of_their_own(data: st.DataObject, ro
     model = split_of("llama", data.draw(partitions(SITES["llama"])))
     inputs = rows_for(model.network, rows, seed)
     categories = torch.randint(len(model.categories), inputs.shape, generator=torch.Generator().manual_seed(seed))
-    routed, routed_grads = model(inputs, categories), gradients(model, inputs, categories)
+    routed = model(inputs, categories)
     torch.testing.assert_close(routed, by_hand(model, inputs, categories), rtol=1e-9, atol=1e-12)
-    with model.masked():
-        masked, masked_grads = model(inputs, categories), gradients(model, inputs, categories)
-    torch.testing.assert_close(routed, masked, rtol=1e-9, atol=1e-12)
-    for one, other in zip(routed_grads, masked_grads, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert_equals_the_masked_oracle(model, inputs, categories)
 
 
 @settings(deadline=None, max_examples=10)

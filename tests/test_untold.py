@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeify.evaluation import held_out_loss
+from moeify.events import Evaluated, MemoryTracker
 from moeify.loop import run
 from moeify.partition import Partition
 from moeify.pruning import only, prune
@@ -123,7 +124,17 @@ def test_a_first_cut_that_is_rolled_back_forks_again_with_biases_of_zero(
     monkeypatch.setattr("moeify.loop.tax", lambda loss, twin: {**dict.fromkeys(loss, 1.0), "mean": 1.0})
     monkeypatch.setattr("moeify.loop.check_step", lambda *_: None)
     monkeypatch.setattr("moeify.loop.expected_use", lambda *_: 0.0)
-    config = toy_config(budget={"tax": 0.5}, partition={"multiple": 2, "min_units": 2, "told": True})
-    result = run(config, ToyTask(config), store=FolderStore(tmp_path, 1))
+    config = toy_config(
+        budget={"tax": 0.5},
+        partition={"multiple": 2, "min_units": 2, "told": True},
+        rounds=[{"train": 20, "recover": 10, "separation": 0.3}, {"train": 0, "recover": 5, "separation": 0.4}],
+    )
+    tracker = MemoryTracker()
+    result = run(config, ToyTask(config), store=FolderStore(tmp_path, 1), tracker=tracker)
     assert [r.outcome for r in result.rounds] == ["rolled back", "rolled back"]
-    assert load_from_run(tmp_path).told  # undivided, and told: it went on training from the twin's weights
+    seen = {e.id: e.loss for e in tracker.events.values() if isinstance(e, Evaluated)}
+    for arm in ("split", "random"):
+        assert seen[f"evaluated/{arm}/1/before_cut"] == seen["evaluated/dense/1/before_cut"]
+        assert seen[f"evaluated/{arm}/2/before_cut"] == seen[f"evaluated/{arm}/1/before_cut"]
+        assert seen[f"evaluated/{arm}/1/recovered"] != seen[f"evaluated/{arm}/1/before_cut"]
+    assert all(bool(biases.any()) for biases in load_from_run(tmp_path).told)  # they are learned again since

@@ -1,0 +1,25 @@
+"""A cut in one go, as the loop makes it without a budget."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from attribution.table import AttributionTable, Unsigned
+from moeify.config import Round
+from moeify.partition import Partition
+from moeify.partition_config import Partition as PartitionConfig
+from moeify.propose import Proposal, menu
+
+
+def propose(
+    partition: Partition,
+    table: AttributionTable,
+    weights: Mapping[str, Tensor],
+    config: PartitionConfig,
+    rounds: Sequence[Round],
+    score: Unsigned,
+    *more: Any,
+    **others: Any,
+) -> Proposal:
+    return menu(partition, table, weights, config, rounds, score, *more, **others).cut(rounds[0].separation)
