@@ -33,10 +33,10 @@ from attribution.subject import Rows, Subject
 from attribution.table import AttributionTable
 from benchmarks.report import Cell, Figure, parser, report
 from benchmarks.studies import STUDIES, NoDataError, Study
-from moeify.assignment import assign
 from moeify.comparison import mean_interval
-from moeify.compensation import compensate
-from moeify.knapsack import Curve, cheapest
+from moeify.splitting.assignment import assign
+from moeify.splitting.compensation import compensate
+from moeify.splitting.knapsack import Curve, cheapest
 
 CORE = 1 / 3
 """The share of all units that stays with every category."""

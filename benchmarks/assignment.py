@@ -14,7 +14,7 @@ from jaxtyping import Float64, Int
 from scipy.optimize import linear_sum_assignment
 
 from benchmarks.report import Cell, Figure, arguments, report
-from moeify.assignment import assign
+from moeify.splitting.assignment import assign
 
 _REPEATS = 5
 _Method = Callable[[np.ndarray, np.ndarray], np.ndarray]

@@ -20,10 +20,10 @@ from torch.profiler import ProfilerActivity, profile
 from attribution.measure import Moments, measure
 from attribution.subject import Rows, Subject
 from benchmarks.report import Cell, Figure, arguments, report
-from moeify.config import LlamaModel
-from moeify.families import readers
-from moeify.language import sample_tokens, token_nats
-from moeify.models import build_llama
+from moeify.models.build import build_llama
+from moeify.models.families import readers
+from moeify.recipe.config import LlamaModel
+from moeify.tasks.language import sample_tokens, token_nats
 
 CATEGORIES = ("a", "b", "c", "d")
 VOCABULARY, LENGTH, ROWS, BATCHES = 4096, 128, 16, 2

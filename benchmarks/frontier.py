@@ -16,10 +16,10 @@ from pathlib import Path
 
 from benchmarks.report import Cell, Figure, parser, report
 from moeify.comparison import LOOP, Interval, Job, Row, jobs, rows
-from moeify.config import RunConfig
 from moeify.jobs import Places
-from moeify.recipe import parse_recipe
-from moeify.variants import methods
+from moeify.recipe.config import RunConfig
+from moeify.recipe.load import parse_recipe
+from moeify.recipe.variants import methods
 from pipelines.compare import Comparison, progress_line, run_jobs
 from pipelines.runs import cache
 

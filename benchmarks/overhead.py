@@ -27,11 +27,11 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.report import Figure, arguments, report
-from moeify.config import RunConfig
-from moeify.partition import Partition
-from moeify.recipe import parse_recipe, to_yaml
-from moeify.split_model import SplitModel
-from moeify.tasks import build_task
+from moeify.recipe.config import RunConfig
+from moeify.recipe.load import parse_recipe, to_yaml
+from moeify.routed.split_model import SplitModel
+from moeify.splitting.partition import Partition
+from moeify.tasks.build import build_task
 from moeify.training import Contestant, learning_rate
 from pipelines.runs import cache, every
 

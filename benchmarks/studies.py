@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from attribution.sites import Site
 from attribution.subject import Rows, Subject
-from moeify.families import readers
-from moeify.language import sample_tokens, token_nats
+from moeify.models.families import readers
+from moeify.tasks.language import sample_tokens, token_nats
 
 HELD_OUT = 64
 """Rows of text of each category that losses after retraining are taken on."""
@@ -67,9 +67,9 @@ def folder() -> Path:
 
 def text(seed: int, rows: int, quick: bool) -> Study:
     """The dense network of the shipped text recipe, trained as the recipe says (FFN neurons and heads)."""
-    from moeify.recipe import parse_recipe
-    from moeify.split_model import SplitModel
-    from moeify.tasks import build_task
+    from moeify.recipe.load import parse_recipe
+    from moeify.routed.split_model import SplitModel
+    from moeify.tasks.build import build_task
     from moeify.training import Contestant, train
     from moeify.world import Solo
     from pipelines.runs import cache

@@ -6,9 +6,9 @@ The names below load on first use, so that ``import moeify`` costs nothing.
 from typing import Any
 
 _HOMES = {
-    "RunConfig": "moeify.config",
-    "build_task": "moeify.tasks",
-    "load_recipe": "moeify.recipe",
+    "RunConfig": "moeify.recipe.config",
+    "build_task": "moeify.tasks.build",
+    "load_recipe": "moeify.recipe.load",
     "load_split": "moeify.split_folder",
     "run": "moeify.loop",
 }

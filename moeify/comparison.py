@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
-from moeify.arms import Arm
-from moeify.config import RunConfig
+from moeify.recipe.arms import Arm
+from moeify.recipe.config import RunConfig
+from moeify.recipe.variants import methods as known_methods
+from moeify.recipe.variants import scaled, variant
 from moeify.result import MEAN, Result
-from moeify.variants import methods as known_methods
-from moeify.variants import scaled, variant
 
 LOOP = "loop"
 """The method that all others are held against; it alone trains the told twin, which is every method's."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import assert_never
 
-from moeify.config import Budget
 from moeify.events import RoundEnded, Stop
-from moeify.propose import Proposal
+from moeify.recipe.config import Budget
 from moeify.result import MEAN
+from moeify.splitting.propose import Proposal
 
 _HALVINGS = 6
 """How often a step is bisected: to a sixty-fourth of what the round asks for."""

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from moeify.arms import Arm
-from moeify.config import Evaluation
 from moeify.events import RoundEnded, Stop
+from moeify.recipe.arms import Arm
+from moeify.recipe.config import Evaluation
 from moeify.result import MEAN, Result
-from moeify.split_model import SplitModel
+from moeify.routed.split_model import SplitModel
 from moeify.task import HeldOut, Task
 from moeify.training import mean_by_category
 from moeify.world import Solo, World

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from moeify.arms import Arm
+from moeify.recipe.arms import Arm
 
 
 class _Event(BaseModel):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import attribution
 from moeify.comparison import Job, job_recipe, seeded
-from moeify.config import RunConfig
 from moeify.loop import run
+from moeify.recipe.config import RunConfig
 from moeify.result import Result
-from moeify.tasks import build_task
+from moeify.tasks.build import build_task
 from moeify.twin_cache import code_of, fingerprint
 from moeify.world import Solo
 

@@ -17,8 +17,6 @@ from typing import Literal
 from attribution.measure import Moments, Stability, measure, strongest_category
 from attribution.subject import Subject
 from attribution.table import AttributionTable
-from moeify.arms import Arm
-from moeify.config import Round, RunConfig
 from moeify.control import (
     NoStepLeftError,
     Standing,
@@ -31,19 +29,21 @@ from moeify.control import (
 )
 from moeify.evaluation import RowLosses, own_other, row_losses, summarize, tax, tax_error
 from moeify.events import MemoryTracker, Tracker
-from moeify.grouping import NothingToSplitError, divisible_leaves
-from moeify.null_test import Relabel, null_test
-from moeify.partition import Partition
-from moeify.plan import PlannedPhase, check_categories, plan
-from moeify.propose import Proposal, menu, shuffled
+from moeify.recipe.arms import Arm
+from moeify.recipe.config import Round, RunConfig
+from moeify.recipe.plan import PlannedPhase, check_categories, plan
 from moeify.report import Reporter
 from moeify.result import Result
-from moeify.split_model import SplitModel
+from moeify.routed.split_model import SplitModel
+from moeify.splitting.grouping import NothingToSplitError, divisible_leaves
+from moeify.splitting.null_test import Relabel, null_test
+from moeify.splitting.partition import Partition
+from moeify.splitting.propose import Proposal, menu, shuffled
+from moeify.splitting.surgery import compensate_sites, permute
+from moeify.splitting.terms import costs, terms_in_reach
 from moeify.state import Cut, State
 from moeify.store import MemoryStore, Store
-from moeify.surgery import compensate_sites, permute
 from moeify.task import HeldOut, Task
-from moeify.terms import costs, terms_in_reach
 from moeify.training import Contestant, Report, train
 from moeify.twin_cache import TwinCache
 from moeify.world import Solo, World

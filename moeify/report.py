@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from typing import Literal
 
 from attribution.table import AttributionTable
-from moeify.arms import Arm
-from moeify.config import RunConfig
 from moeify.events import Artifact, Evaluated, Phase, RoundEnded, Started, Step, Tracker
-from moeify.plan import PlannedPhase, training_work
-from moeify.propose import Proposal
-from moeify.split_model import SplitModel
+from moeify.models.units import unit_parameters
+from moeify.recipe.arms import Arm
+from moeify.recipe.config import RunConfig
+from moeify.recipe.plan import PlannedPhase, training_work
+from moeify.routed.split_model import SplitModel
+from moeify.splitting.propose import Proposal
 from moeify.state import State
 from moeify.store import Store
 from moeify.task import Task, data_hash
 from moeify.training import Contestant, Progress
-from moeify.units import unit_parameters
 
 
 class Reporter:

@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from moeify.arms import Arm
 from moeify.events import RoundEnded, Stop
+from moeify.recipe.arms import Arm
 
 MEAN = "mean"
 """The key that stands beside the categories for their unweighted mean."""

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify.arms import Arm
-from moeify.families import describe
-from moeify.partition import Partition
-from moeify.resizing import shaped
-from moeify.split_model import SplitModel
+from moeify.models.families import describe
+from moeify.models.resizing import shaped
+from moeify.recipe.arms import Arm
+from moeify.routed.split_model import SplitModel
+from moeify.splitting.partition import Partition
 from moeify.store import CorruptCheckpointError, FolderStore, read_manifest, read_part, write_folder
 
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeify import strict_yaml, tokens
-from moeify.config import RunConfig
-from moeify.data_config import Discover, JsonLines, TextData, TextFolders
-from moeify.plan import check_categories
-from moeify.recipe import parse_recipe
-from moeify.survey import Survey
+from moeify.data import tokens
+from moeify.data.survey import Survey
+from moeify.recipe import strict_yaml
+from moeify.recipe.config import RunConfig
+from moeify.recipe.data import Discover, JsonLines, TextData, TextFolders
+from moeify.recipe.load import parse_recipe
+from moeify.recipe.plan import check_categories
 
 _LENGTHS = (128, 64, 32, 16, 8)
 """Tokens a row, the longest first."""

@@ -8,13 +8,13 @@ from typing import Any, Literal, Self
 
 from torch import Tensor
 
-from moeify.arms import Arm
-from moeify.config import RunConfig
 from moeify.control import Standing
 from moeify.events import RoundEnded
-from moeify.families import describe, rebuild
-from moeify.partition import Partition
-from moeify.split_model import SplitModel
+from moeify.models.families import describe, rebuild
+from moeify.recipe.arms import Arm
+from moeify.recipe.config import RunConfig
+from moeify.routed.split_model import SplitModel
+from moeify.splitting.partition import Partition
 from moeify.store import Store
 from moeify.task import Task
 from moeify.training import Contestant

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from attribution.subject import Rows, Subject
 from moeify import rows as rows_of
-from moeify import tokens as tokens_of
-from moeify.arms import Arm
-from moeify.config import RunConfig
-from moeify.data_config import TextData
-from moeify.documents import Document
-from moeify.families import readers
-from moeify.language import sample_tokens, token_nats
+from moeify.data import tokens as tokens_of
+from moeify.data.documents import Document
+from moeify.models.families import readers
+from moeify.recipe.arms import Arm
+from moeify.recipe.config import RunConfig
+from moeify.recipe.data import TextData
+from moeify.routed.split_model import SplitModel
 from moeify.split_folder import load_from_run
-from moeify.split_model import SplitModel
-from moeify.tasks import build_task
+from moeify.tasks.build import build_task
+from moeify.tasks.language import sample_tokens, token_nats
 
 
 @dataclass(frozen=True)

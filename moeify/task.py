@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moeify.config import RunConfig
+from moeify.recipe.config import RunConfig
 
 HeldOut = Literal["validation", "test"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moeify.config import Training
-from moeify.split_model import SplitModel
+from moeify.recipe.config import Training
+from moeify.routed.split_model import SplitModel
 from moeify.task import Task
 from moeify.world import World
 

@@ -17,8 +17,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from moeify.arms import Arm
-from moeify.config import RunConfig
+from moeify.recipe.arms import Arm
+from moeify.recipe.config import RunConfig
 from moeify.store import CorruptCheckpointError, read_manifest, read_part, verify_folder, write_folder
 from moeify.task import Task
 from moeify.training import Contestant, Progress, Report
@@ -110,7 +110,7 @@ def fingerprint(config: RunConfig, task: Task, world: World) -> str:
 def code_of(package: Path) -> bytes:
     """Return a hash of a package's code as it is when first asked for: an update beneath a run is not what runs."""
     digest = hashlib.sha256()
-    for path in sorted(package.glob("*.py")):
+    for path in sorted(package.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.digest()
 

@@ -22,7 +22,7 @@ from attribution.graph import EveryEdge, UnitGraph
 from attribution.measure import measure, strongest_category
 from attribution.subject import Rows
 from attribution.table import AttributionTable, Unsigned
-from moeify.families import entries
+from moeify.models.families import entries
 from moeify.subjects import Probed
 from pipelines.tables import console_for, in_columns, table_for
 

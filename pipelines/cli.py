@@ -64,7 +64,7 @@ def _exit_code(error: Exception) -> int | None:
 
 def _told(error: Exception) -> str:
     """Return one line; a recipe's problems have one each."""
-    from moeify.recipe import RecipeError
+    from moeify.recipe.load import RecipeError
 
     if isinstance(error, RecipeError):
         return str(error)

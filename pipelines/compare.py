@@ -16,9 +16,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from moeify.comparison import Job
-from moeify.config import Cluster, RunConfig
 from moeify.jobs import Ended, Places, code, run_job
-from moeify.recipe import to_yaml
+from moeify.recipe.config import Cluster, RunConfig
+from moeify.recipe.load import to_yaml
 from moeify.result import MEAN, Result
 from pipelines.launch import cluster, stoppable
 from pipelines.runs import cache, hold_lock

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from moeify.comparison import Job, losses
-from moeify.config import RunConfig
 from moeify.jobs import Ended
+from moeify.recipe.config import RunConfig
 from pipelines.compare import Broken, Comparison, ComparisonFolder
 from pipelines.compare_report import figures, markdown
 from pipelines.mlflow_store import (

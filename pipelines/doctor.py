@@ -137,9 +137,9 @@ def _extra(name: str) -> Check:
 
 def _texts() -> Check:
     """Read the installed text, as the recipe ``text`` does."""
-    from moeify import corpora
-    from moeify.data_config import InstalledText
-    from moeify.sources import LEAST_MEGABYTES
+    from moeify.data import corpora
+    from moeify.data.sources import LEAST_MEGABYTES
+    from moeify.recipe.data import InstalledText
 
     told, short = [], []
     for source in InstalledText(kind="installed").sources:

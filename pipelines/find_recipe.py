@@ -10,7 +10,7 @@ def find_recipe(reference: str) -> tuple[str, str, Path]:
 
     A bare name means a recipe that comes with moeify first, and a file only where there is no such recipe.
     """
-    from moeify.recipe import read_text
+    from moeify.recipe.load import read_text
 
     shipped = {
         Path(entry.name).stem: entry for entry in files("pipelines.recipes").iterdir() if entry.name.endswith(".yaml")

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 from filelock import FileLock, Timeout
 
-from moeify.config import Cluster, RunConfig
 from moeify.events import Failed
+from moeify.recipe.config import Cluster, RunConfig
 from pipelines.journal import Follower, JournalTracker, follow
 from pipelines.runs import RunFolder, cache, hold
 from pipelines.tracking import MlflowFollower

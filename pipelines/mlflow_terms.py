@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from moeify.arms import Arm
 from moeify.events import Evaluated, Event, RoundEnded, Step
+from moeify.recipe.arms import Arm
 from moeify.result import MEAN, Result
 from pipelines.journal import read_events
 from pipelines.runs import RunFolder

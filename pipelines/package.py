@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from moeify.config import RunConfig
-from moeify.data_config import JsonLines, TextData, TextFolders
+from moeify.recipe.config import RunConfig
+from moeify.recipe.data import JsonLines, TextData, TextFolders
 
 RECIPE = "recipe.yaml"
 """File of the recipe in a package."""
@@ -59,7 +59,7 @@ def _named(config: RunConfig) -> Iterator[tuple[str, Path]]:
 
 def _files(config: RunConfig, base: Path) -> Iterator[tuple[Path, Path]]:
     """Yield every file that relative paths name: its name below ``base``, and where it is."""
-    from moeify.sources import files_in
+    from moeify.data.sources import files_in
 
     if isinstance(config.data, TextData):
         match config.data.source:

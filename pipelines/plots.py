@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 
 from attribution.heatmap import DECADES, NEVER, save_png, thinned
 from attribution.heatmap import figure as figure_of
-from moeify import strict_yaml
 from moeify.events import RoundEnded, Started
+from moeify.recipe import strict_yaml
 from moeify.result import MEAN, Result
 from pipelines.journal import read_events
 from pipelines.round_files import OwningNode, attribution_file, read_map

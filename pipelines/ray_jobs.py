@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from moeify.config import RunConfig
+from moeify.recipe.config import RunConfig
 from pipelines.package import RECIPE, pack
 from pipelines.runs import check_id
 

@@ -4,7 +4,7 @@ from typing import TextIO
 
 from rich.console import Console
 
-from moeify.router_report import Compared, RouterReport
+from moeify.routers.report import Compared, RouterReport
 from pipelines.tables import console_for, in_columns, table_for
 from pipelines.wording import nats, percent
 

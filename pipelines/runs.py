@@ -20,8 +20,8 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from moeify.config import RunConfig
-from moeify.recipe import to_yaml
+from moeify.recipe.config import RunConfig
+from moeify.recipe.load import to_yaml
 
 Status = Literal["running", "finished", "failed", "interrupted"]
 

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.text import Text
 
-from moeify.generation import Served
+from moeify.routers.generation import Served
 from pipelines.tables import console_for, table_for
 from pipelines.wording import percent
 

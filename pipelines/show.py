@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from moeify.arms import Arm
 from moeify.events import Evaluated, Event, Phase, RoundEnded, Started, Step
+from moeify.recipe.arms import Arm
 from moeify.result import MEAN, Result
 from pipelines.journal import read_events
 from pipelines.runs import RunFolder, status

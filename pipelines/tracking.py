@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from moeify.config import RunConfig
 from moeify.events import Artifact, Event, Failed, Finished, RoundEnded, Started
+from moeify.recipe.config import RunConfig
 from moeify.result import Result
 from pipelines import plots
 from pipelines.journal import read_events

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 
-from moeify.config import RunConfig
 from moeify.events import Event, Finished, Phase
+from moeify.recipe.config import RunConfig
 from moeify.task import Task
 from moeify.world import Group, Solo, World
 from pipelines.journal import JournalTracker
@@ -139,7 +139,7 @@ def _loop(order: Order, folder: RunFolder, world: World, tracker: JournalTracker
 
 def _prepare(order: Order, world: World) -> Task:
     """Build the task: first on rank 0, which fills the cache, then on the others, which find it there."""
-    from moeify.tasks import build_task
+    from moeify.tasks.build import build_task
 
     def build() -> Task:
         return build_task(order.config, cache=order.cache, base=order.base)

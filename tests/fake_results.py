@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from moeify.arms import Arm
 from moeify.comparison import Job
-from moeify.config import RunConfig
+from moeify.recipe.arms import Arm
+from moeify.recipe.config import RunConfig
 from moeify.result import Result
 
 CONFIG = RunConfig.model_validate(

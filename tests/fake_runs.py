@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from moeify.arms import Arm, Control, cut, twins
-from moeify.config import RunConfig
 from moeify.events import Artifact, Evaluated, Event, Finished, Phase, RoundEnded, Started, Step
+from moeify.recipe.arms import Arm, Control, cut, twins
+from moeify.recipe.config import RunConfig
 from moeify.result import Result
 from pipelines.journal import JournalTracker
 from pipelines.runs import RunFolder

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeify.config import AutoencoderModel, LlamaModel
-from moeify.decoders import decoder_named
-from moeify.models import build_autoencoder, build_llama
+from moeify.models.build import build_autoencoder, build_llama
+from moeify.models.decoders import decoder_named
+from moeify.recipe.config import AutoencoderModel, LlamaModel
 
 CATEGORIES = ("a", "b", "c", "d")
 DECODER_SIZES = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 6}

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from moeify.split_model import SplitModel
+from moeify.routed.split_model import SplitModel
 
 
 def gradients(model: SplitModel, inputs: Tensor, categories: Tensor) -> dict[str, Tensor]:

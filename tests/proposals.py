@@ -6,10 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from attribution.table import AttributionTable, Unsigned
-from moeify.config import Round
-from moeify.partition import Partition
-from moeify.partition_config import Partition as PartitionConfig
-from moeify.propose import Proposal, menu
+from moeify.recipe.config import Round
+from moeify.recipe.partition import Partition as PartitionConfig
+from moeify.splitting.partition import Partition
+from moeify.splitting.propose import Proposal, menu
 
 
 def propose(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from jaxtyping import Float64, Int
 from scipy.optimize import linear_sum_assignment, linprog
 
-from moeify.assignment import Assignment, assign
+from moeify.splitting.assignment import Assignment, assign
 
 
 def replicated_slots(value: np.ndarray, capacity: np.ndarray) -> float:

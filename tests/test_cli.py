@@ -14,12 +14,12 @@ import pytest
 from click import Choice
 from click.testing import CliRunner, Result
 
-from moeify.config import RunConfig
 from moeify.events import Finished, Started
-from moeify.export import Dtype, How
-from moeify.model_card import Checked
+from moeify.export.model_card import Checked
+from moeify.export.publish import Dtype, How
+from moeify.export.stock import Form
+from moeify.recipe.config import RunConfig
 from moeify.result import Result as RunResult
-from moeify.stock import Form
 from pipelines import runs
 from pipelines.cli import COMMANDS, main
 from pipelines.commands.export import command as export_command
@@ -109,7 +109,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launched:
     vars(export).update({f"export_{kind}": exporter(kind) for kind in ("dense", "moe", "split")}, How=How)
     monkeypatch.setitem(sys.modules, "pipelines.launch", launch)
     monkeypatch.setitem(sys.modules, "pipelines.tracking", tracking)
-    monkeypatch.setitem(sys.modules, "moeify.export", export)
+    monkeypatch.setitem(sys.modules, "moeify.export.publish", export)
     monkeypatch.setenv("MOEIFY_HOME", str(tmp_path / "home"))
     return told
 

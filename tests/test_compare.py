@@ -18,7 +18,7 @@ from rich.console import Console
 
 from moeify.comparison import Job, jobs
 from moeify.jobs import Ended
-from moeify.variants import methods
+from moeify.recipe.variants import methods
 from pipelines import compare, compare_report, compare_tracking
 from pipelines.cli import main
 from pipelines.compare import Broken, Comparison, ComparisonFolder, Heard, open_folder, progress_line

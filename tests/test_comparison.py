@@ -6,7 +6,7 @@ from fake_results import CONFIG, DENSE, SPLIT, TOLD, result, results
 from scipy.stats import ttest_1samp
 
 from moeify.comparison import Interval, Job, Row, job_recipe, jobs, losses, mean_interval, rows, seeded
-from moeify.variants import methods
+from moeify.recipe.variants import methods
 
 
 def only(found: list[Row], method: str) -> Row:

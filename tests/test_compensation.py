@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-from moeify.compensation import compensate
+from moeify.splitting.compensation import compensate
 
 UNITS, DIM = 6, 3
 

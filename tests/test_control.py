@@ -4,7 +4,6 @@ from typing import cast
 
 import pytest
 
-from moeify.config import Budget
 from moeify.control import (
     NoStepLeftError,
     Standing,
@@ -17,7 +16,8 @@ from moeify.control import (
 )
 from moeify.events import MemoryTracker, Phase, RoundEnded
 from moeify.loop import run
-from moeify.propose import Proposal
+from moeify.recipe.config import Budget
+from moeify.splitting.propose import Proposal
 from tests.toy import ToyTask, toy_config
 
 TWIN = {"a": 2.0, "b": 4.0}

@@ -7,10 +7,10 @@ from typing import get_args
 
 import pytest
 
-from moeify import corpora
-from moeify.data_config import BuiltinSource, InstalledText
-from moeify.documents import Document, distinct, divide
-from moeify.sources import read
+from moeify.data import corpora
+from moeify.data.documents import Document, distinct, divide
+from moeify.data.sources import read
+from moeify.recipe.data import BuiltinSource, InstalledText
 
 SOURCES: tuple[BuiltinSource, ...] = get_args(BuiltinSource)
 

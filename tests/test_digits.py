@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeify.config import RunConfig
-from moeify.digits import DigitsTask
+from moeify.recipe.config import RunConfig
 from moeify.task import HeldOut
+from moeify.tasks.digits import DigitsTask
 from tests.toy import toy_config
 
 

@@ -8,13 +8,13 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from moeify.config import RunConfig
-from moeify.data_config import Discover, TextData
-from moeify.discover import Clusters, cluster, report
-from moeify.documents import SPLITS, Split
-from moeify.recipe import RecipeError, parse_recipe, to_yaml
-from moeify.tasks import build_task
-from moeify.tokens import Tokens, prepare, read
+from moeify.data.discover import Clusters, cluster, report
+from moeify.data.documents import SPLITS, Split
+from moeify.data.tokens import Tokens, prepare, read
+from moeify.recipe.config import RunConfig
+from moeify.recipe.data import Discover, TextData
+from moeify.recipe.load import RecipeError, parse_recipe, to_yaml
+from moeify.tasks.build import build_task
 from tests.texts import write_texts
 
 VOCABULARY = 60

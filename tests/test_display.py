@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moeify.arms import Arm
 from moeify.events import Evaluated, Event, Failed, Finished, Phase, RoundEnded, Started, Step
+from moeify.recipe.arms import Arm
 from pipelines.display import PlainDisplay, RunState, TerminalDisplay, choose_display, milestones
 
 STARTED = Started(

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from moeify.config import RunConfig
-from moeify.recipe import load_recipe, to_yaml
+from moeify.recipe.config import RunConfig
+from moeify.recipe.load import load_recipe, to_yaml
 from pipelines.cli import main
 
 ROOT = Path(__file__).parent.parent

@@ -105,7 +105,7 @@ def test_a_package_of_another_version_is_a_problem(monkeypatch: pytest.MonkeyPat
 
 
 def test_too_little_installed_text_is_a_warning(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("moeify.corpora.documents", lambda source, wanted: iter(()))
+    monkeypatch.setattr("moeify.data.corpora.documents", lambda source, wanted: iter(()))
     check = doctor._texts()
     assert check.state == "warning"
     assert "python (0.0 MB of 2)" in check.said

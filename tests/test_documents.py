@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeify.documents import SPLITS, Document, distinct, divide
+from moeify.data.documents import SPLITS, Document, distinct, divide
 
 
 def lines(*numbers: int) -> str:

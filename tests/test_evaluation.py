@@ -8,7 +8,7 @@ import torch
 
 from moeify.evaluation import RowLosses, held_out_loss, row_losses, tax_error
 from moeify.loop import run
-from moeify.split_model import SplitModel
+from moeify.routed.split_model import SplitModel
 from moeify.task import Batch, HeldOut
 from moeify.world import Solo, T
 from tests.toy import TEXT_CONFIG, ToyTask, ToyTextTask, toy_config

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeify import excerpts
-from moeify.excerpts import english, pieces, without_commentary
+from moeify.data import excerpts
+from moeify.data.excerpts import english, pieces, without_commentary
 
 
 def dedent(text: str) -> str:

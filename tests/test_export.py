@@ -5,19 +5,19 @@ import torch
 from transformers import AutoModelForCausalLM, Glm4MoeForCausalLM, LlamaForCausalLM
 
 import moeify
-from moeify import export
-from moeify.config import RunConfig
-from moeify.export import How, export_dense, export_moe, export_split
+from moeify.export import publish as export
+from moeify.export.model_card import About
+from moeify.export.publish import How, export_dense, export_moe, export_split
+from moeify.export.stock import Form, Stock, extract, to_dense
+from moeify.export.stock_moe import to_moe
+from moeify.export.verification import TOLERANCE, Source
 from moeify.loop import run
-from moeify.model_card import About
-from moeify.partition import Partition
+from moeify.recipe.config import RunConfig
+from moeify.routed.split_model import SplitModel
 from moeify.split_folder import load_from_run
-from moeify.split_model import SplitModel
-from moeify.stock import Form, Stock, extract, to_dense
-from moeify.stock_moe import to_moe
+from moeify.splitting.partition import Partition
+from moeify.splitting.tree import ExpertTree
 from moeify.store import CorruptCheckpointError, FolderStore
-from moeify.tree import ExpertTree
-from moeify.verification import TOLERANCE, Source
 from tests.networks import grouped_llama, rows_for
 from tests.toy import TEXT_CONFIG, ToyTask, ToyTextTask, toy_config
 

@@ -24,21 +24,21 @@ from transformers import (
 from attribution.edges import measure_edges
 from attribution.measure import measure
 from attribution.subject import Rows, Subject
-from moeify.data_config import TextData
-from moeify.decoders import DECODERS, decoder_of
-from moeify.families import describe, entries, example_inputs, readers, rebuild, unit_space
-from moeify.language import sample_tokens, token_nats
-from moeify.models import Autoencoder, logits
-from moeify.partition import Partition
-from moeify.partition_config import UnitKind
-from moeify.pruning import only, prune
+from moeify.export.pruning import only, prune
+from moeify.export.stock import extract
+from moeify.models.build import Autoencoder, logits
+from moeify.models.decoders import DECODERS, decoder_of
+from moeify.models.families import describe, entries, example_inputs, readers, rebuild, unit_space
+from moeify.models.units import input_weight, output_weight, unit_parameters
+from moeify.recipe.data import TextData
+from moeify.recipe.partition import UnitKind
+from moeify.routed.split_model import SplitModel
 from moeify.split_folder import load_split, save_split
-from moeify.split_model import SplitModel
-from moeify.stock import extract
+from moeify.splitting.partition import Partition
+from moeify.splitting.surgery import permute
+from moeify.splitting.tree import ExpertTree
 from moeify.subjects import of_checkpoint
-from moeify.surgery import permute
-from moeify.tree import ExpertTree
-from moeify.units import input_weight, output_weight, unit_parameters
+from moeify.tasks.language import sample_tokens, token_nats
 from tests.networks import CATEGORIES, DECODER_CONFIGS, DECODER_SIZES, rows_for, tiny_decoder
 
 
@@ -372,7 +372,10 @@ def test_an_activation_that_routed_blocks_do_not_compute_is_refused() -> None:
     ("config", "reason"),
     [
         (Phi3Config(**DECODER_SIZES, vocab_size=9, pad_token_id=None), "Phi3ForCausalLM: gate and up are one module"),
-        (BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9), "BloomForCausalLM: moeify.decoders names the"),
+        (
+            BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9),
+            "BloomForCausalLM: moeify.models.decoders names the",
+        ),
     ],
 )
 def test_an_architecture_without_an_adapter_is_refused_in_one_line(config: Any, reason: str) -> None:

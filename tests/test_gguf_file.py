@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from moeify import gguf_file
-from moeify.config import LlamaModel
-from moeify.documents import Document
-from moeify.models import build_llama
-from moeify.partition import Partition
-from moeify.split_model import SplitModel
-from moeify.stock import Form, to_dense
-from moeify.stock_moe import to_moe
-from moeify.tokens import train_tokenizer
-from moeify.verification import TOLERANCE, Source
+from moeify.data.documents import Document
+from moeify.data.tokens import train_tokenizer
+from moeify.export import gguf_file
+from moeify.export.stock import Form, to_dense
+from moeify.export.stock_moe import to_moe
+from moeify.export.verification import TOLERANCE, Source
+from moeify.models.build import build_llama
+from moeify.recipe.config import LlamaModel
+from moeify.routed.split_model import SplitModel
+from moeify.splitting.partition import Partition
 from tests.networks import CATEGORIES, tiny_decoder
 from tests.test_pruning import TREE, WIDTHS
 from tests.texts import WORDS

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeify.given_tree import Nested, foreseen, given_groups, names, read_tree, strangers
+from moeify.recipe.given_tree import Nested, foreseen, given_groups, names, read_tree, strangers
 
 TREE = read_tree([["a", "b"], [["c", "d"], "e", ["f", "g", "h"]]])
 

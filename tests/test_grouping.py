@@ -9,13 +9,13 @@ import torch
 
 from attribution.sites import Site
 from attribution.table import AttributionTable
-from moeify.assignment import assign
-from moeify.config import Round
-from moeify.given_tree import Nested
-from moeify.grouping import NothingToSplitError, choose_groups
-from moeify.partition import Partition
-from moeify.partition_config import Partition as PartitionConfig
-from moeify.trials import Trials
+from moeify.recipe.config import Round
+from moeify.recipe.given_tree import Nested
+from moeify.recipe.partition import Partition as PartitionConfig
+from moeify.splitting.assignment import assign
+from moeify.splitting.grouping import NothingToSplitError, choose_groups
+from moeify.splitting.partition import Partition
+from moeify.splitting.trials import Trials
 from tests.proposals import propose
 from tests.tables import empty_table
 

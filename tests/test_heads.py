@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from moeify.config import RunConfig
 from moeify.events import MemoryTracker
 from moeify.loop import run
+from moeify.recipe.config import RunConfig
+from moeify.routed.split_model import SplitModel
 from moeify.split_folder import load_from_run
-from moeify.split_model import SplitModel
+from moeify.splitting.terms import costs, site_terms
 from moeify.store import FolderStore
 from moeify.task import Batch
-from moeify.terms import costs, site_terms
 from tests.test_loop import final, outcome
 from tests.toy import TEXT_CONFIG, ToyTextTask
 

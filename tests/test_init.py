@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from moeify.data_config import TextFolders
-from moeify.recipe import load_recipe
+from moeify.data.survey import look
+from moeify.recipe.data import TextFolders
+from moeify.recipe.load import load_recipe
 from moeify.starter import Machine, _shape, starter
-from moeify.survey import look
 from pipelines.cli import main
 from tests.surveyed import entries, text, write_folders, write_lines
 

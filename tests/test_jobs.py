@@ -4,8 +4,8 @@ import pytest
 
 from moeify import jobs
 from moeify.comparison import Job
-from moeify.config import RunConfig
 from moeify.jobs import Places, run_job
+from moeify.recipe.config import RunConfig
 from moeify.task import Batch
 from tests.test_loop import outcome
 from tests.toy import ToyTask, toy_config

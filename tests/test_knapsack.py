@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeify.knapsack import Curve, cheapest
+from moeify.splitting.knapsack import Curve, cheapest
 
 
 @st.composite

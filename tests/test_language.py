@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moeify.config import RunConfig
-from moeify.language import LanguageTask
-from moeify.models import logits
+from moeify.data.tokens import Tokens
+from moeify.models.build import logits
+from moeify.recipe.config import RunConfig
 from moeify.task import Task
-from moeify.tasks import build_task
-from moeify.tokens import Tokens
+from moeify.tasks.build import build_task
+from moeify.tasks.language import LanguageTask
 from tests.texts import write_texts
 from tests.toy import toy_config
 

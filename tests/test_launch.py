@@ -11,8 +11,8 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from moeify.config import Cluster, RunConfig
 from moeify.events import Failed
+from moeify.recipe.config import Cluster, RunConfig
 from pipelines import launch
 from pipelines.journal import JournalTracker, read_events
 from pipelines.launch import RunFailedError, cluster, fit, in_process

@@ -4,13 +4,13 @@ from typing import get_args
 import pytest
 import torch
 
-from moeify.arms import Arm
-from moeify.config import RunConfig
-from moeify.model_card import About, Checked, card
+from moeify.export.model_card import About, Checked, card
+from moeify.export.stock import Form, to_dense
+from moeify.export.stock_moe import to_moe
+from moeify.export.verification import Source
+from moeify.recipe.arms import Arm
+from moeify.recipe.config import RunConfig
 from moeify.result import Result
-from moeify.stock import Form, to_dense
-from moeify.stock_moe import to_moe
-from moeify.verification import Source
 from tests.networks import CATEGORIES, rows_for, tiny_llama
 from tests.test_pruning import split_of
 
@@ -87,7 +87,7 @@ def test_the_code_of_a_gguf_card_is_that_of_the_check() -> None:
     of = source()
     text = card(ABOUT, of, Checked(None, None), dtype="float32", stock=to_moe(of.part, "glm4_moe", "c"), gguf=True)
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    from moeify import fresh_gguf
+    from moeify.export import fresh_gguf
 
     names: dict[str, object] = {}
     exec(code.rpartition("\n\n")[0], names)

@@ -15,9 +15,9 @@ from attribution.sites import Site
 from attribution.table import AttributionTable
 from moeify.events import MemoryTracker, Phase
 from moeify.loop import run
-from moeify.null_test import Measure, Relabel, Verdict, null_test, permuted
-from moeify.partition import Partition
 from moeify.rows import generator
+from moeify.splitting.null_test import Measure, Relabel, Verdict, null_test, permuted
+from moeify.splitting.partition import Partition
 from moeify.task import Batch
 from tests.tables import empty_table
 from tests.toy import ToyTask, toy_config

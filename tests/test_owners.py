@@ -10,14 +10,14 @@ from tables import empty_table
 
 from attribution.sites import Site
 from attribution.table import AttributionTable
-from moeify.assignment import assign
-from moeify.config import Round
 from moeify.loop import run
-from moeify.owners import LeafUnits, owners
-from moeify.partition import Partition
-from moeify.partition_config import Owners
-from moeify.partition_config import Partition as PartitionConfig
-from moeify.recipe import RecipeError, parse_recipe, to_yaml
+from moeify.recipe.config import Round
+from moeify.recipe.load import RecipeError, parse_recipe, to_yaml
+from moeify.recipe.partition import Owners
+from moeify.recipe.partition import Partition as PartitionConfig
+from moeify.splitting.assignment import assign
+from moeify.splitting.owners import LeafUnits, owners
+from moeify.splitting.partition import Partition
 from tests.proposals import propose
 from tests.toy import TEXT_CONFIG, ToyTextTask, toy_config
 

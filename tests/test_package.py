@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moeify.config import RunConfig
+from moeify.recipe.config import RunConfig
 from pipelines import package
 from pipelines.package import pack
 

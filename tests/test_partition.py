@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attribution.sites import Site
-from moeify.partition import Partition
-from moeify.tree import ExpertTree
+from moeify.splitting.partition import Partition
+from moeify.splitting.tree import ExpertTree
 from tests.trees import partitions
 
 SITES = [Site("one", "a", 24), Site("two", "b", 13)]

@@ -1,7 +1,7 @@
 import pytest
 
-from moeify.plan import check_categories, plan, training_work
-from moeify.reach import Stake, check_reachable
+from moeify.recipe.plan import check_categories, plan, training_work
+from moeify.recipe.reach import Stake, check_reachable
 from tests.toy import toy_config
 
 NAMES = tuple("abcdefghij")

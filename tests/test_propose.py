@@ -3,12 +3,12 @@ import torch
 from tables import empty_table
 
 from attribution.table import AttributionTable, SiteSums
-from moeify.config import Round
-from moeify.grouping import NothingToSplitError
-from moeify.partition import Partition
-from moeify.partition_config import Partition as PartitionConfig
-from moeify.propose import shuffled
-from moeify.terms import SiteTerms, Terms, costs
+from moeify.recipe.config import Round
+from moeify.recipe.partition import Partition as PartitionConfig
+from moeify.splitting.grouping import NothingToSplitError
+from moeify.splitting.partition import Partition
+from moeify.splitting.propose import shuffled
+from moeify.splitting.terms import SiteTerms, Terms, costs
 from tests.proposals import propose
 
 CATEGORIES = ("a", "b", "c", "d")

@@ -4,12 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moeify.families import describe
-from moeify.partition import Partition
-from moeify.pruning import only, prune, without
-from moeify.resizing import shaped
-from moeify.split_model import SplitModel
-from moeify.tree import ExpertTree
+from moeify.export.pruning import only, prune, without
+from moeify.models.families import describe
+from moeify.models.resizing import shaped
+from moeify.routed.split_model import SplitModel
+from moeify.splitting.partition import Partition
+from moeify.splitting.tree import ExpertTree
 from tests.networks import CATEGORIES, grouped_llama, rows_for, tiny_autoencoder, tiny_llama
 from tests.trees import partitions
 

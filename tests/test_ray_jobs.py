@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from moeify.recipe import parse_recipe
+from moeify.recipe.load import parse_recipe
 from pipelines import ray_jobs
 from pipelines.answer import answer
 from pipelines.cli import main

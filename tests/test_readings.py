@@ -3,17 +3,17 @@ import itertools
 import pytest
 import torch
 
-from moeify.config import Evaluation
 from moeify.evaluation import held_out_loss
-from moeify.generation import Decision, Reader
-from moeify.partition import Partition
-from moeify.readings import decided, opinion_nats, read
-from moeify.router_report import Choice, calibration_error
-from moeify.routers import category_of_leaf, early
-from moeify.routing import best, route
-from moeify.split_model import SplitModel
+from moeify.recipe.config import Evaluation
+from moeify.routed.split_model import SplitModel
+from moeify.routers.generation import Decision, Reader
+from moeify.routers.readings import decided, opinion_nats, read
+from moeify.routers.report import Choice, calibration_error
+from moeify.routers.router import category_of_leaf, early
+from moeify.routers.training import best, route
+from moeify.splitting.partition import Partition
+from moeify.splitting.tree import ExpertTree
 from moeify.task import Batch
-from moeify.tree import ExpertTree
 from moeify.world import Solo
 from tests.networks import CATEGORIES, rows_for
 from tests.test_routers import some_router, split_llama

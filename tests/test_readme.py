@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from moeify.recipe import parse_recipe
+from moeify.recipe.load import parse_recipe
 from pipelines.cli import main
 
 ROOT = Path(__file__).parent.parent

@@ -11,9 +11,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeify import strict_yaml
-from moeify.config import RunConfig
-from moeify.recipe import RecipeError, json_schema, load_recipe, parse_recipe, to_yaml
+from moeify.recipe.config import RunConfig
+from moeify.recipe.load import RecipeError, json_schema, load_recipe, parse_recipe, strict_yaml, to_yaml
 
 SHIPPED = sorted(path.name for path in files("pipelines.recipes").iterdir() if path.name.endswith(".yaml"))
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from moeify import recipe_reference
-from moeify.recipe import json_schema
+from moeify.recipe import reference as recipe_reference
+from moeify.recipe.load import json_schema
 from pipelines.cli import main
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"

@@ -9,10 +9,10 @@ from tables import empty_table
 from attribution.moments import ExactMoment, SketchedMoment
 from attribution.sites import Site
 from attribution.table import AttributionTable, SiteSums
-from moeify.config import Round
-from moeify.partition import Partition
-from moeify.partition_config import Partition as PartitionConfig
-from moeify.refine import Exchange
+from moeify.recipe.config import Round
+from moeify.recipe.partition import Partition as PartitionConfig
+from moeify.splitting.partition import Partition
+from moeify.splitting.refine import Exchange
 from tests.proposals import propose
 
 CATEGORIES = ("a", "b")

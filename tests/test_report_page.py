@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from fake_runs import CATEGORIES, fake_run, finish, leave_rounds, story, tell
 from safetensors.numpy import load_file, save_file
 
-from moeify.arms import Control
 from moeify.events import Evaluated, Event, Failed, RoundEnded, Started, Step
+from moeify.recipe.arms import Control
 from moeify.result import Result
 from pipelines.cli import main
 from pipelines.report.page import build, write, write_or_warn

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from fake_runs import CATEGORIES, fake_run, finish, story, tell
 
-from moeify.arms import Control
 from moeify.events import Phase
+from moeify.recipe.arms import Control
 from moeify.result import Result
 from pipelines.report.recorded import Recorded
 from pipelines.report.verdict import Gap, gaps, headline

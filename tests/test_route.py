@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moeify.routers import load_router, save_router
+from moeify.routers.router import load_router, save_router
 from moeify.store import CorruptCheckpointError
 from tests.finished_runs import TINY, call, finish
 

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from moeify.families import unit_space
-from moeify.models import logits
-from moeify.partition import Partition
-from moeify.routed import RoutedFfn, Routes
-from moeify.split_model import SplitModel
-from moeify.tree import ExpertTree
-from moeify.units import Activation, FfnUnits
+from moeify.models.build import logits
+from moeify.models.families import unit_space
+from moeify.models.units import Activation, FfnUnits
+from moeify.routed.ffn import RoutedFfn, Routes
+from moeify.routed.split_model import SplitModel
+from moeify.splitting.partition import Partition
+from moeify.splitting.tree import ExpertTree
 from tests.networks import CATEGORIES, rows_for, tiny_autoencoder, tiny_llama
 from tests.oracles import assert_equals_the_masked_oracle
 from tests.trees import partitions

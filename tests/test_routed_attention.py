@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from moeify.families import unit_space
-from moeify.models import logits
-from moeify.partition import Partition
-from moeify.partition_config import UnitKind
-from moeify.split_model import SplitModel
-from moeify.tree import ExpertTree
+from moeify.models.build import logits
+from moeify.models.families import unit_space
+from moeify.recipe.partition import UnitKind
+from moeify.routed.split_model import SplitModel
+from moeify.splitting.partition import Partition
+from moeify.splitting.tree import ExpertTree
 from tests.networks import CATEGORIES, grouped_llama, rows_for
 from tests.oracles import assert_equals_the_masked_oracle
 from tests.trees import partitions

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeify.partition import Partition
-from moeify.routers import (
+from moeify.routed.split_model import SplitModel
+from moeify.routers.router import (
     MEMORY,
     Router,
     category_of_leaf,
@@ -18,8 +18,8 @@ from moeify.routers import (
     remember,
     train,
 )
-from moeify.split_model import SplitModel
-from moeify.tree import ExpertTree
+from moeify.splitting.partition import Partition
+from moeify.splitting.tree import ExpertTree
 from tests.networks import CATEGORIES, tiny_autoencoder, tiny_llama
 from tests.toy import TEXT_CONFIG, ToyTask, ToyTextTask, toy_config
 

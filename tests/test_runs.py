@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moeify.events import Failed, Finished, Phase
-from moeify.recipe import load_recipe, parse_recipe
+from moeify.recipe.load import load_recipe, parse_recipe
 from pipelines import runs
 from pipelines.journal import JournalTracker
 

@@ -2,7 +2,7 @@ import io
 
 import pytest
 
-from moeify.generation import Served
+from moeify.routers.generation import Served
 from pipelines.served import as_json, print_served
 
 EXPERTS = ("python", "prose")

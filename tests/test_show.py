@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moeify.events import Evaluated, Finished, Phase, RoundEnded, Started
-from moeify.recipe import parse_recipe
+from moeify.recipe.load import parse_recipe
 from moeify.result import Result
 from pipelines import runs, show
 from pipelines.journal import JournalTracker

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moeify.data_config import InstalledText, JsonLines, TextFolders
-from moeify.sources import fingerprint, read
+from moeify.data.sources import fingerprint, read
+from moeify.recipe.data import InstalledText, JsonLines, TextFolders
 
 
 def write_folders(base: Path, **files: dict[str, str]) -> TextFolders:
@@ -186,6 +186,6 @@ def test_installed_text_is_the_same_each_time_and_within_its_bound() -> None:
 
 
 def test_too_little_installed_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moeify.corpora._record", lambda distribution: "")
+    monkeypatch.setattr("moeify.data.corpora._record", lambda distribution: "")
     with pytest.raises(ValueError, match=r"got 0\.00 MB of 'c' on this machine, wanted at least 2 MB.*torch, pyarrow"):
         read(InstalledText(kind="installed", sources=("c", "web")), Path())

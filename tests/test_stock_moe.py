@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Glm4MoeForCausalLM, GraniteMoeSharedForCausalLM, LlamaConfig
 from transformers import LlamaForCausalLM as Llama
 
-from moeify.fresh_check import ROUTE
-from moeify.partition import Partition
-from moeify.split_model import SplitModel
-from moeify.stock import Form, Stock, to_dense
-from moeify.stock_moe import to_moe
-from moeify.tree import ExpertTree
+from moeify.export.fresh_check import ROUTE
+from moeify.export.stock import Form, Stock, to_dense
+from moeify.export.stock_moe import to_moe
+from moeify.routed.split_model import SplitModel
+from moeify.splitting.partition import Partition
+from moeify.splitting.tree import ExpertTree
 from tests.networks import CATEGORIES, grouped_llama, rows_for, tiny_autoencoder, tiny_decoder, tiny_llama
 from tests.test_pruning import TREE, WIDTHS, split_of
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from moeify.families import unit_space
-from moeify.models import logits
-from moeify.partition_config import UnitKind
-from moeify.surgery import permute
+from moeify.models.build import logits
+from moeify.models.families import unit_space
+from moeify.recipe.partition import UnitKind
+from moeify.splitting.surgery import permute
 from tests.networks import grouped_llama, rows_for, tiny_autoencoder, tiny_llama
 from tests.trees import random_orders
 

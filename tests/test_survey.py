@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from moeify.data_config import JsonLines, TextFolders
-from moeify.survey import look
+from moeify.data.survey import look
+from moeify.recipe.data import JsonLines, TextFolders
 from tests.surveyed import entries, write_folders, write_lines
 
 # --- folders --------------------------------------------------------------------------------------------

@@ -2,12 +2,12 @@ from typing import get_args
 
 import pytest
 
-from moeify.families import unit_space
-from moeify.partition_config import Partition as PartitionConfig
-from moeify.partition_config import UnitKind
-from moeify.reach import Stake
-from moeify.terms import Terms, costs, plain_terms, site_terms, stakes
-from moeify.units import flops
+from moeify.models.families import unit_space
+from moeify.models.units import flops
+from moeify.recipe.partition import Partition as PartitionConfig
+from moeify.recipe.partition import UnitKind
+from moeify.recipe.reach import Stake
+from moeify.splitting.terms import Terms, costs, plain_terms, site_terms, stakes
 from tests.networks import grouped_llama, tiny_autoencoder
 
 NETWORK = grouped_llama(heads=6, groups=3, bias=True)

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from moeify import tokens as tokens_of
-from moeify.data_config import JsonLines, TextData
-from moeify.documents import Document
-from moeify.tokens import END, Tokens, encode, prepare, train_tokenizer
+from moeify.data import tokens as tokens_of
+from moeify.data.documents import Document
+from moeify.data.tokens import END, Tokens, encode, prepare, train_tokenizer
+from moeify.recipe.data import JsonLines, TextData
 from tests.texts import write_texts
 
 TRAINED = train_tokenizer(

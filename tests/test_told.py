@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from moeify.config import RunConfig
 from moeify.evaluation import held_out_loss
 from moeify.loop import run
+from moeify.recipe.config import RunConfig
+from moeify.routed.split_model import SplitModel
 from moeify.split_folder import load_from_run
-from moeify.split_model import SplitModel
 from moeify.store import FolderStore
 from moeify.task import Batch
 from moeify.training import Contestant, train

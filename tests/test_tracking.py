@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from fake_runs import CATEGORIES, fake_run, finish, leave_rounds, recipe, story, tell
 
-from moeify.arms import Control
 from moeify.events import Failed, RoundEnded
+from moeify.recipe.arms import Control
 from moeify.result import Result
 from pipelines.journal import follow
 from pipelines.mlflow_store import DeliveryError, open_mlflow

@@ -2,7 +2,7 @@ import networkx as nx
 import pytest
 from hypothesis import given
 
-from moeify.tree import ROOT, ExpertTree, Node
+from moeify.splitting.tree import ROOT, ExpertTree, Node
 from tests.trees import expert_trees
 
 

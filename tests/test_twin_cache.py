@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from moeify.config import RunConfig
 from moeify.events import MemoryTracker, Step
 from moeify.loop import run
+from moeify.recipe.config import RunConfig
 from moeify.store import MemoryStore
 from moeify.task import Batch
 from moeify.twin_cache import fingerprint

@@ -3,8 +3,8 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 
-from moeify.families import unit_space
-from moeify.units import unit_parameters
+from moeify.models.families import unit_space
+from moeify.models.units import unit_parameters
 from tests.networks import grouped_llama, tiny_autoencoder, tiny_llama
 
 

@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 
 from moeify.evaluation import held_out_loss
 from moeify.events import Evaluated, MemoryTracker
+from moeify.export.pruning import only, prune
+from moeify.export.stock import extract, to_dense
+from moeify.export.stock_moe import to_moe
+from moeify.export.untold import untold
 from moeify.loop import run
-from moeify.partition import Partition
-from moeify.pruning import only, prune
+from moeify.routed.split_model import SplitModel
 from moeify.split_folder import load_from_run, load_split, save_split
-from moeify.split_model import SplitModel
-from moeify.stock import extract, to_dense
-from moeify.stock_moe import to_moe
+from moeify.splitting.partition import Partition
+from moeify.splitting.surgery import permute
 from moeify.store import FolderStore
-from moeify.surgery import permute
-from moeify.untold import untold
 from moeify.world import Solo
 from tests.networks import CATEGORIES, rows_for, tiny_autoencoder, tiny_llama
 from tests.toy import TEXT_CONFIG, ToyTask, ToyTextTask, toy_config

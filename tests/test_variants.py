@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from moeify.loop import run
-from moeify.variants import methods, scaled, variant
+from moeify.recipe.variants import methods, scaled, variant
 from tests.toy import ToyTask, toy_config
 
 

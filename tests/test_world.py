@@ -11,7 +11,7 @@ from attribution.subject import Subject
 from attribution.table import AttributionTable
 from moeify.loop import run
 from moeify.result import Result
-from moeify.split_model import SplitModel
+from moeify.routed.split_model import SplitModel
 from moeify.store import FolderStore
 from moeify.world import Group, Solo
 from tests.gloo import run_together

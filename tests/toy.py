@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeify.config import AutoencoderModel, LlamaModel, RunConfig
-from moeify.models import build_autoencoder, build_llama
+from moeify.models.build import build_autoencoder, build_llama
+from moeify.recipe.config import AutoencoderModel, LlamaModel, RunConfig
 from moeify.task import Batch, HeldOut
 
 CONFIG = {

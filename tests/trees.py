@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attribution.sites import Site
-from moeify.partition import Partition
-from moeify.tree import ExpertTree
+from moeify.splitting.partition import Partition
+from moeify.splitting.tree import ExpertTree
 
 
 @st.composite

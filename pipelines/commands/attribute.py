@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from moeify.arms import Arm
+from moeify.recipe.arms import Arm
 from pipelines.commands.options import JSON
 from pipelines.find_recipe import find_recipe
 
 if TYPE_CHECKING:
-    from moeify.config import RunConfig
+    from moeify.recipe.config import RunConfig
     from moeify.subjects import Probed
 
 
@@ -50,8 +50,8 @@ def _probed(
     target: str, arm: Arm | None, data: str | None, rows: int | None
 ) -> tuple[str, "Probed", "RunConfig", Path, float]:
     """Return what to call the model, what to measure, the recipe, the folder of files and the share a cut removes."""
-    from moeify.data_config import TextData
-    from moeify.recipe import load_recipe, parse_recipe
+    from moeify.recipe.data import TextData
+    from moeify.recipe.load import load_recipe, parse_recipe
     from moeify.split_folder import arms_of_run
     from moeify.subjects import of_checkpoint, of_run
     from pipelines import runs

@@ -10,7 +10,7 @@ from pipelines.find_recipe import find_recipe
 
 if TYPE_CHECKING:
     from moeify.comparison import Job
-    from moeify.config import RunConfig
+    from moeify.recipe.config import RunConfig
     from pipelines.compare import Comparison
 
 
@@ -59,8 +59,8 @@ def command(
     there.
     """
     from moeify.comparison import jobs
-    from moeify.recipe import parse_recipe
-    from moeify.variants import methods as every_method
+    from moeify.recipe.load import parse_recipe
+    from moeify.recipe.variants import methods as every_method
     from pipelines import runs
 
     text, where, base = find_recipe(recipe)

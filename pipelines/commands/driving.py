@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from moeify.config import RunConfig
+    from moeify.recipe.config import RunConfig
     from pipelines.runs import RunFolder
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from moeify.export import Dtype
-    from moeify.model_card import About
-    from moeify.stock import Form
+    from moeify.export.model_card import About
+    from moeify.export.publish import Dtype
+    from moeify.export.stock import Form
     from pipelines.runs import RunFolder
 
 
@@ -80,7 +80,7 @@ def command(
             raise ValueError(f"no category {category!r}; the run has {', '.join(known['categories'])}{nearest}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already; give a folder that is new or empty")
-    from moeify.export import How, export_dense, export_moe, export_split
+    from moeify.export.publish import How, export_dense, export_moe, export_split
 
     how = How(dtype=dtype, gguf=gguf, verify=verify, about=_about(folder))
     if moe:
@@ -119,8 +119,8 @@ def _refuse_odd(
 
 
 def _about(folder: "RunFolder") -> "About":
-    from moeify.model_card import About
-    from moeify.recipe import load_recipe
+    from moeify.export.model_card import About
+    from moeify.recipe.load import load_recipe
     from moeify.result import Result
     from pipelines.runs import package_version
 

@@ -9,7 +9,7 @@ import click
 from pipelines.commands.options import JSON
 
 if TYPE_CHECKING:
-    from moeify.routers import Router
+    from moeify.routers.router import Router
 
 
 @click.command("generate")
@@ -35,8 +35,8 @@ def command(
     from pipelines.served import print_served
 
     folder = runs.find_finished(run_, runs.home())
-    from moeify.generation import encode_prompt, generate, pieces, tokenizer_of
-    from moeify.routers import leaf_of_category, leaves, load_router
+    from moeify.routers.generation import encode_prompt, generate, pieces, tokenizer_of
+    from moeify.routers.router import leaf_of_category, leaves, load_router
     from moeify.split_folder import load_from_run
 
     tokenizer = tokenizer_of(folder.path)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from moeify.data.survey import Survey
     from moeify.starter import Starter
-    from moeify.survey import Survey
 
 
 @click.command("init")
@@ -36,8 +36,8 @@ def command(data: Path, out: Path, text: str | None, category: str | None, disco
     import re
     import secrets
 
+    from moeify.data.survey import look
     from moeify.starter import Machine, starter
-    from moeify.survey import look
     from pipelines import machine, runs
 
     if category and discover:

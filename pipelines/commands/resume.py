@@ -23,7 +23,7 @@ def command(ctx: click.Context, run_: str, local: bool, quiet: bool, address: st
 
     The result is the same, bit for bit, as without the break.
     """
-    from moeify.recipe import load_recipe
+    from moeify.recipe.load import load_recipe
     from pipelines import ray_jobs, runs
 
     if not local and (where := ray_jobs.address_of(address)) is not None:

@@ -8,9 +8,9 @@ import click
 from pipelines.commands.options import JSON
 
 if TYPE_CHECKING:
-    from moeify.readings import Twin
-    from moeify.routers import Kind
-    from moeify.split_model import SplitModel
+    from moeify.routed.split_model import SplitModel
+    from moeify.routers.readings import Twin
+    from moeify.routers.router import Kind
 
 
 @click.command("route")
@@ -38,11 +38,11 @@ def command(run_: str, kind: "Kind | None", threshold: float | None, as_json: bo
     from pipelines.router_tables import print_router
 
     folder = runs.find_finished(run_, runs.home())
-    from moeify.recipe import load_recipe
-    from moeify.routers import save_router
-    from moeify.routing import route
+    from moeify.recipe.load import load_recipe
+    from moeify.routers.router import save_router
+    from moeify.routers.training import route
     from moeify.split_folder import arms_of_run, load_from_run
-    from moeify.tasks import build_task
+    from moeify.tasks.build import build_task
 
     config = load_recipe(folder.resolved)
     task = build_task(config, cache=runs.cache(), base=folder.base)

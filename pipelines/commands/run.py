@@ -22,7 +22,7 @@ def command(obj: dict[str, str], recipe: str, local: bool, quiet: bool, run_: st
     RECIPE is a YAML file, or the name of a recipe that comes with moeify: 'text', 'digits'. A run that was stopped
     goes on with 'moeify resume'.
     """
-    from moeify.recipe import load_recipe, parse_recipe
+    from moeify.recipe.load import load_recipe, parse_recipe
     from pipelines import package, runs
 
     if pack and not os.environ.get("MOEIFY_HOME"):

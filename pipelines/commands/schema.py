@@ -10,10 +10,10 @@ import click
 def command(markdown: bool) -> None:
     """Print the JSON schema of recipes, for editors."""
     if markdown:
-        from moeify.recipe_reference import markdown as page
+        from moeify.recipe.reference import markdown as page
 
         click.echo(page(), nl=False)
         return
-    from moeify.recipe import json_schema
+    from moeify.recipe.load import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2))

@@ -19,7 +19,7 @@ def command(ctx: click.Context, recipe: str, address: str | None, wait: bool) ->
     cluster's. The run is kept in the cluster's $MOEIFY_HOME. $RAY_AUTH_TOKEN, or the file $RAY_AUTH_TOKEN_PATH,
     lets you in.
     """
-    from moeify.recipe import parse_recipe
+    from moeify.recipe.load import parse_recipe
     from pipelines import ray_jobs, runs
 
     where = ray_jobs.address_of(address)

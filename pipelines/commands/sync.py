@@ -14,7 +14,7 @@ def command(run_: str, address: str | None) -> None:
     It goes to $MLFLOW_TRACKING_URI, or to the database beside the runs. A run delivers by itself as it goes on; this
     is for what MLflow could not take then. Nothing shows twice.
     """
-    from moeify.recipe import load_recipe
+    from moeify.recipe.load import load_recipe
     from pipelines import ray_jobs, runs
 
     if (where := ray_jobs.address_of(address)) is not None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attribution.heatmap import figure as figure_of
-from moeify.arms import Arm
 from moeify.events import Step
+from moeify.recipe.arms import Arm
 from pipelines.plots import DENSE, RANDOM, SPLIT, TOLD, budget_of, tax_figure
 from pipelines.report.recorded import Recorded
 from pipelines.report.svg import inline

@@ -1,0 +1,313 @@
+"""The README.md beside exported weights: what they are, what they cost in loss and units, how to load them."""
+
+import inspect
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import assert_never
+
+from moeify.export import fresh_check
+from moeify.export.stock import Form, Stock, ffn_sites
+from moeify.export.verification import Source
+from moeify.models.decoders import config_of, decoder_of
+from moeify.models.families import describe
+from moeify.recipe.arms import Arm
+from moeify.recipe.config import RunConfig
+from moeify.recipe.data import DigitsData, TextData
+from moeify.result import Result
+from moeify.routed.split_model import SplitModel
+from moeify.store import FORMAT
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of the run."""
+
+    run: str | None = None
+    """Its id."""
+    recipe: RunConfig | None = None
+    result: Result | None = None
+    moeify: str | None = None
+    """The version that exports."""
+
+
+NOTHING = About()
+
+
+@dataclass(frozen=True)
+class Checked:
+    """How an export compares with the split model."""
+
+    rounding: float | None
+    """Largest change of an output from rounding the weights to the file's dtype; None in float32."""
+    differences: dict[str, float] | None
+    """Category -> largest difference of an output in float32, weights equal; None where it was not checked."""
+
+
+def card(
+    about: About, source: Source, checked: Checked, *, dtype: str, stock: Stock | None = None, gguf: bool = False
+) -> str:
+    """Return the model card of a stock export, or without ``stock`` of a split folder."""
+    parts = [
+        _head(stock, gguf),
+        _what(about, source, dtype, stock),
+        _loading(source.part, stock, gguf),
+        _origin(about, source.whole),
+        _losses(about.result, source, stock),
+        _size(source, stock),
+        _format(stock, gguf),
+        _checked(checked, source.removed, stock, gguf),
+        _versions(about),
+    ]
+    return "\n\n".join("\n".join(part) for lines in parts if (part := list(lines))) + "\n"
+
+
+def _head(stock: Stock | None, gguf: bool) -> Iterator[str]:
+    if stock is None:
+        yield from ("---", "tags: [moeify]", "---")
+    else:
+        library = "gguf" if gguf else "transformers"
+        yield from ("---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [moeify]", "---")
+
+
+def _what(about: About, source: Source, dtype: str, stock: Stock | None) -> Iterator[str]:
+    served = list(stock.price.routes) if stock else list(source.part.categories)
+    yield f"# {about.run or 'A split model'}: {', '.join(served)}"
+    yield ""
+    made = "moeify split a network into experts, one for each category of its data, while it trained."
+    if stock is None:
+        yield f"{made} This is the split model ({dtype}), whose rows run the units on their category's route alone."
+    elif stock.form is None:
+        yield f"{made} This is one route of it as a smaller dense `{type(stock.network).__name__}` ({dtype})."
+    else:
+        yield (
+            f"{made} This is the split model as a stock mixture of experts, `{type(stock.network).__name__}` "
+            f"({dtype}): the shared core is the shared expert, every category's route below it is a routed expert."
+        )
+    left_out = [category for category in source.whole.categories if category not in served]
+    if left_out:
+        yield f"It holds nothing that only {', '.join(left_out)} would run."
+    if source.removed:
+        yield from ("", *_removal(source))
+
+
+def _removal(source: Source) -> Iterator[str]:
+    """Say what was taken out, and what is left for its categories."""
+    old = source.whole.partition.tree
+    for name in source.removed:
+        node = old.nodes[old.index(name)]
+        assert node.parent is not None
+        theirs = ", ".join(node.categories)
+        yield (
+            f"**Taken out: the expert `{name}` and all below it.** None of its units is in the files. "
+            f"Rows of {theirs} run on what is left of their route, down to `{old.nodes[node.parent].name}`, "
+            f"which others share: what those units know of {theirs} is still there. "
+            f"All other categories run the same units as before."
+        )
+
+
+def _loading(part: SplitModel, stock: Stock | None, gguf: bool) -> Iterator[str]:
+    yield from ("## Load", "")
+    if stock is None:
+        yield from ("```python", "import moeify, torch", "", 'model = moeify.load_split("FOLDER")')
+        yield f"categories = {part.categories}"
+        yield f'rows = ["{part.categories[0]}", "{part.categories[-1]}"]  # the category of each row of inputs'
+        yield "outputs = model(inputs, torch.tensor([categories.index(category) for category in rows]))"
+        yield "```"
+        return
+    if gguf:
+        yield from ("```bash", 'llama-completion -m FOLDER/model.gguf -p "TEXT"  # or any other llama.cpp', "```")
+    else:
+        yield from ("```python", "from transformers import AutoModelForCausalLM, AutoTokenizer")
+        yield from ("", 'model = AutoModelForCausalLM.from_pretrained("FOLDER")')
+        yield from ('tokenizer = AutoTokenizer.from_pretrained("FOLDER")', "```")
+    if stock.form is not None:
+        yield from ("", *_routing(stock, stock.form, gguf))
+
+
+def _routing(stock: Stock, form: Form, gguf: bool) -> Iterator[str]:
+    """Say how to send tokens along another category's route, in the very code that the check runs."""
+    route: Callable[..., None] = fresh_check.ROUTE[form]
+    imports, what = ["import torch"], "model"
+    if gguf:
+        from moeify.export import fresh_gguf
+
+        route = fresh_gguf.ROUTE[form]
+        imports, what = ["import numpy as np", "from gguf import GGUFReader"], '"FOLDER/model.gguf"'
+    other = next((category for category in stock.experts if category != stock.forced), stock.forced)
+    source = inspect.getsource(route).replace("model: Any, expert: int) -> None", "model, expert)").rstrip()
+    yield f"There is no trained router: as written, **every token runs the expert of `{stock.forced}`**."
+    yield f"To send all tokens along another category's route (here {other}):"
+    yield from ("", "```python", *imports, "", "", *source.split("\n"), "", "", f"experts = {dict(stock.experts)}")
+    yield from (f'{route.__name__}({what}, experts["{other}"])', "```")
+
+
+def _origin(about: About, whole: SplitModel) -> Iterator[str]:
+    """Say where the weights come from; no path of the recipe is told."""
+    yield from ("## Where it comes from", "")
+    if decoder_of(whole.network):
+        config, ffn = config_of(whole.network), max(site.units for site in ffn_sites(whole))
+        name = type(whole.network).__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        yield (
+            f"- network: {name}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
+            f"FFN {ffn}, {config.num_attention_heads} heads, "
+            f"vocabulary {config.vocab_size:,}, up to {config.max_position_embeddings:,} positions"
+        )
+    else:
+        description = describe(whole.network)
+        yield f"- network: {description['family']}, {description['hidden']} hidden units, code {description['code']}"
+    yield f"- categories: {', '.join(whole.categories)}"
+    if about.recipe is not None:
+        yield from _recipe(about.recipe)
+
+
+def _recipe(recipe: RunConfig) -> Iterator[str]:
+    match recipe.data:
+        case TextData(source=source, length=length, discover=discover):
+            kind = {"installed": "text that Python packages install", "folders": "folders of text files"}
+            found = "" if discover is None else "; categories are discovered clusters of documents"
+            yield f"- data: {kind.get(source.kind, 'JSON lines')}, byte-level BPE, rows of {length} tokens{found}"
+        case DigitsData():
+            yield "- data: scikit-learn's handwritten digits"
+        case other:
+            assert_never(other)
+    training = recipe.training
+    yield f"- recipe: `{recipe.name}`, seed {recipe.seed}; {training.steps:,} steps of {training.rows} rows"
+    separations = ", ".join(f"{r.separation:.0%}" for r in recipe.rounds)
+    yield f"- rounds asked for a separation of {separations}; owners by {recipe.partition.owners.kind}"
+
+
+def _losses(result: Result | None, source: Source, stock: Stock | None) -> Iterator[str]:
+    """Give the run's test figures for the categories that are served, where the run has them."""
+    if result is None:
+        return
+    served = list(stock.price.routes) if stock else list(source.part.categories)
+    arms: list[Arm] = [arm for arm in ("dense", "told", "split", "random") if arm in result.test_loss]
+    taxes = {"tax": result.tax, "random's tax": result.tax_random, "tax over told": result.tax_told}
+    shown = {name: tax for name, tax in taxes.items() if tax is not None}
+    yield from (f"## Test loss of the run (nats per {result.unit}, lower is better)", "")
+    yield from _table(
+        ["category", "active units", *arms, *shown],
+        [
+            [
+                category,
+                f"{result.active_fraction[category]:.1%}",
+                *[f"{result.test_loss[arm][category]:.4f}" for arm in arms],
+                *[f"{tax[category]:+.4f}" for tax in shown.values()],
+            ]
+            for category in served
+        ],
+    )
+    yield ""
+    meant = {
+        "dense": "the same network, data and steps, never split",
+        "told": "dense, and given the category",
+        "random": "split into the same sizes, owners drawn",
+    }
+    yield f"{'; '.join(f'{arm}: {text}' for arm, text in meant.items() if arm in arms)}; tax: above dense."
+    if not source.removed:
+        yield "This export is of *split*."
+        return
+    yield "This export is of *split* without what was taken out, which raises test loss by:"
+    tree = source.whole.partition.tree
+    rows = [
+        [name, category, _rise(result.own_other[category].get(name))]
+        for name in source.removed
+        for category in tree.nodes[tree.index(name)].categories
+    ]
+    yield from ("", *_table(["taken out", "category", "rise"], rows), "", "and that of no other category.")
+
+
+def _rise(nats: float | None) -> str:
+    return "-" if nats is None else f"{nats:+.4f}"
+
+
+def _size(source: Source, stock: Stock | None) -> Iterator[str]:
+    yield from ("## Size", "")
+    if stock is None:
+        parameters = sum(parameter.numel() for parameter in source.part.network.parameters())
+        held, whole = source.part.space.units, source.whole.space.units
+        yield f"{parameters:,} parameters; {held:,} units of the {whole:,} in the whole model."
+        yield from ("", *_table(["expert", "own units"], _owned(source.part)))
+        return
+    parameters = sum(parameter.numel() for parameter in stock.network.parameters())
+    whole = sum(site.units for site in ffn_sites(source.whole))
+    yield f"{parameters:,} parameters. FFN units of all layers (the dense twin has and runs {whole:,}):"
+    yield from ("", *_table(["", "units"], _priced(stock, whole)))
+    if stock.price.padded:
+        yield ""
+        yield (
+            "Stock formats have one width for all layers, and for all experts; what is narrower is filled with zeros. "
+            "`partition: {budget: equal}` in a recipe makes layers equal from the start."
+        )
+
+
+def _owned(part: SplitModel) -> Iterator[list[str]]:
+    for node, units in zip(part.partition.tree.nodes, part.partition.owned, strict=True):
+        yield [node.name, f"{units:,}"]
+
+
+def _priced(stock: Stock, whole: int) -> Iterator[list[str]]:
+    price = stock.price
+    yield ["of the split model, each once", f"{price.own:,}"]
+    if stock.form is not None:
+        yield ["copies of what several experts need", f"{price.copied:,}"]
+    spare = " and the spare expert" if stock.form == "granitemoeshared" else ""
+    yield [f"zeros for padding{spare}", f"{price.padded:,} ({price.padded / price.stored:.1%} of the stored)"]
+    yield ["**stored**", f"{price.stored:,}"]
+    yield ["**run by every token**", f"{price.runs:,} ({price.runs / whole:.1%} of the dense twin's)"]
+    for category, units in price.routes.items():
+        yield [f"of these on the route of {category}", f"{units:,} (padding costs {price.runs / units - 1:.1%})"]
+
+
+def _format(stock: Stock | None, gguf: bool) -> Iterator[str]:
+    if stock is None:
+        yield from (
+            f"## Format {FORMAT}",
+            "",
+            "- `manifest.json`: `body`, and the SHA-256 of its JSON with sorted keys; all below lies in it.",
+            "- `files`: size and SHA-256 of each.",
+            "- `facts.network`: the shape; `facts.categories`: in the order of category indices.",
+            "- `facts.partition`: `nodes`, the expert tree, depth first; `widths`, by site the units that each node",
+            "  owns; `owners`, the same spelled out: by site the node of each unit.",
+            "- `model.safetensors`: parameters under the stock names, units of a site in the order of nodes, each site",
+            "  as wide as its widths add up to. A row runs the units of the nodes that serve its category, no others.",
+        )
+    elif gguf:
+        yield from (
+            "## Format",
+            "",
+            "One GGUF file, weights and tokenizer. Where layers of a dense model have different",
+        )
+        yield "widths, its architecture is `deci`, a Llama whose feed-forward length is a list: nothing is padded."
+
+
+def _checked(checked: Checked, removed: Sequence[str], stock: Stock | None, gguf: bool) -> Iterator[str]:
+    yield from ("## Checked", "")
+    if checked.rounding is not None:
+        yield f"- Rounding the weights moves the split model's outputs by up to {checked.rounding:.2e}."
+    if checked.differences is None:
+        yield "- The outputs of this export were not compared with the split model's."
+        return
+    how, output = "by moeify", "an output"
+    if stock:
+        how = "by plain transformers in a process of its own"
+    if gguf:
+        how, output = "by llama.cpp, with its cache", "a log probability"
+    what = f" with {', '.join(removed)} ablated" if removed else ""
+    yield f"- Loaded {how}, in float32: largest difference of {output} to the split model{what}, equal weights:"
+    yield from ("", *_table(["category", "difference"], [[c, f"{d:.1e}"] for c, d in checked.differences.items()]))
+
+
+def _versions(about: About) -> Iterator[str]:
+    known = {"moeify": about.moeify or "unknown", "Python": platform.python_version()}
+    known |= {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    yield from ("## Versions", "", ", ".join(f"{name} {number}" for name, number in known.items()))
+
+
+def _table(columns: Sequence[str], rows: Iterator[list[str]] | Sequence[list[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(columns)} |"
+    yield f"|{'|'.join(['---', *['---:'] * (len(columns) - 1)])}|"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"

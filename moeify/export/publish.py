@@ -1,0 +1,181 @@
+"""What leaves a run: a dense model of one route, a stock mixture of experts, or the split model and parts of it.
+
+Every export is checked before it is published: it must give the split model's own outputs for every category
+(``moeify.export.verification``). A model card stands beside the weights.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from moeify.export import gguf_file
+from moeify.export.model_card import NOTHING, About, Checked, card
+from moeify.export.stock import Form, Stock, ffn_sites, to_dense
+from moeify.export.stock_moe import to_moe
+from moeify.export.verification import Source
+from moeify.models.families import describe
+from moeify.split_folder import load_from_run, load_split, save_split
+
+SHARD = "5GB"
+"""Weights of a stock export above this size go to several files."""
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class How:
+    """What all kinds of exports have in common."""
+
+    dtype: Dtype = "float32"
+    """Of the weights in the file. Below float32, the check is against the split model with weights rounded the same."""
+    gguf: bool = False
+    """Write stock forms as one GGUF file, ``model.gguf``, in place of a folder of ``transformers``."""
+    verify: bool = True
+    about: About = NOTHING
+    """What the model card can say of the run."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch knows it."""
+        return getattr(torch, self.dtype)
+
+
+PLAIN = How()
+
+
+def export_dense(run: Path, categories: Sequence[str], out: Path, how: How = PLAIN) -> Checked:
+    """Write the one route that these categories share as a smaller dense model of the same family.
+
+    For a language model this is a directory that ``transformers.AutoModelForCausalLM.from_pretrained`` loads; for the
+    autoencoder, which has no stock format, an undivided split folder for ``moeify.load_split``.
+    """
+    _refuse_occupied(out)
+    _refuse_lacking(run, how)
+    source = Source.of(load_from_run(run), how.torch_dtype, keep=categories)
+    heads_too = len(ffn_sites(source.whole)) < len(source.whole.space.sites)
+    stock = to_dense(source.whole, categories, padded=not how.gguf or heads_too)
+    if describe(stock.network)["family"] == "autoencoder":
+        return export_split(run, out, how, keep=categories)
+    return _export_stock(run, source, stock, out, how)
+
+
+def export_moe(
+    run: Path,
+    form: Form,
+    out: Path,
+    how: How = PLAIN,
+    *,
+    forced: str | None = None,
+    keep: Sequence[str] = (),
+    drop: Sequence[str] = (),
+) -> Checked:
+    """Write the split model as a stock ``transformers`` mixture of experts that sends every token along one route.
+
+    ``forced``: the category of that route, None for the first that is whole; the model card says how to change it
+    after loading. ``keep``, ``drop``: as in ``export_split``.
+    """
+    _refuse_occupied(out)
+    _refuse_lacking(run, how)
+    source = Source.of(load_from_run(run), how.torch_dtype, keep=keep, drop=drop)
+    intact = [category for category in source.part.categories if category not in drop]
+    stock = to_moe(source.part, form, forced or (intact or source.part.categories)[0])
+    return _export_stock(run, source, stock, out, how)
+
+
+def export_split(
+    run: Path, out: Path, how: How = PLAIN, *, keep: Sequence[str] = (), drop: Sequence[str] = ()
+) -> Checked:
+    """Write the split model as a folder that ``moeify.load_split`` gives back.
+
+    ``keep``: only these categories, and the experts that serve them. ``drop``: all categories, without the experts that
+    serve none but these; rows of a dropped category run on what is left of their route.
+    """
+    _refuse_occupied(out)
+    source = Source.of(load_from_run(run), how.torch_dtype, keep=keep, drop=drop)
+    with _published(out) as draft:
+        shutil.rmtree(draft)
+        save_split(source.part, draft, _assets(run), dtype=how.torch_dtype)
+        checked = Checked(source.rounding, source.against_split(load_split(draft)) if how.verify else None)
+        _write_card(draft, card(how.about, source, checked, dtype=how.dtype))
+    return checked
+
+
+def _export_stock(run: Path, source: Source, stock: Stock, out: Path, how: How) -> Checked:
+    with _published(out) as draft:
+        differences = None
+        if how.gguf:
+            tokenizer = _assets(run)["tokenizer.json"]
+            path, name = draft / "model.gguf", how.about.run or out.name
+            gguf_file.write(stock.network, tokenizer, path, dtype=how.torch_dtype, name=name)
+            if how.verify:
+                differences = source.against_gguf(path, stock, tokenizer, how.torch_dtype)
+        else:
+            _save_pretrained(stock.network.to(how.torch_dtype), draft)
+            for name, content in _assets(run).items():
+                (draft / name).write_bytes(content)
+            if how.verify:
+                differences = source.against_stock(draft, stock)
+        checked = Checked(source.rounding, differences)
+        _write_card(draft, card(how.about, source, checked, dtype=how.dtype, stock=stock, gguf=how.gguf))
+    return checked
+
+
+def _save_pretrained(stock: nn.Module, folder: Path) -> None:
+    from transformers.utils import logging
+
+    network: Any = stock
+    network.config.use_cache = True
+    network.generation_config.use_cache = True
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        network.save_pretrained(folder, max_shard_size=SHARD)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _write_card(folder: Path, text: str) -> None:
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _assets(run: Path) -> dict[str, bytes]:
+    folder = run / "assets"
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())} if folder.is_dir() else {}
+
+
+def _refuse_occupied(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already; name an empty or new folder")
+
+
+def _refuse_lacking(run: Path, how: How) -> None:
+    if how.gguf:
+        gguf_file.require(verify=how.verify)
+        if "tokenizer.json" not in _assets(run):
+            raise ValueError(f"{run.name} has no tokenizer, which a GGUF file must hold; GGUF is for language models")
+
+
+@contextmanager
+def _published(out: Path) -> Iterator[Path]:
+    """Give a folder to write to, which becomes ``out`` when all went well and is gone otherwise."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield draft
+        draft.chmod(0o755)
+        for path in draft.iterdir():
+            path.chmod(0o644)
+        if out.exists():
+            out.rmdir()
+        draft.rename(out)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise

@@ -1,0 +1,252 @@
+"""A whole split model as a mixture of experts of a stock format, which plain ``transformers`` loads.
+
+The core becomes the shared expert. Each leaf of the tree becomes a routed expert, which holds all that lies on the way
+from below the core to the leaf: units of experts between are copied into every leaf below them. All experts of all
+layers get one width, and all shared experts, with zeros behind. So that no token runs more than the longest route of
+any layer, a core that is wider than the shared expert leaves its rest to every routed expert, as further copies.
+
+Both formats run one routed expert a token with a weight of exactly 1, whatever the token. There is no trained router:
+the checkpoint says which expert runs, and anyone may change it.
+
+- ``glm4_moe``: sigmoid scores of a zero router are 1/2, ``routed_scaling_factor`` 2 makes them 1, and
+  ``e_score_correction_bias`` chooses an expert without touching its weight.
+- ``granitemoeshared``: the softmax over one chosen expert is 1. Its router has no bias, and a linear score without one
+  can be made largest for every token by a pair only: the expert chosen and a spare slot hold the same slice, and score
+  v.x and -v.x for a random v, all others 0. So there is one slot more than leaves.
+"""
+
+from typing import Any, NamedTuple, assert_never
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moeify.export.fresh_check import ROUTE
+from moeify.export.stock import Form, Price, Stock, ffn_sites
+from moeify.models.families import describe
+from moeify.models.resizing import padded
+from moeify.models.units import FfnUnits
+from moeify.routed.split_model import SplitModel
+
+_FIT = ("llama", "mistral", "qwen2", "qwen3")
+"""Families whose attention, norms and embeddings a format has too."""
+_MULTIPLE = 8
+"""Widths are multiples of so many units: 16 bytes in half precision, which grouped kernels ask for."""
+
+
+class _Widths(NamedTuple):
+    """Units of each layer."""
+
+    shared: int
+    expert: int
+    slots: int
+    """Experts."""
+
+    @property
+    def stored(self) -> int:
+        return self.shared + self.slots * self.expert
+
+
+class _Layer(NamedTuple):
+    """A feed-forward block in slices, zero-padded; gate over up."""
+
+    shared_in: Float[Tensor, "2*shared dim"]
+    shared_out: Float[Tensor, "dim shared"]
+    experts_in: Float[Tensor, "slots 2*expert dim"]
+    experts_out: Float[Tensor, "slots dim expert"]
+
+
+@torch.no_grad()
+def to_moe(split: SplitModel, form: Form, forced: str) -> Stock:
+    """Return the split model as a mixture of that format that sends every token along the route of category ``forced``.
+
+    Raises ValueError where the format cannot hold the network, or where there is but one route.
+    """
+    tree = split.partition.tree
+    if split.told:
+        raise ValueError(
+            "the split model is told the category (partition.told) by biases, which stock MoE formats have no place for"
+        )
+    if forced not in tree.categories:
+        raise ValueError(f"no category {forced!r}; the model has {', '.join(split.categories)}")
+    if len(tree.leaves) < 2:
+        raise ValueError(f"one route serves {', '.join(split.categories)}, wanted two or more; export a dense model")
+    sites = ffn_sites(split)
+    if len(sites) < len(split.space.sites):
+        raise ValueError("attention heads are split too, and stock MoE formats route feed-forward units alone")
+    source = _shared_config(split.network)
+    ways = {site.name: _ways(split, site.name) for site in sites}
+    path = max(len(way) for _, paths in ways.values() for way in paths)
+    route = max(len(core) + len(way) for core, paths in ways.values() for way in paths)
+    network: nn.Module
+    match form:
+        case "glm4_moe":
+            widths = _glm4_widths(path, route, len(tree.leaves))
+            network = _glm4(source, widths, split.network)
+        case "granitemoeshared":
+            expert = _rounded(path)
+            widths = _Widths(_rounded(route - expert), expert, len(tree.leaves) + 1)
+            network = _granite(source, widths, split.network)
+        case _:
+            assert_never(form)
+    held = dict(split.network.named_parameters())
+    for name, tensor in network.named_parameters():
+        if name in held:
+            tensor.copy_(held[name])
+        elif name.endswith("o_proj.bias"):
+            tensor.zero_()
+    placed = 0
+    for number, site in enumerate(sites):
+        core, paths = ways[site.name]
+        shared, rest = core[: widths.shared], core[widths.shared :]
+        paths = [torch.cat([rest, way]) for way in paths]
+        placed += len(shared) + sum(map(len, paths))
+        layer = _layer(split, site, shared, paths, widths)
+        block = network.get_submodule(f"model.layers.{number}")
+        if form == "glm4_moe":
+            _fill_glm4(block, layer)
+        else:
+            _fill_granite(block, layer)
+    experts = {category: tree.leaves.index(tree.route(category)[-1]) for category in split.categories}
+    ROUTE[form](network, experts[forced])
+    price = Price(
+        own=split.space.units,
+        copied=placed - split.space.units,
+        padded=len(ways) * widths.stored - placed,
+        runs=len(ways) * (widths.shared + widths.expert),
+        routes={category: split.partition.active_units(category) for category in split.categories},
+    )
+    return Stock(network.eval(), price, form, forced, experts)
+
+
+def _ways(split: SplitModel, site: str) -> tuple[Int[Tensor, " core"], list[Int[Tensor, " way"]]]:
+    """Return the units of the core, and for each leaf those on its way below the core."""
+    owners, tree = split.partition.owners(site), split.partition.tree
+    nodes = [tree.route(tree.nodes[leaf].categories[0])[1:] for leaf in tree.leaves]
+    paths = [torch.isin(owners, torch.tensor(way)).nonzero()[:, 0] for way in nodes]
+    return (owners == 0).nonzero()[:, 0], paths
+
+
+def _layer(split: SplitModel, site: FfnUnits, shared: Tensor, paths: list[Tensor], widths: _Widths) -> _Layer:
+    gate, up, down = (
+        split.network.get_parameter(f"{site.module}.{part}.weight") for part in (site.gate, site.up, site.down)
+    )
+
+    def way_in(index: Tensor, width: int) -> Tensor:
+        return torch.cat([padded(weight[index], 0, width) for weight in (gate, up)])
+
+    paths = paths + [shared[:0]] * (widths.slots - len(paths))
+    return _Layer(
+        way_in(shared, widths.shared),
+        padded(down[:, shared], 1, widths.shared),
+        torch.stack([way_in(path, widths.expert) for path in paths]),
+        torch.stack([padded(down[:, path], 1, widths.expert) for path in paths]),
+    )
+
+
+def _shared_config(network: nn.Module) -> dict[str, Any]:
+    """Return what both formats take over from the configuration of a Llama, or of a family built like one."""
+    description = describe(network)
+    family, config = description["family"], description.get("config", {})
+    if family not in _FIT:
+        fit = ", ".join(map(repr, _FIT))
+        raise ValueError(f"no stock MoE holds a network of family {family!r}, only {fit} fit")
+    if config.get("mlp_bias"):
+        raise ValueError("mlp_bias is set; experts of stock MoE formats have no biases, export the split model instead")
+    if config.get("sliding_window"):
+        raise ValueError("sliding_window is set; stock MoE formats see all positions, export the split model instead")
+    same = (
+        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+        "max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_dropout "
+        "bos_token_id eos_token_id pad_token_id rope_parameters"
+    )
+    biased = family == "qwen2" or config.get("attention_bias", False)
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return {name: config[name] for name in same.split()} | {"attention_bias": biased, "head_dim": size}
+
+
+# --- glm4_moe -----------------------------------------------------------------------------------------
+
+
+def _glm4_widths(path: int, route: int, leaves: int) -> _Widths:
+    """Return the widths that run the fewest units, and of those that store the fewest.
+
+    The shared expert is a whole number of experts wide; the two together hold ``route`` units, an expert ``path``.
+    """
+    found = []
+    for expert in range(_rounded(path), _rounded(max(path, route)) + 1, _MULTIPLE):
+        shared = max(1, -(-(route - expert) // expert)) * expert
+        found.append(_Widths(shared, expert, leaves))
+    return min(found, key=lambda widths: (widths.shared + widths.expert, widths.stored))
+
+
+def _glm4(source: dict[str, Any], widths: _Widths, dense: nn.Module) -> nn.Module:
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    held = dict(dense.named_parameters())
+    if "model.layers.0.self_attn.o_proj.bias" in held:
+        raise ValueError("attention_bias is set; glm4_moe has none at the attention's output, take granitemoeshared")
+    config = Glm4MoeConfig(
+        **source | {"rope_parameters": {**source["rope_parameters"], "partial_rotary_factor": 1.0}},
+        partial_rotary_factor=1.0,
+        moe_intermediate_size=widths.expert,
+        intermediate_size=widths.expert,
+        n_shared_experts=widths.shared // widths.expert,
+        n_routed_experts=widths.slots,
+        num_experts_per_tok=1,
+        norm_topk_prob=False,
+        routed_scaling_factor=2.0,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=0,
+        num_mtp_layers=0,
+        use_qk_norm="model.layers.0.self_attn.q_norm.weight" in held,
+    )
+    return Glm4MoeForCausalLM(config)
+
+
+def _fill_glm4(layer: Any, values: _Layer) -> None:
+    mlp = layer.mlp
+    gate, up = values.shared_in.chunk(2)
+    mlp.shared_experts.gate_proj.weight.copy_(gate)
+    mlp.shared_experts.up_proj.weight.copy_(up)
+    mlp.shared_experts.down_proj.weight.copy_(values.shared_out)
+    mlp.experts.gate_up_proj.copy_(values.experts_in)
+    mlp.experts.down_proj.copy_(values.experts_out)
+    mlp.gate.weight.zero_()
+
+
+# --- granitemoeshared ---------------------------------------------------------------------------------
+
+
+def _granite(source: dict[str, Any], widths: _Widths, dense: nn.Module) -> nn.Module:
+    from transformers import GraniteMoeSharedConfig, GraniteMoeSharedForCausalLM
+
+    if "model.layers.0.self_attn.q_norm.weight" in dict(dense.named_parameters()):
+        raise ValueError("queries and keys are normed, which granitemoeshared does not do; take glm4_moe")
+    config = GraniteMoeSharedConfig(
+        **source,
+        intermediate_size=widths.expert,
+        shared_intermediate_size=widths.shared,
+        num_local_experts=widths.slots,
+        num_experts_per_tok=1,
+        embedding_multiplier=1.0,
+        logits_scaling=1.0,
+        residual_multiplier=1.0,
+        attention_multiplier=source["head_dim"] ** -0.5,
+    )
+    return GraniteMoeSharedForCausalLM(config)
+
+
+def _fill_granite(layer: Any, values: _Layer) -> None:
+    layer.shared_mlp.input_linear.weight.copy_(values.shared_in)
+    layer.shared_mlp.output_linear.weight.copy_(values.shared_out)
+    moe = layer.block_sparse_moe
+    moe.experts.gate_up_proj.copy_(values.experts_in)
+    moe.experts.down_proj.copy_(values.experts_out)
+    direction = torch.randn(moe.router.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    moe.router.weight.zero_()[-1] = direction
+
+
+def _rounded(width: int) -> int:
+    return -(-max(1, width) // _MULTIPLE) * _MULTIPLE

@@ -1,0 +1,1 @@
+"""Networks: those that recipes build, and adapters that say where the units of a network lie."""

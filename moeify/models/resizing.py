@@ -1,0 +1,61 @@
+"""Networks with other numbers of units: sites of unequal width, and units that move from one network to another.
+
+Stock formats know one width for all layers, so there a narrower site is padded with zeros: a zero unit reads and writes
+nothing, so it changes no output. Our own folders hold each site as wide as it is.
+"""
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from moeify.models.families import rebuild, unit_space
+from moeify.models.units import UnitSite, UnitSpace, is_conv1d
+from moeify.recipe.partition import UnitKind
+
+
+def shaped(description: dict[str, Any], units: Mapping[str, int]) -> nn.Module:
+    """Return an untrained network of the shape that ``describe`` tells, each site as wide as ``units`` says."""
+    network = rebuild(description)
+    for site in unit_space(network, get_args(UnitKind)).sites:
+        if site.name in units and units[site.name] < site.units:
+            _narrow(network, site, units[site.name])
+    return network
+
+
+@torch.no_grad()
+def copy_units(
+    source: nn.Module, space: UnitSpace, kept: Mapping[str, Int[Tensor, " kept"]], target: nn.Module
+) -> None:
+    """Copy a network's tensors into ``target``, of each site the ``kept`` units, zeros behind where target is wider."""
+    held = dict(source.named_parameters()) | dict(source.named_buffers())
+    parts = {part.parameter: (part, kept[site.name]) for site in space.sites for part in site.slices}
+    for name, tensor in [*target.named_parameters(), *target.named_buffers()]:
+        values = held[name]
+        if name in parts:
+            part, index = parts[name]
+            values = padded(values.index_select(part.axis, part.entries(index)), part.axis, tensor.shape[part.axis])
+        tensor.copy_(values)
+
+
+def padded(tensor: Tensor, axis: int, width: int) -> Tensor:
+    """Return the tensor with zeros behind, up to ``width`` on that axis."""
+    behind = [0, 0] * (tensor.dim() - 1 - axis)
+    return F.pad(tensor, [*behind, 0, width - tensor.shape[axis]])
+
+
+def _narrow(network: nn.Module, site: UnitSite, units: int) -> None:
+    """Keep a site's first units, in place."""
+    for part in site.slices:
+        name, _, kind = part.parameter.rpartition(".")
+        layer: Any = network.get_submodule(name)
+        setattr(
+            layer, kind, nn.Parameter(getattr(layer, kind).detach().narrow(part.axis, 0, units * part.width).clone())
+        )
+        if is_conv1d(layer):
+            layer.nx, layer.nf = layer.weight.shape
+        else:
+            layer.out_features, layer.in_features = layer.weight.shape

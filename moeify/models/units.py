@@ -1,0 +1,228 @@
+"""The unit space: which tensors of a network hold a site's units, and along which axis.
+
+Everything that moves or weighs units (permutation, compensation, extraction) works on these descriptions alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, assert_never
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from attribution.sites import Site
+from moeify.recipe.partition import UnitKind
+
+Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One parameter's axis that runs over a site's units."""
+
+    parameter: str
+    axis: int
+    width: int = 1
+    """Entries a unit, side by side."""
+
+    def entries(self, units: Int[Tensor, " some"]) -> Int[Tensor, " entries"]:
+        """Return where these units lie on the axis, in the order given."""
+        return (units[:, None] * self.width + torch.arange(self.width, device=units.device)).flatten()
+
+
+@dataclass(frozen=True)
+class FfnUnits:
+    """The neurons of one feed-forward block: down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
+
+    kind: ClassVar[UnitKind] = "ffn"
+    name: str
+    """Of the site."""
+    module: str
+    """Qualified name of the feed-forward module."""
+    gate: str | None
+    """Names of the linear maps, submodules; a neuron is a row of gate and up and a column of down."""
+    up: str
+    down: str
+    activation: Activation
+    units: int
+    gate_bias: bool = False
+    up_bias: bool = False
+    inline: str | None = None
+    """Name of the activation's submodule, where ``module`` is a whole layer that runs up, activation and down itself
+    on tokens [rows*positions dim]; None where it is the feed-forward block alone."""
+    transposed: bool = False
+    """Whether the maps are ``Conv1D`` of ``transformers``, which keeps weights as [inputs outputs]."""
+    after: str | None = None
+    """Name of the submodule, a dropout, that is given what the block writes."""
+    told: bool = False
+    """Whether units learn a bias for each category (``moeify.routed.told``)."""
+
+    @property
+    def site(self) -> Site:
+        """The site as attribution reads it: at the input of ``down``."""
+        return Site(self.name, f"{self.module}.{self.down}", self.units)
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """Every parameter axis that moves with the units."""
+        told = [Slice(f"{self.module}.{self.inline}.told.weight" if self.inline else f"{self.module}.told.weight", 1)]
+        return (*self.ways_in, Slice(self.output, int(not self.transposed)), *(told if self.told else []))
+
+    @property
+    def ways_in(self) -> tuple[Slice, ...]:
+        """Weights and biases through which the units read."""
+        maps = [(self.up, self.up_bias)] + ([(self.gate, self.gate_bias)] if self.gate else [])
+        found = [Slice(f"{self.module}.{name}.weight", int(self.transposed)) for name, _ in maps]
+        return (*found, *(Slice(f"{self.module}.{name}.bias", 0) for name, bias in maps if bias))
+
+    @property
+    def output(self) -> str:
+        """The parameter through which the units write, see ``output_weight``."""
+        return f"{self.module}.{self.down}.weight"
+
+
+@dataclass(frozen=True)
+class HeadUnits:
+    """The heads of one attention block. Query heads that share keys and values are one unit, since none of them can go
+    without the others' keys."""
+
+    kind: ClassVar[UnitKind] = "heads"
+    name: str
+    """Of the site."""
+    module: str
+    """Qualified name of the attention module."""
+    query: str
+    """Names of the ``nn.Linear`` submodules; a unit is rows of query, key and value and columns of out, in the order of
+    the heads."""
+    key: str
+    value: str
+    out: str
+    units: int
+    """Heads of keys and values."""
+    queries: int
+    """Query heads a unit."""
+    size: int
+    """Dimensions a head."""
+    bias: bool = False
+    """Whether query, key and value have biases."""
+    norms: tuple[str, str] | None = None
+    """Names of the modules that norm each head's queries and keys [... size], where there are any; all heads share
+    them, so they belong to no unit."""
+
+    @property
+    def site(self) -> Site:
+        """The site as attribution reads it: at the input of ``out``."""
+        return Site(self.name, f"{self.module}.{self.out}", self.units, self.queries * self.size)
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """Every parameter axis that moves with the units."""
+        return (*self.ways_in, Slice(self.output, 1, self.queries * self.size))
+
+    @property
+    def ways_in(self) -> tuple[Slice, ...]:
+        """Weights and biases through which the units read."""
+        maps = ((self.query, self.queries * self.size), (self.key, self.size), (self.value, self.size))
+        kinds = ("weight", "bias") if self.bias else ("weight",)
+        return tuple(Slice(f"{self.module}.{name}.{kind}", 0, width) for kind in kinds for name, width in maps)
+
+    @property
+    def output(self) -> str:
+        """The parameter through which the units write, see ``output_weight``."""
+        return f"{self.module}.{self.out}.weight"
+
+
+UnitSite = FfnUnits | HeadUnits
+"""A site with its tensors. Conv channels join here as a further class."""
+
+
+@dataclass(frozen=True)
+class UnitSpace:
+    """All sites of a network."""
+
+    sites: tuple[UnitSite, ...]
+
+    def __post_init__(self) -> None:
+        names = [site.name for site in self.sites]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"a unit space needs sites with names of their own, got {names}")
+
+    def __getitem__(self, name: str) -> UnitSite:
+        return next(site for site in self.sites if site.name == name)
+
+    @property
+    def readers(self) -> tuple[Site, ...]:
+        """The sites as attribution reads them."""
+        return tuple(site.site for site in self.sites)
+
+    @property
+    def units(self) -> int:
+        """Units of all sites."""
+        return sum(site.units for site in self.sites)
+
+
+def unit_parameters(network: nn.Module, site: UnitSite) -> int:
+    """Return how many parameters belong to one unit of a site: what it reads and writes through."""
+    shapes = [(network.get_parameter(part.parameter).shape, part) for part in site.slices]
+    return sum(shape.numel() // shape[part.axis] * part.width for shape, part in shapes)
+
+
+def linear(network: nn.Module, name: str) -> nn.Linear:
+    """Return a submodule that must be an ``nn.Linear``."""
+    module = network.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"{name!r} is a {type(module).__name__}; a unit site needs nn.Linear there")
+    return module
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Say whether a module is a ``Conv1D`` of ``transformers``: a linear map with its weight the other way round."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def output_weight(network: nn.Module, site: UnitSite) -> Float[Tensor, "dim features"]:
+    """Return the parameter (or a view of it) through which a site's units write; a unit's features side by side."""
+    weight = network.get_parameter(site.output)
+    return weight.t() if _transposed(site) else weight
+
+
+def input_weight(network: nn.Module, site: UnitSite) -> Float[Tensor, "units inputs"]:
+    """Return the weights through which a site's units read, those of all ways in (gate and up) side by side."""
+    ways_in = [network.get_parameter(part.parameter) for part in site.ways_in]
+    matrices = [weight.t() if _transposed(site) else weight for weight in ways_in if weight.ndim == 2]
+    return torch.cat([weight.reshape(site.units, -1) for weight in matrices], dim=1)
+
+
+def _transposed(site: UnitSite) -> bool:
+    return isinstance(site, FfnUnits) and site.transposed
+
+
+def flops(network: nn.Module, site: UnitSite, length: int) -> int:
+    """Return the floating-point operations of one unit's forward pass, a token (or example): 2 a weight.
+
+    Heads also compare with, and read from, earlier positions: ``length`` / 2 of them on average in causal rows of
+    ``length`` tokens.
+    """
+    shapes = [network.get_parameter(part.parameter).shape for part in site.slices]
+    own = 2 * sum(shape.numel() for shape in shapes if len(shape) > 1) // site.units
+    match site:
+        case FfnUnits():
+            return own
+        case HeadUnits():
+            return own + 2 * site.queries * site.size * length
+        case _:
+            assert_never(site)
+
+
+def check(network: nn.Module, sites: Sequence[UnitSite]) -> UnitSpace:
+    """Return the unit space of the sites; ValueError where a tensor does not have the units a site claims."""
+    for site in sites:
+        for part in site.slices:
+            shape = network.get_parameter(part.parameter).shape
+            if shape[part.axis] != site.units * part.width:
+                raise ValueError(
+                    f"site {site.name!r}: {part.parameter} has shape {tuple(shape)}, "
+                    f"wanted {site.units * part.width} on axis {part.axis}"
+                )
+    return UnitSpace(tuple(sites))

@@ -1,0 +1,355 @@
+"""What a recipe may say: frozen, closed models, the only home of defaults.
+
+A variant is a class here with its own ``kind``, a function where it is used and a ``case`` that calls it.
+This module imports nothing heavier than pydantic, so that schema and validation need no torch.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    WithJsonSchema,
+    model_validator,
+)
+
+from moeify.recipe.arms import Arm, Control, cut, twins
+from moeify.recipe.closed import Closed, Fraction, Name
+from moeify.recipe.data import Data, DigitsData, Discover, InstalledText, TextData, TextFolders, cluster_names
+from moeify.recipe.given_tree import Nested, names, read_tree
+from moeify.recipe.partition import Partition
+
+Tree = Annotated[
+    Nested,
+    BeforeValidator(read_tree),
+    WithJsonSchema(
+        {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 2}]}}
+    ),
+]
+"""Names of categories in nested lists; see ``moeify.recipe.given_tree``."""
+
+# --- model --------------------------------------------------------------------------------------------
+
+
+class LlamaModel(Closed):
+    """A LlamaForCausalLM from scratch (RMSNorm, rotary positions, SwiGLU)."""
+
+    kind: Literal["llama"]
+    hidden: PositiveInt = 96
+    """Dimensions of the residual stream."""
+    layers: PositiveInt = 4
+    """Blocks of attention and FFN."""
+    heads: PositiveInt = 4
+    """Attention heads a layer; each has an even number of dimensions, ``hidden / heads``."""
+    ffn: PositiveInt = 384
+    """FFN neurons a layer."""
+    tie_embeddings: bool = True
+    """Input embedding and output layer are one matrix."""
+
+    @model_validator(mode="after")
+    def _heads_divide_hidden(self) -> Self:
+        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
+            raise ValueError(
+                f"heads: got {self.heads}, wanted a divisor of hidden, {self.hidden}, "
+                f"that leaves an even number of dimensions a head"
+            )
+        return self
+
+
+class AutoencoderModel(Closed):
+    """An MLP autoencoder: input - hidden - code - hidden - input, ReLU, one logit a pixel."""
+
+    kind: Literal["autoencoder"]
+    hidden: PositiveInt = 256
+    """Hidden units of the encoder, and of the decoder."""
+    code: PositiveInt = 16
+    """Dimensions of the code; never split."""
+
+
+Model = Annotated[LlamaModel | AutoencoderModel, Field(discriminator="kind")]
+
+# --- the loop -----------------------------------------------------------------------------------------
+
+
+class Training(Closed):
+    """AdamW with linear warm-up and cosine decay over the whole run; a cut never re-warms it."""
+
+    steps: PositiveInt
+    """Optimizer steps of the whole run; the dense twin gets the same."""
+    rows: PositiveInt = 16
+    """Rows (token windows or examples) a step over all workers, categories in equal shares."""
+    learning_rate: PositiveFloat = 3e-3
+    """Of AdamW, at the end of the warm-up."""
+    final_learning_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """Fraction of ``learning_rate`` that is left at the last step."""
+    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """Fraction of all steps."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """On matrices only."""
+    clip: PositiveFloat = 1.0
+    """Largest norm of the whole gradient."""
+
+
+class Attribution(Closed):
+    """One pass over rows of the train split that measures every unit against every category."""
+
+    score: Literal["fisher", "empirical", "absolute"] = "fisher"
+    """What chooses sets of units: ``fisher`` = 1/2 E[(g a)^2] with labels sampled from the model, ``empirical`` = the
+    same with true labels, ``absolute`` = E|g a|. All unsigned; nats."""
+    rows: PositiveInt = 64
+    """Rows of each category."""
+    rows_at_once: PositiveInt = 16
+    """Rows of one forward pass over all workers."""
+    settled: Fraction | None = None
+    """Stop before all rows are measured when two looks in a row find that this share of units still matters most to the
+    same category as at the look before; a look is every 4 batches. ``null``: measure all rows."""
+    columns: PositiveInt | None = 2048
+    """Second moments of sites with more units are random sketches of so many columns; ``null``: always exact."""
+
+
+class Round(Closed):
+    """One train -> attribute -> partition -> prune -> recover -> evaluate."""
+
+    train: Annotated[int, Field(ge=0)]
+    """Steps before the cut."""
+    recover: Annotated[int, Field(ge=0)]
+    """Steps after the cut, before it is judged."""
+    branching: Annotated[int, Field(ge=2)] = 2
+    """Children that every leaf with several categories is split into (fewer where it has fewer categories)."""
+    separation: Fraction
+    """1 - the mean active fraction of units (or of their operations, see ``partition.cost``) that this round cuts down
+    to; deeper each round. With a budget, as far as the tax that is foreseen stays within it, and a round may ask for
+    the same as the one before: to try again."""
+
+
+def _read_tax(value: object) -> float | str:
+    """Return nats as they are, and a share as ``1 %``."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", value.strip()) if isinstance(value, str) else None
+    number = float(found[1]) if found else value
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0.0 < number < math.inf:
+        raise ValueError(
+            f": got {value!r:.60}, wanted nats above 0 such as 0.02, or a share of the dense twin's loss such as '1 %'"
+        )
+    return f"{number:g} %" if found else float(number)
+
+
+Tax = Annotated[
+    float | str,
+    BeforeValidator(_read_tax),
+    WithJsonSchema(
+        {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)? ?%$"}]}
+    ),
+]
+"""Nats, or a share of the dense twin's loss such as ``1 %``."""
+
+
+class Budget(Closed):
+    """When a round is kept, and how far it may go: beyond the budget a round is rolled back and its step halved."""
+
+    tax: Tax
+    """Largest tax on validation data at the end of a round: nats per token or example, or a share of the dense twin's
+    loss such as ``1 %``."""
+    per: Literal["mean", "category"] = "mean"
+    """``mean``: the mean over categories counts; ``category``: every category's own tax must stay in the budget."""
+    least_step: Fraction = 0.02
+    """Smallest step in separation that is worth a round."""
+
+    def limit(self, loss: float) -> float:
+        """Return the largest tax in nats above a dense twin's loss."""
+        return float(self.tax.removesuffix(" %")) / 100 * loss if isinstance(self.tax, str) else self.tax
+
+
+class Evaluation(Closed):
+    """How much held-out data is read."""
+
+    validation_rows: PositiveInt = 32
+    """Rows of each category, at the end of each round."""
+    test_rows: PositiveInt = 128
+    """Rows of each category, at the end of the run (fewer where the split holds fewer)."""
+    rows_at_once: PositiveInt = 32
+    """Rows of one forward pass over all workers."""
+
+
+class Checkpoints(Closed):
+    """Written at every phase boundary and every so many steps."""
+
+    every: PositiveInt = 250
+    """Steps of one arm."""
+    keep: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+
+
+class Cluster(Closed):
+    """What the run asks of Ray."""
+
+    workers: PositiveInt = 1
+    """Training processes; they share each step's rows."""
+    threads: PositiveInt = 1
+    """CPU cores, and torch threads, of each worker."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """How often Ray restarts the workers from the last checkpoint after one of them died."""
+
+
+class Tracking(Closed):
+    """What goes to MLflow."""
+
+    experiment: str = "moeify"
+    """MLflow's experiment that the run goes to."""
+    every: PositiveInt = 10
+    """Steps between two points of a curve."""
+
+
+class RunConfig(Closed):
+    """One complete description of a run."""
+
+    name: Name
+    """Starts the ids of its runs."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of initial weights, the order of rows, sampled labels, and owners that are drawn."""
+    data: Data
+    """What is learned from, in categories."""
+    model: Model
+    """The network, before any split."""
+    training: Training
+    attribution: Attribution = Attribution()
+    partition: Partition = Partition()
+    tree: Tree | None = None
+    """The expert tree, or as much of it as is wanted, e.g. ``[[python, c], [prose, web]]``: each round makes the groups
+    of one more level, whatever its branching. Flat groups, and categories that are not named, are left to attribution.
+    ``null``: all is."""
+    rounds: Annotated[tuple[Round, ...], Field(min_length=1)]
+    controls: tuple[Control, ...] = ("random",)
+    """What is trained beside the dense twin and the split model, on the same rows. ``random``: a split into the same
+    tree and widths with owners drawn; ``told``: a dense twin that is given the category, as a split model is by its
+    routes. ``told`` costs a whole arm, ``random`` one from the first cut on."""
+    budget: Budget | None = None
+    """``null`` keeps every round whatever its tax."""
+    evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
+    cluster: Cluster = Cluster()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if misfits := [
+            *self._controls_misfits(),
+            *self._data_misfits(),
+            *self._model_misfits(),
+            *self._rounds_misfits(),
+            *self._rows_misfits(),
+            *self._unrouted_misfits(),
+            *self._units_misfits(),
+            *self._null_test_misfits(),
+        ]:
+            raise ValueError("\n".join(misfits))
+        return self
+
+    def _controls_misfits(self) -> Iterator[str]:
+        if len(set(self.controls)) < len(self.controls):
+            yield f"controls: got {list(self.controls)}, wanted each control once"
+
+    def _data_misfits(self) -> Iterator[str]:
+        held_out = self.data.validation + self.data.test
+        if held_out >= 1.0:
+            yield f"data: got validation + test {held_out:g}, wanted less than 1, so that something is left to train on"
+        if self.data.kind == "text" and self.data.source.kind == "installed":
+            sources = self.data.source.sources
+            if len(set(sources)) < len(sources):
+                yield f"data.source.sources: got {list(sources)}, wanted each source once"
+
+    def _model_misfits(self) -> Iterator[str]:
+        wanted = {"text": "llama", "digits": "autoencoder"}[self.data.kind]
+        if self.model.kind != wanted:
+            yield f"model.kind: got {self.model.kind!r}, wanted {wanted!r}, which data.kind {self.data.kind!r} needs"
+
+    def _rounds_misfits(self) -> Iterator[str]:
+        spent = sum(r.train + r.recover for r in self.rounds)
+        if spent > self.training.steps:
+            yield (
+                f"rounds: got {spent} steps (train + recover of each), wanted at most training.steps, "
+                f"{self.training.steps}; raise training.steps or shorten the rounds"
+            )
+        separations = [r.separation for r in self.rounds]
+        if any(b < a or (b == a and not self.budget) for a, b in itertools.pairwise(separations)):
+            same = ", or with a budget stay the same" if self.budget else ""
+            yield f"rounds: got separation {separations}, wanted it to rise from round to round{same}"
+
+    def _unrouted_misfits(self) -> Iterator[str]:
+        unrouted = self.partition.unrouted
+        if len(set(unrouted)) < len(unrouted):
+            yield f"partition.unrouted: got {list(unrouted)}, wanted each category once"
+        for name in names(self.tree or ()):
+            if name in unrouted:
+                yield f"partition.unrouted: got {name!r}, which tree gives an expert; name it in one of the two"
+        if unrouted and self.partition.min_core == 0.0:
+            yield "partition.min_core: got 0, wanted more, since partition.unrouted categories have the core alone"
+
+    def _units_misfits(self) -> Iterator[str]:
+        units = self.partition.units
+        if "ffn" not in units or len(set(units)) < len(units):
+            yield (
+                f"partition.units: got {list(units)}, wanted [ffn] or [ffn, heads]; "
+                f"to split heads alone, freeze the rest: partition.frozen: ['*.ffn']"
+            )
+        if "heads" in units and self.model.kind == "autoencoder":
+            yield "partition.units: got 'heads', which model.kind 'autoencoder' has none of, wanted [ffn]"
+
+    def _null_test_misfits(self) -> Iterator[str]:
+        if self.partition.null_test and self.attribution.settled:
+            yield (
+                f"attribution.settled: got {self.attribution.settled:g}, wanted null beside partition.null_test, "
+                f"whose passes must all measure the same rows"
+            )
+
+    def _rows_misfits(self) -> Iterator[str]:
+        for path, rows in (
+            ("training.rows", self.training.rows),
+            ("attribution.rows_at_once", self.attribution.rows_at_once),
+            ("evaluation.rows_at_once", self.evaluation.rows_at_once),
+        ):
+            if rows % self.cluster.workers:
+                yield (
+                    f"{path}: got {rows}, which {self.cluster.workers} workers cannot share equally, "
+                    f"wanted a multiple of cluster.workers"
+                )
+
+    @property
+    def told_arms(self) -> tuple[Arm, ...]:
+        """The arms that are given the category."""
+        return ("told", *(self.cut_arms if self.partition.told else ()))
+
+    @property
+    def category_names(self) -> tuple[str, ...] | None:
+        """The categories of the data; None where only the data itself says."""
+        match self.data:
+            case DigitsData():
+                return tuple(map(str, range(10)))
+            case TextData(discover=Discover(number=number)):
+                return None if number is None else cluster_names(number)
+            case TextData(source=InstalledText(sources=sources)):
+                return sources
+            case TextData(source=TextFolders(categories=categories)):
+                return tuple(categories)
+            case _:
+                return None
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """Every model that is trained, in this order."""
+        return self.twins + self.cut_arms
+
+    @property
+    def twins(self) -> tuple[Arm, ...]:
+        """The arms that train from the first step on and are never cut; the dense twin first."""
+        return twins(self.controls)
+
+    @property
+    def cut_arms(self) -> tuple[Arm, ...]:
+        """The arms that fork from the dense twin at the first cut; the split model first."""
+        return cut(self.controls)

@@ -1,0 +1,112 @@
+"""What a recipe may say about data: where documents and images come from, and how they become rows."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from moeify.recipe.closed import Closed, Fraction, Name
+
+BuiltinSource = Literal["python", "prose", "c", "web"]
+
+
+class InstalledText(Closed):
+    """Text that every machine with the package installed already has; each source is a category."""
+
+    kind: Literal["installed"]
+    sources: Annotated[tuple[BuiltinSource, ...], Field(min_length=2)] = ("python", "prose", "c", "web")
+    """``python``: the standard library's code without docstrings and comments; ``prose``: English of docstrings
+    and documentation; ``c``: C and C++ headers of installed packages; ``web``: JavaScript of installed front ends."""
+    megabytes: PositiveFloat = 3.0
+    """Upper bound on the text taken of each category, in 10^6 bytes."""
+
+
+class TextFolders(Closed):
+    """Folders of UTF-8 text files; each file is a document, each folder a category."""
+
+    kind: Literal["folders"]
+    categories: Annotated[dict[Name, Path], Field(min_length=2)]
+    """Category to folder. Relative paths start at the recipe's folder."""
+    pattern: str = "**/*"
+    """Glob below each folder. Files and folders whose name starts with a dot are left out."""
+
+
+class JsonLines(Closed):
+    """One JSON object a line; a field names the category, where there is one."""
+
+    kind: Literal["jsonl"]
+    path: Path
+    """The file, or one compressed with xz or gzip. A relative path starts at the recipe's folder."""
+    text: str = "text"
+    """The field that holds the document."""
+    category: str | None = "category"
+    """The field that holds the category; ``null``: documents have none, and ``data.discover`` finds them."""
+
+
+Source = Annotated[InstalledText | TextFolders | JsonLines, Field(discriminator="kind")]
+
+
+class Tfidf(Closed):
+    """Counts of BPE tokens, weighted by how few documents have them, and reduced by a truncated SVD."""
+
+    kind: Literal["tfidf"]
+    dimensions: PositiveInt = 64
+    """Singular vectors that are kept."""
+
+
+class Discover(Closed):
+    """Categories that are clusters of whole documents: k-means on points of length 1, fitted on the train split."""
+
+    number: Annotated[int, Field(ge=2)] | None = None
+    """Clusters; ``null``: the number from 2 to ``most`` whose mean silhouette on train documents is largest."""
+    most: Annotated[int, Field(ge=2)] = 8
+    """Clusters, where ``number`` is null."""
+    restarts: PositiveInt = 10
+    """Starts of k-means; the one whose documents are nearest to their centroids counts."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of the starts; a run's own seed changes no category."""
+    embedding: Tfidf = Tfidf(kind="tfidf")
+    """What documents are compared by."""
+
+
+def cluster_names(number: int) -> tuple[str, ...]:
+    """Return the names of discovered categories, the largest first."""
+    return tuple(f"cluster-{place}" for place in range(number))
+
+
+class TextData(Closed):
+    """Documents in categories, cut into rows of tokens of a byte-level BPE trained on the train split."""
+
+    kind: Literal["text"]
+    source: Source
+    """Where documents and their categories come from."""
+    discover: Discover | None = None
+    """Take clusters of documents for categories; labels of the source are only compared with them. ``null``: labels
+    are the categories."""
+    vocabulary: Annotated[int, Field(ge=257, le=65_000)] = 1024
+    """Tokens of the byte-level BPE, the 256 bytes and the end-of-document token included."""
+    length: Annotated[int, Field(ge=8)] = 128
+    """Tokens a row."""
+    validation: Fraction = 0.05
+    """Share of each category's bytes (of all, where categories are discovered), by whole documents."""
+    test: Fraction = 0.1
+    """Share of each category's bytes (of all, where categories are discovered), by whole documents."""
+
+    @model_validator(mode="after")
+    def _has_categories(self) -> Self:
+        if self.discover is None and self.source.kind == "jsonl" and self.source.category is None:
+            raise ValueError("source.category: got null, wanted a field; name one, or set data.discover")
+        return self
+
+
+class DigitsData(Closed):
+    """scikit-learn's 1,797 handwritten digits, 8x8 intensities in 0..1; the ten digits are the categories."""
+
+    kind: Literal["digits"]
+    validation: Fraction = 0.15
+    """Share of the images."""
+    test: Fraction = 0.25
+    """Share of the images."""
+
+
+Data = Annotated[TextData | DigitsData, Field(discriminator="kind")]

@@ -1,0 +1,262 @@
+"""Routed execution: with rows sorted by leaf, every expert is a rectangle of rows times units.
+
+A routed feed-forward layer is a short sum of plain matrix products over views, one rectangle a node: no masks, no
+gathers, no copied weights, forward and backward. The masked path, which runs every unit and zeroes those off the
+route, is the slow oracle, and is what attribution reads.
+
+Axes: N tokens (rows times positions), D model width, U units; a rectangle has n tokens and u units.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from moeify.models.units import Activation, FfnUnits
+from moeify.splitting.partition import Partition
+
+
+class Rectangle(NamedTuple):
+    """Half-open ranges: these tokens (or rows) run these units."""
+
+    rows: slice
+    units: slice
+
+
+@dataclass
+class Routes:
+    """What every routed module of one network shares: the partition, and where each leaf's rows lie in this batch."""
+
+    partition: Partition
+    bounds: tuple[int, ...] = ()
+    """Row offsets by leaf position: position k serves rows ``bounds[k] .. bounds[k + 1]``."""
+    categories: Int[Tensor, " rows"] | None = None
+    """Category index of each row in this batch, for blocks that are told; rows in the order in which they run."""
+    order: Int[Tensor, " tokens"] | None = None
+    """Where each token has a route of its own: the order by leaf in which tokens run, each as a row of one position."""
+    ablated: frozenset[int] = field(default_factory=frozenset)
+    """Nodes whose own units give nothing."""
+    masked: bool = False
+    """Run the oracle instead of rectangles."""
+
+    def rectangles(self, site: str, positions: int = 1) -> list[Rectangle]:
+        """Return the non-empty rectangles of a site, rows counted in tokens of ``positions`` a row."""
+        found = []
+        for node, (start, width) in enumerate(
+            zip(self.partition.starts(site), self.partition.widths[site], strict=True)
+        ):
+            first, last = self.partition.tree.span(node)
+            low, high = self.bounds[first] * positions, self.bounds[last] * positions
+            if width and high > low and node not in self.ablated:
+                found.append(Rectangle(slice(low, high), slice(start, start + width)))
+        return found
+
+    @contextmanager
+    def ablating(self, nodes: Sequence[int]) -> Iterator[None]:
+        """Zero the own units of these nodes while the context lasts."""
+        before, self.ablated = self.ablated, self.ablated | frozenset(nodes)
+        try:
+            yield
+        finally:
+            self.ablated = before
+
+    @contextmanager
+    def masking(self) -> Iterator[None]:
+        """Run the masked oracle while the context lasts."""
+        before, self.masked = self.masked, True
+        try:
+            yield
+        finally:
+            self.masked = before
+
+
+class RoutedFfn(nn.Module):
+    """A feed-forward block that runs only the units on each row's route.
+
+    It takes over the submodules of the dense block under their own names, so parameter names stay those of the
+    stock architecture.
+    """
+
+    def __init__(self, dense: nn.Module, units: FfnUnits, routes: Routes) -> None:
+        super().__init__()
+        for name, child in dense.named_children():
+            self.add_module(name, child)
+        self.units = units
+        self.routes = routes
+        self.told: nn.Embedding | None = None
+        """Category -> what is added to what ``up`` gives, where the block is told; see ``moeify.routed.told``."""
+
+    def forward(self, x: Float[Tensor, "rows *positions dim"]) -> Float[Tensor, "rows *positions out"]:
+        """Return what the active units write."""
+        run, order = self._masked if self.routes.masked else self._routed, self.routes.order
+        if order is None:
+            out = run(x)
+        else:
+            sorted_ND = run(x.flatten(0, -2)[order])
+            out = torch.empty_like(sorted_ND).index_copy_(0, order, sorted_ND).view(*x.shape[:-1], -1)
+        return self.get_submodule(self.units.after)(out) if self.units.after else out
+
+    def _map(self, name: str) -> Any:
+        """Return an ``nn.Linear``, or a ``Conv1D`` where units are transposed."""
+        return self.get_submodule(name)
+
+    def _told(self, x: Tensor) -> Tensor | None:
+        if self.told is None:
+            return None
+        assert self.routes.categories is not None
+        return self.told(self.routes.categories.repeat_interleave(x.shape[:-1].numel() // max(1, x.shape[0])))
+
+    def _routed(self, x: Tensor) -> Tensor:
+        up, down = self._map(self.units.up), self._map(self.units.down)
+        gate = self._map(self.units.gate) if self.units.gate else None
+        up_UD, down_DU = (way.weight.t() if self.units.transposed else way.weight for way in (up, down))
+        flat_ND = x.reshape(-1, x.shape[-1])
+        out_ND = _rectangles(
+            flat_ND,
+            gate.weight if gate else None,
+            gate.bias if gate else None,
+            up_UD,
+            up.bias,
+            self._told(x),
+            down_DU,
+            down.bias,
+            self.routes.rectangles(self.units.name, flat_ND.shape[0] // max(1, x.shape[0])),
+            self.units.activation,
+        )
+        return out_ND.view(*x.shape[:-1], -1)
+
+    def _masked(self, x: Tensor) -> Tensor:
+        gate = None if self.units.gate is None else self._map(self.units.gate)(x)
+        return self._map(self.units.down)(self._active(self._map(self.units.up)(x), gate))
+
+    def _active(self, up: Tensor, gate: Tensor | None) -> Tensor:
+        """Return the activations [rows *positions units], 0 off each row's route, of what up and gate give."""
+        if (told_NU := self._told(up)) is not None:
+            up = up + told_NU.view(up.shape)
+        hidden = _activate(up if gate is None else gate, self.units.activation)
+        if gate is not None:
+            hidden = hidden * up
+        mask_RU = hidden.new_zeros(up.shape[0], self.units.units)
+        for rectangle in self.routes.rectangles(self.units.name):
+            mask_RU[rectangle] = 1.0
+        return hidden * mask_RU.view(up.shape[0], *[1] * (up.dim() - 2), self.units.units)
+
+
+class _Rectangles(torch.autograd.Function):
+    """The sum over rectangles of down(act(gate(x)) * up(x)), each over its own rows and units.
+
+    Written out because autograd's own backward of a weight's view fills and adds a whole weight for each node;
+    here each node's gradient is one product written straight into its own slice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        gate_UD: Tensor | None,
+        gate_bias_U: Tensor | None,
+        up_UD: Tensor,
+        up_bias_U: Tensor | None,
+        told_NU: Tensor | None,
+        down_DU: Tensor,
+        down_bias_D: Tensor | None,
+        rectangles: list[Rectangle],
+        activation: Activation,
+    ) -> Tensor:
+        out_ND = x_ND.new_zeros(x_ND.shape[0], down_DU.shape[0])
+        if down_bias_D is not None:
+            out_ND += down_bias_D
+        hidden: list[Tensor] = []
+        for rows, units in rectangles:
+            up_nu = F.linear(x_ND[rows], up_UD[units], None if up_bias_U is None else up_bias_U[units])
+            if told_NU is not None:
+                up_nu += told_NU[rows, units]
+            if gate_UD is None:
+                hidden.append(up_nu)
+                active_nu = _activate(up_nu, activation)
+            else:
+                gate_nu = F.linear(x_ND[rows], gate_UD[units], None if gate_bias_U is None else gate_bias_U[units])
+                hidden += [up_nu, gate_nu]
+                active_nu = _activate(gate_nu, activation).mul_(up_nu)
+            out_ND[rows].addmm_(active_nu, down_DU[:, units].t())
+        ctx.save_for_backward(x_ND, gate_UD, gate_bias_U, up_UD, up_bias_U, down_DU, down_bias_D, *hidden)
+        ctx.rectangles = rectangles
+        ctx.activation = activation
+        ctx.told = told_NU is not None
+        return out_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (out_grad_ND,) = grads
+        x_ND, gate_UD, gate_bias_U, up_UD, up_bias_U, down_DU, down_bias_D, *hidden = ctx.saved_tensors
+        x_grad_ND = torch.zeros_like(x_ND)
+        parameters = (gate_UD, gate_bias_U, up_UD, up_bias_U, down_DU)
+        gate_grad, gate_bias_grad, up_grad, up_bias_grad, down_grad = (
+            None if p is None else torch.zeros_like(p) for p in parameters
+        )
+        told_grad = x_ND.new_zeros(x_ND.shape[0], up_UD.shape[0]) if ctx.told else None
+        assert up_grad is not None
+        assert down_grad is not None
+        saved = iter(hidden)
+        for rows, units in ctx.rectangles:
+            x_nD, out_grad_nD = x_ND[rows], out_grad_ND[rows]
+            active_grad_nu = out_grad_nD @ down_DU[:, units]
+            up_nu = next(saved)
+            if gate_UD is None:
+                active_nu = _activate(up_nu, ctx.activation)
+                up_grad_nu = _activate_backward(active_grad_nu, up_nu, ctx.activation)
+            else:
+                gate_nu = next(saved)
+                gated_nu = _activate(gate_nu, ctx.activation)
+                gate_grad_nu = _activate_backward(active_grad_nu * up_nu, gate_nu, ctx.activation)
+                up_grad_nu = active_grad_nu.mul_(gated_nu)
+                active_nu = gated_nu.mul_(up_nu)
+                assert gate_grad is not None
+                torch.mm(gate_grad_nu.t(), x_nD, out=gate_grad[units])
+                x_grad_ND[rows].addmm_(gate_grad_nu, gate_UD[units])
+                if gate_bias_grad is not None:
+                    gate_bias_grad[units] = gate_grad_nu.sum(0)
+            if told_grad is not None:
+                told_grad[rows, units] = up_grad_nu
+            torch.mm(up_grad_nu.t(), x_nD, out=up_grad[units])
+            x_grad_ND[rows].addmm_(up_grad_nu, up_UD[units])
+            if up_bias_grad is not None:
+                up_bias_grad[units] = up_grad_nu.sum(0)
+            down_grad[:, units] = out_grad_nD.t() @ active_nu
+        down_bias_grad = None if down_bias_D is None else out_grad_ND.sum(0)
+        grads_out = (x_grad_ND, gate_grad, gate_bias_grad, up_grad, up_bias_grad, told_grad, down_grad, down_bias_grad)
+        return (*grads_out, None, None)
+
+
+_rectangles: Callable[..., Tensor] = _Rectangles.apply
+
+
+def _activate(x: Tensor, activation: Activation) -> Tensor:
+    match activation:
+        case "silu":
+            return F.silu(x)
+        case "relu":
+            return F.relu(x)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+
+
+def _activate_backward(grad: Tensor, x: Tensor, activation: Activation) -> Tensor:
+    match activation:
+        case "silu":
+            return torch.ops.aten.silu_backward(grad, x)
+        case "relu":
+            return torch.ops.aten.threshold_backward(grad, x, 0)
+        case "gelu":
+            return torch.ops.aten.gelu_backward(grad, x)
+        case "gelu_tanh":
+            return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")

@@ -1,0 +1,181 @@
+"""The split model: a network whose rows run along their category's route only."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, assert_never, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moeify.models.build import logits
+from moeify.models.families import unit_space
+from moeify.models.units import FfnUnits, HeadUnits, UnitSite, UnitSpace, flops, input_weight, is_conv1d, output_weight
+from moeify.recipe.partition import PLAIN, UnitKind
+from moeify.routed.attention import RoutedAttention
+from moeify.routed.ffn import RoutedFfn, Routes
+from moeify.routed.inline import InlineFfn
+from moeify.routed.told import tell
+from moeify.splitting.partition import Partition
+
+
+class SplitModel(nn.Module):
+    """A network, its unit space and the partition that routes it. Undivided, it is the dense network itself.
+
+    ``network`` keeps the stock architecture's parameter names; its units lie in tree order. ``told``: the network also
+    learns to use each row's category, see ``moeify.routed.told``; undivided, that is the told twin. ``kinds``: the
+    units that have owners, where no partition says so.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        categories: Sequence[str],
+        partition: Partition | None = None,
+        *,
+        told: bool = False,
+        kinds: Collection[UnitKind] = PLAIN,
+    ) -> None:
+        super().__init__()
+        self.space = unit_space(network, _kinds(network, partition) if partition else kinds)
+        self.categories = tuple(categories)
+        """In the order that category indices count."""
+        self.routes = Routes(partition or Partition.undivided(categories, self.space.readers))
+        if set(self.partition.tree.categories) != set(categories):
+            raise ValueError(f"the tree serves {self.partition.tree.categories}, the model has categories {categories}")
+        for site in self.space.sites:
+            if site.name not in self.partition.widths or self.partition.units(site.name) != site.units:
+                raise ValueError(f"the partition does not cover the {site.units} units of site {site.name!r}")
+        _install(network, self.space.sites, self.routes)
+        self.told = tell(network, len(self.categories)) if told else ()
+        """Biases of each category [categories units] that the network learns, where it is told; by block."""
+        if told:
+            sites = (replace(site, told=True) if isinstance(site, FfnUnits) else site for site in self.space.sites)
+            self.space = UnitSpace(tuple(sites))
+        self.network = network
+
+    @property
+    def partition(self) -> Partition:
+        """Who owns which unit."""
+        return self.routes.partition
+
+    @property
+    def output_weights(self) -> dict[str, Float[Tensor, "dim _"]]:
+        """Site -> the weights [dim features] through which its units write."""
+        return {site.name: output_weight(self.network, site).detach() for site in self.space.sites}
+
+    def active_flops(self, length: int) -> dict[str, float]:
+        """Return category -> share of the whole network's floating-point operations that a token of it runs, 0..1.
+
+        Forward, in rows of ``length`` tokens: linear maps and attention, what is never split among them.
+        """
+        sites = unit_space(self.network, get_args(UnitKind)).sites
+        costs = {site.name: flops(self.network, site, length) for site in sites}
+        inside = {part.parameter for site in sites for part in site.slices}
+        linears = {n for n, m in self.network.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
+        weights = [f"{name}.weight" for name in linears]
+        total = sum(2 * self.network.get_parameter(name).numel() for name in weights if name not in inside)
+        total += sum(site.units * costs[site.name] for site in sites)
+        split = sum(site.units * costs[site.name] for site in self.space.sites)
+        return {
+            c: 1.0 - (split - self.partition.active_units(c, costs)) / total for c in self.partition.tree.categories
+        }
+
+    def input_weight(self, site: str) -> Float[Tensor, "units inputs"]:
+        """Return a copy of the weights through which a site's units read."""
+        return input_weight(self.network, self.space[site]).detach()
+
+    def repartition(self, partition: Partition) -> None:
+        """Route by another partition. The caller has put the units into its order."""
+        self.routes.partition = partition
+
+    def positions(self, categories: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Return each row's (or token's) leaf position, the order in which they must lie."""
+        order = self.partition.tree.categories
+        return torch.tensor([order.index(c) for c in self.categories], device=categories.device)[categories]
+
+    def order(self, categories: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+        """Return the order of rows in which ``forward`` moves none: sorted by leaf, otherwise as they are."""
+        return torch.argsort(self.positions(categories), stable=True)
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a row has one route: heads look over all of it, so where heads are split, tokens have none alone."""
+        return any(isinstance(site, HeadUnits) for site in self.space.sites)
+
+    def forward(self, inputs: Tensor, categories: Int[Tensor, "rows ..."], **more: Any) -> Tensor:
+        """Return the network's outputs, rows in the order given; each row runs along its category's route.
+
+        Rows that lie in leaf order already (``order``) are not moved. ``categories`` [rows positions] gives each token
+        a route of its own through the split blocks, and moves no row; what is between the blocks stays dense. ``more``
+        (a cache, a mask) goes to the network as it is, so rows must not have to move for it.
+        """
+        if categories.dim() > 1:
+            return self._by_token(inputs, categories, more)
+        positions = self.positions(categories)
+        in_order = bool((positions[1:] >= positions[:-1]).all())
+        if more and not in_order:
+            raise ValueError(f"{', '.join(more)} needs rows in leaf order, got others; see SplitModel.order")
+        order = None if in_order else torch.argsort(positions, stable=True)
+        if order is not None:
+            inputs, positions, categories = inputs[order], positions[order], categories[order]
+        self._set_routes(positions, categories, None)
+        outputs = logits(self.network, inputs, **more)
+        return outputs if order is None else outputs[torch.argsort(order)]
+
+    def _by_token(self, inputs: Tensor, categories: Int[Tensor, "rows positions"], more: Mapping[str, Any]) -> Tensor:
+        if self.whole_rows:
+            raise ValueError("heads are split, and a head looks over a whole row; give one category a row")
+        if categories.shape != inputs.shape or inputs.is_floating_point():
+            raise ValueError(
+                f"categories {tuple(categories.shape)} do not fit inputs {tuple(inputs.shape)}; routes of tokens "
+                f"need tokens [rows positions], other inputs take one category a row"
+            )
+        positions = self.positions(categories).flatten()
+        order = torch.argsort(positions, stable=True)
+        self._set_routes(positions[order], categories.flatten()[order], order)
+        return logits(self.network, inputs, **more)
+
+    def _set_routes(self, positions: Tensor, categories: Tensor, order: Tensor | None) -> None:
+        counts = torch.bincount(positions, minlength=len(self.categories))
+        self.routes.bounds = (0, *counts.cumsum(0).tolist())
+        self.routes.categories, self.routes.order = categories, order
+
+    @contextmanager
+    def ablated(self, *experts: str) -> Iterator[None]:
+        """Zero what these experts, and all experts below them, own while the context lasts."""
+        tree = self.partition.tree
+        nodes = [node for name in experts for node in range(tree.index(name), tree.end(tree.index(name)))]
+        with self.routes.ablating(nodes):
+            yield
+
+    @contextmanager
+    def masked(self) -> Iterator[None]:
+        """Run every unit and zero those off the route: the slow oracle, which attribution reads."""
+        with self.routes.masking():
+            yield
+
+
+def _kinds(network: nn.Module, partition: Partition) -> set[UnitKind]:
+    """Return the kinds of units that the partition names; feed-forward units always have owners."""
+    sites = unit_space(network, get_args(UnitKind)).sites
+    return {*PLAIN, *(site.kind for site in sites if site.name in partition.widths)}
+
+
+def _install(network: nn.Module, sites: Sequence[UnitSite], routes: Routes) -> None:
+    """Replace each site's block by its routed form, in place."""
+    for site in sites:
+        dense = network.get_submodule(site.module)
+        parent, _, name = site.module.rpartition(".")
+        match site:
+            case FfnUnits(inline=str()):
+                InlineFfn.install(dense, site, routes)
+                continue
+            case FfnUnits():
+                routed: nn.Module = RoutedFfn(dense, site, routes)
+            case HeadUnits():
+                routed = RoutedAttention(dense, site, routes)
+            case _:
+                assert_never(site)
+        setattr(network.get_submodule(parent), name, routed)

@@ -1,0 +1,224 @@
+"""Routers: which expert serves a text that nobody has labelled, read from the text itself.
+
+A router reads what the network reads before any route is taken (token embeddings, or a numeric input as it is), so
+what it sees does not depend on what it decides. Its evidence is the mean m of the tokens so far, in which a token
+counts less the longer ago it was, and m sqrt(n), n being how many tokens such a mean is worth: a mean of more tokens
+says more, and independent tokens would say n times as much as one. Neighbours in a text are far from independent; on
+text in four categories the root was calibrated as it is, and beat the mean and the sum alone. A multinomial logistic
+regression turns evidence into the probability of each leaf.
+
+Forgetting lets the route follow a text that changes, and n never outgrows what training has shown. A memory of 32
+tokens cost rows of one category .03 % of their loss; rows that change category halfway ended 0.5 nats a token better
+in their last quarter than with a mean of all tokens (benchmarks/LOG.md).
+
+Axes: R rows, P positions (1 where a row is one example), D numbers of the early representation, F features, E experts.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float64, Int
+from torch import Tensor, nn
+
+from moeify.routed.split_model import SplitModel
+from moeify.split_folder import split_hash
+from moeify.store import read_manifest, read_part, write_folder
+from moeify.task import Batch
+
+Kind = Literal["document", "token"]
+"""``document``: one decision a row, once its first tokens have been read; ``token``: one at every token, from the
+tokens up to it. The classifier is the same: trained on beginnings of all lengths, it is nearly as good at each as one
+that was trained on that length alone."""
+
+MEMORY = 32
+"""Tokens after which a token counts 1/e of a new one, about."""
+VERSION = 1
+"""Of what is kept; other evidence is another version."""
+FOLDER = "router"
+"""Below the run's folder."""
+
+_POSITIONS = 8
+"""Drawn from each row to fit on, as often from 2 to 4 tokens as from 64 to 128: it is at its first tokens that a row is
+routed wrong. Positions drawn alike made a router that cost more, and was calibrated worse, on validation data."""
+_KEPT = 1.0 - 1.0 / MEMORY
+"""Of a token's weight, at every later one."""
+_PENALTIES = (0.01, 0.1, 1.0)
+"""Inverse strengths of the L2 penalty that are tried, as scikit-learn counts them; validation data chooses."""
+
+
+def leaves(model: SplitModel) -> tuple[str, ...]:
+    """Return the names of the experts that a router chooses from: the leaves of the tree."""
+    tree = model.partition.tree
+    return tuple(tree.nodes[leaf].name for leaf in tree.leaves)
+
+
+def leaf_of_category(model: SplitModel) -> Int[Tensor, " categories"]:
+    """Return which leaf serves each of the model's categories."""
+    tree = model.partition.tree
+    found = {c: place for place, leaf in enumerate(tree.leaves) for c in tree.nodes[leaf].categories}
+    return torch.tensor([found[category] for category in model.categories])
+
+
+def category_of_leaf(model: SplitModel) -> Int[Tensor, " experts"]:
+    """Return a category of each leaf, by which to route there."""
+    tree = model.partition.tree
+    return torch.tensor([model.categories.index(tree.nodes[leaf].categories[0]) for leaf in tree.leaves])
+
+
+def early(network: nn.Module, inputs: Tensor) -> Float64[Tensor, "rows positions dim"]:
+    """Return what the network reads before any route: each token's embedding, or a numeric row as one position."""
+    if inputs.is_floating_point():
+        return inputs.flatten(1).unsqueeze(1).double()
+    embedding: nn.Module = network.get_input_embeddings()  # type: ignore[operator]
+    return embedding(inputs).double()
+
+
+def remember(
+    early_RPD: Float64[Tensor, "rows positions dim"], before_RD: Float64[Tensor, "rows dim"] | None = None
+) -> Float64[Tensor, "rows positions dim"]:
+    """Return at each position the sum of the positions up to it, each fading with every later one.
+
+    ``before_RD``: the sum at the position before the first.
+    """
+    sums_RPD = early_RPD.clone()
+    for place in range(early_RPD.shape[1]):
+        earlier_RD = sums_RPD[:, place - 1] if place else before_RD
+        if earlier_RD is not None:
+            sums_RPD[:, place] += _KEPT * earlier_RD
+    return sums_RPD
+
+
+def features(sums: Float64[Tensor, "*shape dim"], counts: Tensor) -> Float64[Tensor, "*shape features"]:
+    """Return the evidence in the fading sum of ``counts`` positions: their mean m, m sqrt(n) and sqrt(n).
+
+    n = (sum of weights)^2 / (sum of their squares): what the weighted mean of independent positions would be worth.
+    """
+    counts = counts.double().unsqueeze(-1)
+    weights = (1.0 - _KEPT**counts) / (1.0 - _KEPT)
+    squares = (1.0 - _KEPT ** (2.0 * counts)) / (1.0 - _KEPT**2)
+    mean, root = sums / weights, weights / squares.sqrt()
+    return torch.cat([mean, mean * root, root.expand(*sums.shape[:-1], 1)], dim=-1)
+
+
+@dataclass(frozen=True)
+class Router:
+    """A classifier of leaves, and how its answers are used."""
+
+    kind: Kind
+    experts: tuple[str, ...]
+    """Leaves, in the tree's order."""
+    weight_EF: Float64[Tensor, "experts features"]
+    bias_E: Float64[Tensor, " experts"]
+    threshold: float
+    """Probability; where the likeliest expert has less, the second is asked too. 0: never."""
+
+    def __post_init__(self) -> None:
+        if self.weight_EF.shape[0] != len(self.experts) or self.bias_E.shape != (len(self.experts),):
+            raise ValueError(f"a router of {len(self.experts)} experts got weights {tuple(self.weight_EF.shape)}")
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind: got {self.kind!r}, wanted one of {', '.join(get_args(Kind))}")
+        if not 0.0 <= self.threshold <= 1.0:
+            raise ValueError(f"threshold: got {self.threshold:g}, wanted a probability, 0 to 1")
+
+    def log_probabilities(
+        self, sums: Float64[Tensor, "*shape dim"], counts: Tensor
+    ) -> Float64[Tensor, "*shape experts"]:
+        """Return each expert's log probability, given the fading sum of ``counts`` positions (``remember``)."""
+        return torch.log_softmax(features(sums, counts) @ self.weight_EF.t() + self.bias_E, dim=-1)
+
+    def read(self, early_RPD: Float64[Tensor, "rows positions dim"]) -> Float64[Tensor, "rows positions experts"]:
+        """Return log probabilities at every position, each from the positions up to it."""
+        counts = torch.arange(1, early_RPD.shape[1] + 1, device=early_RPD.device)
+        return self.log_probabilities(remember(early_RPD), counts.expand(early_RPD.shape[:2]))
+
+
+@torch.no_grad()
+def train(
+    model: SplitModel, batches: Iterable[Batch], validation: Iterable[Batch], seed: int
+) -> tuple[Float64[Tensor, "experts features"], Float64[Tensor, " experts"]]:
+    """Fit a router's weights and bias to labelled rows; the network is read and not changed.
+
+    A few positions are drawn from each row. The penalty is the one whose probabilities have the least cross-entropy on
+    the ``validation`` rows. ValueError where there is one expert alone.
+    """
+    if len(leaves(model)) < 2:
+        raise ValueError(
+            f"the split model has one leaf, {leaves(model)[0]!r}, that serves everything; nothing to route"
+        )
+    from sklearn.linear_model import LogisticRegression
+
+    generator = torch.Generator().manual_seed(seed)
+    train_NF, train_N = _examples(model, batches, generator)
+    held_NF, held_N = _examples(model, validation, generator)
+    mean_F, deviation_F = train_NF.mean(0), train_NF.std(0).clamp_min(1e-9)
+    scaled = ((train_NF - mean_F) / deviation_F).numpy()
+    fit = LogisticRegression(max_iter=2000, warm_start=True)
+    found = []
+    for penalty in _PENALTIES:
+        fit.set_params(C=penalty).fit(scaled, train_N.numpy())
+        weight_EF, bias_E = torch.from_numpy(fit.coef_).clone(), torch.from_numpy(fit.intercept_).clone()
+        if len(leaves(model)) == 2:  # scikit-learn keeps one row, of the second class against the first
+            weight_EF, bias_E = torch.cat([-weight_EF, weight_EF]) / 2, torch.cat([-bias_E, bias_E]) / 2
+        weight_EF = weight_EF / deviation_F
+        bias_E = bias_E - weight_EF @ mean_F
+        loss = nn.functional.cross_entropy(held_NF @ weight_EF.t() + bias_E, held_N).item()
+        found.append((loss, weight_EF, bias_E))
+    _, weight_EF, bias_E = min(found, key=lambda each: each[0])
+    return weight_EF, bias_E
+
+
+def _examples(
+    model: SplitModel, batches: Iterable[Batch], generator: torch.Generator
+) -> tuple[Float64[Tensor, "examples features"], Int[Tensor, " examples"]]:
+    """Return the evidence at positions drawn from each row, and the leaf that serves the row."""
+    leaf_C = leaf_of_category(model)
+    found, labels = [], []
+    for batch in batches:
+        sums_RPD = remember(early(model.network, batch.inputs))
+        rows, positions, dim = sums_RPD.shape
+        drawn_RK = torch.rand(rows, min(_POSITIONS, positions), generator=generator, dtype=torch.float64)
+        drawn_RK = ((positions + 1.0) ** drawn_RK).long().clamp_max(positions) - 1
+        sums_RKD = sums_RPD.gather(1, drawn_RK.unsqueeze(-1).expand(-1, -1, dim))
+        found.append(features(sums_RKD, drawn_RK + 1).flatten(0, 1))
+        labels.append(leaf_C[batch.categories].repeat_interleave(drawn_RK.shape[1]))
+    return torch.cat(found), torch.cat(labels)
+
+
+# --- files --------------------------------------------------------------------------------------------
+
+
+def save_router(router: Router, run: Path, report: bytes) -> Path:
+    """Keep a router in its run's folder, with the report as ``report.json``; the folder appears whole or not at all."""
+    facts = {
+        "router": VERSION,
+        "kind": router.kind,
+        "experts": list(router.experts),
+        "threshold": router.threshold,
+        "model": split_hash(run),
+    }
+    target = run / FOLDER
+    write_folder(
+        target, facts, {"router": {"weight": router.weight_EF, "bias": router.bias_E}}, {"report.json": report}
+    )
+    return target
+
+
+def load_router(run: Path) -> Router:
+    """Return the router that a run keeps.
+
+    ValueError where there is none, or it was trained for another model; CorruptCheckpointError (a ValueError) where it
+    is not what was written.
+    """
+    again = f"train it with: moeify route {run.name}"
+    if not (run / FOLDER / "manifest.json").is_file():
+        raise ValueError(f"{run.name} has no router; {again}")
+    facts: dict[str, Any] = read_manifest(run / FOLDER)["facts"]
+    if facts.get("router") != VERSION:
+        raise ValueError(f"{run.name}: its router has version {facts.get('router')}, wanted {VERSION}; {again}")
+    if facts["model"] != split_hash(run):
+        raise ValueError(f"{run.name}: its router was trained for another checkpoint of the split model; {again}")
+    tensors = read_part(run / FOLDER, "router")
+    return Router(facts["kind"], tuple(facts["experts"]), tensors["weight"], tensors["bias"], facts["threshold"])

@@ -1,0 +1,270 @@
+"""From attribution to a cut: which categories part, how wide each expert is in each site, which unit goes where.
+
+For each leaf with several categories: group them (``grouping``); for each site the curve J(expert width) from the
+owners at each width (``owners``); a knapsack over all sites spends the round's separation where it costs least.
+Everything is deterministic in the reduced table and the weights, so every rank gets the same answer.
+
+Axes: U units of a site, L units that a leaf owns in it, B bins (the K children, then the leaf itself), C categories.
+Unrouted categories are a child without units.
+"""
+
+import bisect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from attribution.table import AttributionTable, Unsigned
+from moeify.recipe.config import Round
+from moeify.recipe.given_tree import Nested, foreseen
+from moeify.recipe.partition import Partition as PartitionConfig
+from moeify.splitting.grouping import Groups, choose_groups, is_routed
+from moeify.splitting.knapsack import Curve, cheapest
+from moeify.splitting.owners import Deal, LeafUnits, owners
+from moeify.splitting.partition import Partition
+from moeify.splitting.refine import Exchange
+from moeify.splitting.terms import SiteTerms, Terms, costs, plain_terms
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A cut: the partition it leads to, and the new order of each site's units."""
+
+    partition: Partition
+    order: Mapping[str, Int[Tensor, " units"]]
+    """``order[site][i]`` is the present place of the unit that comes to place i."""
+    groups: Groups
+    predicted: float
+    """J of the cut, nats per unit (token or example) averaged over categories by their share of the data."""
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """One leaf in one site at one expert width."""
+
+    width: int
+    owner_L: Int[np.ndarray, " leaf_units"]
+    """Bin of each unit the leaf owned: child k, or K for the leaf itself."""
+    predicted: float
+
+
+@dataclass(frozen=True)
+class Menu:
+    """What a round may choose from: who parts, and for each site and leaf what every expert width costs."""
+
+    partition: Partition
+    """The one that is to be cut."""
+    config: PartitionConfig
+    terms: Terms
+    groups: Groups
+    choices: Mapping[tuple[str, int], list[_Choice]]
+    """(site, leaf) -> from the narrowest expert allowed to the widest there is room for."""
+    exchanges: Mapping[tuple[str, int], Exchange]
+    """(site, leaf) -> exchanges of units that lower J; none where ``config.refine`` is off."""
+
+    def cut(self, separation: float) -> Proposal:
+        """Return the cut to a separation (of what units cost) that costs the least J.
+
+        Where rounding to whole multiples leaves too little room for it, the cut goes as far as there is room.
+        """
+        chosen = _spend(self.partition, self.config, self.terms, separation, self.groups, self.choices)
+        for key, exchange in self.exchanges.items():
+            owner_L = exchange.settle(chosen[key].owner_L)
+            chosen[key] = replace(chosen[key], owner_L=owner_L, predicted=exchange.residual(owner_L))
+        owned = {key: choice.owner_L for key, choice in chosen.items()}
+        return _proposal(self.partition, self.groups, owned, sum(choice.predicted for choice in chosen.values()))
+
+
+def menu(
+    partition: Partition,
+    table: AttributionTable,
+    weights: Mapping[str, Float[Tensor, "dim _"]],
+    config: PartitionConfig,
+    rounds: Sequence[Round],
+    score: Unsigned,
+    tree: Nested | None = None,
+    only: Collection[int] | None = None,
+    reads: Callable[[str], Float[Tensor, "units inputs"]] | None = None,
+    seed: int = 0,
+    terms: Terms | None = None,
+) -> Menu:
+    """Return what the first of ``rounds`` to come may choose from, to split every leaf that has several categories.
+
+    ``rounds`` are this round and those after it, whose experts need room as well; ``weights`` holds each site's output
+    weights [dim features], ``reads`` returns its input weights, for those ``config.owners`` that ask; ``tree`` is the
+    recipe's; ``only`` are the leaves that may be split, ``None`` for all; ``seed`` is what ways to find owners draw
+    from; ``terms``: not given, those of ``config`` for every site, each unit of cost 1. Raises NothingToSplitError
+    where no leaf can be split, ValueError where an expert has too few units for its children.
+    """
+    terms = terms or plain_terms(config, partition.widths)
+    groups = choose_groups(partition, table, weights, config, rounds[0], score, tree, only, terms)
+    choices, exchanges = {}, {}
+    for site in partition.widths:
+        for leaf, parts in groups.items():
+            start, own = partition.starts(site)[leaf], partition.widths[site][leaf]
+            deal = owners(config.owners, LeafUnits(table, site, start, own, parts, score, weights[site], reads, seed))
+            choices[site, leaf] = _choices(
+                partition, table, weights[site], config, terms[site], rounds, site, leaf, parts, tree, deal
+            )
+            if config.refine and not terms[site].frozen:
+                exchanges[site, leaf] = Exchange(partition, table, weights[site].double(), site, leaf, parts)
+    return Menu(partition, config, terms, groups, choices, exchanges)
+
+
+def shuffled(
+    partition: Partition,
+    proposal: Proposal,
+    table: AttributionTable,
+    weights: Mapping[str, Float[Tensor, "dim _"]],
+    seed: int,
+) -> Proposal:
+    """Return a cut to the proposal's tree and widths with owners drawn at random: the control of every result.
+
+    ``partition`` (same tree and widths as the one the proposal cuts), ``table`` and ``weights`` are those of the
+    network that is to be cut at random.
+    """
+    generator = np.random.default_rng([seed, len(partition.tree.nodes)])
+    new = proposal.partition
+    drawn: dict[tuple[str, int], np.ndarray] = {}
+    predicted = 0.0
+    for site in partition.widths:
+        for leaf, parts in proposal.groups.items():
+            place = new.tree.index(partition.tree.nodes[leaf].name)
+            nodes = [*new.tree.children(place), place]
+            bins = np.repeat(np.arange(len(nodes)), [new.widths[site][node] for node in nodes])
+            drawn[site, leaf] = generator.permutation(bins)
+            predicted += _residual(partition, table, weights[site], site, leaf, parts, drawn[site, leaf])
+    return _proposal(partition, proposal.groups, drawn, predicted)
+
+
+def _choices(
+    partition: Partition,
+    table: AttributionTable,
+    weight_DU: Tensor,
+    config: PartitionConfig,
+    terms: SiteTerms,
+    rounds: Sequence[Round],
+    site: str,
+    leaf: int,
+    parts: Sequence[Sequence[str]],
+    tree: Nested | None,
+    deal: Deal,
+) -> list[_Choice]:
+    """Return what each expert width would cost, from the narrowest allowed to the widest there is room for."""
+    width, children = partition.widths[site][leaf], sum(is_routed(part, config) for part in parts)
+    widest = terms.given(width, root=leaf == 0) // children // terms.multiple * terms.multiple
+    need = max(_need(part, rounds[1:], terms, tree) for part in parts if is_routed(part, config))
+    if widest < need:
+        raise ValueError(
+            f"expert {partition.tree.nodes[leaf].name!r} owns {width} units of site {site!r}, too few for {children} "
+            f"children of {need} ({terms.where}.min_units, room for later rounds); lower {terms.where}.min_units, "
+            f"{terms.where}.multiple or the separation of earlier rounds"
+        )
+    found = []
+    for each in sorted({need, *range(max(need, terms.multiple), widest + 1, terms.multiple)}):
+        capacity = np.array([*[each * is_routed(part, config) for part in parts], width - each * children])
+        owner_L = deal(capacity)
+        found.append(_Choice(each, owner_L, _residual(partition, table, weight_DU, site, leaf, parts, owner_L)))
+    return found
+
+
+def _need(categories: Sequence[str], later: Sequence[Round], terms: SiteTerms, tree: Nested | None) -> int:
+    """Return the fewest units an expert of these categories needs, its own later children included."""
+    if len(categories) > 1 and later:
+        children = foreseen(tree, categories, later[0].branching)
+        return len(children) * max(_need(child, later[1:], terms, tree) for child in children)
+    return terms.least
+
+
+def _residual(
+    partition: Partition,
+    table: AttributionTable,
+    weight_DU: Tensor,
+    site: str,
+    leaf: int,
+    parts: Sequence[Sequence[str]],
+    owner_L: np.ndarray,
+) -> float:
+    """Return the Schur residual J of one leaf's split in one site, nats per unit over all data."""
+    start = partition.starts(site)[leaf]
+    owner = torch.from_numpy(owner_L)
+    total = 0.0
+    for bin_, part in enumerate(parts):
+        for category in part:
+            removed_U: Bool[Tensor, " units"] = torch.zeros(partition.units(site), dtype=torch.bool)
+            removed_U[start : start + len(owner)] = (owner != bin_) & (owner != len(parts))
+            kept_U = partition.active(site, category) & ~removed_U
+            share = table.shares[table.categories.index(category)].item()
+            total += share * table.residual(site, category, weight_DU.t().double(), kept_U, removed_U)
+    return total
+
+
+def _spend(
+    partition: Partition,
+    config: PartitionConfig,
+    terms: Terms,
+    separation: float,
+    groups: Groups,
+    choices: Mapping[tuple[str, int], list[_Choice]],
+) -> dict[tuple[str, int], _Choice]:
+    """Choose one width for each site and leaf so that the separation is reached, if there is room, at the least J."""
+    asked = partition.surplus(separation, costs(terms))
+    saved = {  # active units' cost, added up over categories, that each choice spares
+        (site, leaf): [_experts_spared(groups[leaf], config) * o.width * terms[site].cost for o in options]
+        for (site, leaf), options in choices.items()
+    }
+    wanted = min(asked, sum(savings[-1] for savings in saved.values()))
+    match config.budget:
+        case "knapsack":
+            curves = [
+                Curve(tuple(s - savings[0] for s in savings), tuple(o.predicted for o in choices[key]))
+                for key, savings in saved.items()
+            ]
+            picks = cheapest(curves, max(0, wanted - sum(savings[0] for savings in saved.values())))
+        case "equal":
+            picks = _same_share(partition, wanted, saved, choices)
+    return {key: options[pick] for (key, options), pick in zip(choices.items(), picks, strict=True)}
+
+
+def _experts_spared(parts: Sequence[Sequence[str]], config: PartitionConfig) -> int:
+    """Return how many new experts a category does not run, added up over categories; an unrouted one runs none."""
+    routed = [is_routed(part, config) for part in parts]
+    return sum(len(part) * (sum(routed) - own) for part, own in zip(parts, routed, strict=True))
+
+
+def _same_share(
+    partition: Partition,
+    wanted: int,
+    saved: Mapping[tuple[str, int], list[int]],
+    choices: Mapping[tuple[str, int], list[_Choice]],
+) -> list[int]:
+    """Return the choices of the smallest expert share of a site, the same in all sites, that spares enough."""
+    shares = {key: [o.width / partition.units(key[0]) for o in options] for key, options in choices.items()}
+    picks: list[int] = []
+    for least in sorted({share for options in shares.values() for share in options}):
+        picks = [min(bisect.bisect_left(options, least), len(options) - 1) for options in shares.values()]
+        if sum(savings[pick] for savings, pick in zip(saved.values(), picks, strict=True)) >= wanted:
+            break
+    return picks
+
+
+def _proposal(
+    partition: Partition, groups: Groups, owned: Mapping[tuple[str, int], np.ndarray], predicted: float
+) -> Proposal:
+    """Put the units of every split leaf into tree order: those it keeps, then each child's, each in present order."""
+    widths, order = {}, {}
+    for site in partition.widths:
+        places: list[np.ndarray] = []
+        for old, (start, width) in enumerate(zip(partition.starts(site), partition.widths[site], strict=True)):
+            present = np.arange(start, start + width)
+            if old in groups:
+                bins = [len(groups[old]), *range(len(groups[old]))]
+                places += [present[owned[site, old] == bin_] for bin_ in bins]
+            else:
+                places.append(present)
+        widths[site] = tuple(len(place) for place in places)
+        order[site] = torch.from_numpy(np.concatenate(places))
+    return Proposal(Partition(partition.tree.split(groups), widths), order, groups, predicted)

@@ -1,0 +1,26 @@
+"""From a recipe's data section to the task that the loop learns."""
+
+from pathlib import Path
+from typing import assert_never
+
+from moeify.recipe.config import RunConfig
+from moeify.recipe.data import DigitsData, TextData
+from moeify.task import Task
+
+
+def build_task(config: RunConfig, *, cache: Path, base: Path) -> Task:
+    """Prepare the recipe's data and return its task; what was prepared before is read from ``cache``.
+
+    ``base`` is the folder that the recipe's relative paths start at.
+    """
+    match config.data:
+        case TextData():
+            from moeify.tasks.language import LanguageTask
+
+            return LanguageTask.prepare(config, cache, base)
+        case DigitsData():
+            from moeify.tasks.digits import DigitsTask
+
+            return DigitsTask(config)
+        case _ as never:
+            assert_never(never)
