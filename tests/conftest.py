@@ -1,9 +1,19 @@
 """What tests of several files start from."""
 
+import os
 import warnings
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """The folder of published data that the project does not carry."""
+    folder = Path(os.environ.get("MOEIFY_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("MOEIFY_DATA does not name a folder of published data")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from moeify.recipe.closed import Closed, Fraction, Name
 
 BuiltinSource = Literal["python", "prose", "c", "web"]
+ImageSource = Literal["mnist", "cifar10", "cifar10-jpeg"]
+"""``cifar10``: as published, in binary; ``cifar10-jpeg``: the same images through JPEG, which is lossy."""
 
 
 class InstalledText(Closed):
