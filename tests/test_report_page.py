@@ -1,5 +1,6 @@
 """The report as a file: whole, of one piece, with nothing to fetch and nothing unescaped, whatever the run recorded."""
 
+import base64
 import json
 import os
 import re
@@ -23,7 +24,9 @@ from pipelines.cli import main
 from pipelines.report.page import build, write, write_or_warn
 from pipelines.runs import RunFolder
 
-SECTIONS = ["headline", "tree", "ownership", "attribution", "tax", "training", "removal", "affinity", "cost"]
+SECTIONS = [
+    *("headline", "tree", "experts", "ownership", "attribution", "tax", "training", "removal", "affinity", "cost"),
+]
 CONTROLS: tuple[Control, ...] = ("random", "told")
 FETCHING = ("src", "href", "srcset", "data", "action", "poster", "xlink:href")
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -98,6 +101,22 @@ def full_run(home: Path, events: list[Event] | None = None) -> RunFolder:
     return folder
 
 
+def leave_portraits(folder: RunFolder, text: str = "def", category: str = "python", pixels: int = 0) -> None:
+    """Write examples of two experts, as a run does at its end: of text, or of pictures with so many pixels a side."""
+    example: dict[str, Any] = {"category": category, "activity": 0.25, "rise": 1.5}
+    if pixels:
+        grey = base64.b64encode(np.random.default_rng(0).integers(0, 256, pixels**2, dtype=np.uint8).tobytes()).decode()
+        example |= {"kind": "picture", "size": (pixels, pixels, 1), "pixels": grey}
+    else:
+        pieces = [text, " x", "\n", "\u202eback\x07"]
+        each = {"activity": [0.1, 0.2, 0.3, 0.3], "rise": [0.0, 2.5, 0.2, -0.1]}
+        example |= {"kind": "text", "pieces": pieces, **each}
+    token = {"text": text, "count": 3, "rise": 2.25}
+    expert = {"activity": 0.3, "rise": 0.12, "active": [example] * 3, "missed": [example] * 2, "tokens": [token]}
+    known = {"rows": 16, "experts": [{"expert": name, **expert} for name in ("core", "python")]}
+    folder.portraits.write_text(json.dumps(known))
+
+
 def walk(tree: dict[str, Any]) -> list[dict[str, Any]]:
     return [tree, *(node for child in tree["children"] for node in walk(child))]
 
@@ -122,7 +141,9 @@ def tree_of_nodes(folder: RunFolder) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    return full_run(tmp_path_factory.mktemp("home"))
+    folder = full_run(tmp_path_factory.mktemp("home"))
+    leave_portraits(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +222,43 @@ def test_a_damaged_file_is_left_out_and_told(tmp_path: Path) -> None:
     assert "attribution" in page.ids
 
 
+def test_an_expert_is_shown_with_its_tokens_and_excerpts(html: str) -> None:
+    page = Page(html)
+    text = page.text
+    assert "core activity 30.0% · loss +0.1200 without it" in text
+    assert "colour: 10% to 30%" in text
+    assert "def +2.25" in text
+    spans = [value for tag, name, value in page.attributes if (tag, name) == ("span", "title") and "activity" in value]
+    assert spans.count("activity 20%, +2.50 nats without the expert") == 2 * 5
+    assert ("span", "class", "missed") in page.attributes
+    assert "\u202e" not in html
+    assert "\x07" not in html
+    assert "\N{REPLACEMENT CHARACTER}back" in text
+
+
+def test_images_of_an_expert_are_drawn_and_stay_small_when_they_are_many(tmp_path: Path) -> None:
+    folder = full_run(tmp_path)
+    leave_portraits(folder, pixels=8)
+    page = Page(build(folder))
+    pictures = [value for tag, name, value in page.attributes if (tag, name) == ("img", "alt") and "activity" in value]
+    assert pictures == ["python: activity 25.0%, +1.500 nats without the expert"] * 10
+    leave_portraits(folder, pixels=500)
+    assert len(build(folder).encode()) < 4e6
+
+
+def test_damaged_examples_are_left_out_and_told(tmp_path: Path) -> None:
+    folder = full_run(tmp_path)
+    leave_portraits(folder, pixels=8)
+    folder.portraits.write_text(folder.portraits.read_text().replace("[8, 8, 1]", "[9, 8, 1]"))
+    assert "pixels are not those of a picture of size (9, 8, 1)" in Page(build(folder)).text
+    folder.portraits.write_text('{"rows": 16}')
+    page = Page(build(folder))
+    assert "experts" not in page.ids
+    assert (
+        f"portraits.json is damaged (Field required); make it anew: moeify report {folder.id} --examples" in page.text
+    )
+
+
 def test_a_damaged_result_is_an_error_in_one_line(tmp_path: Path) -> None:
     folder = full_run(tmp_path)
     folder.result.write_text("{}")
@@ -218,6 +276,7 @@ def test_names_and_recipes_are_text_wherever_they_stand(tmp_path: Path) -> None:
     for path in folder.rounds.glob("*/attribution.safetensors"):
         categories = [bad if category == "prose" else category for category in CATEGORIES]
         save_file(load_file(path), path, {"categories": json.dumps(categories), "score": "fisher<b>"})
+    leave_portraits(folder, text=bad, category=bad)
     folder.recipe.write_text("name: fake # </pre><script>alert(2)</script>\n")
     html = build(folder)
     page = Page(html)
@@ -339,11 +398,15 @@ def large_run(home: Path, sites: int = 32, units: int = 8192, categories: int = 
 @pytest.mark.slow
 def test_thirty_two_layers_of_eight_thousand_units_stay_below_five_megabytes(tmp_path: Path) -> None:
     folder = large_run(tmp_path)
+    leave_portraits(folder, category="category-00", pixels=64)
+    known = json.loads(folder.portraits.read_text())
+    known["experts"][1]["expert"] = "category-00"
+    folder.portraits.write_text(json.dumps(known))
     html = build(folder)
     assert len(html.encode()) < 3e6
     page = Page(html)
     assert [each for each in page.ids if each in SECTIONS] == SECTIONS
-    assert page.tags["img"] == 2 * 32
+    assert page.tags["img"] == 2 * 32 + 2 * 5
     assert "262,144 units in 32 sites" in page.text
 
 

@@ -104,6 +104,20 @@ def test_images_are_routed_one_by_one(place: Path) -> None:
     assert kept["later"] is None
 
 
+@pytest.mark.parametrize("name", ["tiny", "images"])
+def test_a_run_keeps_examples_of_its_experts_and_a_report_can_pick_them_anew(place: Path, name: str) -> None:
+    run = folder(place, name)
+    kept = (run / "portraits.json").read_bytes()
+    (run / "portraits.json").unlink()
+    assert call(place, "report", name).exit_code == 0
+    assert 'id="experts"' not in (run / "report.html").read_text()
+    done = call(place, "report", name, "--examples")
+    assert done.exit_code == 0, done.output
+    assert (run / "portraits.json").read_bytes() == kept
+    assert 'id="experts"' in (run / "report.html").read_text()
+    assert '"artifact/portraits.json"' in (run / "journal.jsonl").read_text()
+
+
 def test_a_router_of_another_checkpoint_or_with_a_changed_file_is_refused(place: Path) -> None:
     assert call(place, "route", "tiny", "--kind", "document", "--threshold", "0", "--json").exit_code == 0
     run = folder(place, "tiny")

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import (
     BeforeValidator,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     WithJsonSchema,
@@ -172,6 +173,9 @@ class Evaluation(Closed):
     """Rows of each category, at the end of each round."""
     test_rows: PositiveInt = 128
     """Rows of each category, at the end of the run (fewer where the split holds fewer)."""
+    example_rows: NonNegativeInt = 16
+    """Validation rows of each category that the report's examples of what each expert does are picked from; each is run
+    once for every expert on its route. 0: no examples."""
     rows_at_once: PositiveInt = 32
     """Rows of one forward pass over all workers."""
 

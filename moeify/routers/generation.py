@@ -6,7 +6,7 @@ again, along the routes that it had.
 """
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import tokenizers
 import torch
 from jaxtyping import Float
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from moeify.data.tokens import END
@@ -207,10 +206,3 @@ def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
     if end is None:
         raise ValueError(f"the tokenizer has no token {END!r}, which a text starts behind")
     return [end, *tokenizer.encode(text, add_special_tokens=False).ids]
-
-
-def pieces(tokenizer: tokenizers.Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """Yield the text that each token adds: none while a character is not whole, which the last token of it adds."""
-    stream = DecodeStream(skip_special_tokens=False)
-    for token in tokens:
-        yield stream.step(tokenizer, token) or ""

@@ -21,6 +21,7 @@ from pipelines.report.cost import costs, in_words
 from pipelines.report.experts import expert_tree, removals
 from pipelines.report.maps import FEW, maps_by_round, scale
 from pipelines.report.ownership import ownership_by_round, ownership_by_site
+from pipelines.report.portraits import portraits
 from pipelines.report.recorded import Recorded
 from pipelines.report.verdict import headline
 from pipelines.runs import RunFolder, Status, package_version
@@ -81,6 +82,7 @@ def build(folder: RunFolder, ended_as: Status | None = None) -> str:
         categories=categories,
         chips=_chips(run, look, categories),
         tree=expert_tree(run, look, serves),
+        portraits=portraits(run, look, serves),
         columns=ownership_by_round(run, look),
         strips=ownership_by_site(ownership, look) if ownership else [],
         maps=maps_by_round(run, look),

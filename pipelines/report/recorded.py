@@ -7,7 +7,9 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from moeify.events import Evaluated, Event, Failed, Phase, RoundEnded, Started, Step
+from moeify.examples import Portraits
 from moeify.result import Result
+from pipelines.examples import read_portraits
 from pipelines.journal import read_events
 from pipelines.plots import recipe_budget
 from pipelines.round_files import Ownership, RoundMap, attribution_file, read_map, read_ownership
@@ -69,6 +71,11 @@ class Recorded:
     def evaluated(self) -> tuple[Evaluated, ...]:
         """Losses on held-out data."""
         return tuple(event for event in self.events if isinstance(event, Evaluated))
+
+    @cached_property
+    def portraits(self) -> Portraits | None:
+        """What each expert does, by example; None where that was not kept, or, noted as a problem, is damaged."""
+        return self._undamaged(lambda: read_portraits(self.folder))
 
     @property
     def notes(self) -> tuple[Phase, ...]:
