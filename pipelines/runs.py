@@ -105,6 +105,11 @@ class RunFolder:
         return self.path / "portraits.json"
 
     @property
+    def router(self) -> Path:
+        """JSON of ``moeify.routers.report.RouterReport``; only a run that ``moeify route`` has been on has it."""
+        return self.path / "router" / "report.json"
+
+    @property
     def report(self) -> Path:
         """The run as one HTML page; see ``pipelines.report.page``."""
         return self.path / "report.html"

@@ -25,7 +25,8 @@ from pipelines.report.page import build, write, write_or_warn
 from pipelines.runs import RunFolder
 
 SECTIONS = [
-    *("headline", "tree", "experts", "ownership", "attribution", "tax", "training", "removal", "affinity", "cost"),
+    *("headline", "tree", "experts", "ownership", "attribution", "tax", "training", "removal", "affinity"),
+    *("router", "cost"),
 ]
 CONTROLS: tuple[Control, ...] = ("random", "told")
 FETCHING = ("src", "href", "srcset", "data", "action", "poster", "xlink:href")
@@ -117,6 +118,48 @@ def leave_portraits(folder: RunFolder, text: str = "def", category: str = "pytho
     folder.portraits.write_text(json.dumps(known))
 
 
+def leave_router(folder: RunFolder, text: str = "def", name: str = "python") -> None:
+    """Write what ``moeify route`` writes, as far as the report reads it."""
+    experts = ["python", "c", "web", "prose"]
+    figures = {"loss": 3.6, "router_tax": 0.01, "loss_all": 3.7, "router_tax_all": 0.02}
+    by_category = {**dict.fromkeys(CATEGORIES, 0.01), "mean": 0.01}
+    compared = {
+        "loss": {arm: {**dict.fromkeys(CATEGORIES, 3.5), "mean": 3.5} for arm in ("label", "router", "dense")},
+        "router_tax": by_category,
+        "router_tax_error": 0.001,
+        "over_dense": by_category,
+        "over_dense_error": 0.001,
+        "over_told": None,
+    }
+    known = {
+        "kind": "token",
+        "threshold": 0.9,
+        "experts": experts,
+        "unit": "token",
+        "prefix": 32,
+        "choices": [{"kind": "token", "threshold": 0.9, "asked": 0.2, **figures}],
+        "asked": 0.2,
+        "accuracy": 0.91,
+        "accuracy_sure": 0.97,
+        "accuracy_unsure": 0.6,
+        "accuracy_after": {"1": 0.5, "2": 0.75},
+        "confusion": {c: {e: 0.85 if e == c else 0.05 for e in experts} for c in CATEGORIES},
+        "calibration_error": 0.01,
+        "whole": compared,
+        "later": None,
+        "texts": [
+            {
+                "categories": [name, "prose"],
+                "pieces": [text, "", " that", " is"],
+                "experts": [0, 0, 0, 3],
+                "probabilities": [0.5, 0.95, 0.95, 0.8],
+            }
+        ],
+    }
+    folder.router.parent.mkdir()
+    folder.router.write_text(json.dumps(known))
+
+
 def walk(tree: dict[str, Any]) -> list[dict[str, Any]]:
     return [tree, *(node for child in tree["children"] for node in walk(child))]
 
@@ -143,6 +186,7 @@ def tree_of_nodes(folder: RunFolder) -> dict[str, Any]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     folder = full_run(tmp_path_factory.mktemp("home"))
     leave_portraits(folder)
+    leave_router(folder)
     return folder
 
 
@@ -236,6 +280,33 @@ def test_an_expert_is_shown_with_its_tokens_and_excerpts(html: str) -> None:
     assert "\N{REPLACEMENT CHARACTER}back" in text
 
 
+def test_a_router_shows_whom_it_sends_where_and_colours_text_by_who_serves_it(html: str) -> None:
+    page = Page(html)
+    assert "right 91.0% of decisions" in page.text
+    assert "router tax +1.00% ± 0.20% of the loss by label" in page.text
+    own = [value for tag, name, value in page.attributes if (tag, name) == ("td", "class") and value == "rise own"]
+    assert len(own) == len(CATEGORIES)
+    assert page.texts.count("85%") == len(CATEGORIES)
+    assert page.texts.count("5%") == len(CATEGORIES) * 3
+    served = html[html.index('class="served"') :]
+    assert "python → prose" in served
+    runs = re.findall(r'<span class="run tint (hue\d)"><b>(\w+)</b>(.*?)</span></span>', served)
+    assert [(look, expert) for look, expert, _ in runs] == [("hue1", "python"), ("hue4", "prose")]
+    assert runs[0][2].count("<span") == 2
+    assert '<span class="missed" title="python 50%">def</span>' in served
+
+
+def test_a_damaged_router_is_left_out_and_told(tmp_path: Path) -> None:
+    folder = full_run(tmp_path)
+    leave_router(folder)
+    whole = folder.router.read_text()
+    for broken, told in (("[0, 0, 0, 3]", "[0, 0, 0, 4]"), ('"accuracy"', '"accurate"')):
+        folder.router.write_text(whole.replace(broken, told))
+        page = Page(build(folder))
+        assert "router" not in page.ids
+        assert "router/report.json is damaged" in page.text
+
+
 def test_images_of_an_expert_are_drawn_and_stay_small_when_they_are_many(tmp_path: Path) -> None:
     folder = full_run(tmp_path)
     leave_portraits(folder, pixels=8)
@@ -277,6 +348,7 @@ def test_names_and_recipes_are_text_wherever_they_stand(tmp_path: Path) -> None:
         categories = [bad if category == "prose" else category for category in CATEGORIES]
         save_file(load_file(path), path, {"categories": json.dumps(categories), "score": "fisher<b>"})
     leave_portraits(folder, text=bad, category=bad)
+    leave_router(folder, text=bad, name=bad)
     folder.recipe.write_text("name: fake # </pre><script>alert(2)</script>\n")
     html = build(folder)
     page = Page(html)
@@ -405,7 +477,7 @@ def test_thirty_two_layers_of_eight_thousand_units_stay_below_five_megabytes(tmp
     html = build(folder)
     assert len(html.encode()) < 3e6
     page = Page(html)
-    assert [each for each in page.ids if each in SECTIONS] == SECTIONS
+    assert [each for each in page.ids if each in SECTIONS] == [each for each in SECTIONS if each != "router"]
     assert page.tags["img"] == 2 * 32 + 2 * 5
     assert "262,144 units in 32 sites" in page.text
 

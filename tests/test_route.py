@@ -39,7 +39,7 @@ def test_a_router_is_trained_shown_and_kept(place: Path) -> None:
     assert done.exit_code == 0, done.output
     for words in ("Ways to use it", "taken", "router tax", "over dense", "over told", "Who serves whom", "calibration"):
         assert words in done.stdout
-    assert max(len(line.rstrip()) for line in done.stdout.splitlines()[:-2]) <= 80
+    assert max(len(line.rstrip()) for line in done.stdout.splitlines()[:-3]) <= 80
     assert {path.name for path in (folder(place, "tiny") / "router").iterdir()} == {
         "manifest.json",
         "report.json",
@@ -51,6 +51,11 @@ def test_a_router_is_trained_shown_and_kept(place: Path) -> None:
     assert told.pop("run").startswith("tiny-")
     assert told == kept
     assert set(kept["confusion"]) == {"code", "prose"}
+    assert 'id="router"' in (folder(place, "tiny") / "report.html").read_text()
+    texts = kept["texts"]
+    wanted = [["code"], ["code", "prose"], ["prose"], ["prose", "code"]]
+    assert [text["categories"] for text in texts] == (wanted if kept["kind"] == "token" else [["code"], ["prose"]])
+    assert all(len(text["pieces"]) == len(text["experts"]) == 16 for text in texts)
     assert load_router(folder(place, "tiny")).kind == kept["kind"]
 
 

@@ -23,6 +23,7 @@ from pipelines.report.maps import FEW, maps_by_round, scale
 from pipelines.report.ownership import ownership_by_round, ownership_by_site
 from pipelines.report.portraits import portraits
 from pipelines.report.recorded import Recorded
+from pipelines.report.router import routing
 from pipelines.report.verdict import headline
 from pipelines.runs import RunFolder, Status, package_version
 from pipelines.show import of_arm
@@ -94,6 +95,7 @@ def build(folder: RunFolder, ended_as: Status | None = None) -> str:
         arm_words=figures.ARM_WORDS,
         removals=removals(run, look, serves),
         affinity=_affinity(run),
+        router=routing(run),
         costs=costs(run),
         provenance=_provenance(run),
     )
