@@ -207,6 +207,9 @@ class Tracking(Closed):
     """MLflow's experiment that the run goes to."""
     every: PositiveInt = 10
     """Steps between two points of a curve."""
+    models: NonNegativeInt = 256
+    """Megabytes: at the end the dense twin and the split model, if no larger than this, are logged and registered under
+    the recipe's name, with aliases ``dense`` and ``split``. 0: neither."""
 
 
 class RunConfig(Closed):
