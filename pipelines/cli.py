@@ -14,7 +14,7 @@ import click
 
 COMMANDS = (
     *("init", "run", "resume", "compare", "runs", "show", "report", "status", "logs", "stop", "submit", "cluster"),
-    *("attribute", "export", "route", "generate", "sync", "schema", "doctor"),
+    *("attribute", "export", "route", "generate", "ui", "sync", "schema", "doctor", "completion"),
 )
 """In the order of the help; the module of each holds ``command``."""
 

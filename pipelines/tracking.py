@@ -285,6 +285,7 @@ class MlflowFollower:
     def _deliver_models(self, client: "MlflowClient") -> None:
         """Log and register the dense twin and the split model; those that are too large, or not there, are left out."""
         from moeify.split_folder import bytes_in_run, copy_from_run
+        from moeify.store import CorruptCheckpointError
 
         for arm in _REGISTERED:
             try:
@@ -293,9 +294,11 @@ class MlflowFollower:
                 with TemporaryDirectory(prefix="moeify-model-") as place:
                     copy_from_run(self._folder.path, arm, Path(place) / arm)
                     log_model(client, self._origin(), arm, Path(place) / arm, self._config.training.steps)
-            except (ValueError, FileNotFoundError) as error:  # never split, or the checkpoint is gone or damaged
+            except CorruptCheckpointError as error:
                 what = " ".join(str(error).split())[:300]
                 sys.stderr.write(f"moeify: warning: the {arm} model was not logged ({what})\n")
+            except ValueError:  # never split, or the checkpoints were cleared away
+                continue
 
     def _deliver_export(self, client: "MlflowClient", event: Exported) -> None:
         """Log and register what was exported, if it is still where it was written."""
