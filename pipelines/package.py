@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moeify.recipe.config import RunConfig
-from moeify.recipe.data import JsonLines, TextData, TextFolders
+from moeify.recipe.data import JsonLines, MixedText, TextData, TextFolders
 
 RECIPE = "recipe.yaml"
 """File of the recipe in a package."""
@@ -55,6 +55,11 @@ def _named(config: RunConfig) -> Iterator[tuple[str, Path]]:
                 yield from ((f"data.source.categories.{name}", path) for name, path in categories.items())
             case JsonLines(path=path):
                 yield "data.source.path", path
+            case MixedText(root=Path() as root, categories=parts):
+                yield "data.source.root", root
+                for name, part in parts.items():
+                    if part.kind != "installed":
+                        yield f"data.source.categories.{name}.path", root / part.path
 
 
 def _files(config: RunConfig, base: Path) -> Iterator[tuple[Path, Path]]:
@@ -69,3 +74,12 @@ def _files(config: RunConfig, base: Path) -> Iterator[tuple[Path, Path]]:
                         yield from ((folder / name, path) for name, path in files_in(base / folder, pattern))
             case JsonLines(path=path) if not path.is_absolute():
                 yield path, base / path
+            case MixedText(root=Path() as root, categories=parts):
+                for part in parts.values():
+                    if part.kind == "installed" or (root / part.path).is_absolute():
+                        continue
+                    path = root / part.path
+                    if part.kind == "folder":
+                        yield from ((path / name, found) for name, found in files_in(base / path, part.pattern))
+                    else:
+                        yield path, base / path

@@ -165,7 +165,11 @@ def _origin(about: About, whole: SplitModel) -> Iterator[str]:
 def _recipe(recipe: RunConfig) -> Iterator[str]:
     match recipe.data:
         case TextData(source=source, length=length, discover=discover):
-            kind = {"installed": "text that Python packages install", "folders": "folders of text files"}
+            kind = {
+                "installed": "text that Python packages install",
+                "folders": "folders of text files",
+                "mixed": "text from several places",
+            }
             found = "" if discover is None else "; categories are discovered clusters of documents"
             yield f"- data: {kind.get(source.kind, 'JSON lines')}, byte-level BPE, rows of {length} tokens{found}"
         case DigitsData():

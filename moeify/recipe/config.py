@@ -21,7 +21,16 @@ from pydantic import (
 
 from moeify.recipe.arms import Arm, Control, cut, twins
 from moeify.recipe.closed import Closed, Fraction, Name
-from moeify.recipe.data import Data, DigitsData, Discover, InstalledText, TextData, TextFolders, cluster_names
+from moeify.recipe.data import (
+    Data,
+    DigitsData,
+    Discover,
+    InstalledText,
+    MixedText,
+    TextData,
+    TextFolders,
+    cluster_names,
+)
 from moeify.recipe.given_tree import Nested, names, read_tree
 from moeify.recipe.partition import Partition
 
@@ -334,7 +343,7 @@ class RunConfig(Closed):
                 return None if number is None else cluster_names(number)
             case TextData(source=InstalledText(sources=sources)):
                 return sources
-            case TextData(source=TextFolders(categories=categories)):
+            case TextData(source=TextFolders(categories=categories) | MixedText(categories=categories)):
                 return tuple(categories)
             case _:
                 return None

@@ -45,7 +45,55 @@ class JsonLines(Closed):
     """The field that holds the category; ``null``: documents have none, and ``data.discover`` finds them."""
 
 
-Source = Annotated[InstalledText | TextFolders | JsonLines, Field(discriminator="kind")]
+class InstalledPart(Closed):
+    """One of the installed sources."""
+
+    kind: Literal["installed"]
+    source: BuiltinSource
+    """See ``data.source.sources``."""
+
+
+class FolderPart(Closed):
+    """A folder of UTF-8 text files; each file is a document."""
+
+    kind: Literal["folder"]
+    path: Path
+    """The folder."""
+    pattern: str = "**/*"
+    """Glob below the folder. Files and folders whose name starts with a dot are left out."""
+
+
+class LinesPart(Closed):
+    """One JSON object a line; those with the wanted values in their fields are documents."""
+
+    kind: Literal["jsonl"]
+    path: Path
+    """The file, or one compressed with xz or gzip."""
+    text: str = "text"
+    """The field that holds the document."""
+    group: str | None = None
+    """A field; documents with the same value of it fall into the same split. ``null``: only equal documents do."""
+    where: dict[str, tuple[str, ...]] = Field(default={})
+    """Field to values; lines that have (or list) none of them are left out."""
+
+
+Part = Annotated[InstalledPart | FolderPart | LinesPart, Field(discriminator="kind")]
+
+
+class MixedText(Closed):
+    """Categories from different places."""
+
+    kind: Literal["mixed"]
+    categories: Annotated[dict[Name, Part], Field(min_length=2)]
+    """Category to where its documents come from."""
+    root: Path | None = None
+    """Folder that relative paths of parts start at, itself relative to the recipe's; ``null``: the one that the
+    environment variable MOEIFY_DATA names."""
+    megabytes: PositiveFloat = 3.0
+    """Upper bound on the text taken of each category, in 10^6 bytes."""
+
+
+Source = Annotated[InstalledText | TextFolders | JsonLines | MixedText, Field(discriminator="kind")]
 
 
 class Tfidf(Closed):
