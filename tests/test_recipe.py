@@ -125,6 +125,14 @@ def test_keys_of_a_mapping_are_held_to_be_names() -> None:
     assert found[1] == "data.source.categories.c: got 3, wanted a path"
 
 
+def test_keys_of_a_mapping_of_kinds_are_held_to_be_names_too() -> None:
+    parts = {"": {"kind": "folder", "path": "x"}, "b": {"kind": "foldr"}}
+    source = {"kind": "mixed", "categories": parts}
+    found = problems(changed(data={"kind": "text", "source": source}))
+    assert found[0].startswith("data.source.categories.'': got a key that is no name, wanted a name that matches ^")
+    assert found[1].startswith("data.source.categories.b.kind: got 'foldr', wanted one of 'folder', 'installed'")
+
+
 def test_parts_that_do_not_fit_each_other_are_all_told_even_beside_an_unknown_key() -> None:
     found = problems("""
 name: a

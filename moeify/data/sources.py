@@ -160,8 +160,9 @@ def _labelled(path: Path, found: dict[str, list[Document]], category: str | None
 
 def _root(source: MixedText, base: Path) -> Path:
     """Return the folder that parts' paths start at; it need not be there where no path is relative."""
-    relative = [part for part in source.categories.values() if part.kind != "installed" and not part.path.is_absolute()]
-    return data_root(source.root, base) if relative else base
+    paths = [part.path for part in source.categories.values() if part.kind != "installed"]
+    relative = [str(path) for path in paths if not path.is_absolute()]
+    return data_root(source.root, base, " and ".join(relative)) if relative else base
 
 
 def _parts(source: MixedText) -> Iterator[tuple[str, InstalledPart | FolderPart | LinesPart]]:

@@ -211,12 +211,12 @@ def _locate(root: Schema, location: Sequence[str | int]) -> _Place:
     pattern = ""
     for item in location:
         node = place.node
+        if item == "[key]":
+            place.node = {"type": "string", "pattern": pattern}
+            continue
         if "discriminator" in node:
             variants = {kind: resolved(root, {"$ref": ref}) for kind, ref in node["discriminator"]["mapping"].items()}
             place.node = variants[str(item)]
-            continue
-        if item == "[key]":
-            place.node = {"type": "string", "pattern": pattern}
             continue
         if "anyOf" in node:  # a value or null
             node = resolved(root, next(branch for branch in node["anyOf"] if branch.get("type") != "null"))
