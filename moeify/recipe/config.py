@@ -183,6 +183,9 @@ class Evaluation(Closed):
     """Rows of each category, at the end of the run (fewer where the split holds fewer)."""
     rows_at_once: PositiveInt = 32
     """Rows of one forward pass over all workers."""
+    null_draws: Annotated[int, Field(ge=0)] = 0
+    """Random removals that each expert's is held against at the end of the run, to say whether it is a clean module: 19
+    are the fewest that can. Each costs a pass of the test split for every expert; 0: no verdict."""
 
 
 class Checkpoints(Closed):
