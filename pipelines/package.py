@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from moeify.recipe.config import RunConfig
+from moeify.recipe.config import PretrainedModel, RunConfig
 from moeify.recipe.data import JsonLines, TextData, TextFolders
 
 RECIPE = "recipe.yaml"
@@ -29,7 +29,7 @@ def pack(config: RunConfig, base: Path, to: Path) -> list[Path]:
         copied += path.stat().st_size
         if copied > MOST_MEGABYTES * 1e6:
             raise ValueError(
-                f"data.source names more than {MOST_MEGABYTES:g} MB by relative paths, too much to go with the recipe; "
+                f"the recipe names more than {MOST_MEGABYTES:g} MB by relative paths, too much to go with the recipe; "
                 f"put it where all nodes see it and name it by an absolute path"
             )
         target = to / name
@@ -55,6 +55,8 @@ def _named(config: RunConfig) -> Iterator[tuple[str, Path]]:
                 yield from ((f"data.source.categories.{name}", path) for name, path in categories.items())
             case JsonLines(path=path):
                 yield "data.source.path", path
+    if isinstance(config.model, PretrainedModel):
+        yield "model.path", config.model.path
 
 
 def _files(config: RunConfig, base: Path) -> Iterator[tuple[Path, Path]]:
@@ -69,3 +71,5 @@ def _files(config: RunConfig, base: Path) -> Iterator[tuple[Path, Path]]:
                         yield from ((folder / name, path) for name, path in files_in(base / folder, pattern))
             case JsonLines(path=path) if not path.is_absolute():
                 yield path, base / path
+    if isinstance(config.model, PretrainedModel) and not (folder := config.model.path).is_absolute():
+        yield from ((folder / name, path) for name, path in files_in(base / folder, "*"))
