@@ -72,4 +72,5 @@ def _files(config: RunConfig, base: Path) -> Iterator[tuple[Path, Path]]:
             case JsonLines(path=path) if not path.is_absolute():
                 yield path, base / path
     if isinstance(config.model, PretrainedModel) and not (folder := config.model.path).is_absolute():
-        yield from ((folder / name, path) for name, path in files_in(base / folder, "*"))
+        files = sorted(path for path in (base / folder).iterdir() if path.is_file() and not path.name.startswith("."))
+        yield from ((folder / path.name, path) for path in files)
