@@ -93,12 +93,12 @@ def measured(
 def own(work: Path, *, quick: bool) -> RunConfig:
     """Return the recipe that splits a dense Llama of our own, which is trained first where it is not there yet."""
     sizes = {"hidden": 16, "layers": 2, "heads": 2, "ffn": 64} if quick else {"hidden": 64, "layers": 4, "ffn": 384}
-    dense = recipe({"kind": "llama", **sizes}, TEXT, steps=20 if quick else 1500, learning_rate=3e-3, distillation=None)
+    dense = recipe({"kind": "llama", **sizes}, TEXT, steps=20 if quick else 800, learning_rate=3e-3, distillation=None)
     known = hashlib.sha256(dense.model_dump_json().encode()).hexdigest()[:12]
     folder = work.absolute() / f"dense-{known}"
     if not folder.is_dir():
         save_dense(dense, folder)
-    return recipe({"kind": "pretrained", "path": str(folder)}, TEXT, steps=12 if quick else 160)
+    return recipe({"kind": "pretrained", "path": str(folder)}, TEXT, steps=12 if quick else 100)
 
 
 def save_dense(config: RunConfig, folder: Path) -> None:
@@ -124,7 +124,7 @@ def stories() -> RunConfig:
     texts = data_file(root, "text-tinystories/tinystories-mini.jsonl.xz", what="TinyStories")
     source = {"kind": "jsonl", "path": str(texts.absolute()), "category": None}
     data = {"kind": "text", "source": source, "discover": {"number": 4}, "length": 128, "test": 0.2}
-    return recipe({"kind": "pretrained", "path": str((root / "stories260K-hf").absolute())}, data, steps=160)
+    return recipe({"kind": "pretrained", "path": str((root / "stories260K-hf").absolute())}, data, steps=100)
 
 
 def recipe(
@@ -150,7 +150,7 @@ def recipe(
                     {"train": 0, "recover": steps - steps // 4, "separation": 0.5},
                 ],
                 "distillation": distillation,
-                "evaluation": {"validation_rows": 32, "test_rows": 256},
+                "evaluation": {"validation_rows": 32, "test_rows": 128},
             }
         )
     )
