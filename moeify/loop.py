@@ -28,6 +28,7 @@ from moeify.control import (
     expected_use,
     why_stopped,
 )
+from moeify.distillation import Teacher
 from moeify.evaluation import RowLosses, losses_without, own_other, row_losses, summarize, tax, tax_error
 from moeify.events import MemoryTracker, Tracker
 from moeify.recipe.arms import Arm
@@ -83,6 +84,7 @@ class _Loop:
         self.world = world
         self.store = store
         self.twins = twins
+        self.teacher = Teacher(task, config.distillation) if config.distillation else None
         self.say = Reporter(config, store, tracker, speaks=world.rank == 0)
         self.state = self._begin()
         self.began = time.time() - self.state.seconds
@@ -105,6 +107,8 @@ class _Loop:
         """Return the newest checkpoint's state, the same one on every rank, or a fresh one."""
         found = self.world.share(self.store.newest() if self.world.rank == 0 else None)
         state = State.load(self.store, found.name, self.config) if found else State.fresh(self.config, self.task)
+        if self.teacher:
+            self.teacher.check(state.began)
         model = state.arms["dense"].model
         self.terms = terms_in_reach(
             self.config, self.task.categories, model.network, model.space, self.task.units_per_row
@@ -120,6 +124,7 @@ class _Loop:
         every = self.config.checkpoints.every
         for arm, contestant in self.state.arms.items():
             report: Report = partial(self.say.step, arm, phase.round, self.state)
+            teacher = self.teacher if arm in self.config.cut_arms else None
             twins = self.twins if arm in self.config.twins else None
             if twins:
                 report = twins.recording(arm, contestant, report)
@@ -127,7 +132,8 @@ class _Loop:
                     continue
             while contestant.step < phase.until:
                 stop = min(phase.until, contestant.step - contestant.step % every + every)
-                train(contestant, self.task, self.world, self.config.training, stop, self.config.tracking.every, report)
+                training, every_step = self.config.training, self.config.tracking.every
+                train(contestant, self.task, self.world, training, stop, every_step, report, teacher)
                 if contestant.step < phase.until:
                     self._checkpoint()
             if twins:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from torch import Tensor
 
 from moeify.control import Standing
+from moeify.distillation import network_hash
 from moeify.events import RoundEnded
 from moeify.models.families import describe, rebuild
 from moeify.recipe.arms import Arm
@@ -44,6 +45,8 @@ class State:
 
     arms: dict[Arm, Contestant]
     """Twins alone until the first cut, when the arms that are cut fork from the dense one."""
+    began: str
+    """Hash of the network before the first step (``network_hash``)."""
     done: int = 0
     """Phases of the plan that are behind us."""
     rounds: list[RoundEnded] = field(default_factory=list)
@@ -61,7 +64,8 @@ class State:
     @classmethod
     def fresh(cls, config: RunConfig, task: Task) -> Self:
         """Return the state before the first step."""
-        return cls({arm: _untrained(task, arm, config) for arm in config.twins})
+        arms = {arm: _untrained(task, arm, config) for arm in config.twins}
+        return cls(arms, network_hash(arms["dense"].model.network))
 
     def fork(self, config: RunConfig, task: Task) -> None:
         """Let the arms that will be cut go on from where the dense twin stands, if they have not forked yet."""
@@ -82,6 +86,7 @@ class State:
         """Publish a checkpoint."""
         dense = self.arms["dense"].model
         facts = {
+            "began": self.began,
             "done": self.done,
             "arms": {a: {"step": c.step, "partition": c.model.partition.as_json()} for a, c in self.arms.items()},
             "rounds": [record.model_dump(mode="json") for record in self.rounds],
@@ -102,6 +107,7 @@ class State:
         facts = store.facts(name)
         return cls(
             arms={arm: _contestant(store, name, arm, facts, config) for arm in facts["arms"]},
+            began=facts.get("began", ""),
             done=facts["done"],
             rounds=[RoundEnded.model_validate(record) for record in facts["rounds"]],
             step_scale=facts["step_scale"],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moeify.distillation import Teacher
 from moeify.recipe.config import Training
 from moeify.routed.split_model import SplitModel
 from moeify.task import Task
@@ -98,8 +99,11 @@ def train(
     until: int,
     every: int,
     report: Report,
+    teacher: Teacher | None = None,
 ) -> None:
     """Train up to step ``until`` in place; every rank calls ``report`` after each ``every``-th step and the last one.
+
+    ``teacher``: what the model learns from besides; losses are reported without it.
 
     Raises DivergedError when a reported loss is not a finite number.
     """
@@ -109,8 +113,10 @@ def train(
     while contestant.step < until:
         rows = task.train_batch(contestant.step)
         batch = rows.take(model.order(rows.categories)).shard(world.rank, world.size)
-        nats_R = task.nats(model(batch.inputs, batch.categories), batch.targets)
-        (nats_R.sum() / (len(rows.categories) * task.units_per_row)).backward()
+        outputs = model(batch.inputs, batch.categories)
+        nats_R = task.nats(outputs, batch.targets)
+        loss_R = teacher.loss(batch.inputs, outputs, nats_R) if teacher else nats_R
+        (loss_R.sum() / (len(rows.categories) * task.units_per_row)).backward()
         rate = _update(contestant, parameters, world, training)
         units += len(rows.categories) * task.units_per_row
         if contestant.step % every == 0 or contestant.step == until:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from moeify.recipe.config import RunConfig
+from moeify.recipe.config import PretrainedModel, RunConfig
 from moeify.recipe.data import JsonLines, MixedText, TextData, TextFolders
 
 RECIPE = "recipe.yaml"
@@ -29,7 +29,7 @@ def pack(config: RunConfig, base: Path, to: Path) -> list[Path]:
         copied += path.stat().st_size
         if copied > MOST_MEGABYTES * 1e6:
             raise ValueError(
-                f"data.source names more than {MOST_MEGABYTES:g} MB by relative paths, too much to go with the recipe; "
+                f"the recipe names more than {MOST_MEGABYTES:g} MB by relative paths, too much to go with the recipe; "
                 f"put it where all nodes see it and name it by an absolute path"
             )
         target = to / name
@@ -60,6 +60,8 @@ def _named(config: RunConfig) -> Iterator[tuple[str, Path]]:
                 for name, part in parts.items():
                     if part.kind != "installed":
                         yield f"data.source.categories.{name}.path", root / part.path
+    if isinstance(config.model, PretrainedModel):
+        yield "model.path", config.model.path
 
 
 def _files(config: RunConfig, base: Path) -> Iterator[tuple[Path, Path]]:
@@ -83,3 +85,6 @@ def _files(config: RunConfig, base: Path) -> Iterator[tuple[Path, Path]]:
                         yield from ((path / name, found) for name, found in files_in(base / path, part.pattern))
                     else:
                         yield path, base / path
+    if isinstance(config.model, PretrainedModel) and not (folder := config.model.path).is_absolute():
+        files = sorted(path for path in (base / folder).iterdir() if path.is_file() and not path.name.startswith("."))
+        yield from ((folder / path.name, path) for path in files)

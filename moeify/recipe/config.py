@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -71,6 +72,17 @@ class LlamaModel(Closed):
         return self
 
 
+class PretrainedModel(Closed):
+    """A causal language model that ``transformers`` saved, taken as it is: its weights, in float32, and its tokenizer.
+
+    Families: llama, mistral, qwen2, qwen3, gemma to gemma3_text, gpt_neox, gpt2, opt. Safetensors alone are read.
+    """
+
+    kind: Literal["pretrained"]
+    path: Path
+    """Folder with ``config.json``. A relative path starts at the recipe's folder."""
+
+
 class AutoencoderModel(Closed):
     """An MLP autoencoder: input - hidden - code - hidden - input, ReLU, one logit a pixel."""
 
@@ -81,7 +93,7 @@ class AutoencoderModel(Closed):
     """Dimensions of the code; never split."""
 
 
-Model = Annotated[LlamaModel | AutoencoderModel, Field(discriminator="kind")]
+Model = Annotated[LlamaModel | PretrainedModel | AutoencoderModel, Field(discriminator="kind")]
 
 # --- the loop -----------------------------------------------------------------------------------------
 
@@ -174,6 +186,15 @@ class Budget(Closed):
         return float(self.tax.removesuffix(" %")) / 100 * loss if isinstance(self.tax, str) else self.tax
 
 
+class Distillation(Closed):
+    """Cut arms also learn from the pretrained model as it was loaded: its distribution over every next token."""
+
+    weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Share of the training loss that is KL(pretrained model || arm), in nats per token; the rest is the loss."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits of both; the divergence is multiplied by its square, so that gradients keep their size."""
+
+
 class Evaluation(Closed):
     """How much held-out data is read."""
 
@@ -242,6 +263,9 @@ class RunConfig(Closed):
     routes. ``told`` costs a whole arm, ``random`` one from the first cut on."""
     budget: Budget | None = None
     """``null`` keeps every round whatever its tax."""
+    distillation: Distillation | None = None
+    """For a pretrained model: what arms that are cut learn besides, from the first cut on. Twins learn from the same
+    rows without it, since it would hold them back where they started. ``null``: arms learn from the rows alone."""
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     cluster: Cluster = Cluster()
@@ -276,9 +300,12 @@ class RunConfig(Closed):
                 yield f"data.source.sources: got {list(sources)}, wanted each source once"
 
     def _model_misfits(self) -> Iterator[str]:
-        wanted = {"text": "llama", "digits": "autoencoder"}[self.data.kind]
-        if self.model.kind != wanted:
-            yield f"model.kind: got {self.model.kind!r}, wanted {wanted!r}, which data.kind {self.data.kind!r} needs"
+        wanted = {"text": ("llama", "pretrained"), "digits": ("autoencoder",)}[self.data.kind]
+        if self.model.kind not in wanted:
+            known = " or ".join(map(repr, wanted))
+            yield f"model.kind: got {self.model.kind!r}, wanted {known}, which data.kind {self.data.kind!r} needs"
+        if self.distillation and self.model.kind != "pretrained":
+            yield f"distillation: got a mapping, wanted null beside model.kind {self.model.kind!r}, which is untrained"
 
     def _rounds_misfits(self) -> Iterator[str]:
         spent = sum(r.train + r.recover for r in self.rounds)

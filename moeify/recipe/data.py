@@ -125,7 +125,8 @@ def cluster_names(number: int) -> tuple[str, ...]:
 
 
 class TextData(Closed):
-    """Documents in categories, cut into rows of tokens of a byte-level BPE trained on the train split."""
+    """Documents in categories, cut into rows of tokens of a byte-level BPE trained on the train split, or of a
+    pretrained model's own tokenizer."""
 
     kind: Literal["text"]
     source: Source
@@ -134,7 +135,8 @@ class TextData(Closed):
     """Take clusters of documents for categories; labels of the source are only compared with them. ``null``: labels
     are the categories."""
     vocabulary: Annotated[int, Field(ge=257, le=65_000)] = 1024
-    """Tokens of the byte-level BPE, the 256 bytes and the end-of-document token included."""
+    """Tokens of the byte-level BPE, the 256 bytes and the end-of-document token included. A pretrained model has a
+    tokenizer already, and this says nothing."""
     length: Annotated[int, Field(ge=8)] = 128
     """Tokens a row."""
     validation: Fraction = 0.05
