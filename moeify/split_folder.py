@@ -25,7 +25,8 @@ def save_split(
 ) -> None:
     """Write a split model and the files that belong to it; the folder appears whole or not at all.
 
-    ``dtype``: of the weights in the file, not of statistics; what ``load_split`` gives is float32 again, with the values in the file.
+    ``dtype``: of the weights in the file, running statistics stay as they are; what ``load_split`` gives is float32
+    again, with the values in the file.
     """
     facts = {
         "network": describe(model.network),

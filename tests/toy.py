@@ -59,6 +59,9 @@ class ToyTask:
         draws = [torch.rand(10, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return (torch.stack(draws) < torch.sigmoid(outputs)).to(outputs.dtype)
 
+    def right(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        return None
+
     def bits_per_byte(self, loss: dict[str, float], split: HeldOut) -> dict[str, float] | None:
         return None
 

@@ -21,7 +21,16 @@ from pydantic import (
 
 from moeify.recipe.arms import Arm, Control, cut, twins
 from moeify.recipe.closed import Closed, Fraction, Name
-from moeify.recipe.data import Data, DigitsData, Discover, InstalledText, TextData, TextFolders, cluster_names
+from moeify.recipe.data import (
+    Data,
+    DigitsData,
+    Discover,
+    ImageData,
+    InstalledText,
+    TextData,
+    TextFolders,
+    cluster_names,
+)
 from moeify.recipe.given_tree import Nested, names, read_tree
 from moeify.recipe.partition import Partition
 
@@ -72,7 +81,20 @@ class AutoencoderModel(Closed):
     """Dimensions of the code; never split."""
 
 
-Model = Annotated[LlamaModel | AutoencoderModel, Field(discriminator="kind")]
+class ResnetModel(Closed):
+    """A residual network for small images (He et al. 2015, section 4.2): a convolution, stages of blocks of two 3x3
+    convolutions with batch norm, the mean over the map, a linear layer. Units are the channels inside of blocks."""
+
+    kind: Literal["resnet"]
+    width: PositiveInt = 16
+    """Channels of the first stage; each further one has twice as many, on half the map."""
+    blocks: PositiveInt = 3
+    """Blocks a stage: 3 make a ResNet-20, 9 a ResNet-56."""
+    stages: Annotated[int, Field(ge=1, le=4)] = 3
+    """The map of the last one is ``2^(stages - 1)`` times smaller than the image, each way."""
+
+
+Model = Annotated[LlamaModel | AutoencoderModel | ResnetModel, Field(discriminator="kind")]
 
 # --- the loop -----------------------------------------------------------------------------------------
 
@@ -255,7 +277,7 @@ class RunConfig(Closed):
             yield f"controls: got {list(self.controls)}, wanted each control once"
 
     def _data_misfits(self) -> Iterator[str]:
-        held_out = self.data.validation + self.data.test
+        held_out = self.data.validation + (0.0 if self.data.kind == "images" else self.data.test)
         if held_out >= 1.0:
             yield f"data: got validation + test {held_out:g}, wanted less than 1, so that something is left to train on"
         if self.data.kind == "text" and self.data.source.kind == "installed":
@@ -264,9 +286,17 @@ class RunConfig(Closed):
                 yield f"data.source.sources: got {list(sources)}, wanted each source once"
 
     def _model_misfits(self) -> Iterator[str]:
-        wanted = {"text": "llama", "digits": "autoencoder"}[self.data.kind]
+        match self.data:
+            case ImageData(objective="classify"):
+                wanted, needs = "resnet", "data.objective 'classify'"
+            case ImageData():
+                wanted, needs = "autoencoder", "data.objective 'reconstruct'"
+            case DigitsData():
+                wanted, needs = "autoencoder", "data.kind 'digits'"
+            case TextData():
+                wanted, needs = "llama", "data.kind 'text'"
         if self.model.kind != wanted:
-            yield f"model.kind: got {self.model.kind!r}, wanted {wanted!r}, which data.kind {self.data.kind!r} needs"
+            yield f"model.kind: got {self.model.kind!r}, wanted {wanted!r}, which {needs} needs"
 
     def _rounds_misfits(self) -> Iterator[str]:
         spent = sum(r.train + r.recover for r in self.rounds)
@@ -297,8 +327,8 @@ class RunConfig(Closed):
                 f"partition.units: got {list(units)}, wanted [ffn] or [ffn, heads]; "
                 f"to split heads alone, freeze the rest: partition.frozen: ['*.ffn']"
             )
-        if "heads" in units and self.model.kind == "autoencoder":
-            yield "partition.units: got 'heads', which model.kind 'autoencoder' has none of, wanted [ffn]"
+        if "heads" in units and self.model.kind != "llama":
+            yield f"partition.units: got 'heads', which model.kind {self.model.kind!r} has none of, wanted [ffn]"
 
     def _null_test_misfits(self) -> Iterator[str]:
         if self.partition.null_test and self.attribution.settled:
@@ -330,6 +360,8 @@ class RunConfig(Closed):
         match self.data:
             case DigitsData():
                 return tuple(map(str, range(10)))
+            case ImageData(categories=categories):
+                return tuple(categories)
             case TextData(discover=Discover(number=number)):
                 return None if number is None else cluster_names(number)
             case TextData(source=InstalledText(sources=sources)):

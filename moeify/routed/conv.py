@@ -137,9 +137,10 @@ class _Sum(torch.autograd.Function):
 
 
 _sum: Callable[..., Tensor] = _Sum.apply
+_cut: Callable[..., tuple[Tensor, ...]] = _Views.apply
 
 
 def _views(x: Tensor, rows: Sequence[slice]) -> Sequence[Tensor]:
     if len(rows) == 1 and rows[0] == slice(0, len(x)):
         return [x]
-    return _Views.apply(x, rows) if rows else ()
+    return _cut(x, rows) if rows else ()

@@ -53,7 +53,10 @@ class SplitModel(nn.Module):
         self.told = tell(network, len(self.categories)) if told else ()
         """Biases of each category [categories units] that the network learns, where it is told; by block."""
         if told:
-            sites = (replace(site, told=True) if isinstance(site, FfnUnits | ConvUnits) else site for site in self.space.sites)
+            sites = (
+                replace(site, told=True) if isinstance(site, FfnUnits | ConvUnits) else site
+                for site in self.space.sites
+            )
             self.space = UnitSpace(tuple(sites))
         self.network = network
 

@@ -1,9 +1,10 @@
 """How a told twin is given the category: every hidden unit learns a bias for each category, zero to begin with.
 
 Routing by label tells a split model what a row is, so a dense twin that is not told is no fair rival. A told twin must
-know the category where routes act, which is at the units of every feed-forward block, or of every residual one. Other places were tried and made
-weaker rivals (benchmarks/LOG.md): told at the encoder alone, an autoencoder has to bring the category through its code;
-a vector of each category added to the input embedding left a small Llama behind the dense twin.
+know the category where routes act, which is at the units of every feed-forward block, or at the inner channels of every
+residual one. Other places were tried and made weaker rivals (benchmarks/LOG.md): told at the encoder alone, an
+autoencoder has to bring the category through its code; a vector of each category added to the input embedding left a
+small Llama behind the dense twin.
 
 Adding zero changes no bit, so a told twin begins as the dense twin itself.
 """

@@ -101,6 +101,9 @@ class LanguageTask:
         """Draw each next token as the model predicts it, one seed a window."""
         return sample_tokens(outputs, seeds)
 
+    def right(self, outputs: Tensor, targets: Tensor) -> None:
+        """Return None: a window of text is not right or wrong."""
+
     def bits_per_byte(self, loss: dict[str, float], split: HeldOut) -> dict[str, float] | None:
         """Return the losses as bits per byte of the split's text; the ends of documents are paid for, not counted."""
         return {
