@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moeify.recipe.config import RunConfig
-from moeify.recipe.data import JsonLines, TextData, TextFolders
+from moeify.recipe.data import ImageData, JsonLines, TextData, TextFolders
 
 RECIPE = "recipe.yaml"
 """File of the recipe in a package."""
@@ -39,6 +39,11 @@ def pack(config: RunConfig, base: Path, to: Path) -> list[Path]:
 
 
 def _check(config: RunConfig, base: Path) -> None:
+    if isinstance(config.data, ImageData) and (root := config.data.root) and not root.is_absolute():
+        raise ValueError(
+            f"data.root: got {str(root)!r}, which does not go with the recipe; give an absolute path that all nodes "
+            f"see, or leave it out and set MOEIFY_DATA on every node"
+        )
     for key, path in _named(config):
         if not path.is_absolute() and not (base / path).resolve().is_relative_to(base.resolve()):
             raise ValueError(
@@ -55,6 +60,8 @@ def _named(config: RunConfig) -> Iterator[tuple[str, Path]]:
                 yield from ((f"data.source.categories.{name}", path) for name, path in categories.items())
             case JsonLines(path=path):
                 yield "data.source.path", path
+    elif isinstance(config.data, ImageData) and config.data.root:
+        yield "data.root", config.data.root
 
 
 def _files(config: RunConfig, base: Path) -> Iterator[tuple[Path, Path]]:
