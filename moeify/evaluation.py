@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float64, Int
@@ -25,10 +25,19 @@ class RowLosses:
     nats_R: Float64[Tensor, " rows"]
     """Nats of the whole row, in the order that the task yields rows."""
     categories_R: Int[Tensor, " rows"]
+    right_R: Float64[Tensor, " rows"] | None = None
+    """1 where the model gets the row right, else 0; None where a row is not right or wrong."""
 
     def by_category(self, task: Task) -> dict[str, float]:
         """Return category -> nats per unit (token or example)."""
         return mean_by_category([(self.nats_R, self.categories_R)], task, Solo())
+
+    def accuracy(self, task: Task) -> dict[str, float] | None:
+        """Return category -> share of its rows that the model gets right, 0..1, and the ``mean``; None as above."""
+        if (right_R := self.right_R) is None:
+            return None
+        shares = {name: right_R[self.categories_R == i].mean().item() for i, name in enumerate(task.categories)}
+        return {**shares, MEAN: sum(shares.values()) / len(shares)}
 
 
 @torch.no_grad()
@@ -36,17 +45,23 @@ def row_losses(model: SplitModel, task: Task, world: World, evaluation: Evaluati
     """Return the loss of every row of a held-out split, each row along its category's route."""
     model.eval()
     rows = evaluation.validation_rows if split == "validation" else evaluation.test_rows
-    nats, categories = [], []
+    nats, right, categories, judged = [], [], [], torch.zeros(1)
     for batch in task.held_out_batches(split, rows, evaluation.rows_at_once):
         part = batch.shard(world.rank, world.size)
-        nats_R = torch.zeros(len(batch.categories), dtype=torch.float64)
+        nats_R, right_R = torch.zeros(2, len(batch.categories), dtype=torch.float64)
         if len(part.categories):
-            nats_R[world.rank :: world.size] = task.nats(model(part.inputs, part.categories), part.targets).double()
+            outputs = model(part.inputs, part.categories)
+            nats_R[world.rank :: world.size] = task.nats(outputs, part.targets).double()
+            if (found := task.right(outputs, part.targets)) is not None:
+                right_R[world.rank :: world.size] = found.double()
+                judged += 1
         nats.append(nats_R)
+        right.append(right_R)
         categories.append(batch.categories)
-    whole = RowLosses(torch.cat(nats), torch.cat(categories))
-    world.sum([whole.nats_R])
-    return whole
+    whole = RowLosses(torch.cat(nats), torch.cat(categories), torch.cat(right))
+    assert whole.right_R is not None
+    world.sum([whole.nats_R, whole.right_R, judged])
+    return whole if judged else replace(whole, right_R=None)
 
 
 def held_out_loss(
@@ -108,6 +123,7 @@ def summarize(
     partition, flops = split.partition, split.active_flops(task.units_per_row)
     losses = {arm: rows.by_category(task) for arm, rows in tested.items()}
     bits = {arm: task.bits_per_byte(loss, "test") for arm, loss in losses.items()}
+    accuracies = {arm: rows.accuracy(task) for arm, rows in tested.items()}
     return Result(
         categories=task.categories,
         unit=task.unit,
@@ -118,6 +134,7 @@ def summarize(
         stopped=stopped,
         test_loss=losses,
         bits_per_byte={arm: each for arm, each in bits.items() if each is not None} or None,
+        accuracy={arm: each for arm, each in accuracies.items() if each is not None} or None,
         own_other=rises,
         modules=modules,
         tax=tax(losses["split"], losses["dense"]),

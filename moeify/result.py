@@ -86,6 +86,9 @@ class Result(BaseModel):
     """Arm -> category -> nats per unit on test data."""
     bits_per_byte: dict[Arm, dict[str, float]] | None
     """Arm -> category -> bits per byte of text on test data; None where bytes mean nothing."""
+    accuracy: dict[Arm, dict[str, float]] | None = None
+    """Arm -> category -> share of test rows that the model gets right, 0..1; and ``mean``. None where a row is not
+    right or wrong."""
     own_other: dict[str, dict[str, float]]
     """Category -> expert -> rise of the category's test loss, in nats per unit, when that expert is ablated."""
     modules: tuple[ModuleTest, ...] = ()

@@ -8,8 +8,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from moeify.recipe.config import PretrainedModel, RunConfig
-from moeify.recipe.data import JsonLines, MixedText, TextData, TextFolders
+from moeify.recipe.config import RunConfig
+from moeify.recipe.data import ImageData, JsonLines, MixedText, TextData, TextFolders
+from moeify.recipe.model import PretrainedModel
 
 RECIPE = "recipe.yaml"
 """File of the recipe in a package."""
@@ -39,6 +40,11 @@ def pack(config: RunConfig, base: Path, to: Path) -> list[Path]:
 
 
 def _check(config: RunConfig, base: Path) -> None:
+    if isinstance(config.data, ImageData) and (root := config.data.root) and not root.is_absolute():
+        raise ValueError(
+            f"data.root: got {str(root)!r}, which does not go with the recipe; give an absolute path that all nodes "
+            f"see, or leave it out and set MOEIFY_DATA on every node"
+        )
     for key, path in _named(config):
         if not path.is_absolute() and not (base / path).resolve().is_relative_to(base.resolve()):
             raise ValueError(
@@ -60,6 +66,8 @@ def _named(config: RunConfig) -> Iterator[tuple[str, Path]]:
                 for name, part in parts.items():
                     if part.kind != "installed":
                         yield f"data.source.categories.{name}.path", root / part.path
+    elif isinstance(config.data, ImageData) and config.data.root:
+        yield "data.root", config.data.root
     if isinstance(config.model, PretrainedModel):
         yield "model.path", config.model.path
 

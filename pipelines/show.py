@@ -75,6 +75,7 @@ def _of_result(result: Result) -> Summary:
         "stopped": result.stopped,
         "test_loss": result.test_loss,
         "bits_per_byte": result.bits_per_byte,
+        "accuracy": result.accuracy,
         "tax": result.tax,
         "tax_error": result.tax_error,
         "tax_random": result.tax_random,
@@ -109,6 +110,7 @@ def _of_journal(folder: RunFolder) -> Summary:
         "stopped": None,
         "test_loss": {arm: tested.get(arm) for arm in started.arms} if started and tested else None,
         "bits_per_byte": None,
+        "accuracy": None,
         "tax": _tax(tested, "split", "dense"),
         "tax_error": None,
         "tax_random": _tax(tested, "random", "dense"),
@@ -235,6 +237,8 @@ def _blocks(known: Summary, console: Console) -> Iterator[Block]:
         yield _loss_block(known, console)
     if known["bits_per_byte"]:
         yield _bits_block(known, console)
+    if known["accuracy"]:
+        yield _accuracy_block(known, console)
     if known["own_other"]:
         experts = [(node, depth) for node, depth in walk(known["tree"]) if depth]
         yield from removal_blocks(known["own_other"], known["tree"], experts, console)
@@ -324,6 +328,13 @@ def _bits_block(known: Summary, console: Console) -> Block:
     for category in (*known["categories"], MEAN):
         table.add_row(category, *(nats(of_arm(known["bits_per_byte"], arm, category)) for arm in known["arms"]))
     return Block("Test bits per byte", table)
+
+
+def _accuracy_block(known: Summary, console: Console) -> Block:
+    table = table_for(console, "category", *known["arms"])
+    for category in (*known["categories"], MEAN):
+        table.add_row(category, *(percent(of_arm(known["accuracy"], arm, category)) for arm in known["arms"]))
+    return Block("Test accuracy", table)
 
 
 def of_arm(figures: Mapping[str, Mapping[str, float | None] | None], arm: str, category: str) -> float | None:

@@ -24,6 +24,18 @@ def recipe(source: dict[str, object]) -> RunConfig:
     )
 
 
+def test_a_folder_of_images_stays_where_it_is(base: Path, tmp_path: Path) -> None:
+    def images(root: str | None) -> RunConfig:
+        data = {"kind": "images", "source": "mnist", "root": root, "categories": {"a": [0, 1], "b": [2, 3]}}
+        return RunConfig.model_validate({**text, "data": data, "model": {"kind": "resnet"}})
+
+    text = recipe({"kind": "jsonl", "path": "other.txt"}).model_dump(mode="json")
+    assert pack(images("/data"), base, tmp_path / "to") == [Path("/data")]
+    assert pack(images(None), base, tmp_path / "to") == []
+    with pytest.raises(ValueError, match=r"^data.root: got 'law', which does not go with the recipe; give an absolute"):
+        pack(images("law"), base, tmp_path / "to")
+
+
 def listed(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 

@@ -66,7 +66,7 @@ rounds: [{train: 1.5, recover: 3, separation: 1.0}, 7]
         "data.source.sources[1]: got 'pythn', wanted one of 'python', 'prose', 'c', 'web'; nearest: 'python'",
         "data.source.megabyte: got 2 for an unknown key, wanted one of kind, sources, megabytes; "
         "nearest key: data.source.megabytes",
-        "model.kind: got 'lama', wanted one of 'autoencoder', 'llama'; nearest: 'llama'",
+        "model.kind: got 'lama', wanted one of 'autoencoder', 'llama', 'pretrained', 'resnet'; nearest: 'llama'",
         "training.steps: got nothing, wanted a whole number > 0",
         "training.rows: got '16', wanted a whole number > 0",
         "training.learning_rate: got -1, wanted a number > 0",

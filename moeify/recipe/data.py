@@ -10,6 +10,8 @@ from moeify.recipe.closed import Closed, Fraction, Name
 BuiltinSource = Literal["python", "prose", "c", "web"]
 ImageSource = Literal["mnist", "cifar10", "cifar10-jpeg"]
 """``cifar10``: as published, in binary; ``cifar10-jpeg``: the same images through JPEG, which is lossy."""
+CLASSES = 10
+"""Of every set of images, numbered from 0."""
 
 
 class InstalledText(Closed):
@@ -161,4 +163,40 @@ class DigitsData(Closed):
     """Share of the images."""
 
 
-Data = Annotated[TextData | DigitsData, Field(discriminator="kind")]
+ImageClass = Annotated[int, Field(ge=0, lt=CLASSES)]
+
+
+class ImageData(Closed):
+    """A published set of labelled images. Categories are groups of its classes; classes in none are left out."""
+
+    kind: Literal["images"]
+    source: ImageSource
+    """The set, of ten classes."""
+    root: Path | None = None
+    """The folder with the set's files; a relative path starts at the recipe's folder. ``null``: the one that the
+    environment variable MOEIFY_DATA names."""
+    objective: Literal["classify", "reconstruct"] = "classify"
+    """What is learned: an image's class, or the image itself."""
+    categories: Annotated[dict[Name, Annotated[tuple[ImageClass, ...], Field(min_length=1)]], Field(min_length=2)]
+    """Category to the numbers of its classes, as the set counts them. A route tells its rows' category, so that of a
+    classifier must leave something to say: it has two classes or more."""
+    augment: bool = False
+    """Train images of a classifier are moved by up to 4 pixels, and those of CIFAR-10 mirrored, at random."""
+    validation: Fraction = 0.1
+    """Share of the published train split, the same of each class; the test split is the published one."""
+
+    @model_validator(mode="after")
+    def _classes_fit(self) -> Self:
+        named = [each for classes in self.categories.values() for each in classes]
+        if twice := sorted({each for each in named if named.count(each) > 1}):
+            raise ValueError(f"categories: got class {twice[0]} twice, wanted each class in one category")
+        for name, classes in self.categories.items():
+            if self.objective == "classify" and len(classes) < 2:
+                raise ValueError(
+                    f"categories.{name}: got one class, {classes[0]}, which its route would tell the classifier, "
+                    f"wanted two or more; join classes to groups"
+                )
+        return self
+
+
+Data = Annotated[TextData | DigitsData | ImageData, Field(discriminator="kind")]
