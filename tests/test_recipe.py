@@ -115,7 +115,7 @@ def test_controls_are_a_closed_list_of_names_each_once() -> None:
 
 
 def test_a_missing_kind_lists_the_kinds() -> None:
-    assert "data.kind: got nothing, wanted one of 'digits', 'text'" in problems(changed(data={"test": 0.2}))
+    assert "data.kind: got nothing, wanted one of 'digits', 'images', 'text'" in problems(changed(data={"test": 0.2}))
 
 
 def test_keys_of_a_mapping_are_held_to_be_names() -> None:

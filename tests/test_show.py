@@ -42,6 +42,7 @@ KEYS = {
     "error_over",
     "own_other",
     "modules",
+    "accuracy",
 }
 
 
