@@ -38,8 +38,9 @@ class Routing(Closed):
     input weights, nor units below through it; its output weights learn. ``both``: all of these. ``none``: no gradient
     routing."""
     routes: Literal["soft", "hard"] = "soft"
-    """``soft``: units off the row's route run in training. ``hard``: they do not, so that no gradient of any kind reaches
-    them. Evaluation knows the expert tree alone: before the first cut every unit runs, after it those on the route."""
+    """``soft``: units off the row's route run in training. ``hard``: they do not, so that no gradient of any kind
+    reaches them. Evaluation knows the expert tree alone: before the first cut every unit runs, after it those on the
+    route."""
     hard: tuple[Name, ...] = ()
     """Categories whose routes are hard all the same. E.g. SGTM (arXiv 2512.05648): soft routes of what is to be
     forgotten, hard ones of what is to be kept."""
