@@ -1,8 +1,9 @@
 """What gradient routing costs: a whole training step with gradients routed over one without, of the same dense network.
 
-A Llama trained on random tokens of four categories, all in each batch; three of them have an expert of an eighth of every
-layer's FFN, soft routes. A step is the training loop's own: batch, forward, backward, clip, AdamW. Times are CPU seconds
-of this process on one thread, which other processes disturb least; ratios are of alternating steps, medians. For comparison, a split model of the same four experts, hard and soft.
+A Llama trained on random tokens of four categories, all in each batch; three of them have an expert of an eighth of
+every layer's FFN, soft routes. A step is the training loop's own: batch, forward, backward, clip, AdamW. Times are CPU
+seconds of this process on one thread, which other processes disturb least; ratios are of alternating steps, medians.
+For comparison, a split model of four experts, with soft routes and hard ones.
 
 The full benchmark takes about three minutes; --quick a smaller network.
 """
