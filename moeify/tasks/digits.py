@@ -106,5 +106,5 @@ class DigitsTask:
 
     def _batch(self, split: str, picks: Sequence[tuple[int, int]], first: int) -> Batch:
         images = torch.stack([self._images[split][digit][row] for digit, row in picks])
-        categories = torch.tensor([digit for digit, _ in picks])
-        return Batch(images, images, categories, torch.arange(first, first + len(picks)))
+        categories, examples = torch.tensor(picks).unbind(1)
+        return Batch(images, images, categories, torch.arange(first, first + len(picks)), examples)

@@ -144,8 +144,9 @@ class LanguageTask:
         streams, length = self._tokens.streams[split], self.units_per_row
         windows = np.stack([streams[category][start : start + length + 1] for category, start in picks])
         tokens = torch.from_numpy(windows.astype(np.int64))
-        categories = torch.tensor([category for category, _ in picks])
-        return Batch(tokens[:, :-1], tokens[:, 1:], categories, torch.arange(first, first + len(picks)))
+        categories, starts = torch.tensor(picks).unbind(1)
+        ids = torch.arange(first, first + len(picks))
+        return Batch(tokens[:, :-1], tokens[:, 1:], categories, ids, examples=starts // length)
 
 
 def token_nats(
