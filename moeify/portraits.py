@@ -234,8 +234,9 @@ def _as_picture(row: Tensor) -> tuple[tuple[int, int, int], Float[Tensor, "heigh
     elif row.ndim == 2:
         planes = row.unsqueeze(0)
     else:
-        side = math.isqrt(row.numel())
-        planes = row.view(1, side, side) if side * side == row.numel() else row.view(1, 1, -1)
+        squares = [planes for planes in (1, 3) if row.numel() == planes * math.isqrt(row.numel() // planes) ** 2]
+        side = math.isqrt(row.numel() // squares[0]) if squares else 0
+        planes = row.view(squares[0], side, side) if squares else row.view(1, 1, -1)
     picture = planes.permute(1, 2, 0)
     height, width, channels = picture.shape
     return (height, width, channels), picture.contiguous()

@@ -2,13 +2,14 @@
 
 import base64
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from moeify import loop
 from moeify.examples import Picture, Portraits, Text
-from moeify.portraits import EXCERPT, portraits
+from moeify.portraits import EXCERPT, _as_picture, portraits
 from moeify.recipe.config import RunConfig
 from moeify.routed.split_model import SplitModel
 from moeify.split_folder import load_from_run
@@ -140,3 +141,15 @@ def test_shares_of_a_route_add_up_to_one(text: tuple[SplitModel, ToyTextTask]) -
     weights = {node.name: len(node.categories) / len(tree.categories) for node in tree.nodes}
     total = sum(each.activity * weights[each.expert] for each in portraits(model, task, 8, 16).experts)
     assert total == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("row", "size"),
+    [((16,), (4, 4, 1)), ((48,), (4, 4, 3)), ((10,), (1, 10, 1)), ((3, 2, 5), (2, 5, 3)), ((2, 5), (2, 5, 1))],
+)
+def test_rows_of_numbers_become_pictures(row: tuple[int, ...], size: tuple[int, int, int]) -> None:
+    values = torch.arange(float(np.prod(row))).view(row)
+    found, picture = _as_picture(values)
+    assert found == size == tuple(picture.shape)
+    planes = values.view(size[2], size[0], size[1])
+    assert all(torch.equal(picture[..., place], plane) for place, plane in enumerate(planes))
