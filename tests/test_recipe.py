@@ -66,7 +66,7 @@ rounds: [{train: 1.5, recover: 3, separation: 1.0}, 7]
         "data.source.sources[1]: got 'pythn', wanted one of 'python', 'prose', 'c', 'web'; nearest: 'python'",
         "data.source.megabyte: got 2 for an unknown key, wanted one of kind, sources, megabytes; "
         "nearest key: data.source.megabytes",
-        "model.kind: got 'lama', wanted one of 'autoencoder', 'llama'; nearest: 'llama'",
+        "model.kind: got 'lama', wanted one of 'autoencoder', 'llama', 'resnet'; nearest: 'llama'",
         "training.steps: got nothing, wanted a whole number > 0",
         "training.rows: got '16', wanted a whole number > 0",
         "training.learning_rate: got -1, wanted a number > 0",
@@ -115,7 +115,7 @@ def test_controls_are_a_closed_list_of_names_each_once() -> None:
 
 
 def test_a_missing_kind_lists_the_kinds() -> None:
-    assert "data.kind: got nothing, wanted one of 'digits', 'text'" in problems(changed(data={"test": 0.2}))
+    assert "data.kind: got nothing, wanted one of 'digits', 'images', 'text'" in problems(changed(data={"test": 0.2}))
 
 
 def test_keys_of_a_mapping_are_held_to_be_names() -> None:
