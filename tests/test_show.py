@@ -264,7 +264,10 @@ def test_accuracies_stand_beside_losses(folder: runs.RunFolder) -> None:
     finish(folder, RESULT.model_copy(update={"accuracy": {"dense": shares, "split": shares}}))
     assert show.summary(folder)["accuracy"]["split"] == shares
     (_, table) = printed(folder).split("Test accuracy")
-    assert [line.split()[:3] for line in table.splitlines()[2:4]] == [["python", "50.0%", "50.0%"], ["prose", "25.0%", "25.0%"]]
+    assert [line.split()[:3] for line in table.splitlines()[2:4]] == [
+        ["python", "50.0%", "50.0%"],
+        ["prose", "25.0%", "25.0%"],
+    ]
 
 
 TOLD = RESULT.model_copy(
