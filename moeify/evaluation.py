@@ -11,7 +11,7 @@ from torch import Tensor
 from moeify.events import RoundEnded, Stop
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import Evaluation
-from moeify.result import MEAN, Result
+from moeify.result import MEAN, ModuleTest, Result
 from moeify.routed.split_model import SplitModel
 from moeify.task import HeldOut, Task
 from moeify.training import mean_by_category
@@ -84,17 +84,22 @@ def tax_error(mine: RowLosses, twin: RowLosses, task: Task) -> float | None:
     return error if math.isfinite(error) else None
 
 
-def own_other(
-    model: SplitModel, task: Task, world: World, evaluation: Evaluation, intact: Mapping[str, float]
-) -> dict[str, dict[str, float]]:
-    """Return category -> {expert: rise of its test loss in nats when that expert and all below it are removed}."""
-    rises: dict[str, dict[str, float]] = {category: {} for category in task.categories}
+def losses_without(model: SplitModel, task: Task, world: World, evaluation: Evaluation) -> dict[str, RowLosses]:
+    """Return expert -> the test rows' losses when it and all below it are removed, for every expert below the core."""
+    removed = {}
     for expert in [node.name for node in model.partition.tree.nodes[1:]]:
         with model.ablated(expert):
-            loss = held_out_loss(model, task, world, evaluation, "test")
-        for category in task.categories:
-            rises[category][expert] = loss[category] - intact[category]
-    return rises
+            removed[expert] = row_losses(model, task, world, evaluation, "test")
+    return removed
+
+
+def own_other(removed: Mapping[str, RowLosses], intact: RowLosses, task: Task) -> dict[str, dict[str, float]]:
+    """Return category -> {expert: rise of its loss, in nats per unit, without that expert}."""
+    before, after = intact.by_category(task), {expert: rows.by_category(task) for expert, rows in removed.items()}
+    return {
+        category: {expert: loss[category] - before[category] for expert, loss in after.items()}
+        for category in task.categories
+    }
 
 
 def tax(loss: Mapping[str, float], twin: Mapping[str, float]) -> dict[str, float]:
@@ -109,6 +114,7 @@ def summarize(
     rounds: Sequence[RoundEnded],
     tested: Mapping[Arm, RowLosses],
     rises: dict[str, dict[str, float]],
+    modules: tuple[ModuleTest, ...],
     stopped: Stop,
     steps: int,
     seconds: float,
@@ -130,6 +136,7 @@ def summarize(
         bits_per_byte={arm: each for arm, each in bits.items() if each is not None} or None,
         accuracy={arm: each for arm, each in accuracies.items() if each is not None} or None,
         own_other=rises,
+        modules=modules,
         tax=tax(losses["split"], losses["dense"]),
         tax_error=tax_error(tested["split"], tested["dense"], task),
         tax_random=tax(losses["random"], losses["dense"]) if "random" in losses else None,

@@ -77,7 +77,7 @@ class Reporter:
         if not self.speaks:
             return
         trunk = self.config.rounds[0].train
-        spent = sum(c.step - (trunk if a in self.config.cut_arms else 0) for a, c in state.arms.items())
+        spent = sum(c.step - (0 if a in self.config.early_arms else trunk) for a, c in state.arms.items())
         self.tracker.emit(
             Step(
                 id=f"step/{arm}/{contestant.step}",

@@ -8,7 +8,7 @@ from torch import nn
 from moeify.models.build import build_autoencoder, build_llama
 from moeify.models.decoders import decoder_named
 from moeify.models.resnet import ResNet, build_resnet
-from moeify.recipe.config import AutoencoderModel, LlamaModel
+from moeify.recipe.model import AutoencoderModel, LlamaModel
 
 CATEGORIES = ("a", "b", "c", "d")
 DECODER_SIZES = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 6}

@@ -123,6 +123,8 @@ def test_a_classifier_may_not_be_routed_by_its_own_classes() -> None:
     assert "wanted 'autoencoder', which data.objective 'reconstruct' needs" in refused(objective="reconstruct")
     with pytest.raises(ValidationError, match=r"wanted 'resnet', which data\.objective 'classify' needs"):
         pictures_config(model={"kind": "autoencoder"})
+    with pytest.raises(ValidationError, match=r"beside model\.kind 'resnet', wanted 'none'; gradients of channels"):
+        pictures_config(routing={"gradients": "parameters"})
     assert pictures_config().category_names == tuple(GROUPS)
 
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeify.models.build import build_autoencoder, build_llama
-from moeify.recipe.config import AutoencoderModel, LlamaModel, RunConfig
+from moeify.recipe.config import RunConfig
+from moeify.recipe.model import AutoencoderModel, LlamaModel
 from moeify.task import Batch, HeldOut
 
 CONFIG = {

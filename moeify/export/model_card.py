@@ -167,9 +167,17 @@ def _origin(about: About, whole: SplitModel) -> Iterator[str]:
 def _recipe(recipe: RunConfig) -> Iterator[str]:
     match recipe.data:
         case TextData(source=source, length=length, discover=discover):
-            kind = {"installed": "text that Python packages install", "folders": "folders of text files"}
+            kind = {
+                "installed": "text that Python packages install",
+                "folders": "folders of text files",
+                "mixed": "text from several places",
+            }
             found = "" if discover is None else "; categories are discovered clusters of documents"
-            yield f"- data: {kind.get(source.kind, 'JSON lines')}, byte-level BPE, rows of {length} tokens{found}"
+            pretrained = recipe.model.kind == "pretrained"
+            tokenizer = "its tokenizer" if pretrained else "byte-level BPE"
+            if pretrained:
+                yield "- begun with: a pretrained model, and not trained from scratch"
+            yield f"- data: {kind.get(source.kind, 'JSON lines')}, {tokenizer}, rows of {length} tokens{found}"
         case DigitsData():
             yield "- data: scikit-learn's handwritten digits"
         case ImageData(source=images, objective=objective, categories=groups):

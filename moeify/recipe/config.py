@@ -27,12 +27,15 @@ from moeify.recipe.data import (
     Discover,
     ImageData,
     InstalledText,
+    MixedText,
     TextData,
     TextFolders,
     cluster_names,
 )
 from moeify.recipe.given_tree import Nested, names, read_tree
-from moeify.recipe.partition import Partition
+from moeify.recipe.model import Model
+from moeify.recipe.partition import PLAIN, Partition
+from moeify.recipe.routing import Routing
 
 Tree = Annotated[
     Nested,
@@ -42,59 +45,6 @@ Tree = Annotated[
     ),
 ]
 """Names of categories in nested lists; see ``moeify.recipe.given_tree``."""
-
-# --- model --------------------------------------------------------------------------------------------
-
-
-class LlamaModel(Closed):
-    """A LlamaForCausalLM from scratch (RMSNorm, rotary positions, SwiGLU)."""
-
-    kind: Literal["llama"]
-    hidden: PositiveInt = 96
-    """Dimensions of the residual stream."""
-    layers: PositiveInt = 4
-    """Blocks of attention and FFN."""
-    heads: PositiveInt = 4
-    """Attention heads a layer; each has an even number of dimensions, ``hidden / heads``."""
-    ffn: PositiveInt = 384
-    """FFN neurons a layer."""
-    tie_embeddings: bool = True
-    """Input embedding and output layer are one matrix."""
-
-    @model_validator(mode="after")
-    def _heads_divide_hidden(self) -> Self:
-        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
-            raise ValueError(
-                f"heads: got {self.heads}, wanted a divisor of hidden, {self.hidden}, "
-                f"that leaves an even number of dimensions a head"
-            )
-        return self
-
-
-class AutoencoderModel(Closed):
-    """An MLP autoencoder: input - hidden - code - hidden - input, ReLU, one logit a pixel."""
-
-    kind: Literal["autoencoder"]
-    hidden: PositiveInt = 256
-    """Hidden units of the encoder, and of the decoder."""
-    code: PositiveInt = 16
-    """Dimensions of the code; never split."""
-
-
-class ResnetModel(Closed):
-    """A residual network for small images (He et al. 2015, section 4.2): a convolution, stages of blocks of two 3x3
-    convolutions with batch norm, the mean over the map, a linear layer. Units are the channels inside of blocks."""
-
-    kind: Literal["resnet"]
-    width: PositiveInt = 16
-    """Channels of the first stage; each further one has twice as many, on half the map."""
-    blocks: PositiveInt = 3
-    """Blocks a stage: 3 make a ResNet-20, 9 a ResNet-56."""
-    stages: Annotated[int, Field(ge=1, le=4)] = 3
-    """The map of the last one is ``2^(stages - 1)`` times smaller than the image, each way."""
-
-
-Model = Annotated[LlamaModel | AutoencoderModel | ResnetModel, Field(discriminator="kind")]
 
 # --- the loop -----------------------------------------------------------------------------------------
 
@@ -187,6 +137,15 @@ class Budget(Closed):
         return float(self.tax.removesuffix(" %")) / 100 * loss if isinstance(self.tax, str) else self.tax
 
 
+class Distillation(Closed):
+    """Cut arms also learn from the pretrained model as it was loaded: its distribution over every next token."""
+
+    weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Share of the training loss that is KL(pretrained model || arm), in nats per token; the rest is the loss."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits of both; the divergence is multiplied by its square, so that gradients keep their size."""
+
+
 class Evaluation(Closed):
     """How much held-out data is read."""
 
@@ -196,6 +155,9 @@ class Evaluation(Closed):
     """Rows of each category, at the end of the run (fewer where the split holds fewer)."""
     rows_at_once: PositiveInt = 32
     """Rows of one forward pass over all workers."""
+    null_draws: Annotated[int, Field(ge=0)] = 0
+    """Random removals that each expert's is held against at the end of the run, to say whether it is a clean module: 19
+    are the fewest that can. Each costs a pass of the test split for every expert; 0: no verdict."""
 
 
 class Checkpoints(Closed):
@@ -241,6 +203,7 @@ class RunConfig(Closed):
     training: Training
     attribution: Attribution = Attribution()
     partition: Partition = Partition()
+    routing: Routing = Routing()
     tree: Tree | None = None
     """The expert tree, or as much of it as is wanted, e.g. ``[[python, c], [prose, web]]``: each round makes the groups
     of one more level, whatever its branching. Flat groups, and categories that are not named, are left to attribution.
@@ -252,6 +215,9 @@ class RunConfig(Closed):
     routes. ``told`` costs a whole arm, ``random`` one from the first cut on."""
     budget: Budget | None = None
     """``null`` keeps every round whatever its tax."""
+    distillation: Distillation | None = None
+    """For a pretrained model: what arms that are cut learn besides, from the first cut on. Twins learn from the same
+    rows without it, since it would hold them back where they started. ``null``: arms learn from the rows alone."""
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     cluster: Cluster = Cluster()
@@ -268,6 +234,7 @@ class RunConfig(Closed):
             *self._unrouted_misfits(),
             *self._units_misfits(),
             *self._null_test_misfits(),
+            *self._routing_misfits(),
         ]:
             raise ValueError("\n".join(misfits))
         return self
@@ -286,17 +253,21 @@ class RunConfig(Closed):
                 yield f"data.source.sources: got {list(sources)}, wanted each source once"
 
     def _model_misfits(self) -> Iterator[str]:
+        wanted: tuple[str, ...]
         match self.data:
             case ImageData(objective="classify"):
-                wanted, needs = "resnet", "data.objective 'classify'"
+                wanted, needs = ("resnet",), "data.objective 'classify'"
             case ImageData():
-                wanted, needs = "autoencoder", "data.objective 'reconstruct'"
+                wanted, needs = ("autoencoder",), "data.objective 'reconstruct'"
             case DigitsData():
-                wanted, needs = "autoencoder", "data.kind 'digits'"
+                wanted, needs = ("autoencoder",), "data.kind 'digits'"
             case TextData():
-                wanted, needs = "llama", "data.kind 'text'"
-        if self.model.kind != wanted:
-            yield f"model.kind: got {self.model.kind!r}, wanted {wanted!r}, which {needs} needs"
+                wanted, needs = ("llama", "pretrained"), "data.kind 'text'"
+        if self.model.kind not in wanted:
+            known = " or ".join(map(repr, wanted))
+            yield f"model.kind: got {self.model.kind!r}, wanted {known}, which {needs} needs"
+        if self.distillation and self.model.kind != "pretrained":
+            yield f"distillation: got a mapping, wanted null beside model.kind {self.model.kind!r}, which is untrained"
 
     def _rounds_misfits(self) -> Iterator[str]:
         spent = sum(r.train + r.recover for r in self.rounds)
@@ -337,6 +308,19 @@ class RunConfig(Closed):
                 f"whose passes must all measure the same rows"
             )
 
+    def _routing_misfits(self) -> Iterator[str]:
+        yield from self.routing.misfits()
+        if self.routing.gradients != "none" and self.partition.units != PLAIN:
+            yield (
+                f"routing.gradients: got {self.routing.gradients!r} beside partition.units "
+                f"{list(self.partition.units)}, wanted units [ffn]; gradients of heads are not routed"
+            )
+        if self.routing.gradients != "none" and self.model.kind == "resnet":
+            yield (
+                f"routing.gradients: got {self.routing.gradients!r} beside model.kind 'resnet', wanted 'none'; gradients "
+                f"of channels are not routed"
+            )
+
     def _rows_misfits(self) -> Iterator[str]:
         for path, rows in (
             ("training.rows", self.training.rows),
@@ -366,10 +350,15 @@ class RunConfig(Closed):
                 return None if number is None else cluster_names(number)
             case TextData(source=InstalledText(sources=sources)):
                 return sources
-            case TextData(source=TextFolders(categories=categories)):
+            case TextData(source=TextFolders(categories=categories) | MixedText(categories=categories)):
                 return tuple(categories)
             case _:
                 return None
+
+    @property
+    def early_arms(self) -> tuple[Arm, ...]:
+        """The arms that train by themselves from the first step on."""
+        return (*self.twins, "split") if self.routing.early else self.twins
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -383,5 +372,9 @@ class RunConfig(Closed):
 
     @property
     def cut_arms(self) -> tuple[Arm, ...]:
-        """The arms that fork from the dense twin at the first cut; the split model first."""
+        """The arms that are cut, forks of the dense twin up to the first cut; the split model first.
+
+        Where gradients are routed before that (``routing.experts``), the split model is its own, and the others fork
+        from it.
+        """
         return cut(self.controls)

@@ -47,7 +47,55 @@ class JsonLines(Closed):
     """The field that holds the category; ``null``: documents have none, and ``data.discover`` finds them."""
 
 
-Source = Annotated[InstalledText | TextFolders | JsonLines, Field(discriminator="kind")]
+class InstalledPart(Closed):
+    """One of the installed sources."""
+
+    kind: Literal["installed"]
+    source: BuiltinSource
+    """See ``data.source.sources``."""
+
+
+class FolderPart(Closed):
+    """A folder of UTF-8 text files; each file is a document."""
+
+    kind: Literal["folder"]
+    path: Path
+    """The folder."""
+    pattern: str = "**/*"
+    """Glob below the folder. Files and folders whose name starts with a dot are left out."""
+
+
+class LinesPart(Closed):
+    """One JSON object a line; those with the wanted values in their fields are documents."""
+
+    kind: Literal["jsonl"]
+    path: Path
+    """The file, or one compressed with xz or gzip."""
+    text: str = "text"
+    """The field that holds the document."""
+    group: str | None = None
+    """A field; documents with the same value of it fall into the same split. ``null``: only equal documents do."""
+    where: dict[str, tuple[str, ...]] = Field(default={})
+    """Field to values; lines that have (or list) none of them are left out."""
+
+
+Part = Annotated[InstalledPart | FolderPart | LinesPart, Field(discriminator="kind")]
+
+
+class MixedText(Closed):
+    """Categories from different places."""
+
+    kind: Literal["mixed"]
+    categories: Annotated[dict[Name, Part], Field(min_length=2)]
+    """Category to where its documents come from."""
+    root: Path | None = None
+    """Folder that relative paths of parts start at, itself relative to the recipe's; ``null``: the one that the
+    environment variable MOEIFY_DATA names."""
+    megabytes: PositiveFloat = 3.0
+    """Upper bound on the text taken of each category, in 10^6 bytes."""
+
+
+Source = Annotated[InstalledText | TextFolders | JsonLines | MixedText, Field(discriminator="kind")]
 
 
 class Tfidf(Closed):
@@ -79,7 +127,8 @@ def cluster_names(number: int) -> tuple[str, ...]:
 
 
 class TextData(Closed):
-    """Documents in categories, cut into rows of tokens of a byte-level BPE trained on the train split."""
+    """Documents in categories, cut into rows of tokens of a byte-level BPE trained on the train split, or of a
+    pretrained model's own tokenizer."""
 
     kind: Literal["text"]
     source: Source
@@ -88,7 +137,8 @@ class TextData(Closed):
     """Take clusters of documents for categories; labels of the source are only compared with them. ``null``: labels
     are the categories."""
     vocabulary: Annotated[int, Field(ge=257, le=65_000)] = 1024
-    """Tokens of the byte-level BPE, the 256 bytes and the end-of-document token included."""
+    """Tokens of the byte-level BPE, the 256 bytes and the end-of-document token included. A pretrained model has a
+    tokenizer already, and this says nothing."""
     length: Annotated[int, Field(ge=8)] = 128
     """Tokens a row."""
     validation: Fraction = 0.05

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from moeify import rows as rows_of
 from moeify.models.build import build_autoencoder
-from moeify.recipe.config import AutoencoderModel, RunConfig
+from moeify.recipe.config import RunConfig
 from moeify.recipe.data import DigitsData
+from moeify.recipe.model import AutoencoderModel
 from moeify.task import Batch, HeldOut
 from moeify.tasks.pixels import pixel_nats, sample_pixels
 
@@ -105,5 +106,5 @@ class DigitsTask:
 
     def _batch(self, split: str, picks: Sequence[tuple[int, int]], first: int) -> Batch:
         images = torch.stack([self._images[split][digit][row] for digit, row in picks])
-        categories = torch.tensor([digit for digit, _ in picks])
-        return Batch(images, images, categories, torch.arange(first, first + len(picks)))
+        categories, examples = torch.tensor(picks).unbind(1)
+        return Batch(images, images, categories, torch.arange(first, first + len(picks)), examples)

@@ -21,8 +21,9 @@ from moeify.data.images import NORMS, Images, load
 from moeify.data.root import data_root
 from moeify.models.build import build_autoencoder
 from moeify.models.resnet import build_resnet
-from moeify.recipe.config import AutoencoderModel, ResnetModel, RunConfig
+from moeify.recipe.config import RunConfig
 from moeify.recipe.data import CLASSES, ImageData
+from moeify.recipe.model import AutoencoderModel, ResnetModel
 from moeify.task import Batch, HeldOut
 from moeify.tasks.language import sample_tokens
 from moeify.tasks.pixels import pixel_nats, sample_pixels
@@ -153,17 +154,18 @@ class ImagesTask:
     ) -> Batch:
         places = np.array([self._places[split][category][row] for category, row in picks])
         images = torch.from_numpy(self._sets[split].pixels[places]).float() / _BRIGHTEST
-        ids, categories = torch.arange(first, first + len(picks)), torch.tensor([category for category, _ in picks])
+        ids = torch.arange(first, first + len(picks))
+        categories, examples = torch.tensor(picks).unbind(1)
         if self._data.objective == "reconstruct":
             flat = images.flatten(1)
-            return Batch(flat, flat, categories, ids)
+            return Batch(flat, flat, categories, ids, examples)
         mean, deviation = (torch.tensor(values)[:, None, None] for values in NORMS[self._data.source])
         images = (images - mean) / deviation
         if shifts is not None:
             images = _shifted(images, shifts)
         if mirrored is not None:
             images = torch.where(torch.from_numpy(mirrored)[:, None, None, None], images.flip(3), images)
-        return Batch(images, torch.from_numpy(self._sets[split].labels[places]), categories, ids)
+        return Batch(images, torch.from_numpy(self._sets[split].labels[places]), categories, ids, examples)
 
 
 def _shifted(images: Tensor, shifts: Int[np.ndarray, "rows 2"]) -> Tensor:
