@@ -317,8 +317,8 @@ class RunConfig(Closed):
             )
         if self.routing.gradients != "none" and self.model.kind == "resnet":
             yield (
-                f"routing.gradients: got {self.routing.gradients!r} beside model.kind 'resnet', wanted 'none'; gradients "
-                f"of channels are not routed"
+                f"routing.gradients: got {self.routing.gradients!r} beside model.kind 'resnet', wanted 'none'; "
+                f"gradients of channels are not routed"
             )
 
     def _rows_misfits(self) -> Iterator[str]:
