@@ -85,7 +85,9 @@ def test_the_layout_of_a_resnet() -> None:
 def test_rectangles_equal_the_masked_oracle_and_so_do_running_statistics(
     data: st.DataObject, rows: int, seed: int, training: bool
 ) -> None:
-    model = split_of(data.draw(partitions(SITES))).train(training)
+    model = split_of(data.draw(partitions(SITES)), told=data.draw(st.booleans())).train(training)
+    for bias in model.told:
+        nn.init.normal_(bias)
     inputs = rows_for(model.network, rows, seed)
     categories = torch.randint(len(model.categories), (rows,), generator=torch.Generator().manual_seed(seed))
     other = copy.deepcopy(model)

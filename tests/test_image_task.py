@@ -21,6 +21,7 @@ from moeify.tasks.build import build_task
 from moeify.tasks.images import ImagesTask
 from moeify.training import Contestant, train
 from moeify.world import Group, Solo
+from pipelines.mlflow_terms import final_points
 from tests.finished_runs import call, finish
 from tests.gloo import run_together
 from tests.pictures import CONFIG, GROUPS, drawn, pictures, pictures_config
@@ -180,6 +181,8 @@ def test_a_run_splits_channels_by_groups_and_reports_accuracy(finished: Result) 
     for arm, shares in finished.accuracy.items():
         assert shares["mean"] == pytest.approx(np.mean([shares[c] for c in GROUPS])), arm
         assert 0.5 < shares["mean"] <= 1.0, arm  # ten classes, and groups of two or three
+    points = {key: value for key, value, _ in final_points(finished)}
+    assert points["test/accuracy/split/mean"] == finished.accuracy["split"]["mean"]
     assert finished.test_loss["dense"].keys() == set(GROUPS)
     for category, rises in finished.own_other.items():
         for expert, rise in rises.items():
@@ -259,6 +262,8 @@ def test_what_the_command_line_makes_of_images(tmp_path: Path) -> None:
     assert all(words in said for words in ("low", "high", "over told", "Test accuracy", "Rise of test loss"))
     report = call(place, "report", "pictures")
     assert report.exit_code == 0, report.output
+    (page,) = (place / "runs").glob("pictures-*/report.html")
+    assert "<dt>accuracy</dt>" in page.read_text(encoding="utf-8")
     for name, more in (("whole", ["--split"]), ("low", ["--category", "low"]), ("less", ["--without", "high"])):
         done = call(place, "export", "pictures", *more, "-o", str(tmp_path / name))
         assert done.exit_code == 0, done.output
