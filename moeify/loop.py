@@ -17,6 +17,7 @@ from typing import Literal
 from attribution.measure import Moments, Stability, measure, strongest_category
 from attribution.subject import Subject
 from attribution.table import AttributionTable
+from moeify.clean_modules import module_tests
 from moeify.control import (
     NoStepLeftError,
     Standing,
@@ -28,13 +29,13 @@ from moeify.control import (
     why_stopped,
 )
 from moeify.distillation import Teacher
-from moeify.evaluation import RowLosses, own_other, row_losses, summarize, tax, tax_error
+from moeify.evaluation import RowLosses, losses_without, own_other, row_losses, summarize, tax, tax_error
 from moeify.events import MemoryTracker, Tracker
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import Round, RunConfig
 from moeify.recipe.plan import PlannedPhase, check_categories, plan
 from moeify.report import Reporter
-from moeify.result import Result
+from moeify.result import ModuleTest, Result
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.grouping import NothingToSplitError, divisible_leaves
 from moeify.splitting.null_test import Relabel, null_test
@@ -277,11 +278,14 @@ class _Loop:
         last = plan(self.config)[-1]
         rows = self._evaluate(last, "test", tuple(self.state.arms))
         split = self.state.arms["split"].model
-        intact = rows["split"].by_category(self.task)
-        wounded = own_other(split, self.task, self.world, self.config.evaluation, intact)
+        removed = losses_without(split, self.task, self.world, self.config.evaluation)
+        rises = own_other(removed, rows["split"], self.task)
+        modules: tuple[ModuleTest, ...] = ()
+        if self.config.evaluation.null_draws:
+            modules = module_tests(split, self.task, self.world, self.config, rows["split"], removed)
         stopped, seconds = why_stopped(self.state.rounds, self.config.rounds[-1].separation), time.time() - self.began
         rounds, steps = self.state.rounds, self.config.training.steps
-        return summarize(self.task, split, rounds, rows, wounded, stopped, steps, seconds)
+        return summarize(self.task, split, rounds, rows, rises, modules, stopped, steps, seconds)
 
     def _measure(self, model: SplitModel, round_: int, relabel: Relabel = iter) -> AttributionTable:
         """Return the attribution of every unit to every category, of all workers' rows together."""

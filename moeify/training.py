@@ -142,6 +142,19 @@ def mean_by_category(nats: list[tuple[Tensor, Tensor]], task: Task, world: World
     return {c: means[i].item() for i, c in enumerate(task.categories) if rows_C[i] > 0}
 
 
+def _agree(model: SplitModel, world: World) -> None:
+    """Replace what every rank has gathered from its own rows (running statistics) by the mean over ranks.
+
+    A rank that had no row for a statistic in this step counts with what it was before.
+    """
+    persistent = model.network.state_dict() if world.size > 1 else {}
+    gathered = [buffer for name, buffer in model.network.named_buffers() if name in persistent]
+    moving = [buffer for buffer in gathered if buffer.is_floating_point()]
+    world.sum(moving)
+    for buffer in moving:
+        buffer /= world.size
+
+
 def _update(contestant: Contestant, parameters: list[nn.Parameter], world: World, training: Training) -> float:
     world.sum([p.grad for p in parameters if p.grad is not None])
     nn.utils.clip_grad_norm_(parameters, training.clip)
@@ -150,5 +163,6 @@ def _update(contestant: Contestant, parameters: list[nn.Parameter], world: World
         group["lr"] = rate
     contestant.optimizer.step()
     contestant.optimizer.zero_grad(set_to_none=True)
+    _agree(contestant.model, world)
     contestant.step += 1
     return rate

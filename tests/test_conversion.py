@@ -197,7 +197,9 @@ def split(*arguments: str) -> Result:
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_command_says_what_it_does_and_leaves_a_run_and_its_recipe(ready: Path) -> None:
-    said = split("checkpoint", "--data", "texts.jsonl", "--separation", "0.4", "--steps", "10", "-o", "words", "--local")
+    said = split(
+        "checkpoint", "--data", "texts.jsonl", "--separation", "0.4", "--steps", "10", "-o", "words", "--local"
+    )
     assert said.exit_code == 0, said.output
     assert "FFN units off: 40%" in said.output
     (folder,) = (ready / "runs").glob("words-*")
@@ -237,7 +239,11 @@ def test_mistakes_are_told_in_a_line_and_leave_no_run(ready: Path) -> None:
 def test_a_public_checkpoint_loses_less_when_split_by_attribution_than_its_split_at_random(
     published: Path, tmp_path: Path
 ) -> None:
-    source = {"kind": "jsonl", "path": str(published / "text-tinystories" / "tinystories-mini.jsonl.xz"), "category": None}
+    source = {
+        "kind": "jsonl",
+        "path": str(published / "text-tinystories" / "tinystories-mini.jsonl.xz"),
+        "category": None,
+    }
     config = toy_config(
         data={"kind": "text", "source": source, "discover": {"number": 2}, "length": 64},
         model={"kind": "pretrained", "path": str(published / "stories260K-hf")},

@@ -101,11 +101,15 @@ def test_another_tokenizer_is_another_entry_of_the_cache(tmp_path: Path) -> None
 # --- what is refused ----------------------------------------------------------------------------------
 
 
+def read_all(folder: Path) -> None:
+    checkpoint = look(folder)
+    given_tokenizer.of_checkpoint(checkpoint)
+    checkpoint.network()
+
+
 def refused(folder: Path) -> str:
     with pytest.raises(ValueError, match=r".") as caught:
-        checkpoint = look(folder)
-        given_tokenizer.of_checkpoint(checkpoint)
-        checkpoint.network()
+        read_all(folder)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 700
     return str(caught.value)

@@ -21,7 +21,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from moeify.data import corpora, documents, excerpts, sources
+from moeify.data import corpora, documents, excerpts, lines, sources
 from moeify.data.documents import SPLITS, Document, Split
 from moeify.data.given_tokenizer import GivenTokenizer
 from moeify.recipe.data import Discover, TextData
@@ -87,7 +87,7 @@ def _key(data: TextData, base: Path, given: GivenTokenizer | None) -> str:
     digest = hashlib.sha256(f"{data.model_dump_json(exclude={'length'})}\n{tokenizers.__version__}\n".encode())
     if given is not None:
         digest.update(f"{given.fingerprint}\n".encode())
-    for module in (corpora.__file__, documents.__file__, excerpts.__file__, sources.__file__, __file__):
+    for module in (corpora.__file__, documents.__file__, excerpts.__file__, lines.__file__, sources.__file__, __file__):
         digest.update(hashlib.sha256(Path(module).read_bytes()).digest())
     if data.discover is not None:
         from moeify.data import discover
@@ -166,7 +166,7 @@ def _discovered(
     report = discover.report(
         clusters,
         {name: [document.size for document in split[name]] for name in SPLITS},
-        None if set(labelled) == {sources.UNLABELLED} else labels,
+        None if set(labelled) == {lines.UNLABELLED} else labels,
         [[tokenizer.decode([token]) for token in tokens] for tokens in clusters.telling],
     )
     parts = {

@@ -8,7 +8,6 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -22,8 +21,19 @@ from pydantic import (
 
 from moeify.recipe.arms import Arm, Control, cut, twins
 from moeify.recipe.closed import Closed, Fraction, Name
-from moeify.recipe.data import Data, DigitsData, Discover, InstalledText, TextData, TextFolders, cluster_names
+from moeify.recipe.data import (
+    Data,
+    DigitsData,
+    Discover,
+    ImageData,
+    InstalledText,
+    MixedText,
+    TextData,
+    TextFolders,
+    cluster_names,
+)
 from moeify.recipe.given_tree import Nested, names, read_tree
+from moeify.recipe.model import Model
 from moeify.recipe.partition import Partition
 
 Tree = Annotated[
@@ -34,57 +44,6 @@ Tree = Annotated[
     ),
 ]
 """Names of categories in nested lists; see ``moeify.recipe.given_tree``."""
-
-# --- model --------------------------------------------------------------------------------------------
-
-
-class LlamaModel(Closed):
-    """A LlamaForCausalLM from scratch (RMSNorm, rotary positions, SwiGLU)."""
-
-    kind: Literal["llama"]
-    hidden: PositiveInt = 96
-    """Dimensions of the residual stream."""
-    layers: PositiveInt = 4
-    """Blocks of attention and FFN."""
-    heads: PositiveInt = 4
-    """Attention heads a layer; each has an even number of dimensions, ``hidden / heads``."""
-    ffn: PositiveInt = 384
-    """FFN neurons a layer."""
-    tie_embeddings: bool = True
-    """Input embedding and output layer are one matrix."""
-
-    @model_validator(mode="after")
-    def _heads_divide_hidden(self) -> Self:
-        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
-            raise ValueError(
-                f"heads: got {self.heads}, wanted a divisor of hidden, {self.hidden}, "
-                f"that leaves an even number of dimensions a head"
-            )
-        return self
-
-
-class PretrainedModel(Closed):
-    """A causal language model that ``transformers`` saved, taken as it is: its weights, in float32, and its tokenizer.
-
-    Families: llama, mistral, qwen2, qwen3, gemma to gemma3_text, gpt_neox, gpt2, opt. Safetensors alone are read.
-    """
-
-    kind: Literal["pretrained"]
-    path: Path
-    """Folder with ``config.json``. A relative path starts at the recipe's folder."""
-
-
-class AutoencoderModel(Closed):
-    """An MLP autoencoder: input - hidden - code - hidden - input, ReLU, one logit a pixel."""
-
-    kind: Literal["autoencoder"]
-    hidden: PositiveInt = 256
-    """Hidden units of the encoder, and of the decoder."""
-    code: PositiveInt = 16
-    """Dimensions of the code; never split."""
-
-
-Model = Annotated[LlamaModel | PretrainedModel | AutoencoderModel, Field(discriminator="kind")]
 
 # --- the loop -----------------------------------------------------------------------------------------
 
@@ -195,6 +154,9 @@ class Evaluation(Closed):
     """Rows of each category, at the end of the run (fewer where the split holds fewer)."""
     rows_at_once: PositiveInt = 32
     """Rows of one forward pass over all workers."""
+    null_draws: Annotated[int, Field(ge=0)] = 0
+    """Random removals that each expert's is held against at the end of the run, to say whether it is a clean module: 19
+    are the fewest that can. Each costs a pass of the test split for every expert; 0: no verdict."""
 
 
 class Checkpoints(Closed):
@@ -279,7 +241,7 @@ class RunConfig(Closed):
             yield f"controls: got {list(self.controls)}, wanted each control once"
 
     def _data_misfits(self) -> Iterator[str]:
-        held_out = self.data.validation + self.data.test
+        held_out = self.data.validation + (0.0 if self.data.kind == "images" else self.data.test)
         if held_out >= 1.0:
             yield f"data: got validation + test {held_out:g}, wanted less than 1, so that something is left to train on"
         if self.data.kind == "text" and self.data.source.kind == "installed":
@@ -288,10 +250,19 @@ class RunConfig(Closed):
                 yield f"data.source.sources: got {list(sources)}, wanted each source once"
 
     def _model_misfits(self) -> Iterator[str]:
-        wanted = {"text": ("llama", "pretrained"), "digits": ("autoencoder",)}[self.data.kind]
+        wanted: tuple[str, ...]
+        match self.data:
+            case ImageData(objective="classify"):
+                wanted, needs = ("resnet",), "data.objective 'classify'"
+            case ImageData():
+                wanted, needs = ("autoencoder",), "data.objective 'reconstruct'"
+            case DigitsData():
+                wanted, needs = ("autoencoder",), "data.kind 'digits'"
+            case TextData():
+                wanted, needs = ("llama", "pretrained"), "data.kind 'text'"
         if self.model.kind not in wanted:
             known = " or ".join(map(repr, wanted))
-            yield f"model.kind: got {self.model.kind!r}, wanted {known}, which data.kind {self.data.kind!r} needs"
+            yield f"model.kind: got {self.model.kind!r}, wanted {known}, which {needs} needs"
         if self.distillation and self.model.kind != "pretrained":
             yield f"distillation: got a mapping, wanted null beside model.kind {self.model.kind!r}, which is untrained"
 
@@ -324,8 +295,8 @@ class RunConfig(Closed):
                 f"partition.units: got {list(units)}, wanted [ffn] or [ffn, heads]; "
                 f"to split heads alone, freeze the rest: partition.frozen: ['*.ffn']"
             )
-        if "heads" in units and self.model.kind == "autoencoder":
-            yield "partition.units: got 'heads', which model.kind 'autoencoder' has none of, wanted [ffn]"
+        if "heads" in units and self.model.kind != "llama":
+            yield f"partition.units: got 'heads', which model.kind {self.model.kind!r} has none of, wanted [ffn]"
 
     def _null_test_misfits(self) -> Iterator[str]:
         if self.partition.null_test and self.attribution.settled:
@@ -357,11 +328,13 @@ class RunConfig(Closed):
         match self.data:
             case DigitsData():
                 return tuple(map(str, range(10)))
+            case ImageData(categories=categories):
+                return tuple(categories)
             case TextData(discover=Discover(number=number)):
                 return None if number is None else cluster_names(number)
             case TextData(source=InstalledText(sources=sources)):
                 return sources
-            case TextData(source=TextFolders(categories=categories)):
+            case TextData(source=TextFolders(categories=categories) | MixedText(categories=categories)):
                 return tuple(categories)
             case _:
                 return None

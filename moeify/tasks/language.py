@@ -17,8 +17,9 @@ from moeify.data.documents import Split
 from moeify.data.tokens import Tokens, prepare
 from moeify.models.build import build_llama
 from moeify.models.pretrained import Checkpoint, look
-from moeify.recipe.config import LlamaModel, PretrainedModel, RunConfig
+from moeify.recipe.config import RunConfig
 from moeify.recipe.data import TextData
+from moeify.recipe.model import LlamaModel, PretrainedModel
 from moeify.task import Batch, HeldOut
 
 
@@ -113,6 +114,9 @@ class LanguageTask:
     ) -> Int[Tensor, "rows length"]:
         """Draw each next token as the model predicts it, one seed a window."""
         return sample_tokens(outputs, seeds)
+
+    def right(self, outputs: Tensor, targets: Tensor) -> None:
+        """Return None: a window of text is not right or wrong."""
 
     def bits_per_byte(self, loss: dict[str, float], split: HeldOut) -> dict[str, float] | None:
         """Return the losses as bits per byte of the split's text; the ends of documents are paid for, not counted."""

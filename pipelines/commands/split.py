@@ -58,11 +58,12 @@ def command(
     local: bool,
     quiet: bool,
 ) -> None:
-    """Split the model in PATH, a folder that transformers' save_pretrained wrote, watched.
+    """Split the checkpoint in PATH, retrained briefly, watched.
 
-    Nothing is trained from scratch: the checkpoint is measured, cut and retrained for a short while, held against
-    itself retrained on the same rows. Only safetensors are read, and no code of the checkpoint is run. The recipe is
-    kept in the run's folder, for 'moeify run'; 'show', 'report', 'export' and 'route' work as on any run.
+    PATH is a folder that transformers' save_pretrained wrote. Nothing is trained from scratch: the checkpoint is
+    measured, cut and retrained for a short while, held against itself retrained on the same rows. Only safetensors are
+    read, and no code of the checkpoint is run. The recipe is kept in the run's folder, for 'moeify run'; 'show',
+    'report', 'export' and 'route' work as on any run.
     """
     from moeify.conversion import Wish, conversion
     from moeify.data.survey import look
