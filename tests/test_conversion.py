@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from moeify.world import Solo
 from pipelines.cli import main
 from pipelines.commands.split import read_budget
 from tests.checkpoints import save_checkpoint
+from tests.surveyed import write_folders
 from tests.test_loop import DyingStore, KilledError, final, outcome
 from tests.texts import write_texts
 from tests.toy import toy_config
@@ -131,7 +133,8 @@ def test_twins_of_other_weights_or_another_shape_are_others(tmp_path: Path) -> N
 
 
 @pytest.fixture
-def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def ready(tmp_path: Path, laid_out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copy(laid_out, tmp_path / "mlflow.db")
     monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MOEIFY_HOME", str(tmp_path / "runs"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
@@ -141,8 +144,8 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def made(place: Path, wish: Wish) -> RunConfig:
-    found = look(place / "texts.jsonl")
+def made(place: Path, wish: Wish, texts: str = "texts.jsonl") -> RunConfig:
+    found = look(place / texts)
     return conversion(place / "checkpoint", found, "mine", wish, HERE, place / "cache").config
 
 
@@ -166,8 +169,10 @@ def test_a_budget_goes_deeper_and_tries_its_last_round_twice(ready: Path) -> Non
 
 
 def test_a_separation_out_of_reach_is_told(ready: Path) -> None:
-    with pytest.raises(ValueError, match=r"2 categories cannot be split so far apart \(.*at most 0\.450"):
-        made(ready, Wish(separation=0.6))
+    write_folders(ready / "folders", a=12, b=12)
+    for texts in ("texts.jsonl", "folders"):
+        with pytest.raises(ValueError, match=r"^2 categories cannot be split so far apart \(rounds.*at most 0\.450"):
+            made(ready, Wish(separation=0.6), texts)
 
 
 @pytest.mark.parametrize(
