@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from attribution.sites import Site
 from moeify.models.build import logits
 from moeify.models.families import unit_space
+from moeify.models.resizing import widened
+from moeify.models.units import input_weight
 from moeify.recipe.routing import GivenExpert, Routing
 from moeify.routed.gradients import GradientRouter
 from moeify.routed.learning import Damped, Factors, damp
@@ -293,6 +295,35 @@ def test_experts_that_do_not_fit_the_network_are_refused(experts: list[dict[str,
     routing = Routing(gradients="both", experts=tuple(GivenExpert.model_validate(each) for each in experts))
     with pytest.raises(ValueError, match=said):
         GradientRouter(routing, "ab", [Site("s", "s", 8)], 0)
+
+
+@pytest.mark.parametrize("family", sorted(NETWORKS))
+def test_a_widened_network_gives_the_same_outputs_and_can_learn_in_its_fresh_units(family: str) -> None:
+    network = NETWORKS[family]
+    wide, before = widened(network, 6, seed=1), torch.random.get_rng_state()
+    inputs = rows_for(network, 3)
+    torch.testing.assert_close(logits(wide, inputs), logits(network, inputs))
+    logits(wide, inputs).square().sum().backward()
+    for site in unit_space(wide).sites:
+        assert site.units == unit_space(network)[site.name].units + 6
+        read, wrote = input_weight(wide, site), wide.get_parameter(site.output)
+        assert read[-6:].abs().min() > 0
+        assert wrote.grad is not None
+        assert wrote[:, -6:].abs().max() == 0
+        assert wrote.grad[:, -6:].abs().max() > 0
+    assert torch.equal(input_weight(wide, site), input_weight(widened(network, 6, seed=1), site))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_fresh_units_go_to_their_expert_and_shares_are_of_the_others() -> None:
+    experts = [{"categories": ["a"], "units": 0.5, "fresh": 2}, {"categories": ["b"], "fresh": 4}]
+    routing = Routing.model_validate({"gradients": "both", "experts": experts})
+    assert routing.fresh == 6
+    learning = GradientRouter(routing, "ab", [Site("s", "s", 16)], 0).learning(
+        Partition.undivided("ab", [Site("s", "s", 16)]), torch.tensor([0, 1]), torch.ones(2, dtype=torch.bool)
+    )
+    assert learning is not None
+    assert learning.sites["s"].units == [slice(0, 5), slice(5, 12), slice(12, 16)]
 
 
 def test_damping_stops_gradients_of_rectangles_only() -> None:

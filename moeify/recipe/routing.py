@@ -17,9 +17,12 @@ class GivenExpert(Closed):
 
     categories: Annotated[tuple[Name, ...], Field(min_length=1)]
     """They are routed to these units and the core; a category has one such expert at most."""
-    units: Share
-    """Fraction of each site; the experts follow one another in the order given, at the end of the site. 0: the core
-    alone."""
+    units: Share = 0.0
+    """Fraction of each site; the experts follow one another in the order given, at the end of the site. 0, and nothing
+    ``fresh``: the core alone."""
+    fresh: Annotated[int, Field(ge=0)] = 0
+    """Units added to each site for it, which the dense twin does not have; they write nothing at first. Fractions, such
+    as separation, count them. Removed with the expert (``moeify export --without``), this is Expand-Route-Ablate."""
     sites: dict[Pattern, Share] = Field(default={})
     """Names of sites, or patterns such as ``layers.0.*``, to the fraction there instead; the first that matches holds.
     """
@@ -66,6 +69,11 @@ class Routing(Closed):
     def early(self) -> bool:
         """Whether gradients are routed before the first cut."""
         return self.gradients != "none" and bool(self.experts)
+
+    @property
+    def fresh(self) -> int:
+        """Units that are added to each site."""
+        return sum(expert.fresh for expert in self.experts) if self.early else 0
 
     def misfits(self) -> Iterator[str]:
         """Yield a line for each thing that does not fit the others."""

@@ -98,7 +98,9 @@ def _widths(experts: Sequence[GivenExpert], site: Site) -> tuple[int, ...]:
         next((share for pattern, share in expert.sites.items() if fnmatchcase(site.name, pattern)), expert.units)
         for expert in experts
     ]
-    ends = [round(total * site.units) for total in accumulate(shares, initial=0.0)]
+    added = list(accumulate((expert.fresh for expert in experts), initial=0))
+    shared = accumulate(shares, initial=0.0)
+    ends = [round(total * (site.units - added[-1])) + more for total, more in zip(shared, added, strict=True)]
     widths = [site.units - ends[-1], *(high - low for low, high in pairwise(ends))]
     if widths[0] < 0:
         raise ValueError(
