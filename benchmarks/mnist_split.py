@@ -9,8 +9,9 @@ same image gets for all: each pixel's median.
 
 Published (20 runs of 6,000 steps of 2,048 rows; the certificate of the half that 5-9 are routed to; printed as MAE, but
 computed as MSE) are the goals. Needs ``mnist`` in the folder that MOEIFY_DATA names. The full set-up is for a GPU, used
-if there is one: a step is 130 GFLOP. ``--steps 1500 --rows 128 --bfloat16`` takes about a minute and a half of
-one core a run, where the processor multiplies in bfloat16; with ``--hidden 512 128``, a fifth. --quick is a smaller network on few images.
+if there is one: a step is 130 GFLOP. ``--steps 1500 --rows 128 --bfloat16`` takes about a minute and a half of one core
+a run, where the processor multiplies in bfloat16; with ``--hidden 512 128``, a fifth. --quick is a smaller network on
+few images.
 """
 
 import argparse

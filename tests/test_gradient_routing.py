@@ -72,7 +72,8 @@ def oracle(
             for part in site.slices:
                 grad = alone.get_parameter(part.parameter).grad
                 assert grad is not None
-                factor = torch.where(off, write if part.parameter == site.output else read, 1.0).double()
+                factor = torch.ones(site.units, dtype=torch.float64)
+                factor[off] = write if part.parameter == site.output else read
                 grad *= factor.view(-1, *[1] * (grad.dim() - 1 - part.axis))
         for name, parameter in alone.named_parameters():
             if parameter.grad is not None:
@@ -122,6 +123,7 @@ def routings(draw: st.DrawFn, categories: Sequence[str], **more: object) -> Rout
         {
             "gradients": draw(st.sampled_from(KINDS)),
             "routes": routes,
+            "routes_after_cut": routes,
             "hard": hard if routes == "soft" else [],
             "strength": strength,
             "core": draw(st.sampled_from(["learns", "frozen"])),
@@ -149,7 +151,7 @@ def test_a_mixed_batch_along_the_partition_equals_one_pass_a_category(
             active = active & (partition.owners(site) != 0)
         return active
 
-    if routing.core == "frozen" and any(routing.is_hard(c) for c in names):
+    if routing.core == "frozen" and any(routing.is_hard(c, cut=divided) for c in names):
         routing = routing.model_copy(update={"core": "learns"})  # a core that runs and learns nothing: see below
     compare(family, partition, names, routing, on, seed)
 
@@ -187,7 +189,7 @@ def test_hard_given_routes_run_only_what_is_on_them() -> None:
     routing = Routing.model_validate(
         {"gradients": "parameters", "hard": ["a"], "experts": [{"categories": ["b"], "units": 0.5}]}
     )
-    assert routing.is_hard("a")
+    assert routing.is_hard("a", cut=False)
     # a is named by no expert, so that it has no route: it runs, and teaches, everything
     undivided = Partition.undivided(CATEGORIES, SITES["llama"])
     half = torch.ones(24, dtype=torch.bool)

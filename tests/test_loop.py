@@ -345,7 +345,7 @@ def test_gradients_routed_by_hand_make_the_split_model_an_arm_of_its_own_from_th
     "routing",
     [
         {**ROUTED, "experts": [{"categories": ["a", "d"], "units": 0.25}, {"categories": ["b"], "fresh": 6}]},
-        {**ROUTED, "gradients": "both", "routes": "hard", "core": "learns", "experts": []},
+        {**ROUTED, "gradients": "both", "routes_after_cut": "soft", "experts": []},
     ],
 )
 def test_a_run_that_routes_gradients_resumes_to_the_same_bits(tmp_path: Path, routing: dict[str, object]) -> None:
@@ -401,8 +401,13 @@ def test_fresh_units_are_the_split_models_alone_and_go_into_its_folder(tmp_path:
     assert not torch.allclose(less[~kept], whole[~kept], atol=0.1)
 
 
+def test_hard_routes_of_the_tree_with_every_label_known_are_what_a_split_model_does_anyway() -> None:
+    plain, routed = toy_config(), toy_config(routing={"gradients": "both"})
+    assert outcome(run(plain, ToyTask(plain))) == outcome(run(routed, ToyTask(routed)))
+
+
 def test_off_route_units_stand_still_where_all_rows_are_routed_away_from_them() -> None:
-    """Hard routes and no weight decay: what no row's route holds keeps its first weights."""
+    """Without weight decay, what no row's route holds keeps its first weights."""
     training = {**CONFIG["training"], "weight_decay": 0.0}
     experts = [{"categories": ["a", "b", "c", "d"], "units": 0.0}, {"categories": ["z"], "units": 0.5}]
     config = toy_config(routing={"gradients": "both", "experts": experts}, training=training)

@@ -41,9 +41,11 @@ class Routing(Closed):
     input weights, nor units below through it; its output weights learn. ``both``: all of these. ``none``: no gradient
     routing."""
     routes: Literal["soft", "hard"] = "soft"
-    """``soft``: units off the row's route run in training. ``hard``: they do not, so that no gradient of any kind
-    reaches them. Evaluation knows the expert tree alone: before the first cut every unit runs, after it those on the
-    route."""
+    """Until the first cut. ``soft``: units off the row's route run in training. ``hard``: they do not, so that no
+    gradient of any kind reaches them. What is measured before the first cut runs every unit."""
+    routes_after_cut: Literal["soft", "hard"] = "hard"
+    """The same from the first cut on, when what is evaluated runs the units on the route alone. ``soft`` trains what
+    is not run so, for labels that are partial or may be wrong."""
     hard: tuple[Name, ...] = ()
     """Categories whose routes are hard all the same. E.g. SGTM (arXiv 2512.05648): soft routes of what is to be
     forgotten, hard ones of what is to be kept."""
@@ -61,9 +63,9 @@ class Routing(Closed):
     """Whether the core's units learn from labelled rows of categories that have an expert; ``frozen``: the same is kept
     from them as from units off the route."""
 
-    def is_hard(self, category: str) -> bool:
-        """Say whether units off the category's route do not run."""
-        return self.routes == "hard" or category in self.hard
+    def is_hard(self, category: str, *, cut: bool) -> bool:
+        """Say whether units off the category's route do not run, before the first cut or after it."""
+        return (self.routes_after_cut if cut else self.routes) == "hard" or category in self.hard
 
     @property
     def early(self) -> bool:
@@ -83,7 +85,7 @@ class Routing(Closed):
         if (total := sum(expert.units for expert in self.experts)) > 1 + 1e-9:
             yield f"routing.experts: got units {total:g} in all, wanted at most 1, of which the core is what is left"
         for category in self.strength:
-            if self.is_hard(category):
+            if all(self.is_hard(category, cut=cut) for cut in (False, True)):
                 yield (
                     f"routing.strength: got {category!r}, whose routes are hard: nothing reaches units off them, "
                     f"wanted categories with soft routes"
