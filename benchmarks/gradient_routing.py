@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from benchmarks.report import Cell, Figure, arguments, report
 from moeify.models.build import build_llama
-from moeify.recipe.config import LlamaModel, Training
+from moeify.recipe.config import Training
+from moeify.recipe.model import LlamaModel
 from moeify.recipe.routing import Routing
 from moeify.routed.gradients import GradientRouter
 from moeify.routed.split_model import SplitModel
@@ -69,6 +70,9 @@ class RandomTokens:
     def sample(self, outputs: Tensor, seeds: Sequence[int]) -> Tensor:
         """Return the likeliest tokens; nothing here asks for more."""
         return outputs.argmax(-1)
+
+    def right(self, outputs: Tensor, targets: Tensor) -> None:
+        """Return None: nothing here is right or wrong."""
 
     def bits_per_byte(self, loss: dict[str, float], split: HeldOut) -> None:
         """Return None: there are no bytes."""

@@ -25,14 +25,16 @@ def save_split(
 ) -> None:
     """Write a split model and the files that belong to it; the folder appears whole or not at all.
 
-    ``dtype``: of the weights in the file; what ``load_split`` gives is float32 again, with the values in the file.
+    ``dtype``: of the weights in the file, running statistics stay as they are; what ``load_split`` gives is float32
+    again, with the values in the file.
     """
     facts = {
         "network": describe(model.network),
         "categories": list(model.categories),
         "partition": model.partition.as_json(),
     }
-    tensors = {name: tensor.to(dtype) for name, tensor in _tensors(model).items()}
+    weights = {name for name, _ in model.network.named_parameters()}
+    tensors = {name: tensor.to(dtype) if name in weights else tensor for name, tensor in _tensors(model).items()}
     write_folder(target, facts, {"model": tensors}, assets)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from torch import Tensor
 
 from moeify.control import Standing
+from moeify.distillation import network_hash
 from moeify.events import RoundEnded
 from moeify.models.families import describe
 from moeify.models.resizing import shaped, widened
@@ -48,6 +49,8 @@ class State:
     arms: dict[Arm, Contestant]
     """Twins alone until the first cut, when the arms that are cut fork from the dense one; or with them the split
     model, where it trains by itself from the first step on."""
+    began: str
+    """Hash of the network before the first step (``network_hash``)."""
     done: int = 0
     """Phases of the plan that are behind us."""
     rounds: list[RoundEnded] = field(default_factory=list)
@@ -65,7 +68,8 @@ class State:
     @classmethod
     def fresh(cls, config: RunConfig, task: Task) -> Self:
         """Return the state before the first step."""
-        return cls({arm: _untrained(task, arm, config) for arm in config.early_arms})
+        arms = {arm: _untrained(task, arm, config) for arm in config.early_arms}
+        return cls(arms, network_hash(arms["dense"].model.network))
 
     def fork(self, config: RunConfig, task: Task) -> None:
         """Let the arms that will be cut go on from where their trunk stands, if they have not forked yet."""
@@ -86,6 +90,7 @@ class State:
         """Publish a checkpoint."""
         dense = self.arms["dense"].model
         facts = {
+            "began": self.began,
             "done": self.done,
             "arms": {a: {"step": c.step, "partition": c.model.partition.as_json()} for a, c in self.arms.items()},
             "rounds": [record.model_dump(mode="json") for record in self.rounds],
@@ -106,6 +111,7 @@ class State:
         facts = store.facts(name)
         return cls(
             arms={arm: _contestant(store, name, arm, facts, config) for arm in facts["arms"]},
+            began=facts.get("began", ""),
             done=facts["done"],
             rounds=[RoundEnded.model_validate(record) for record in facts["rounds"]],
             step_scale=facts["step_scale"],

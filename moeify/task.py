@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Literal, Protocol, Self, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moeify.recipe.config import RunConfig
@@ -83,6 +83,10 @@ class Task(Protocol):
 
     def sample(self, outputs: Tensor, seeds: Sequence[int]) -> Tensor:
         """Draw targets from the model's own predictive distribution (for the Fisher information), one seed a row."""
+        ...
+
+    def right(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, " rows"] | None:
+        """Say which rows the model gets right; None where a row is not right or wrong."""
         ...
 
     def bits_per_byte(self, loss: dict[str, float], split: HeldOut) -> dict[str, float] | None:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from moeify.distillation import Teacher
 from moeify.recipe.config import Training
 from moeify.routed.gradients import GradientRouter
 from moeify.routed.split_model import SplitModel
@@ -122,8 +123,11 @@ def train(
     until: int,
     every: int,
     report: Report,
+    teacher: Teacher | None = None,
 ) -> None:
     """Train up to step ``until`` in place; every rank calls ``report`` after each ``every``-th step and the last one.
+
+    ``teacher``: what the model learns from besides; losses are reported without it.
 
     Raises DivergedError when a reported loss is not a finite number.
     """
@@ -133,8 +137,10 @@ def train(
     while contestant.step < until:
         rows = task.train_batch(contestant.step)
         batch = contestant.arranged(rows).shard(world.rank, world.size)
-        nats_R = task.nats(contestant.outputs(batch), batch.targets)
-        (nats_R.sum() / (len(rows.categories) * task.units_per_row)).backward()
+        outputs = contestant.outputs(batch)
+        nats_R = task.nats(outputs, batch.targets)
+        loss_R = teacher.loss(batch.inputs, outputs, nats_R) if teacher else nats_R
+        (loss_R.sum() / (len(rows.categories) * task.units_per_row)).backward()
         rate = _update(contestant, parameters, world, training)
         units += len(rows.categories) * task.units_per_row
         if contestant.step % every == 0 or contestant.step == until:
@@ -160,6 +166,19 @@ def mean_by_category(nats: list[tuple[Tensor, Tensor]], task: Task, world: World
     return {c: means[i].item() for i, c in enumerate(task.categories) if rows_C[i] > 0}
 
 
+def _agree(model: SplitModel, world: World) -> None:
+    """Replace what every rank has gathered from its own rows (running statistics) by the mean over ranks.
+
+    A rank that had no row for a statistic in this step counts with what it was before.
+    """
+    persistent = model.network.state_dict() if world.size > 1 else {}
+    gathered = [buffer for name, buffer in model.network.named_buffers() if name in persistent]
+    moving = [buffer for buffer in gathered if buffer.is_floating_point()]
+    world.sum(moving)
+    for buffer in moving:
+        buffer /= world.size
+
+
 def _update(contestant: Contestant, parameters: list[nn.Parameter], world: World, training: Training) -> float:
     world.sum([p.grad for p in parameters if p.grad is not None])
     nn.utils.clip_grad_norm_(parameters, training.clip)
@@ -168,5 +187,6 @@ def _update(contestant: Contestant, parameters: list[nn.Parameter], world: World
         group["lr"] = rate
     contestant.optimizer.step()
     contestant.optimizer.zero_grad(set_to_none=True)
+    _agree(contestant.model, world)
     contestant.step += 1
     return rate

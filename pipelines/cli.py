@@ -13,7 +13,21 @@ from typing import Any
 import click
 
 COMMANDS = (
-    *("init", "run", "resume", "compare", "runs", "show", "report", "status", "logs", "stop", "submit", "cluster"),
+    *(
+        "init",
+        "run",
+        "split",
+        "resume",
+        "compare",
+        "runs",
+        "show",
+        "report",
+        "status",
+        "logs",
+        "stop",
+        "submit",
+        "cluster",
+    ),
     *("attribute", "export", "route", "generate", "sync", "schema", "doctor"),
 )
 """In the order of the help; the module of each holds ``command``."""

@@ -9,7 +9,7 @@ import pytest
 
 from moeify.events import Evaluated, Finished, Phase, RoundEnded, Started
 from moeify.recipe.load import parse_recipe
-from moeify.result import Result
+from moeify.result import ModuleTest, Result
 from pipelines import runs, show
 from pipelines.journal import JournalTracker
 
@@ -41,6 +41,8 @@ KEYS = {
     "tax_told",
     "error_over",
     "own_other",
+    "modules",
+    "accuracy",
 }
 
 
@@ -382,6 +384,28 @@ def test_what_cannot_change_is_a_dot_and_what_happens_to_be_zero_is_not(folder: 
         "prose +0.0000 · +0.0000",
         "·: exactly 0, the category never runs that expert",
     ]
+
+
+def test_verdicts_on_experts_stand_in_the_trees_order_and_fit_80_columns(
+    folder: runs.RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    known = {"own": 0.5, "own_low": 0.4, "own_high": 12.25, "other": 0.0}
+    modules = (
+        ModuleTest(expert="prose", **known, drawn_own=(0.6,) * 19, drawn_other=(0.2,) * 19),
+        ModuleTest(expert="python+c", **known, drawn_own=(0.1, float("inf")), drawn_other=(0.2, 0.2)),
+    )
+    finish(folder, RESULT.model_copy(update={"modules": modules}))
+    lines = printed(folder).splitlines()
+    place = lines.index("Clean modules (rise of test loss, nats)")
+    assert [line.split() for line in lines[place + 1 : place + 4]] == [
+        ["without", "own", "at", "least", "leak", "random", "own", "leak", "p", "verdict"],
+        ["python+c", "+0.5000", "+0.4000", "0%", "-", "-", "0.67", "too", "few", "draws"],
+        ["prose", "+0.5000", "+0.4000", "0%", "+0.6000", "33%", "0.05", "clean"],
+    ]
+    assert max(map(len, lines)) <= 80
+    told = show.summary(folder)["modules"]
+    assert [(each["expert"], each["verdict"]) for each in told] == [("prose", "clean"), ("python+c", "too few draws")]
 
 
 def test_a_wide_matrix_is_divided_by_subtree_and_leaves_out_whom_a_part_does_not_concern(

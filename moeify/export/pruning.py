@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moeify.models.families import describe
 from moeify.models.resizing import copy_units, shaped
-from moeify.models.units import FfnUnits
+from moeify.models.units import ConvUnits, FfnUnits
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
 from moeify.splitting.tree import ROOT, ExpertTree, Node
@@ -106,7 +106,7 @@ def prune(split: SplitModel, pruning: Pruning) -> SplitModel:
 def _copy_told(split: SplitModel, pruning: Pruning, pruned: SplitModel) -> None:
     """Copy what the units that stay have learned of the categories that stay."""
     places = torch.tensor([split.categories.index(category) for category in pruned.categories])
-    sites = [site.name for site in split.space.sites if isinstance(site, FfnUnits)]
+    sites = [site.name for site in split.space.sites if isinstance(site, FfnUnits | ConvUnits)]
     for site, biases, mine in zip(sites if split.told else (), split.told, pruned.told, strict=True):
         mine.copy_(biases[places][:, pruning.kept[site]])
 

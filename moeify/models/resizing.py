@@ -74,10 +74,14 @@ def _narrow(network: nn.Module, site: UnitSite, units: int) -> None:
     for part in site.slices:
         name, _, kind = part.parameter.rpartition(".")
         layer: Any = network.get_submodule(name)
-        setattr(
-            layer, kind, nn.Parameter(getattr(layer, kind).detach().narrow(part.axis, 0, units * part.width).clone())
-        )
+        held = getattr(layer, kind)
+        kept = held.detach().narrow(part.axis, 0, units * part.width).clone()
+        setattr(layer, kind, nn.Parameter(kept) if isinstance(held, nn.Parameter) else kept)
         if is_conv1d(layer):
             layer.nx, layer.nf = layer.weight.shape
+        elif isinstance(layer, nn.Conv2d):
+            layer.out_channels, layer.in_channels = layer.weight.shape[:2]
+        elif isinstance(layer, nn.BatchNorm2d):
+            (layer.num_features,) = layer.weight.shape
         else:
             layer.out_features, layer.in_features = layer.weight.shape

@@ -7,8 +7,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from moeify.recipe.closed import Closed, Fraction, Name
 
 UnitKind = Literal["ffn", "heads"]
-"""``ffn``: neurons of feed-forward blocks, hidden units; ``heads``: attention heads, those that share keys and values
-together."""
+"""``ffn``: neurons of feed-forward blocks, hidden units, the inner channels of a ResNet's blocks; ``heads``: attention
+heads, those that share keys and values together."""
 PLAIN: tuple[UnitKind, ...] = ("ffn",)
 """The units that have owners where nothing else is said."""
 

@@ -52,7 +52,7 @@ def command(
     start = encode_prompt(tokenizer, prompt)
     tokens_served = generate(model, chosen, start, tokens=tokens, seed=seed, temperature=temperature, end=start[0])
     served = list(tokens_served)[1:]  # without the end token that the prompt starts behind
-    texts = list(pieces(tokenizer, (each.token for each in served)))
+    texts = list(pieces(tokenizer.tokenizer, (each.token for each in served)))
     if as_json:
         settings = {"prompt": prompt, "seed": seed, "temperature": temperature, "category": category}
         click.echo(show.to_json({"run": folder.id, **settings, **served_as_json(served, texts, leaves(model))}))
