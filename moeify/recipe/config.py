@@ -322,6 +322,11 @@ class RunConfig(Closed):
                 f"routing.gradients: got {self.routing.gradients!r} beside partition.units "
                 f"{list(self.partition.units)}, wanted units [ffn]; gradients of heads are not routed"
             )
+        if self.routing.gradients != "none" and self.model.kind == "resnet":
+            yield (
+                f"routing.gradients: got {self.routing.gradients!r} beside model.kind 'resnet', wanted 'none'; "
+                f"gradients of channels are not routed"
+            )
 
     def _rows_misfits(self) -> Iterator[str]:
         for path, rows in (

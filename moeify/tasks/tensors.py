@@ -17,7 +17,8 @@ from moeify.tasks.pixels import pixel_nats, sample_pixels
 
 Loss = Literal["tokens", "pixels", "classes"]
 """``tokens``: each next token of integer rows [rows tokens]; ``pixels``: intensities 0..1 against a logit each, the
-targets being the inputs unless given; ``classes``: integer targets [rows] against logits [rows classes]."""
+targets being the inputs unless given; ``classes``: integer targets [rows] against logits [rows classes]. A route tells
+its rows' category, so a category should hold several classes."""
 Data = Mapping[str, Tensor | tuple[Tensor, Tensor]]
 """Category -> inputs, or inputs and targets; rows first."""
 
@@ -91,6 +92,10 @@ class TensorTask:
 
     def right(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, " rows"] | None:
         """Say whose class is the likeliest one; None where targets are no classes."""
+        return outputs.argmax(1) == targets if self._loss == "classes" else None
+
+    def right(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, " rows"] | None:
+        """Say whose class is the likeliest one; None where there are no classes."""
         return outputs.argmax(1) == targets if self._loss == "classes" else None
 
     def bits_per_byte(self, loss: dict[str, float], split: HeldOut) -> dict[str, float] | None:

@@ -132,6 +132,9 @@ def _facts(run: Recorded) -> list[tuple[str, str, str]]:
     dense, tax = of_arm(run.known["test_loss"] or {}, "dense", MEAN), (run.known["tax"] or {}).get(MEAN)
     if run.kept and tax is not None and dense:
         facts.append(("tax", f"{tax / dense:+.2%}", "of the dense twin's test loss"))
+    if accuracy := run.known["accuracy"]:
+        others = ", ".join(f"{arm} {percent(accuracy[arm][MEAN])}" for arm in accuracy if arm != "split")
+        facts.append(("accuracy", percent(accuracy["split"][MEAN]), f"of test rows; {others}"))
     if run.started:
         facts.append(("steps", f"{run.started.steps:,}", f"of each of {len(run.started.arms)} arms"))
     seconds = run.known["seconds"]
