@@ -91,10 +91,6 @@ class TensorTask:
         return sample_pixels(outputs, seeds)
 
     def right(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, " rows"] | None:
-        """Say whose class is the likeliest one; None where targets are no classes."""
-        return outputs.argmax(1) == targets if self._loss == "classes" else None
-
-    def right(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, " rows"] | None:
         """Say whose class is the likeliest one; None where there are no classes."""
         return outputs.argmax(1) == targets if self._loss == "classes" else None
 
