@@ -3,12 +3,13 @@
 Nothing else carries over from phase to phase: data, rates and random draws are functions of the recipe and the step.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
 
 from torch import Tensor
 
 from moeify.control import Standing
+from moeify.divergence import Health, check_kept
 from moeify.events import RoundEnded
 from moeify.models.families import describe, rebuild
 from moeify.recipe.arms import Arm
@@ -70,7 +71,7 @@ class State:
             if arm not in self.arms:
                 twin = _untrained(task, arm, config)
                 twin.load({**twin.tensors(), **dense.tensors()})  # biases of categories begin at zero
-                twin.step = dense.step
+                twin.step, twin.health = dense.step, replace(dense.health)
                 self.arms[arm] = twin
 
     @property
@@ -79,11 +80,14 @@ class State:
         return f"{self.done:04d}-{sum(contestant.step for contestant in self.arms.values()):09d}"
 
     def save(self, store: Store) -> None:
-        """Publish a checkpoint."""
+        """Publish a checkpoint; raise DivergedError rather than keep a number that is not finite."""
         dense = self.arms["dense"].model
         facts = {
             "done": self.done,
-            "arms": {a: {"step": c.step, "partition": c.model.partition.as_json()} for a, c in self.arms.items()},
+            "arms": {
+                arm: {"step": c.step, "health": asdict(c.health), "partition": c.model.partition.as_json()}
+                for arm, c in self.arms.items()
+            },
             "rounds": [record.model_dump(mode="json") for record in self.rounds],
             "step_scale": self.step_scale,
             "undo": self.undo,
@@ -94,6 +98,7 @@ class State:
             "categories": list(dense.categories),
         }
         tensors: dict[str, dict[str, Tensor]] = {arm: contestant.tensors() for arm, contestant in self.arms.items()}
+        check_kept(tensors)
         store.save(self.name, facts, tensors, [self.undo] if self.undo else [])
 
     @classmethod
@@ -119,10 +124,22 @@ class State:
         assert self.undo is not None
         facts = store.facts(self.undo)
         for arm in config.cut_arms:
-            step = self.arms[arm].step
+            step, health = self.arms[arm].step, self.arms[arm].health
             source: Arm = arm if arm in facts["arms"] else "dense"
             self.arms[arm] = _contestant(store, self.undo, source, facts, config, becomes=arm)
-            self.arms[arm].step = step
+            self.arms[arm].step, self.arms[arm].health = step, health
+
+    def give_back(self, arm: Arm, store: Store, name: str | None, config: RunConfig, task: Task) -> None:
+        """Return one arm, its step too, to a checkpoint of this phase; None: to before the first step.
+
+        What it has been through stays: the rate that was lowered, and how often.
+        """
+        health = self.arms[arm].health
+        if name is None:
+            self.arms[arm] = _untrained(task, arm, config)
+        else:
+            self.arms[arm] = _contestant(store, name, arm, store.facts(name), config)
+        self.arms[arm].health = health
 
 
 def _untrained(task: Task, arm: Arm, config: RunConfig) -> Contestant:
@@ -147,4 +164,5 @@ def _contestant(
     begun = {} if becomes == arm else contestant.tensors()  # biases of categories, which the dense twin has none of
     contestant.load(begun | store.tensors(name, arm))
     contestant.step = facts["arms"][arm]["step"]
+    contestant.health = Health(**facts["arms"][arm].get("health", {}))
     return contestant

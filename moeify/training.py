@@ -8,22 +8,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moeify.divergence import DivergedError, Health, check_gradient, check_loss, sums_by_category
 from moeify.recipe.config import Training
 from moeify.routed.split_model import SplitModel
 from moeify.task import Task
 from moeify.world import World
 
 
-class DivergedError(ValueError):
-    """Training left the finite numbers."""
-
-
 class Contestant:
-    """A model in training with its optimizer; ``step`` is its place in the data stream and the schedule."""
+    """A model in training with its optimizer; ``step`` is its place in the data stream and the schedule.
+
+    ``health``: what became of its training so far.
+    """
 
     def __init__(self, model: SplitModel, training: Training) -> None:
         self.model = model
         self.step = 0
+        self.health = Health()
         told = {id(p) for p in model.told}  # biases, one vector a category
         matrices = [p for p in model.parameters() if p.dim() > 1 and id(p) not in told]
         vectors = [p for p in model.parameters() if p.dim() <= 1 or id(p) in told]
@@ -38,7 +39,8 @@ class Contestant:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return parameters, buffers and optimizer state by name: all that training needs to go on, but ``step``."""
+        """Return parameters, buffers and optimizer state by name: all that training needs to go on, but ``step``
+        and ``health``."""
         found: dict[str, Tensor] = {}
         for name, parameter in self.model.network.named_parameters():
             found[f"parameter/{name}"] = parameter.detach()
@@ -101,7 +103,8 @@ def train(
 ) -> None:
     """Train up to step ``until`` in place; every rank calls ``report`` after each ``every``-th step and the last one.
 
-    Raises DivergedError when a reported loss is not a finite number.
+    Raises DivergedError where a step's loss or gradient is not finite or its loss has exploded, the same on every rank,
+    and leaves the contestant as it was before that step.
     """
     model, parameters = contestant.model, [p for p in contestant.model.parameters() if p.requires_grad]
     model.train()
@@ -111,16 +114,20 @@ def train(
         batch = rows.take(model.order(rows.categories)).shard(world.rank, world.size)
         nats_R = task.nats(model(batch.inputs, batch.categories), batch.targets)
         (nats_R.sum() / (len(rows.categories) * task.units_per_row)).backward()
-        rate = _update(contestant, parameters, world, training)
+        sums_C = sums_by_category(nats_R, batch.categories, len(task.categories))
+        world.sum([*(p.grad for p in parameters if p.grad is not None), sums_C])
+        norm = nn.utils.clip_grad_norm_(parameters, training.clip).item()
+        try:
+            check_loss(sums_C, rows.categories, task, contestant.health, training, contestant.step + 1)
+            check_gradient(norm, model, parameters, batch, task, world, contestant.step + 1)
+        except DivergedError:
+            contestant.optimizer.zero_grad(set_to_none=True)
+            raise
+        rate = _update(contestant, training)
         units += len(rows.categories) * task.units_per_row
         if contestant.step % every == 0 or contestant.step == until:
             now = time.perf_counter()
             loss = mean_by_category([(nats_R.detach(), batch.categories)], task, world)
-            if lost := [category for category, nats in loss.items() if not math.isfinite(nats)]:
-                raise DivergedError(
-                    f"the loss of {', '.join(lost)} is not finite at step {contestant.step}; "
-                    f"lower training.learning_rate or training.clip and resume from the last checkpoint"
-                )
             report(contestant, Progress(loss, rate, units / (now - since)))
             since, units = time.perf_counter(), 0
 
@@ -136,10 +143,8 @@ def mean_by_category(nats: list[tuple[Tensor, Tensor]], task: Task, world: World
     return {c: means[i].item() for i, c in enumerate(task.categories) if rows_C[i] > 0}
 
 
-def _update(contestant: Contestant, parameters: list[nn.Parameter], world: World, training: Training) -> float:
-    world.sum([p.grad for p in parameters if p.grad is not None])
-    nn.utils.clip_grad_norm_(parameters, training.clip)
-    rate = learning_rate(training, contestant.step)
+def _update(contestant: Contestant, training: Training) -> float:
+    rate = contestant.health.rate * learning_rate(training, contestant.step)
     for group in contestant.optimizer.param_groups:
         group["lr"] = rate
     contestant.optimizer.step()

@@ -22,6 +22,7 @@ from pydantic import (
 from moeify.recipe.arms import Arm, Control, cut, twins
 from moeify.recipe.closed import Closed, Fraction, Name
 from moeify.recipe.data import Data, DigitsData, Discover, InstalledText, TextData, TextFolders, cluster_names
+from moeify.recipe.divergence import OnDivergence, StopRun
 from moeify.recipe.given_tree import Nested, names, read_tree
 from moeify.recipe.partition import Partition
 
@@ -94,6 +95,10 @@ class Training(Closed):
     """On matrices only."""
     clip: PositiveFloat = 1.0
     """Largest norm of the whole gradient."""
+    explosion: Annotated[float, Field(gt=1.0)] = 2.0
+    """A step's mean loss has exploded beyond this many times that of the arm's first step, when nothing was learned."""
+    on_divergence: OnDivergence = StopRun()
+    """What is done where a loss explodes, or a loss or gradient is not finite. Nothing of such a step is ever kept."""
 
 
 class Attribution(Closed):
