@@ -112,6 +112,7 @@ def main() -> None:
     """Play all cases and count those that went wrong."""
     parsed = parser(__doc__)
     parsed.add_argument("--case", metavar="GROUP/NUMBER", help="play this one case and show its traceback")
+    parsed.add_argument("--only", metavar="GROUP", choices=[*COUNTS, "runs"], help="play the cases of this group")
     asked = parsed.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     faulthandler.enable()
@@ -122,6 +123,7 @@ def main() -> None:
         counts = {**COUNTS, "runs": RUNS}
         if asked.quick:
             counts = {group: max(3, round(count * QUICK)) for group, count in counts.items()}
+        counts = {group: count for group, count in counts.items() if asked.only in (None, group)}
         rows, faults = [], []
         for group, count in counts.items():
             found = [f for n in range(count) if (f := _played(stage, f"{group}/{n}"))]

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify.models.families import describe
+from moeify.models.families import describe, example_inputs
 from moeify.models.resizing import shaped
 from moeify.recipe.arms import Arm
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
-from moeify.store import CorruptCheckpointError, FolderStore, read_manifest, read_part, write_folder
+from moeify.store import CorruptCheckpointError, FolderStore, read_manifest, read_part, understood, write_folder
 
 
 def save_split(
@@ -43,34 +43,41 @@ def load_split(folder: str | Path) -> SplitModel:
     """
     folder = Path(folder)
     facts = read_manifest(folder)["facts"]
-    return _load(facts, facts["partition"], read_part(folder, "model"))
+    tensors = read_part(folder, "model")
+    with understood(str(folder)):
+        return _load(facts, facts["partition"], tensors)
 
 
 def arms_of_run(folder: Path) -> tuple[Arm, ...]:
     """Return the arms that a run's newest checkpoint holds; ValueError where there is no checkpoint yet."""
-    return tuple(_newest(folder)[2]["arms"])
+    with understood(f"the newest checkpoint of {folder.name}"):
+        return tuple(_newest(folder)[2]["arms"])
 
 
 def load_from_run(folder: Path, arm: Arm = "split") -> SplitModel:
     """Return an arm's model from a run's newest checkpoint, in eval mode; ValueError where it is not there yet."""
-    store, name, facts = _newest(folder)
-    if arm not in facts["arms"]:
-        if "split" in facts["arms"]:
-            there = ", ".join(facts["arms"])
-            raise ValueError(f"{folder.name} has no arm {arm!r}, only {there}; its recipe's controls do not ask for it")
+    there = arms_of_run(folder)
+    if arm not in there:
+        if "split" in there:
+            raise ValueError(
+                f"{folder.name} has no arm {arm!r}, only {', '.join(there)}; its recipe's controls do not ask for it"
+            )
         raise ValueError(f"{folder.name} has not been split yet; its first cut comes after the first training phase")
     parts = ("parameter/", "buffer/")
+    store, name, facts = _newest(folder)
     tensors = store.tensors(name, arm)
     own = {key.partition("/")[2]: tensor for key, tensor in tensors.items() if key.startswith(parts)}
-    return _load(facts, facts["arms"][arm]["partition"], own)
+    with understood(f"checkpoint {name} of {folder.name}"):
+        return _load(facts, facts["arms"][arm]["partition"], own)
 
 
 def split_hash(folder: Path) -> str:
     """Return the SHA-256 of the split model in a run's newest checkpoint, to tell what belongs to it."""
-    store, name, facts = _newest(folder)
-    if "split" not in facts["arms"]:
+    if "split" not in arms_of_run(folder):
         raise ValueError(f"{folder.name} has not been split yet; its first cut comes after the first training phase")
-    return read_manifest(store.folder / "checkpoints" / name)["files"]["split.safetensors"]["sha256"]
+    store, name, _ = _newest(folder)
+    with understood(f"checkpoint {name} of {folder.name}"):
+        return str(read_manifest(store.folder / "checkpoints" / name)["files"]["split.safetensors"]["sha256"])
 
 
 def _newest(folder: Path) -> tuple[FolderStore, str, dict[str, Any]]:
@@ -98,5 +105,12 @@ def _load(facts: Mapping[str, Any], partition: Mapping[str, Any], tensors: Mappi
         odd = sorted(own.keys() ^ tensors.keys())
         raise CorruptCheckpointError(f"the tensors do not fit the described network, first difference: {odd[0]!r}")
     for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise CorruptCheckpointError(
+                f"{name} is {list(tensors[name].shape)}, the described network wants {list(tensor.shape)}"
+            )
         tensor.copy_(tensors[name])
-    return model.eval()
+    model.eval()
+    # A description can be odd in ways that show only as it runs; better here than at the first real row.
+    model(example_inputs(network, rows=1, seed=0), torch.zeros(1, dtype=torch.long))
+    return model

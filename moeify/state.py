@@ -4,6 +4,7 @@ Nothing else carries over from phase to phase: data, rates and random draws are 
 """
 
 from dataclasses import asdict, dataclass, field, replace
+from operator import index
 from typing import Any, Literal, Self
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
-from moeify.store import Store
+from moeify.store import Store, understood
 from moeify.task import Task
 from moeify.training import Contestant
 
@@ -105,16 +106,17 @@ class State:
     def load(cls, store: Store, name: str, config: RunConfig) -> Self:
         """Take back the checkpoint of that name."""
         facts = store.facts(name)
-        return cls(
-            arms={arm: _contestant(store, name, arm, facts, config) for arm in facts["arms"]},
-            done=facts["done"],
-            rounds=[RoundEnded.model_validate(record) for record in facts["rounds"]],
-            step_scale=facts["step_scale"],
-            undo=facts["undo"],
-            cut=_cut(facts["cut"]) if facts["cut"] else None,
-            uncut=facts["uncut"],
-            seconds=facts["seconds"],
-        )
+        with understood(f"checkpoint {name}"):
+            return cls(
+                arms={arm: _contestant(store, name, arm, facts, config) for arm in facts["arms"]},
+                done=index(facts["done"]),
+                rounds=[RoundEnded.model_validate(record) for record in facts["rounds"]],
+                step_scale=float(facts["step_scale"]),
+                undo=facts["undo"],
+                cut=_cut(facts["cut"]) if facts["cut"] else None,
+                uncut=facts["uncut"],
+                seconds=float(facts["seconds"]),
+            )
 
     def roll_back(self, store: Store, config: RunConfig) -> None:
         """Return every arm that was cut to the checkpoint before the open round's cut; steps spent since stay spent.
@@ -163,6 +165,6 @@ def _contestant(
     )
     begun = {} if becomes == arm else contestant.tensors()  # biases of categories, which the dense twin has none of
     contestant.load(begun | store.tensors(name, arm))
-    contestant.step = facts["arms"][arm]["step"]
+    contestant.step = index(facts["arms"][arm]["step"])
     contestant.health = Health(**facts["arms"][arm].get("health", {}))
     return contestant

@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, runtime_checkable
@@ -134,11 +135,11 @@ class FolderStore:
 
     def facts(self, name: str) -> dict[str, Any]:
         """Return a checkpoint's plain data."""
-        return read_manifest(self._checkpoints / name)["facts"]
+        return read_manifest(self._named(name))["facts"]
 
     def tensors(self, name: str, part: str) -> dict[str, Tensor]:
         """Return one part's tensors, hash checked."""
-        return read_part(self._checkpoints / name, part)
+        return read_part(self._named(name), part)
 
     def put(self, path: str, content: bytes) -> None:
         """Publish a file for people."""
@@ -153,6 +154,11 @@ class FolderStore:
         draft = target.with_name(f".{target.name}.draft")
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft, dict(metadata))
         draft.replace(target)
+
+    def _named(self, name: str) -> Path:
+        if not isinstance(name, str) or not _is_plain(name):  # one checkpoint may name another
+            raise CorruptCheckpointError(f"{name!r:.60} is no name of a checkpoint")
+        return self._checkpoints / name
 
     def _names(self) -> list[str]:
         if not self._checkpoints.is_dir():
@@ -207,13 +213,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         body, digest = manifest["body"], manifest["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCheckpointError(f"{folder.name}: manifest.json cannot be read ({error})") from error
     if _digest(body) != digest:
         raise CorruptCheckpointError(f"{folder.name}: manifest.json is not what was written (hash differs)")
-    if body["format"] != FORMAT:
-        raise ValueError(f"{folder} has format {body['format']}; this version of moeify reads format {FORMAT}")
+    if not (isinstance(body, dict) and isinstance(body.get("facts"), dict) and _lists_files(body.get("files"))):
+        raise CorruptCheckpointError(f"{folder.name}: manifest.json does not list facts and files")
+    if (got := body.get("format")) != FORMAT:
+        raise ValueError(f"{folder} has format {got!r:.60}; this version of moeify reads format {FORMAT}")
     return body
+
+
+@contextmanager
+def understood(what: str) -> Iterator[None]:
+    """Raise CorruptCheckpointError where the body cannot make sense of what a checkpoint says.
+
+    Hashes show that a checkpoint is what was written, not that whoever wrote it meant well: what it says may lack a
+    key, or describe a network that cannot be built. ``ValueError`` and ``OSError`` say so by themselves.
+    """
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # from wherever it went astray; transformers has exceptions of its own
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CorruptCheckpointError(f"{what} does not describe what it should ({why})") from error
 
 
 def read_part(folder: Path, part: str) -> dict[str, Tensor]:
@@ -231,6 +255,19 @@ def write_atomically(target: Path, content: bytes) -> None:
     draft.write_bytes(content)
     _flush(draft)
     draft.replace(target)
+
+
+def _lists_files(files: Any) -> bool:
+    """Whether a manifest's list of files is one: plain names, each with a hash and a size."""
+    return isinstance(files, dict) and all(
+        _is_plain(name) and isinstance(known, dict) and {"sha256", "bytes"} <= known.keys()
+        for name, known in files.items()
+    )
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is one component of a path, and of a file that is not hidden."""
+    return PurePosixPath(name).name == name and not name.startswith(".") and "\0" not in name
 
 
 def _verify_file(folder: Path, name: str) -> None:
