@@ -22,6 +22,8 @@ from torch import Tensor
 FORMAT = 1
 """Version of the checkpoint format."""
 
+_DRAFT = ".draft-"
+
 Tensors = Mapping[str, Mapping[str, Tensor]]
 """Part (one file each) -> name -> tensor."""
 
@@ -112,8 +114,10 @@ class FolderStore:
         return self.folder / "checkpoints"
 
     def save(self, name: str, facts: Mapping[str, Any], tensors: Tensors, pinned: Collection[str] = ()) -> None:
-        """Publish a checkpoint, then drop all but the newest ``keep`` and the ``pinned``."""
+        """Publish a checkpoint, then drop all but the newest ``keep`` and the ``pinned``, and what kills left half."""
         write_folder(self._checkpoints / name, facts, tensors)
+        for draft in self._checkpoints.glob(f"{_DRAFT}*"):  # there is one writer, and it has none open now
+            shutil.rmtree(draft)
         names = self._names()
         for old in names[: -self.keep]:
             if old not in pinned:
@@ -177,7 +181,7 @@ def write_folder(
 ) -> None:
     """Write safetensors parts, ``others`` as they are and the manifest, then publish them all by one rename."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=target.parent))
+    draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=target.parent))
     try:
         files = {}
         for part, held in tensors.items():
