@@ -124,7 +124,8 @@ def main() -> None:
         if asked.quick:
             counts = {group: max(3, round(count * QUICK)) for group, count in counts.items()}
         counts = {group: count for group, count in counts.items() if asked.only in (None, group)}
-        rows, faults = [], []
+        rows: list[dict[str, str | int]] = []
+        faults: list[Fault] = []
         for group, count in counts.items():
             found = [f for n in range(count) if (f := _played(stage, f"{group}/{n}"))]
             rows.append({"group": group, "cases": count, "tracebacks": len(found)})
@@ -152,10 +153,9 @@ def _stage(place: Path) -> Iterator[Stage]:
         os.environ.pop(name, None)
     from pipelines import compare, doctor, launch, runs
 
-    launch.MlflowFollower = Untracked  # type: ignore[misc, assignment]
-    launch.on_ray = _not_launched
-    compare.compare = _refused  # type: ignore[assignment]
-    doctor.examine = lambda: iter(())  # type: ignore[assignment]
+    vars(launch).update(MlflowFollower=Untracked, on_ray=_not_launched)
+    vars(compare).update(compare=_refused)
+    vars(doctor).update(examine=lambda: iter(()))
     write_texts(place / "texts.jsonl", random.Random(0))
     (place / "tiny.yaml").write_text(TINY, encoding="utf-8")
     _made("run", str(place / "tiny.yaml"), "--local", "--quiet")
@@ -343,11 +343,12 @@ def _with_preparation(recipe: str) -> Went:
         task.train_batch(0)
         list(task.held_out_batches("test", 2, 2))
 
-    real, launch.in_process = launch.in_process, prepare
+    real = launch.in_process
+    vars(launch).update(in_process=prepare)
     try:
         return _called("run", recipe, "--local", "--quiet")
     finally:
-        launch.in_process = real
+        vars(launch).update(in_process=real)
 
 
 def _spoiled_lines(draw: random.Random, content: bytes) -> bytes:

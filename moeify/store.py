@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moeify.storing import storing
+
 FORMAT = 1
 """Version of the checkpoint format."""
 
@@ -148,16 +150,18 @@ class FolderStore:
     def put(self, path: str, content: bytes) -> None:
         """Publish a file for people."""
         target = self._below(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, content)
+        with storing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(target, content)
 
     def put_tensors(self, path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Publish a safetensors file for people."""
         target = self._below(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         draft = target.with_name(f".{target.name}.draft")
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft, dict(metadata))
-        draft.replace(target)
+        with storing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft, dict(metadata))
+            draft.replace(target)
 
     def _named(self, name: str) -> Path:
         if not isinstance(name, str) or not _is_plain(name):  # one checkpoint may name another
@@ -179,31 +183,39 @@ class FolderStore:
 def write_folder(
     target: Path, facts: Mapping[str, Any], tensors: Tensors, others: Mapping[str, bytes] | None = None
 ) -> None:
-    """Write safetensors parts, ``others`` as they are and the manifest, then publish them all by one rename."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=target.parent))
-    try:
-        files = {}
-        for part, held in tensors.items():
-            path = draft / f"{part}.safetensors"
-            save_file({key: tensor.detach().contiguous() for key, tensor in held.items()}, path)
-        for name, other in (others or {}).items():
-            (draft / name).write_bytes(other)
-        for path in sorted(draft.iterdir()):
-            _flush(path)
-            files[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-        body = {"format": FORMAT, "facts": facts, "files": files}
-        content = json.dumps({"sha256": _digest(body), "body": body}, indent=1)
-        (draft / "manifest.json").write_text(content, encoding="utf-8")
-        _flush(draft / "manifest.json")
-        draft.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        draft.rename(target)
-        _flush(target.parent)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    """Write safetensors parts, ``others`` as they are and the manifest, then publish them all by one rename.
+
+    Raises StorageError where there is no room, or no right to write; nothing is left of it then.
+    """
+    with storing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=target.parent))
+        try:
+            _fill(draft, facts, tensors, others or {})
+            draft.chmod(0o755)
+            if target.exists():
+                shutil.rmtree(target)
+            draft.rename(target)
+            _flush(target.parent)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+
+def _fill(draft: Path, facts: Mapping[str, Any], tensors: Tensors, others: Mapping[str, bytes]) -> None:
+    files = {}
+    for part, held in tensors.items():
+        path = draft / f"{part}.safetensors"
+        save_file({key: tensor.detach().contiguous() for key, tensor in held.items()}, path)
+    for name, other in others.items():
+        (draft / name).write_bytes(other)
+    for path in sorted(draft.iterdir()):
+        _flush(path)
+        files[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+    body = {"format": FORMAT, "facts": facts, "files": files}
+    content = json.dumps({"sha256": _digest(body), "body": body}, indent=1)
+    (draft / "manifest.json").write_text(content, encoding="utf-8")
+    _flush(draft / "manifest.json")
 
 
 def verify_folder(folder: Path) -> None:
@@ -256,9 +268,13 @@ def read_part(folder: Path, part: str) -> dict[str, Tensor]:
 def write_atomically(target: Path, content: bytes) -> None:
     """Write a file beside its target and publish it by one rename."""
     draft = target.with_name(f".{target.name}.draft")
-    draft.write_bytes(content)
-    _flush(draft)
-    draft.replace(target)
+    try:
+        draft.write_bytes(content)
+        _flush(draft)
+        draft.replace(target)
+    except OSError:
+        draft.unlink(missing_ok=True)  # half a file takes room that the rest may need
+        raise
 
 
 def _lists_files(files: Any) -> bool:
