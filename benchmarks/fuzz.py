@@ -127,7 +127,11 @@ def main() -> None:
         rows: list[dict[str, str | int]] = []
         faults: list[Fault] = []
         for group, count in counts.items():
-            found = [f for n in range(count) if (f := _played(stage, f"{group}/{n}"))]
+            found = []
+            for number in range(count):
+                if fault := _played(stage, f"{group}/{number}"):
+                    found.append(fault)
+                    print(f"{fault.case}: {fault.said}", file=sys.stderr, flush=True)
             rows.append({"group": group, "cases": count, "tracebacks": len(found)})
             faults += found
             print(f"{group}: {count} cases, {len(found)} went wrong", file=sys.stderr, flush=True)

@@ -99,6 +99,7 @@ def main() -> None:
     parsed = parser(__doc__)
     parsed.add_argument("--kills", type=int, metavar="N", help=f"at least so many ({KILLS}; 3 where quick)")
     parsed.add_argument("--seed", type=int, default=0, help="of the moments")
+    parsed.add_argument("--only", choices=("local", "server", "ray"), help="what is killed; otherwise each its share")
     asked = parsed.parse_args()
     kills = asked.kills or (3 if asked.quick else KILLS)
     tally, draw = Tally(), random.Random(asked.seed)
@@ -110,9 +111,12 @@ def main() -> None:
         calm.check(1)
         length, wanted = calm.length(1), calm.outcome(1)
         ray, server = (0, 0) if asked.quick else (round(kills * RAY_SHARE), max(1, round(kills * SERVER_SHARE)))
+        if asked.only:
+            ray, server = kills * (asked.only == "ray"), kills * (asked.only == "server")
         _storm(calm, wanted, length, kills - ray - server, draw, tally, "local", first=10)
-        if not asked.quick:
+        if server:
             _storm_server(home, wanted, length, server, draw, tally)
+        if ray:
             _storm_ray(home, ray, draw, tally)
         corruptions, missed, resumed_wrong = _corrupt(calm, wanted, draw, quick=asked.quick)
         tally.wrong["local"] += resumed_wrong + _left_behind(token)
