@@ -13,10 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moeify.recipe.config import Training
-from moeify.routed.split_model import SplitModel
 from moeify.task import Batch, Task
 from moeify.world import World
 
+_LEAST = 1.0
+"""Nats per unit: a model that began below it is held to it, since small losses double by chance."""
 _WAY_OUT = (
     "start anew with a lower training.learning_rate or training.clip, or let a run go on by "
     "training.on_divergence: {kind: skip_batch} or {kind: lower_rate}"
@@ -42,8 +43,10 @@ class OutOfMemoryError(MemoryError):
 class Health:
     """What became of an arm's training so far; part of every checkpoint."""
 
-    first: float | None = None
-    """Mean nats per unit over the rows of its first step; None before it."""
+    began: float = 0.0
+    """Mean nats per unit over the rows of its first step, or of its first after a cut where that is more."""
+    fresh: bool = True
+    """Whether the next step is such a first one."""
     rate: float = 1.0
     """What is left of the recipe's learning rate, 0..1."""
     mishaps: int = 0
@@ -66,15 +69,15 @@ def check_loss(
 ) -> None:
     """Raise DivergedError where the loss of a step is not finite, or has exploded; ``step`` counts from 1.
 
-    ``sums_C``: nats over all ranks; ``rows``: the categories of all ranks' rows. The first step's mean loss is put
+    ``sums_C``: nats over all ranks; ``rows``: the categories of all ranks' rows. The mean loss of a first step is put
     down in ``health``.
     """
     mean = sums_C.sum().item() / (len(rows) * task.units_per_row)
     if math.isfinite(mean):
-        if health.first is None:
-            health.first = mean
-        limit = training.explosion * health.first
-        if mean <= limit or health.first <= 0.0:
+        if health.fresh:
+            health.began, health.fresh = max(health.began, mean), False
+        limit = training.explosion * max(health.began, _LEAST)
+        if mean <= limit:
             return
     counts = torch.bincount(rows, minlength=len(task.categories)) * task.units_per_row
     loss = {c: sums_C[i].item() / int(counts[i]) for i, c in enumerate(task.categories) if counts[i] > 0}
@@ -85,14 +88,14 @@ def check_loss(
     high = {category: nats for category, nats in loss.items() if nats > limit}
     raise DivergedError(
         f"step {step}: the loss of {_listed(high)} exploded ({_shown(high)} nats, {mean:.4g} on average; beyond "
-        f"training.explosion, {training.explosion:g}, times the {health.first:.4g} of the first step)",
+        f"training.explosion, {training.explosion:g}, times {max(health.began, _LEAST):.4g}, where it began)",
         exploded=True,
     )
 
 
 def check_gradient(
     norm: float,
-    model: SplitModel,
+    losses: Callable[[Batch], tuple[Tensor, Tensor]],
     parameters: Sequence[nn.Parameter],
     batch: Batch,
     task: Task,
@@ -101,7 +104,8 @@ def check_gradient(
 ) -> None:
     """Raise DivergedError where the norm of a step's gradient is not finite; every rank calls it with the same norm.
 
-    ``batch``: this rank's rows. To name categories, the gradient of each is taken again; gradients are left cleared.
+    ``batch``: this rank's rows; ``losses``: gives their nats and what is learned from. To name categories, the gradient
+    of each is taken again; gradients are left cleared.
     """
     if math.isfinite(norm):
         return
@@ -109,7 +113,7 @@ def check_gradient(
     for index in batch.categories.unique().tolist():
         _clear(parameters)
         rows = batch.take((batch.categories == index).nonzero().flatten())
-        task.nats(model(rows.inputs, rows.categories), rows.targets).sum().backward()
+        losses(rows)[1].sum().backward()
         bad_C[index] = any(p.grad is not None and not bool(p.grad.isfinite().all()) for p in parameters)
     _clear(parameters)
     world.sum([bad_C])

@@ -5,7 +5,8 @@ data, loss and network, a ``World`` the other workers, a ``Store`` keeps checkpo
 
 Arms run side by side on the same data in the same order: the dense twin, the split model, and the recipe's controls:
 ``random``, split at random into the same tree and widths, and ``told``, a dense twin that is given the category. Up to
-the first cut, arms that are cut are one and the same as the dense twin, so that only the twins are trained.
+the first cut, arms that are cut are one and the same as the dense twin, so that only the twins are trained; but where
+the recipe routes gradients before that, the split model trains beside them, and its control forks from it.
 """
 
 import time
@@ -17,6 +18,7 @@ from typing import Literal
 from attribution.measure import Moments, Stability, measure, strongest_category
 from attribution.subject import Subject
 from attribution.table import AttributionTable
+from moeify.clean_modules import module_tests
 from moeify.control import (
     NoStepLeftError,
     Standing,
@@ -27,15 +29,16 @@ from moeify.control import (
     expected_use,
     why_stopped,
 )
+from moeify.distillation import Teacher
 from moeify.divergence import DivergedError, memory
-from moeify.evaluation import RowLosses, own_other, row_losses, summarize, tax, tax_error
+from moeify.evaluation import RowLosses, losses_without, own_other, row_losses, summarize, tax, tax_error
 from moeify.events import MemoryTracker, Tracker
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import Round, RunConfig
 from moeify.recipe.divergence import LowerRate, SkipBatch, StopRun
 from moeify.recipe.plan import PlannedPhase, check_categories, plan
 from moeify.report import Reporter
-from moeify.result import Result
+from moeify.result import ModuleTest, Result
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.grouping import NothingToSplitError, divisible_leaves
 from moeify.splitting.null_test import Relabel, null_test
@@ -84,6 +87,7 @@ class _Loop:
         self.world = world
         self.store = store
         self.twins = twins
+        self.teacher = Teacher(task.build(), config.distillation) if config.distillation else None
         self.say = Reporter(config, store, tracker, speaks=world.rank == 0)
         self.state = self._begin()
         self.began = time.time() - self.state.seconds
@@ -106,6 +110,8 @@ class _Loop:
         """Return the newest checkpoint's state, the same one on every rank, or a fresh one."""
         found = self.world.share(self.store.newest() if self.world.rank == 0 else None)
         state = State.load(self.store, found.name, self.config) if found else State.fresh(self.config, self.task)
+        if self.teacher:
+            self.teacher.check(state.began)
         model = state.arms["dense"].model
         self.terms = terms_in_reach(
             self.config, self.task.categories, model.network, model.space, self.task.units_per_row
@@ -137,10 +143,11 @@ class _Loop:
 
     def _train_until(self, phase: PlannedPhase, arm: Arm, stop: int, report: Report) -> Contestant:
         """Train an arm up to a step, or to where its numbers went wrong; return it as it goes on."""
-        contestant, settings = self.state.arms[arm], self.config.training
+        contestant, settings, every = self.state.arms[arm], self.config.training, self.config.tracking.every
+        teacher = self.teacher if arm in self.config.cut_arms else None
         try:
             with memory(lambda: f"{arm}, step {contestant.step + 1}, worker {self.world.rank}"):
-                train(contestant, self.task, self.world, settings, stop, self.config.tracking.every, report)
+                train(contestant, self.task, self.world, settings, stop, every, report, teacher)
         except DivergedError as trouble:
             done = self._go_on(arm, trouble)
             contestant = self.state.arms[arm]
@@ -190,6 +197,7 @@ class _Loop:
             cuts["random"] = shuffled(random.partition, proposal, tables["random"], random.output_weights, seed)
         for arm in models:
             self._apply(self.state.arms[arm], cuts[arm], tables[arm])
+            self.state.arms[arm].health.fresh = True
         self.say.cut(phase.round, proposal, tables["split"])
         cut_rows = self._evaluate(phase, "after_cut", self.config.cut_arms)
         now, then = (self._standing(each["split"], rows["dense"]) for each in (rows, cut_rows))
@@ -310,11 +318,14 @@ class _Loop:
         last = plan(self.config)[-1]
         rows = self._evaluate(last, "test", tuple(self.state.arms))
         split = self.state.arms["split"].model
-        intact = rows["split"].by_category(self.task)
-        wounded = own_other(split, self.task, self.world, self.config.evaluation, intact)
+        removed = losses_without(split, self.task, self.world, self.config.evaluation)
+        rises = own_other(removed, rows["split"], self.task)
+        modules: tuple[ModuleTest, ...] = ()
+        if self.config.evaluation.null_draws:
+            modules = module_tests(split, self.task, self.world, self.config, rows["split"], removed)
         stopped, seconds = why_stopped(self.state.rounds, self.config.rounds[-1].separation), time.time() - self.began
         rounds, steps = self.state.rounds, self.config.training.steps
-        return summarize(self.task, split, rounds, rows, wounded, stopped, steps, seconds)
+        return summarize(self.task, split, rounds, rows, rises, modules, stopped, steps, seconds)
 
     def _measure(self, model: SplitModel, round_: int, relabel: Relabel = iter) -> AttributionTable:
         """Return the attribution of every unit to every category, of all workers' rows together."""

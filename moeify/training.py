@@ -2,27 +2,31 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
+from moeify.distillation import Teacher
 from moeify.divergence import DivergedError, Health, check_gradient, check_loss, sums_by_category
 from moeify.recipe.config import Training
+from moeify.routed.gradients import GradientRouter
 from moeify.routed.split_model import SplitModel
-from moeify.task import Task
+from moeify.task import Batch, Task
 from moeify.world import World
 
 
 class Contestant:
     """A model in training with its optimizer; ``step`` is its place in the data stream and the schedule.
 
-    ``health``: what became of its training so far.
+    ``router``: routes gradients, where the recipe asks that of this arm; ``health``: what became of its training.
     """
 
-    def __init__(self, model: SplitModel, training: Training) -> None:
+    def __init__(self, model: SplitModel, training: Training, router: GradientRouter | None = None) -> None:
         self.model = model
+        self.router = router
         self.step = 0
         self.health = Health()
         told = {id(p) for p in model.told}  # biases, one vector a category
@@ -46,11 +50,31 @@ class Contestant:
             found[f"parameter/{name}"] = parameter.detach()
             for key, value in self.optimizer.state[parameter].items():
                 found[f"optimizer/{key}/{name}"] = value
-        persistent = self.model.network.state_dict()
-        for name, buffer in self.model.network.named_buffers():
-            if name in persistent:
-                found[f"buffer/{name}"] = buffer
-        return found
+        return found | {f"buffer/{name}": buffer for name, buffer in self.buffers().items()}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return what the network gathers as it runs in training (running statistics), by name."""
+        named = dict(self.model.network.named_buffers())
+        persistent = self.model.network.state_dict() if named else {}
+        return {name: buffer for name, buffer in named.items() if name in persistent}
+
+    def arranged(self, rows: Batch) -> Batch:
+        """Return the rows as the model runs them: by leaf, and in each category those with a known label first."""
+        places = self.model.positions(rows.categories)
+        return rows.take(torch.argsort(places * 2 + ~self._labelled(rows), stable=True))
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """Return what the network gives for rows that are ``arranged``, gradients routed."""
+        learning = None
+        if self.router:
+            learning = self.router.learning(self.model.partition, batch.categories, self._labelled(batch))
+        with self.model.learns(learning):
+            return self.model(batch.inputs, batch.categories)
+
+    def _labelled(self, batch: Batch) -> Bool[Tensor, " rows"]:
+        if self.router is None:
+            return torch.ones_like(batch.categories, dtype=torch.bool)
+        return self.router.labelled(batch.categories, batch.ids if batch.examples is None else batch.examples)
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -100,30 +124,45 @@ def train(
     until: int,
     every: int,
     report: Report,
+    teacher: Teacher | None = None,
 ) -> None:
     """Train up to step ``until`` in place; every rank calls ``report`` after each ``every``-th step and the last one.
+
+    ``teacher``: what the model learns from besides; losses are reported without it.
 
     Raises DivergedError where a step's loss or gradient is not finite or its loss has exploded, the same on every rank,
     and leaves the contestant as it was before that step.
     """
-    model, parameters = contestant.model, [p for p in contestant.model.parameters() if p.requires_grad]
-    model.train()
+
+    def losses(batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return each row's nats, and its loss with what the teacher adds."""
+        outputs = contestant.outputs(batch)
+        nats_R = task.nats(outputs, batch.targets)
+        return nats_R, teacher.loss(batch.inputs, outputs, nats_R) if teacher else nats_R
+
+    parameters = [p for p in contestant.model.parameters() if p.requires_grad]
+    gathered = list(contestant.buffers().values())
+    contestant.model.train()
     since, units = time.perf_counter(), 0
     while contestant.step < until:
         rows = task.train_batch(contestant.step)
-        batch = rows.take(model.order(rows.categories)).shard(world.rank, world.size)
-        nats_R = task.nats(model(batch.inputs, batch.categories), batch.targets)
-        (nats_R.sum() / (len(rows.categories) * task.units_per_row)).backward()
+        batch = contestant.arranged(rows).shard(world.rank, world.size)
+        before = [buffer.clone() for buffer in gathered]
+        nats_R, loss_R = losses(batch)
+        (loss_R.sum() / (len(rows.categories) * task.units_per_row)).backward()
         sums_C = sums_by_category(nats_R, batch.categories, len(task.categories))
         world.sum([*(p.grad for p in parameters if p.grad is not None), sums_C])
         norm = nn.utils.clip_grad_norm_(parameters, training.clip).item()
         try:
             check_loss(sums_C, rows.categories, task, contestant.health, training, contestant.step + 1)
-            check_gradient(norm, model, parameters, batch, task, world, contestant.step + 1)
+            check_gradient(norm, losses, parameters, batch, task, world, contestant.step + 1)
         except DivergedError:
             contestant.optimizer.zero_grad(set_to_none=True)
+            for buffer, was in zip(gathered, before, strict=True):
+                buffer.copy_(was)
             raise
         rate = _update(contestant, training)
+        _agree(gathered, world)
         units += len(rows.categories) * task.units_per_row
         if contestant.step % every == 0 or contestant.step == until:
             now = time.perf_counter()
@@ -141,6 +180,17 @@ def mean_by_category(nats: list[tuple[Tensor, Tensor]], task: Task, world: World
     world.sum([sums_C, rows_C])
     means = sums_C / (rows_C * task.units_per_row)
     return {c: means[i].item() for i, c in enumerate(task.categories) if rows_C[i] > 0}
+
+
+def _agree(gathered: Sequence[Tensor], world: World) -> None:
+    """Replace what every rank has gathered from its own rows (running statistics) by the mean over ranks.
+
+    A rank that had no row for a statistic in this step counts with what it was before.
+    """
+    moving = [buffer for buffer in gathered if buffer.is_floating_point()] if world.size > 1 else []
+    world.sum(moving)
+    for buffer in moving:
+        buffer /= world.size
 
 
 def _update(contestant: Contestant, training: Training) -> float:

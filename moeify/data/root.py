@@ -7,8 +7,10 @@ VARIABLE = "MOEIFY_DATA"
 """Environment variable that names the folder, where the recipe does not."""
 
 
-def data_root(configured: Path | None, base: Path) -> Path:
+def data_root(configured: Path | None, base: Path, holds: str = "the data") -> Path:
     """Return the folder of data: ``configured``, from ``base`` if relative, or else what MOEIFY_DATA names.
+
+    ``holds`` says in the error what is looked for there.
 
     Raises ValueError where neither is set, or the folder is not there.
     """
@@ -17,9 +19,9 @@ def data_root(configured: Path | None, base: Path) -> Path:
     elif named := os.environ.get(VARIABLE):
         folder, said = Path(named), VARIABLE
     else:
-        raise ValueError(f"data.root: got null, and {VARIABLE} is not set; set one to the folder that holds the data")
+        raise ValueError(f"data.root: got null, and {VARIABLE} is not set; set one to the folder that holds {holds}")
     if not folder.is_dir():
-        raise ValueError(f"{said}: {folder} is not a folder, wanted the one that holds the data")
+        raise ValueError(f"{said}: {folder} is not a folder, wanted the one that holds {holds}")
     return folder
 
 
