@@ -55,19 +55,26 @@ class TwinCache:
         if not there:
             return False
         entry = self._entry(arm, until)
-        for step, progress in read_manifest(entry)["facts"]["reports"]:
+        known = read_manifest(entry)["facts"]
+        for step, progress in known["reports"]:
             if contestant.step < step:
                 contestant.step = step
                 report(contestant, Progress(**progress))
         contestant.load(read_part(entry, "twin"))
         contestant.step = until
+        contestant.health.began, contestant.health.fresh = known["loss_began"], False
         return True
 
     def keep(self, arm: Arm, contestant: Contestant) -> None:
-        """Keep the twin as it stands for other runs; not if an earlier attempt trained a part of it unheard."""
-        if self._world.rank or arm not in self._told or self._is_good(arm, contestant.step):
+        """Keep the twin as it stands for other runs; not if an earlier attempt trained a part of it unheard, or if it
+        went through trouble that each run must tell for itself."""
+        unheard = arm not in self._told or contestant.health.mishaps
+        if self._world.rank or unheard or self._is_good(arm, contestant.step):
             return
-        facts = {"reports": [[step, asdict(progress)] for step, progress in self._told[arm]]}
+        facts = {
+            "loss_began": contestant.health.began,
+            "reports": [[step, asdict(progress)] for step, progress in self._told[arm]],
+        }
         with self._lock():
             write_folder(self._entry(arm, contestant.step), facts, {"twin": contestant.tensors()})
 

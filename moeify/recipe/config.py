@@ -33,6 +33,7 @@ from moeify.recipe.data import (
     TextFolders,
     cluster_names,
 )
+from moeify.recipe.divergence import OnDivergence, StopRun
 from moeify.recipe.given_tree import Nested, names, read_tree
 from moeify.recipe.model import Model
 from moeify.recipe.partition import PLAIN, Partition
@@ -67,6 +68,11 @@ class Training(Closed):
     """On matrices only."""
     clip: PositiveFloat = 1.0
     """Largest norm of the whole gradient."""
+    explosion: Annotated[float, Field(gt=1.0)] = 2.0
+    """A step's mean loss has exploded beyond this many times that of the arm's first step, or of its first after a cut
+    where that is more. Losses of up to so many nats never have."""
+    on_divergence: OnDivergence = StopRun()
+    """What is done where a loss explodes, or a loss or gradient is not finite. Nothing of such a step is ever kept."""
 
 
 class Attribution(Closed):
