@@ -69,8 +69,9 @@ class RoutedAttention(nn.Module):
         ways_in = [self._linear(name) for name in (units.query, units.key, units.value)]
         parameters = [p for way in ways_in for p in (way.weight, way.bias)]
         projected = _project(x_RTD, rectangles, self._widths, *parameters) if rectangles else ()
+        angles = _angles(*rotary)
         heads = [
-            self._heads(projected[3 * i : 3 * i + 3], _of_rows(rotary, rectangle.rows))
+            self._heads(projected[3 * i : 3 * i + 3], _of_rows(angles, rectangle.rows), _turn)
             for i, rectangle in enumerate(rectangles)
         ]
         if cache is not None:
@@ -85,7 +86,7 @@ class RoutedAttention(nn.Module):
     def _masked(self, x_RTD: Tensor, rotary: Rotary, mask: Tensor | None, cache: Any) -> Tensor:
         units = self.units
         ways_in = (units.query, units.key, units.value)
-        query, key, value = self._heads([self._linear(name)(x_RTD) for name in ways_in], rotary)
+        query, key, value = self._heads([self._linear(name)(x_RTD) for name in ways_in], rotary, _turned)
         if cache is not None:
             key, value = cache.update(key, value, self._layer)
         keep_RU = x_RTD.new_zeros(len(x_RTD), units.units)
@@ -99,13 +100,13 @@ class RoutedAttention(nn.Module):
         """Rows of the query, key and value weights a unit."""
         return self.units.queries * self.units.size, self.units.size, self.units.size
 
-    def _heads(self, projected: Sequence[Tensor], rotary: Sequence[Tensor]) -> Heads:
+    def _heads(self, projected: Sequence[Tensor], angles: Sequence[Tensor], turn: Callable[..., Tensor]) -> Heads:
         """Return queries, keys and values of linear maps' outputs [n T f], positions turned in."""
         query, key, value = (each.unflatten(2, (-1, self.units.size)).transpose(1, 2) for each in projected)
         if self.units.norms:
             query, key = (self.get_submodule(n)(x) for n, x in zip(self.units.norms, (query, key), strict=True))
-        cos, sin = (part.unsqueeze(1) for part in rotary)
-        return _turned(query, cos, sin), _turned(key, cos, sin), value
+        cos, sin = (part.unsqueeze(1) for part in angles)
+        return turn(query, cos, sin), turn(key, cos, sin), value
 
     def _cached(self, heads: list[Heads], rectangles: list[Rectangle], x_RTD: Tensor, cache: Any) -> list[Heads]:
         """Put the keys and values of all rectangles into the cache, and take them with those from before."""
@@ -145,6 +146,33 @@ def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return vectors turned by their positions' angles, halves of a head in pairs, as in ``transformers``' Llama."""
     first, second = heads.chunk(2, dim=-1)
     return heads * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines, and sines with the signs with which ``_Turn`` adds them."""
+    first, second = sin.chunk(2, dim=-1)
+    return cos, torch.cat((-first, second), dim=-1)
+
+
+def _swapped(heads: Tensor) -> Tensor:
+    """Return a copy with the halves of each head swapped, heads after positions or before as they are."""
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat((second, first), dim=-1)
+
+
+class _Turn(torch.autograd.Function):
+    """What ``_turned`` does, in three kernels over whole heads; autograd's own backward pads and adds each half."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, signed_sin)
+        return _swapped(heads).mul_(signed_sin).addcmul_(heads, cos)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, signed_sin = ctx.saved_tensors
+        return _swapped(grads[0]).mul_(_swapped(signed_sin)).addcmul_(grads[0], cos), None, None
 
 
 def _scaled(units: slice, width: int) -> slice:
@@ -231,5 +259,6 @@ class _Write(torch.autograd.Function):
         return (None, weight_grad_DF, bias_grad_D, None, None, *seen_grads)
 
 
+_turn: Callable[..., Tensor] = _Turn.apply
 _project: Callable[..., tuple[Tensor, ...]] = _Project.apply
 _write: Callable[..., Tensor] = _Write.apply
