@@ -29,7 +29,7 @@ def seconds(rivals: Mapping[str, Run], *, turns: int, at_least: float) -> dict[s
         often[name] = max(1, round(at_least / max(1e-9, clock() - began)))
     found: dict[str, list[float]] = {name: [] for name in rivals}
     for turn in range(turns):
-        for name in reversed(rivals) if turn % 2 else rivals:
+        for name in reversed(list(rivals)) if turn % 2 else rivals:
             began = clock()
             for _ in range(often[name]):
                 rivals[name]()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moeify.models.units import HeadUnits
-from moeify.routed.ffn import Rectangle, Routes
+from moeify.routed.ffn import Rectangle, Routes, uncompiled
 
 Rotary = tuple[Float[Tensor, "some positions size"], Float[Tensor, "some positions size"]]
 """Cosines and sines, one row for all rows or one each."""
@@ -51,6 +51,9 @@ class RoutedAttention(nn.Module):
         **others: Any,
     ) -> tuple[Float[Tensor, "rows positions dim"], None]:
         """Return what the active heads write, and no attention weights."""
+        return uncompiled(self._run)(hidden_states, position_embeddings, attention_mask, cache, **others), None
+
+    def _run(self, hidden_states: Tensor, rotary: Rotary, mask: Tensor | None, cache: Any, **others: Any) -> Tensor:
         if self.routes.bounds[-1:] != (len(hidden_states),):
             raise ValueError(
                 f"site {self.units.name!r}: got {len(hidden_states)} rows, wanted as many as there are routes, "
@@ -58,7 +61,7 @@ class RoutedAttention(nn.Module):
             )
         cache = others.get("past_key_values") if cache is None else cache
         run = self._masked if self.routes.masked else self._routed
-        return run(hidden_states, position_embeddings, attention_mask, cache), None
+        return run(hidden_states, rotary, mask, cache)
 
     def _linear(self, name: str) -> nn.Linear:
         return cast(nn.Linear, self.get_submodule(name))

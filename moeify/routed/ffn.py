@@ -10,7 +10,7 @@ Axes: N tokens (rows times positions), D model width, U units; a rectangle has n
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from moeify.models.units import Activation, FfnUnits
 from moeify.splitting.partition import Partition
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Rectangle(NamedTuple):
@@ -76,11 +79,21 @@ class Routes:
             self.masked = before
 
 
+def uncompiled(run: Callable[P, T]) -> Callable[P, T]:
+    """Return ``run``, out of whose frames ``torch.compile`` keeps.
+
+    How many rows a leaf has changes from batch to batch. Traced, every mixture of categories was compiled anew, which
+    took longer than thousands of batches; products over views leave a compiler little to fuse. Left out, a network
+    compiles once, and what is between its routed blocks is compiled.
+    """
+    return torch.compiler.disable(run) if torch.compiler.is_compiling() else run
+
+
 class RoutedFfn(nn.Module):
     """A feed-forward block that runs only the units on each row's route.
 
     It takes over the submodules of the dense block under their own names, so parameter names stay those of the
-    stock architecture.
+    stock architecture. ``torch.compile`` runs it as it is, see ``uncompiled``.
     """
 
     def __init__(self, dense: nn.Module, units: FfnUnits, routes: Routes) -> None:
@@ -94,6 +107,9 @@ class RoutedFfn(nn.Module):
 
     def forward(self, x: Float[Tensor, "rows *positions dim"]) -> Float[Tensor, "rows *positions out"]:
         """Return what the active units write."""
+        return uncompiled(self._run)(x)
+
+    def _run(self, x: Tensor) -> Tensor:
         run, order = self._masked if self.routes.masked else self._routed, self.routes.order
         if order is None:
             out = run(x)
@@ -128,6 +144,7 @@ class RoutedFfn(nn.Module):
             down.bias,
             self.routes.rectangles(self.units.name, flat_ND.shape[0] // max(1, x.shape[0])),
             self.units.activation,
+            torch.is_grad_enabled(),
         )
         return out_ND.view(*x.shape[:-1], -1)
 
@@ -168,6 +185,7 @@ class _Rectangles(torch.autograd.Function):
         down_bias_D: Tensor | None,
         rectangles: list[Rectangle],
         activation: Activation,
+        remember: bool,
     ) -> Tensor:
         out_ND = x_ND.new_zeros(x_ND.shape[0], down_DU.shape[0])
         if down_bias_D is not None:
@@ -177,13 +195,15 @@ class _Rectangles(torch.autograd.Function):
             up_nu = F.linear(x_ND[rows], up_UD[units], None if up_bias_U is None else up_bias_U[units])
             if told_NU is not None:
                 up_nu += told_NU[rows, units]
+            read = [up_nu]
             if gate_UD is None:
-                hidden.append(up_nu)
                 active_nu = _activate(up_nu, activation)
             else:
                 gate_nu = F.linear(x_ND[rows], gate_UD[units], None if gate_bias_U is None else gate_bias_U[units])
-                hidden += [up_nu, gate_nu]
+                read.append(gate_nu)
                 active_nu = _activate(gate_nu, activation).mul_(up_nu)
+            if remember:
+                hidden += read
             out_ND[rows].addmm_(active_nu, down_DU[:, units].t())
         ctx.save_for_backward(x_ND, gate_UD, gate_bias_U, up_UD, up_bias_U, down_DU, down_bias_D, *hidden)
         ctx.rectangles = rectangles
@@ -229,10 +249,10 @@ class _Rectangles(torch.autograd.Function):
             x_grad_ND[rows].addmm_(up_grad_nu, up_UD[units])
             if up_bias_grad is not None:
                 up_bias_grad[units] = up_grad_nu.sum(0)
-            down_grad[:, units] = out_grad_nD.t() @ active_nu
+            torch.mm(out_grad_nD.t(), active_nu, out=down_grad[:, units])
         down_bias_grad = None if down_bias_D is None else out_grad_ND.sum(0)
         grads_out = (x_grad_ND, gate_grad, gate_bias_grad, up_grad, up_bias_grad, told_grad, down_grad, down_bias_grad)
-        return (*grads_out, None, None)
+        return (*grads_out, None, None, None)
 
 
 _rectangles: Callable[..., Tensor] = _Rectangles.apply
