@@ -72,9 +72,9 @@ class RoutedAttention(nn.Module):
         ways_in = [self._linear(name) for name in (units.query, units.key, units.value)]
         parameters = [p for way in ways_in for p in (way.weight, way.bias)]
         projected = _project(x_RTD, rectangles, self._widths, *parameters) if rectangles else ()
-        angles = _angles(*rotary)
+        angles, turn = _angles(*rotary), _turn if torch.is_grad_enabled() else _turned_at_once
         heads = [
-            self._heads(projected[3 * i : 3 * i + 3], _of_rows(angles, rectangle.rows), _turn)
+            self._heads(projected[3 * i : 3 * i + 3], _of_rows(angles, rectangle.rows), turn)
             for i, rectangle in enumerate(rectangles)
         ]
         if cache is not None:
@@ -111,7 +111,7 @@ class RoutedAttention(nn.Module):
         cos, sin = (part.unsqueeze(1) for part in angles)
         return turn(query, cos, sin), turn(key, cos, sin), value
 
-    def _cached(self, heads: list[Heads], rectangles: list[Rectangle], x_RTD: Tensor, cache: Any) -> list[Heads]:
+    def _cached(self, heads: list[Heads], rectangles: Sequence[Rectangle], x_RTD: Tensor, cache: Any) -> list[Heads]:
         """Put the keys and values of all rectangles into the cache, and take them with those from before."""
         rows, positions, _ = x_RTD.shape
         shape = (rows, self.units.units, positions, self.units.size)
@@ -163,19 +163,24 @@ def _swapped(heads: Tensor) -> Tensor:
     return torch.cat((second, first), dim=-1)
 
 
+def _turned_at_once(heads: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Return the same as ``_turned``, in three kernels over whole heads; of ``_angles``."""
+    return _swapped(heads).mul_(signed_sin).addcmul_(heads, cos)
+
+
 class _Turn(torch.autograd.Function):
-    """What ``_turned`` does, in three kernels over whole heads; autograd's own backward pads and adds each half."""
+    """``_turned_at_once``, forward and backward; autograd's own backward of ``_turned`` pads and adds each half."""
 
     @staticmethod
     def forward(ctx: Any, heads: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, signed_sin)
-        return _swapped(heads).mul_(signed_sin).addcmul_(heads, cos)
+        return _turned_at_once(heads, cos, signed_sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, signed_sin = ctx.saved_tensors
-        return _swapped(grads[0]).mul_(_swapped(signed_sin)).addcmul_(grads[0], cos), None, None
+        return _turned_at_once(grads[0], cos, _swapped(signed_sin)), None, None
 
 
 def _scaled(units: slice, width: int) -> slice:
@@ -190,7 +195,7 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_RTD: Tensor, rectangles: list[Rectangle], widths: tuple[int, ...], *parameters: Tensor | None
+        ctx: Any, x_RTD: Tensor, rectangles: Sequence[Rectangle], widths: tuple[int, ...], *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[::2], parameters[1::2]
         ctx.save_for_backward(x_RTD, *weights)
@@ -235,7 +240,7 @@ class _Write(torch.autograd.Function):
         shape: torch.Size,
         weight_DF: Tensor,
         bias_D: Tensor | None,
-        rectangles: list[Rectangle],
+        rectangles: Sequence[Rectangle],
         width: int,
         *seen: Tensor,
     ) -> Tensor:

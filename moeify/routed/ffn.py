@@ -25,6 +25,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+_REMEMBERED = 1024
+
+
 class Rectangle(NamedTuple):
     """Half-open ranges: these tokens (or rows) run these units."""
 
@@ -47,18 +50,27 @@ class Routes:
     """Nodes whose own units give nothing."""
     masked: bool = False
     """Run the oracle instead of rectangles."""
+    _found: dict[tuple[Any, ...], tuple[Rectangle, ...]] = field(default_factory=dict, repr=False)
+    """Rectangles of ``_partition``, by what they depend on besides: a token at a time, they are the same for long."""
+    _partition: Partition | None = field(default=None, repr=False)
 
-    def rectangles(self, site: str, positions: int = 1) -> list[Rectangle]:
+    def rectangles(self, site: str, positions: int = 1) -> tuple[Rectangle, ...]:
         """Return the non-empty rectangles of a site, rows counted in tokens of ``positions`` a row."""
-        found = []
+        if self._partition is not self.partition or len(self._found) > _REMEMBERED:
+            self._found, self._partition = {}, self.partition
+        key = (site, positions, self.bounds, self.ablated)
+        if (found := self._found.get(key)) is None:
+            found = self._found[key] = tuple(self._rectangles(site, positions))
+        return found
+
+    def _rectangles(self, site: str, positions: int) -> Iterator[Rectangle]:
         for node, (start, width) in enumerate(
             zip(self.partition.starts(site), self.partition.widths[site], strict=True)
         ):
             first, last = self.partition.tree.span(node)
             low, high = self.bounds[first] * positions, self.bounds[last] * positions
             if width and high > low and node not in self.ablated:
-                found.append(Rectangle(slice(low, high), slice(start, start + width)))
-        return found
+                yield Rectangle(slice(low, high), slice(start, start + width))
 
     @contextmanager
     def ablating(self, nodes: Sequence[int]) -> Iterator[None]:
@@ -133,7 +145,8 @@ class RoutedFfn(nn.Module):
         gate = self._map(self.units.gate) if self.units.gate else None
         up_UD, down_DU = (way.weight.t() if self.units.transposed else way.weight for way in (up, down))
         flat_ND = x.reshape(-1, x.shape[-1])
-        out_ND = _rectangles(
+        run = _rectangles if torch.is_grad_enabled() else _written
+        out_ND = run(
             flat_ND,
             gate.weight if gate else None,
             gate.bias if gate else None,
@@ -144,7 +157,6 @@ class RoutedFfn(nn.Module):
             down.bias,
             self.routes.rectangles(self.units.name, flat_ND.shape[0] // max(1, x.shape[0])),
             self.units.activation,
-            torch.is_grad_enabled(),
         )
         return out_ND.view(*x.shape[:-1], -1)
 
@@ -165,8 +177,45 @@ class RoutedFfn(nn.Module):
         return hidden * mask_RU.view(up.shape[0], *[1] * (up.dim() - 2), self.units.units)
 
 
+def _written(
+    x_ND: Tensor,
+    gate_UD: Tensor | None,
+    gate_bias_U: Tensor | None,
+    up_UD: Tensor,
+    up_bias_U: Tensor | None,
+    told_NU: Tensor | None,
+    down_DU: Tensor,
+    down_bias_D: Tensor | None,
+    rectangles: Sequence[Rectangle],
+    activation: Activation,
+    hidden: list[Tensor] | None = None,
+) -> Tensor:
+    """Return the sum over rectangles of down(act(gate(x)) * up(x)), each over its own rows and units.
+
+    ``hidden`` is given what up and gate give in each rectangle.
+    """
+    out_ND = x_ND.new_zeros(x_ND.shape[0], down_DU.shape[0])
+    if down_bias_D is not None:
+        out_ND += down_bias_D
+    for rows, units in rectangles:
+        up_nu = F.linear(x_ND[rows], up_UD[units], None if up_bias_U is None else up_bias_U[units])
+        if told_NU is not None:
+            up_nu += told_NU[rows, units]
+        read = [up_nu]
+        if gate_UD is None:
+            active_nu = _activate(up_nu, activation)
+        else:
+            gate_nu = F.linear(x_ND[rows], gate_UD[units], None if gate_bias_U is None else gate_bias_U[units])
+            read.append(gate_nu)
+            active_nu = _activate(gate_nu, activation).mul_(up_nu)
+        if hidden is not None:
+            hidden += read
+        out_ND[rows].addmm_(active_nu, down_DU[:, units].t())
+    return out_ND
+
+
 class _Rectangles(torch.autograd.Function):
-    """The sum over rectangles of down(act(gate(x)) * up(x)), each over its own rows and units.
+    """``_written``, forward and backward.
 
     Written out because autograd's own backward of a weight's view fills and adds a whole weight for each node;
     here each node's gradient is one product written straight into its own slice.
@@ -183,28 +232,12 @@ class _Rectangles(torch.autograd.Function):
         told_NU: Tensor | None,
         down_DU: Tensor,
         down_bias_D: Tensor | None,
-        rectangles: list[Rectangle],
+        rectangles: Sequence[Rectangle],
         activation: Activation,
-        remember: bool,
     ) -> Tensor:
-        out_ND = x_ND.new_zeros(x_ND.shape[0], down_DU.shape[0])
-        if down_bias_D is not None:
-            out_ND += down_bias_D
+        maps = (gate_UD, gate_bias_U, up_UD, up_bias_U, told_NU, down_DU, down_bias_D)
         hidden: list[Tensor] = []
-        for rows, units in rectangles:
-            up_nu = F.linear(x_ND[rows], up_UD[units], None if up_bias_U is None else up_bias_U[units])
-            if told_NU is not None:
-                up_nu += told_NU[rows, units]
-            read = [up_nu]
-            if gate_UD is None:
-                active_nu = _activate(up_nu, activation)
-            else:
-                gate_nu = F.linear(x_ND[rows], gate_UD[units], None if gate_bias_U is None else gate_bias_U[units])
-                read.append(gate_nu)
-                active_nu = _activate(gate_nu, activation).mul_(up_nu)
-            if remember:
-                hidden += read
-            out_ND[rows].addmm_(active_nu, down_DU[:, units].t())
+        out_ND = _written(x_ND, *maps, rectangles, activation, hidden)
         ctx.save_for_backward(x_ND, gate_UD, gate_bias_U, up_UD, up_bias_U, down_DU, down_bias_D, *hidden)
         ctx.rectangles = rectangles
         ctx.activation = activation
@@ -252,7 +285,7 @@ class _Rectangles(torch.autograd.Function):
             torch.mm(out_grad_nD.t(), active_nu, out=down_grad[:, units])
         down_bias_grad = None if down_bias_D is None else out_grad_ND.sum(0)
         grads_out = (x_grad_ND, gate_grad, gate_bias_grad, up_grad, up_bias_grad, told_grad, down_grad, down_bias_grad)
-        return (*grads_out, None, None, None)
+        return (*grads_out, None, None)
 
 
 _rectangles: Callable[..., Tensor] = _Rectangles.apply
