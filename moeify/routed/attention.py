@@ -262,7 +262,7 @@ class _Write(torch.autograd.Function):
         for (rows, units), seen_nTf in zip(ctx.rectangles, seen, strict=True):
             mine, grad_nTD = _scaled(units, ctx.width), out_grad_RTD[rows]
             seen_grads.append(grad_nTD @ weight_DF[:, mine])
-            weight_grad_DF[:, mine] = grad_nTD.flatten(0, 1).t() @ seen_nTf.flatten(0, 1)
+            torch.mm(grad_nTD.flatten(0, 1).t(), seen_nTf.flatten(0, 1), out=weight_grad_DF[:, mine])
         bias_grad_D = out_grad_RTD.flatten(0, 1).sum(0) if ctx.biased else None
         return (None, weight_grad_DF, bias_grad_D, None, None, *seen_grads)
 

@@ -141,6 +141,7 @@ class SplitModel(nn.Module):
         counts = torch.bincount(positions, minlength=len(self.categories))
         self.routes.bounds = (0, *counts.cumsum(0).tolist())
         self.routes.categories, self.routes.order = categories, order
+        self.routes.places = None if order is None else torch.argsort(order)
 
     @contextmanager
     def ablated(self, *experts: str) -> Iterator[None]:
