@@ -22,7 +22,7 @@ from attribution.subject import Rows, Subject
 from benchmarks.report import Cell, Figure, arguments, report
 from moeify.models.build import build_llama
 from moeify.models.families import readers
-from moeify.recipe.config import LlamaModel
+from moeify.recipe.model import LlamaModel
 from moeify.tasks.language import sample_tokens, token_nats
 
 CATEGORIES = ("a", "b", "c", "d")

@@ -1,6 +1,6 @@
 """What separation costs, by method: the loop against one-shot, fixed-at-init and every other way to find owners.
 
-The shipped recipes (``text``, and ``digits`` with ``--recipe digits``) at several separations, each method and seed a
+A shipped recipe (``text``; ``--recipe`` names another) at several separations, each method and seed a
 run of equal tokens; a seed's runs share their twins. Tax is on test data, above the dense twin and above the told twin;
 gaps are each rival's loss less the loop's, paired by seed; 95 % intervals (Student's t over seeds). Runs are Ray tasks,
 as many at a time as there are cores; those that have ended are kept in ``--work`` and not run again. Text takes hours
@@ -11,7 +11,6 @@ separation.
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 
 from benchmarks.report import Cell, Figure, parser, report
@@ -21,6 +20,7 @@ from moeify.recipe.config import RunConfig
 from moeify.recipe.load import parse_recipe
 from moeify.recipe.variants import methods
 from pipelines.compare import Comparison, progress_line, run_jobs
+from pipelines.find_recipe import find_recipe, shipped
 from pipelines.runs import cache
 
 DEEP = 0.55
@@ -32,7 +32,7 @@ GAPS = {"oneshot": "gap_oneshot", "random": "gap_random", "init": "gap_init"}
 def main() -> None:
     """Run what is missing, then print the table."""
     asks = parser(__doc__)
-    asks.add_argument("--recipe", choices=("text", "digits"), default="text")
+    asks.add_argument("--recipe", choices=shipped(), default="text")
     asks.add_argument("--methods", nargs="+", choices=methods(), default=list(methods()), metavar="METHOD")
     asks.add_argument("--separations", nargs="+", type=float, default=list(SEPARATIONS), metavar="FRACTION")
     asks.add_argument("--seeds", type=int, default=5)
@@ -48,8 +48,8 @@ def main() -> None:
 
 def read(name: str) -> RunConfig:
     """Return a shipped recipe."""
-    text = files("pipelines.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    return parse_recipe(text, where=f"recipe {name!r}")
+    text, where, _ = find_recipe(name)
+    return parse_recipe(text, where=where)
 
 
 def quick(config: RunConfig) -> RunConfig:

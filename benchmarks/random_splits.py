@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from moeify.models.build import build_llama
-from moeify.recipe.config import LlamaModel
+from moeify.recipe.model import LlamaModel
 from moeify.recipe.partition import PLAIN, UnitKind
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float64, Int
@@ -11,7 +11,7 @@ from torch import Tensor
 from moeify.events import RoundEnded, Stop
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import Evaluation
-from moeify.result import MEAN, Result
+from moeify.result import MEAN, ModuleTest, Result
 from moeify.routed.split_model import SplitModel
 from moeify.task import HeldOut, Task
 from moeify.training import mean_by_category
@@ -25,10 +25,19 @@ class RowLosses:
     nats_R: Float64[Tensor, " rows"]
     """Nats of the whole row, in the order that the task yields rows."""
     categories_R: Int[Tensor, " rows"]
+    right_R: Float64[Tensor, " rows"] | None = None
+    """1 where the model gets the row right, else 0; None where a row is not right or wrong."""
 
     def by_category(self, task: Task) -> dict[str, float]:
         """Return category -> nats per unit (token or example)."""
         return mean_by_category([(self.nats_R, self.categories_R)], task, Solo())
+
+    def accuracy(self, task: Task) -> dict[str, float] | None:
+        """Return category -> share of its rows that the model gets right, 0..1, and the ``mean``; None as above."""
+        if (right_R := self.right_R) is None:
+            return None
+        shares = {name: right_R[self.categories_R == i].mean().item() for i, name in enumerate(task.categories)}
+        return {**shares, MEAN: sum(shares.values()) / len(shares)}
 
 
 @torch.no_grad()
@@ -36,17 +45,31 @@ def row_losses(model: SplitModel, task: Task, world: World, evaluation: Evaluati
     """Return the loss of every row of a held-out split, each row along its category's route."""
     model.eval()
     rows = evaluation.validation_rows if split == "validation" else evaluation.test_rows
-    nats, categories = [], []
+    nats, right, categories, judged = [], [], [], torch.zeros(1)
     for batch in task.held_out_batches(split, rows, evaluation.rows_at_once):
         part = batch.shard(world.rank, world.size)
-        nats_R = torch.zeros(len(batch.categories), dtype=torch.float64)
+        nats_R, right_R = torch.zeros(2, len(batch.categories), dtype=torch.float64)
         if len(part.categories):
-            nats_R[world.rank :: world.size] = task.nats(model(part.inputs, part.categories), part.targets).double()
+            outputs = model(part.inputs, part.categories)
+            nats_R[world.rank :: world.size] = task.nats(outputs, part.targets).double()
+            if (found := task.right(outputs, part.targets)) is not None:
+                right_R[world.rank :: world.size] = found.double()
+                judged += 1
         nats.append(nats_R)
+        right.append(right_R)
         categories.append(batch.categories)
-    whole = RowLosses(torch.cat(nats), torch.cat(categories))
-    world.sum([whole.nats_R])
-    return whole
+    whole = RowLosses(torch.cat(nats), torch.cat(categories), torch.cat(right))
+    assert whole.right_R is not None
+    world.sum([whole.nats_R, whole.right_R, judged])
+    return whole if judged else replace(whole, right_R=None)
+
+
+def position_nats(task: Task, outputs: Tensor, targets: Tensor) -> Float64[Tensor, "rows positions"]:
+    """Return the nats of every position; of a whole row, as one position, where it is one example."""
+    if task.unit == "example":
+        return task.nats(outputs, targets).double().unsqueeze(1)
+    each = task.nats(outputs.flatten(0, 1).unsqueeze(1), targets.flatten().unsqueeze(1))
+    return each.double().view(targets.shape)
 
 
 def held_out_loss(
@@ -69,17 +92,22 @@ def tax_error(mine: RowLosses, twin: RowLosses, task: Task) -> float | None:
     return error if math.isfinite(error) else None
 
 
-def own_other(
-    model: SplitModel, task: Task, world: World, evaluation: Evaluation, intact: Mapping[str, float]
-) -> dict[str, dict[str, float]]:
-    """Return category -> {expert: rise of its test loss in nats when that expert and all below it are removed}."""
-    rises: dict[str, dict[str, float]] = {category: {} for category in task.categories}
+def losses_without(model: SplitModel, task: Task, world: World, evaluation: Evaluation) -> dict[str, RowLosses]:
+    """Return expert -> the test rows' losses when it and all below it are removed, for every expert below the core."""
+    removed = {}
     for expert in [node.name for node in model.partition.tree.nodes[1:]]:
         with model.ablated(expert):
-            loss = held_out_loss(model, task, world, evaluation, "test")
-        for category in task.categories:
-            rises[category][expert] = loss[category] - intact[category]
-    return rises
+            removed[expert] = row_losses(model, task, world, evaluation, "test")
+    return removed
+
+
+def own_other(removed: Mapping[str, RowLosses], intact: RowLosses, task: Task) -> dict[str, dict[str, float]]:
+    """Return category -> {expert: rise of its loss, in nats per unit, without that expert}."""
+    before, after = intact.by_category(task), {expert: rows.by_category(task) for expert, rows in removed.items()}
+    return {
+        category: {expert: loss[category] - before[category] for expert, loss in after.items()}
+        for category in task.categories
+    }
 
 
 def tax(loss: Mapping[str, float], twin: Mapping[str, float]) -> dict[str, float]:
@@ -94,6 +122,7 @@ def summarize(
     rounds: Sequence[RoundEnded],
     tested: Mapping[Arm, RowLosses],
     rises: dict[str, dict[str, float]],
+    modules: tuple[ModuleTest, ...],
     stopped: Stop,
     steps: int,
     seconds: float,
@@ -102,6 +131,7 @@ def summarize(
     partition, flops = split.partition, split.active_flops(task.units_per_row)
     losses = {arm: rows.by_category(task) for arm, rows in tested.items()}
     bits = {arm: task.bits_per_byte(loss, "test") for arm, loss in losses.items()}
+    accuracies = {arm: rows.accuracy(task) for arm, rows in tested.items()}
     return Result(
         categories=task.categories,
         unit=task.unit,
@@ -112,7 +142,9 @@ def summarize(
         stopped=stopped,
         test_loss=losses,
         bits_per_byte={arm: each for arm, each in bits.items() if each is not None} or None,
+        accuracy={arm: each for arm, each in accuracies.items() if each is not None} or None,
         own_other=rises,
+        modules=modules,
         tax=tax(losses["split"], losses["dense"]),
         tax_error=tax_error(tested["split"], tested["dense"], task),
         tax_random=tax(losses["random"], losses["dense"]) if "random" in losses else None,

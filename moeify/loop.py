@@ -5,7 +5,8 @@ data, loss and network, a ``World`` the other workers, a ``Store`` keeps checkpo
 
 Arms run side by side on the same data in the same order: the dense twin, the split model, and the recipe's controls:
 ``random``, split at random into the same tree and widths, and ``told``, a dense twin that is given the category. Up to
-the first cut, arms that are cut are one and the same as the dense twin, so that only the twins are trained.
+the first cut, arms that are cut are one and the same as the dense twin, so that only the twins are trained; but where
+the recipe routes gradients before that, the split model trains beside them, and its control forks from it.
 """
 
 import time
@@ -17,6 +18,7 @@ from typing import Literal
 from attribution.measure import Moments, Stability, measure, strongest_category
 from attribution.subject import Subject
 from attribution.table import AttributionTable
+from moeify.clean_modules import module_tests
 from moeify.control import (
     NoStepLeftError,
     Standing,
@@ -27,13 +29,14 @@ from moeify.control import (
     expected_use,
     why_stopped,
 )
-from moeify.evaluation import RowLosses, own_other, row_losses, summarize, tax, tax_error
+from moeify.distillation import Teacher
+from moeify.evaluation import RowLosses, losses_without, own_other, row_losses, summarize, tax, tax_error
 from moeify.events import MemoryTracker, Tracker
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import Round, RunConfig
 from moeify.recipe.plan import PlannedPhase, check_categories, plan
 from moeify.report import Reporter
-from moeify.result import Result
+from moeify.result import ModuleTest, Result
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.grouping import NothingToSplitError, divisible_leaves
 from moeify.splitting.null_test import Relabel, null_test
@@ -82,6 +85,7 @@ class _Loop:
         self.world = world
         self.store = store
         self.twins = twins
+        self.teacher = Teacher(task.build(), config.distillation) if config.distillation else None
         self.say = Reporter(config, store, tracker, speaks=world.rank == 0)
         self.state = self._begin()
         self.began = time.time() - self.state.seconds
@@ -104,6 +108,8 @@ class _Loop:
         """Return the newest checkpoint's state, the same one on every rank, or a fresh one."""
         found = self.world.share(self.store.newest() if self.world.rank == 0 else None)
         state = State.load(self.store, found.name, self.config) if found else State.fresh(self.config, self.task)
+        if self.teacher:
+            self.teacher.check(state.began)
         model = state.arms["dense"].model
         self.terms = terms_in_reach(
             self.config, self.task.categories, model.network, model.space, self.task.units_per_row
@@ -119,6 +125,7 @@ class _Loop:
         every = self.config.checkpoints.every
         for arm, contestant in self.state.arms.items():
             report: Report = partial(self.say.step, arm, phase.round, self.state)
+            teacher = self.teacher if arm in self.config.cut_arms else None
             twins = self.twins if arm in self.config.twins else None
             if twins:
                 report = twins.recording(arm, contestant, report)
@@ -126,7 +133,8 @@ class _Loop:
                     continue
             while contestant.step < phase.until:
                 stop = min(phase.until, contestant.step - contestant.step % every + every)
-                train(contestant, self.task, self.world, self.config.training, stop, self.config.tracking.every, report)
+                training, every_step = self.config.training, self.config.tracking.every
+                train(contestant, self.task, self.world, training, stop, every_step, report, teacher)
                 if contestant.step < phase.until:
                     self._checkpoint()
             if twins:
@@ -271,11 +279,14 @@ class _Loop:
         last = plan(self.config)[-1]
         rows = self._evaluate(last, "test", tuple(self.state.arms))
         split = self.state.arms["split"].model
-        intact = rows["split"].by_category(self.task)
-        wounded = own_other(split, self.task, self.world, self.config.evaluation, intact)
+        removed = losses_without(split, self.task, self.world, self.config.evaluation)
+        rises = own_other(removed, rows["split"], self.task)
+        modules: tuple[ModuleTest, ...] = ()
+        if self.config.evaluation.null_draws:
+            modules = module_tests(split, self.task, self.world, self.config, rows["split"], removed)
         stopped, seconds = why_stopped(self.state.rounds, self.config.rounds[-1].separation), time.time() - self.began
         rounds, steps = self.state.rounds, self.config.training.steps
-        return summarize(self.task, split, rounds, rows, wounded, stopped, steps, seconds)
+        return summarize(self.task, split, rounds, rows, rises, modules, stopped, steps, seconds)
 
     def _measure(self, model: SplitModel, round_: int, relabel: Relabel = iter) -> AttributionTable:
         """Return the attribution of every unit to every category, of all workers' rows together."""

@@ -6,10 +6,11 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
-_PURPOSES = {"train": 1, "probe": 2, "split": 3, "permute": 4}
+Purpose = Literal["train", "probe", "split", "permute", "null", "resample"]
+_PURPOSES: dict[Purpose, int] = {"train": 1, "probe": 2, "split": 3, "permute": 4, "null": 5, "resample": 6}
 
 
-def generator(seed: int, purpose: Literal["train", "probe", "split", "permute"], *numbers: int) -> np.random.Generator:
+def generator(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:
     """Return the random numbers of one purpose, independent of those of every other purpose and number."""
     return np.random.default_rng([seed, _PURPOSES[purpose], *numbers])
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moeify.data import tokens
+from moeify.data.given_tokenizer import GivenTokenizer
 from moeify.data.survey import Survey
 from moeify.recipe import strict_yaml
 from moeify.recipe.config import RunConfig
@@ -23,7 +24,7 @@ _WINDOWS = 8
 """Rows of each category that held-out data should have at least, where a shorter row gives them."""
 _EPOCHS = 8
 """How often the train split is read at most."""
-_SPEED = 4e9
+SPEED = 4e9
 """Parameters times tokens that one core trains in a second: the shipped recipe ``text`` on two cores."""
 _MINUTES = 5.0
 """What a first run may take, as far as that can be foreseen."""
@@ -55,6 +56,12 @@ class Machine:
     memory: float
     """GB that are free."""
 
+    @property
+    def workers(self) -> tuple[int, int]:
+        """Processes that a run may have here, and the cores of each."""
+        workers = 1 << int(math.log2(max(1, min(8, self.cores, self.memory // _WORKER_GB))))
+        return workers, max(1, self.cores // workers)
+
 
 @dataclass(frozen=True)
 class Starter:
@@ -77,22 +84,12 @@ def starter(survey: Survey, name: str, machine: Machine, cache: Path, base: Path
     Raises:
         ValueError: The data is too small.
     """
-    small = min(amount.size for amount in survey.amounts.values()) < _SMALL
     total = sum(amount.size for amount in survey.amounts.values())
-    data = TextData(
-        kind="text",
-        source=_relative(survey.source, base),
-        discover=None if survey.labelled else Discover(),
-        vocabulary=_from(_VOCABULARIES, total),
-        validation=0.1 if small else 0.05,
-        test=0.15 if small else 0.1,
-    )
-    data, prepared = _prepared(data, cache, base)
-    data = data.model_copy(update={"length": _length(prepared)})
+    data, prepared = rows_of(survey, cache, base, vocabulary=of_size(_VOCABULARIES, total))
     train = tuple(len(stream) for stream in prepared.streams["train"])
-    workers = 1 << int(math.log2(max(1, min(8, machine.cores, machine.memory // _WORKER_GB))))
+    workers, threads = machine.workers
     number = len(prepared.categories)
-    rows = max(16, 2 ** math.ceil(math.log2(number)))
+    rows = rows_a_step(number)
     shape, a_minute = _shape(total, prepared.vocabulary, rows * data.length, machine.cores)
     most = min(_MINUTES * a_minute, _EPOCHS * sum(train) / (rows * data.length), _STEPS[1])
     steps = max(_STEPS[0], round(most / 40) * 40)
@@ -104,7 +101,7 @@ def starter(survey: Survey, name: str, machine: Machine, cache: Path, base: Path
         "rows": rows,
         "multiple": 8 if number <= 12 else 4,
         "workers": workers,
-        "threads": max(1, machine.cores // workers),
+        "threads": threads,
     }
     for separations in _depths(number):
         text = _written({**settings, "rounds": _rounds(number, steps, separations)})
@@ -121,16 +118,46 @@ def starter(survey: Survey, name: str, machine: Machine, cache: Path, base: Path
     )
 
 
-def _prepared(data: TextData, cache: Path, base: Path) -> tuple[TextData, tokens.Tokens]:
+def rows_of(
+    survey: Survey,
+    cache: Path,
+    base: Path | None,
+    given: GivenTokenizer | None = None,
+    most: int = _LENGTHS[0],
+    **more: Any,
+) -> tuple[TextData, tokens.Tokens]:
+    """Return the data section for what was found, rows as long as they may be, ``most`` at most, and its tokens.
+
+    ``base``: None leaves absolute paths as they are. ``more``: fields of the section. ValueError for too little text.
+    """
+    small = min(amount.size for amount in survey.amounts.values()) < _SMALL
+    data = TextData(
+        kind="text",
+        source=survey.source if base is None else _relative(survey.source, base),
+        discover=None if survey.labelled else Discover(),
+        validation=0.1 if small else 0.05,
+        test=0.15 if small else 0.1,
+        **more,
+    )
+    data, prepared = _prepared(data, cache, base or Path(), given)
+    return data.model_copy(update={"length": _length(prepared, most)}), prepared
+
+
+def rows_a_step(categories: int) -> int:
+    """Return rows of a step that hold every category."""
+    return max(16, 2 ** math.ceil(math.log2(categories)))
+
+
+def _prepared(data: TextData, cache: Path, base: Path, given: GivenTokenizer | None) -> tuple[TextData, tokens.Tokens]:
     """Prepare the tokens; where clusters are too small to hold any of them out, look for fewer clusters."""
     if data.discover is None:
-        return data, tokens.prepare(data, cache, base)
+        return data, tokens.prepare(data, cache, base, given)
     for most in _CLUSTERS:
         asked = data.model_copy(update={"discover": data.discover.model_copy(update={"most": most})})
         with suppress(ValueError):
-            return asked, tokens.prepare(asked, cache, base)
+            return asked, tokens.prepare(asked, cache, base, given)
     asked = data.model_copy(update={"discover": data.discover.model_copy(update={"number": 2})})
-    return asked, tokens.prepare(asked, cache, base)
+    return asked, tokens.prepare(asked, cache, base, given)
 
 
 def _shape(size: int, vocabulary: int, tokens_a_step: int, cores: int) -> tuple[tuple[int, int, int], float]:
@@ -138,13 +165,14 @@ def _shape(size: int, vocabulary: int, tokens_a_step: int, cores: int) -> tuple[
     for least, shape in _SHAPES:
         hidden, layers, ffn = shape
         parameters = vocabulary * hidden + layers * (4 * hidden**2 + 3 * hidden * ffn)
-        a_minute = 60 * _SPEED * cores / (parameters * tokens_a_step * _ARMS)
+        a_minute = 60 * SPEED * cores / (parameters * tokens_a_step * _ARMS)
         if size >= least and _MINUTES * a_minute >= _ENOUGH:
             break
     return shape, a_minute
 
 
-def _from(table: Sequence[tuple[int, Any]], size: int) -> Any:
+def of_size(table: Sequence[tuple[int, Any]], size: int) -> Any:
+    """Return what the first row has whose number is no more than ``size``; the last row's number is 0."""
     return next(value for least, value in table if size >= least)
 
 
@@ -161,8 +189,8 @@ def _below(path: Path, base: Path) -> Path:
     return path if ".." in relative.parts else relative
 
 
-def _length(prepared: tokens.Tokens) -> int:
-    """Return the longest row that leaves enough rows to judge by."""
+def _length(prepared: tokens.Tokens, most: int) -> int:
+    """Return the longest row, of ``most`` tokens, that leaves enough rows to judge by."""
     category, split, least = min(
         (
             (c, s, len(stream))
@@ -172,7 +200,7 @@ def _length(prepared: tokens.Tokens) -> int:
         key=lambda each: each[2],
     )
     for length in _LENGTHS:
-        if least > _WINDOWS * length:
+        if length <= most and least > _WINDOWS * length:
             return length
     raise ValueError(
         f"the {split} split of category {category!r} has {least} tokens, wanted more than {_WINDOWS * _LENGTHS[-1]}; "

@@ -8,13 +8,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from attribution.subject import Rows, Subject
 from moeify import rows as rows_of
 from moeify.data import tokens as tokens_of
 from moeify.data.documents import Document
+from moeify.models.decoders import config_of
 from moeify.models.families import readers
+from moeify.models.pretrained import look
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
 from moeify.recipe.data import TextData
@@ -62,8 +64,9 @@ def of_checkpoint(folder: Path, data: TextData, *, base: Path, rows: int, rows_a
     Tokens are those of the checkpoint's own tokenizer, ``data.length`` a row, documents drawn at random. No code of the
     checkpoint is run and no pickle is read. ValueError for folders and texts that cannot be used, by name.
     """
-    network, tokenizer = _pretrained(folder)
-    most = getattr(network.config, "max_position_embeddings", data.length)
+    checkpoint = look(folder)
+    network, tokenizer = checkpoint.network(), checkpoint.tokenizer()
+    most = config_of(network).max_position_embeddings
     if data.length > most:
         raise ValueError(f"data.length is {data.length}, and {folder} takes {most} tokens at most; lower data.length")
     found = {
@@ -91,24 +94,6 @@ def _masked(model: SplitModel) -> Callable[[Tensor, Tensor], Tensor]:
             return model(inputs, categories)
 
     return run
-
-
-def _pretrained(folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json; give a folder that transformers' save_pretrained wrote")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        network: nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32, **safe
-        )
-        return network, AutoTokenizer.from_pretrained(folder, **safe)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} cannot be read as a causal language model ({error})") from error
 
 
 def _windows(

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
+from moeify.distillation import Teacher
 from moeify.recipe.config import Training
+from moeify.routed.gradients import GradientRouter
 from moeify.routed.split_model import SplitModel
-from moeify.task import Task
+from moeify.task import Batch, Task
 from moeify.world import World
 
 
@@ -19,10 +22,14 @@ class DivergedError(ValueError):
 
 
 class Contestant:
-    """A model in training with its optimizer; ``step`` is its place in the data stream and the schedule."""
+    """A model in training with its optimizer; ``step`` is its place in the data stream and the schedule.
 
-    def __init__(self, model: SplitModel, training: Training) -> None:
+    ``router``: routes gradients, where the recipe asks that of this arm.
+    """
+
+    def __init__(self, model: SplitModel, training: Training, router: GradientRouter | None = None) -> None:
         self.model = model
+        self.router = router
         self.step = 0
         told = {id(p) for p in model.told}  # biases, one vector a category
         matrices = [p for p in model.parameters() if p.dim() > 1 and id(p) not in told]
@@ -49,6 +56,24 @@ class Contestant:
             if name in persistent:
                 found[f"buffer/{name}"] = buffer
         return found
+
+    def arranged(self, rows: Batch) -> Batch:
+        """Return the rows as the model runs them: by leaf, and in each category those with a known label first."""
+        places = self.model.positions(rows.categories)
+        return rows.take(torch.argsort(places * 2 + ~self._labelled(rows), stable=True))
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """Return what the network gives for rows that are ``arranged``, gradients routed."""
+        learning = None
+        if self.router:
+            learning = self.router.learning(self.model.partition, batch.categories, self._labelled(batch))
+        with self.model.learns(learning):
+            return self.model(batch.inputs, batch.categories)
+
+    def _labelled(self, batch: Batch) -> Bool[Tensor, " rows"]:
+        if self.router is None:
+            return torch.ones_like(batch.categories, dtype=torch.bool)
+        return self.router.labelled(batch.categories, batch.ids if batch.examples is None else batch.examples)
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -98,8 +123,11 @@ def train(
     until: int,
     every: int,
     report: Report,
+    teacher: Teacher | None = None,
 ) -> None:
     """Train up to step ``until`` in place; every rank calls ``report`` after each ``every``-th step and the last one.
+
+    ``teacher``: what the model learns from besides; losses are reported without it.
 
     Raises DivergedError when a reported loss is not a finite number.
     """
@@ -108,9 +136,11 @@ def train(
     since, units = time.perf_counter(), 0
     while contestant.step < until:
         rows = task.train_batch(contestant.step)
-        batch = rows.take(model.order(rows.categories)).shard(world.rank, world.size)
-        nats_R = task.nats(model(batch.inputs, batch.categories), batch.targets)
-        (nats_R.sum() / (len(rows.categories) * task.units_per_row)).backward()
+        batch = contestant.arranged(rows).shard(world.rank, world.size)
+        outputs = contestant.outputs(batch)
+        nats_R = task.nats(outputs, batch.targets)
+        loss_R = teacher.loss(batch.inputs, outputs, nats_R) if teacher else nats_R
+        (loss_R.sum() / (len(rows.categories) * task.units_per_row)).backward()
         rate = _update(contestant, parameters, world, training)
         units += len(rows.categories) * task.units_per_row
         if contestant.step % every == 0 or contestant.step == until:
@@ -136,6 +166,19 @@ def mean_by_category(nats: list[tuple[Tensor, Tensor]], task: Task, world: World
     return {c: means[i].item() for i, c in enumerate(task.categories) if rows_C[i] > 0}
 
 
+def _agree(model: SplitModel, world: World) -> None:
+    """Replace what every rank has gathered from its own rows (running statistics) by the mean over ranks.
+
+    A rank that had no row for a statistic in this step counts with what it was before.
+    """
+    persistent = model.network.state_dict() if world.size > 1 else {}
+    gathered = [buffer for name, buffer in model.network.named_buffers() if name in persistent]
+    moving = [buffer for buffer in gathered if buffer.is_floating_point()]
+    world.sum(moving)
+    for buffer in moving:
+        buffer /= world.size
+
+
 def _update(contestant: Contestant, parameters: list[nn.Parameter], world: World, training: Training) -> float:
     world.sum([p.grad for p in parameters if p.grad is not None])
     nn.utils.clip_grad_norm_(parameters, training.clip)
@@ -144,5 +187,6 @@ def _update(contestant: Contestant, parameters: list[nn.Parameter], world: World
         group["lr"] = rate
     contestant.optimizer.step()
     contestant.optimizer.zero_grad(set_to_none=True)
+    _agree(contestant.model, world)
     contestant.step += 1
     return rate

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from torch import Tensor
+from torch import Tensor, nn
 
+from moeify.models.families import describe
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
 from moeify.store import CorruptCheckpointError, read_manifest, read_part, verify_folder, write_folder
@@ -100,7 +101,9 @@ def fingerprint(config: RunConfig, task: Task, world: World) -> str:
     ]
     digest = hashlib.sha256(json.dumps([settings, machine, world.size], sort_keys=True).encode())
     digest.update(code_of(Path(__file__).parent))  # nearly all of the package has a say in some twin's bits
-    for tensor in _content(config, task):
+    network = task.build()
+    digest.update(json.dumps(describe(network), sort_keys=True, default=str).encode())
+    for tensor in _content(config, task, network):
         digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
         digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
@@ -115,8 +118,8 @@ def code_of(package: Path) -> bytes:
     return digest.digest()
 
 
-def _content(config: RunConfig, task: Task) -> Iterator[Tensor]:
-    yield from task.build().state_dict().values()
+def _content(config: RunConfig, task: Task, network: nn.Module) -> Iterator[Tensor]:
+    yield from network.state_dict().values()
     for step in (0, config.training.steps // 2, config.training.steps - 1):
         batch = task.train_batch(step)
         yield from (batch.inputs, batch.targets, batch.categories, batch.ids)

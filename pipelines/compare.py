@@ -120,7 +120,8 @@ Heard = Callable[[Comparison, Job, int], None]
 def open_folder(config: RunConfig, base: Path, home: Path) -> ComparisonFolder:
     """Return the folder of the recipe's comparison, made where there is none."""
     known = [config.model_dump_json(), code()]
-    if config.data.kind == "text" and config.data.source.kind != "installed":
+    ours = config.data.kind == "digits" or (config.data.kind == "text" and config.data.source.kind == "installed")
+    if config.model.kind == "pretrained" or not ours:
         known.append(str(base.absolute()))  # two recipes of the same words, each with data beside it
     digest = hashlib.sha256("\n".join(known).encode()).hexdigest()[:8]
     folder = ComparisonFolder(home.absolute() / "comparisons" / f"{config.name}-{digest}")

@@ -4,6 +4,13 @@ import difflib
 from importlib.resources import files
 from pathlib import Path
 
+_FOLDER = files("pipelines.recipes")
+
+
+def shipped() -> tuple[str, ...]:
+    """Return the names of the recipes that come with moeify."""
+    return tuple(sorted(Path(entry.name).stem for entry in _FOLDER.iterdir() if entry.name.endswith(".yaml")))
+
 
 def find_recipe(reference: str) -> tuple[str, str, Path]:
     """Return a recipe's text, what to call it in errors, and where its relative paths start.
@@ -12,16 +19,13 @@ def find_recipe(reference: str) -> tuple[str, str, Path]:
     """
     from moeify.recipe.load import read_text
 
-    shipped = {
-        Path(entry.name).stem: entry for entry in files("pipelines.recipes").iterdir() if entry.name.endswith(".yaml")
-    }
-    if reference in shipped:
-        return shipped[reference].read_text(encoding="utf-8"), f"recipe {reference!r}", Path.cwd()
+    if reference in shipped():
+        return (_FOLDER / f"{reference}.yaml").read_text(encoding="utf-8"), f"recipe {reference!r}", Path.cwd()
     path = Path(reference)
     if path.exists():
         return read_text(path), str(path), path.absolute().parent
-    close = difflib.get_close_matches(reference, shipped, 1)
+    close = difflib.get_close_matches(reference, shipped(), 1)
     nearest = f"; nearest: {close[0]}" if close else ""
     raise ValueError(
-        f"{reference!r} is neither a file nor a recipe that comes with moeify ({', '.join(sorted(shipped))}){nearest}"
+        f"{reference!r} is neither a file nor a recipe that comes with moeify ({', '.join(shipped())}){nearest}"
     )

@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moeify.recipe.config import RunConfig
-from moeify.recipe.data import JsonLines, TextData, TextFolders
+from moeify.recipe.data import ImageData, JsonLines, MixedText, TextData, TextFolders
+from moeify.recipe.model import PretrainedModel
 
 RECIPE = "recipe.yaml"
 """File of the recipe in a package."""
+_CHECKPOINT = (".json", ".safetensors", ".txt", ".model", ".jinja")
+"""Suffixes of the files of a checkpoint that are read; others stay where they are."""
 MOST_MEGABYTES = 64.0
 """Data that goes with a recipe, in 10^6 bytes; more belongs where all nodes see it."""
 
@@ -29,7 +32,7 @@ def pack(config: RunConfig, base: Path, to: Path) -> list[Path]:
         copied += path.stat().st_size
         if copied > MOST_MEGABYTES * 1e6:
             raise ValueError(
-                f"data.source names more than {MOST_MEGABYTES:g} MB by relative paths, too much to go with the recipe; "
+                f"the recipe names more than {MOST_MEGABYTES:g} MB by relative paths, too much to go with the recipe; "
                 f"put it where all nodes see it and name it by an absolute path"
             )
         target = to / name
@@ -39,6 +42,11 @@ def pack(config: RunConfig, base: Path, to: Path) -> list[Path]:
 
 
 def _check(config: RunConfig, base: Path) -> None:
+    if isinstance(config.data, ImageData) and (root := config.data.root) and not root.is_absolute():
+        raise ValueError(
+            f"data.root: got {str(root)!r}, which does not go with the recipe; give an absolute path that all nodes "
+            f"see, or leave it out and set MOEIFY_DATA on every node"
+        )
     for key, path in _named(config):
         if not path.is_absolute() and not (base / path).resolve().is_relative_to(base.resolve()):
             raise ValueError(
@@ -55,6 +63,15 @@ def _named(config: RunConfig) -> Iterator[tuple[str, Path]]:
                 yield from ((f"data.source.categories.{name}", path) for name, path in categories.items())
             case JsonLines(path=path):
                 yield "data.source.path", path
+            case MixedText(root=Path() as root, categories=parts):
+                yield "data.source.root", root
+                for name, part in parts.items():
+                    if part.kind != "installed":
+                        yield f"data.source.categories.{name}.path", root / part.path
+    elif isinstance(config.data, ImageData) and config.data.root:
+        yield "data.root", config.data.root
+    if isinstance(config.model, PretrainedModel):
+        yield "model.path", config.model.path
 
 
 def _files(config: RunConfig, base: Path) -> Iterator[tuple[Path, Path]]:
@@ -69,3 +86,15 @@ def _files(config: RunConfig, base: Path) -> Iterator[tuple[Path, Path]]:
                         yield from ((folder / name, path) for name, path in files_in(base / folder, pattern))
             case JsonLines(path=path) if not path.is_absolute():
                 yield path, base / path
+            case MixedText(root=Path() as root, categories=parts):
+                for part in parts.values():
+                    if part.kind == "installed" or (root / part.path).is_absolute():
+                        continue
+                    path = root / part.path
+                    if part.kind == "folder":
+                        yield from ((path / name, found) for name, found in files_in(base / path, part.pattern))
+                    else:
+                        yield path, base / path
+    if isinstance(config.model, PretrainedModel) and not (folder := config.model.path).is_absolute():
+        files = sorted(path for path in (base / folder).iterdir() if path.suffix in _CHECKPOINT)
+        yield from ((folder / path.name, path) for path in files)

@@ -3,20 +3,19 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, TextIO
 
 from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
 
 from moeify.events import Evaluated, Event, Phase, RoundEnded, Started, Step
 from moeify.recipe.arms import Arm
 from moeify.result import MEAN, Result
 from pipelines.journal import read_events
+from pipelines.removal_tables import module_block, removal_blocks
 from pipelines.runs import RunFolder, status
-from pipelines.tables import console_for, table_for
+from pipelines.tables import Block, console_for, table_for
 from pipelines.wording import clock, interval, nats, percent, two_digits
 
 Summary = dict[str, Any]
@@ -76,12 +75,14 @@ def _of_result(result: Result) -> Summary:
         "stopped": result.stopped,
         "test_loss": result.test_loss,
         "bits_per_byte": result.bits_per_byte,
+        "accuracy": result.accuracy,
         "tax": result.tax,
         "tax_error": result.tax_error,
         "tax_random": result.tax_random,
         "tax_told": result.tax_told,
         "error_over": dict(result.error_over),
         "own_other": result.own_other,
+        "modules": [{**each.model_dump(), "p": each.p, "verdict": each.verdict} for each in result.modules] or None,
     }
 
 
@@ -109,12 +110,14 @@ def _of_journal(folder: RunFolder) -> Summary:
         "stopped": None,
         "test_loss": {arm: tested.get(arm) for arm in started.arms} if started and tested else None,
         "bits_per_byte": None,
+        "accuracy": None,
         "tax": _tax(tested, "split", "dense"),
         "tax_error": None,
         "tax_random": _tax(tested, "random", "dense"),
         "tax_told": _tax(tested, "split", "told"),
         "error_over": None,
         "own_other": None,
+        "modules": None,
     }
 
 
@@ -156,15 +159,6 @@ def finite(value: Any) -> Any:
 
 
 # --- for people -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A table with what stands above and below it, which may be wider than the table."""
-
-    title: str
-    table: Table
-    note: str = ""
 
 
 def print_run(folder: RunFolder, stream: TextIO) -> None:
@@ -234,7 +228,7 @@ def _reached(events: Sequence[Event]) -> str:
     return f"came to: {where}" + (f", {step.work:.0%} of the training" if step else "")
 
 
-def _blocks(known: Summary, console: Console) -> Iterator[_Block]:
+def _blocks(known: Summary, console: Console) -> Iterator[Block]:
     if known["tree"]:
         yield _tree_block(known["tree"], console)
     if known["rounds"]:
@@ -243,11 +237,16 @@ def _blocks(known: Summary, console: Console) -> Iterator[_Block]:
         yield _loss_block(known, console)
     if known["bits_per_byte"]:
         yield _bits_block(known, console)
+    if known["accuracy"]:
+        yield _accuracy_block(known, console)
     if known["own_other"]:
-        yield from _own_other_blocks(known, console)
+        experts = [(node, depth) for node, depth in walk(known["tree"]) if depth]
+        yield from removal_blocks(known["own_other"], known["tree"], experts, console)
+    if known["modules"]:
+        yield module_block(known["modules"], [node["name"] for node, _ in experts], console)
 
 
-def _tree_block(tree: Summary, console: Console) -> _Block:
+def _tree_block(tree: Summary, console: Console) -> Block:
     """Name what each expert serves in a column of its own, unless all names say it already."""
     total = sum(node["units"] for node, _ in walk(tree))
     active = active_fraction(tree)
@@ -265,14 +264,14 @@ def _tree_block(tree: Summary, console: Console) -> _Block:
             percent(node["units"] / total),
             "" if node["children"] else percent(active[node["categories"][0]]),
         )
-    return _Block("Expert tree", table, "share, active: of all units; active: those on the way from core to the leaf")
+    return Block("Expert tree", table, "share, active: of all units; active: those on the way from core to the leaf")
 
 
 def _named_by_its_categories(node: Summary) -> bool:
     return node["name"] in ("+".join(node["categories"]), "+".join(sorted(node["categories"])))
 
 
-def _rounds_block(known: Summary, console: Console) -> _Block:
+def _rounds_block(known: Summary, console: Console) -> Block:
     """Without a budget J stands beside the tax; with one, the tax that was foreseen at the cut and what it used."""
     random, told = ("random" in known["arms"], "told" in known["arms"])
     budget = any(row["budget_used"] is not None for row in known["rounds"])
@@ -292,10 +291,10 @@ def _rounds_block(known: Summary, console: Console) -> _Block:
     notes = ["tax: above the dense twin after recovery; ±: 95 % interval over the rows"]
     notes += ["expected: the tax foreseen at the cut"] if budget else ["J: predicted from the cut alone"]
     title = f"Rounds (validation; tax{'' if budget else ' and J'} in nats per {unit})"
-    return _Block(title, table, "\n".join(notes) + (_TOLD_NOTE if told else ""))
+    return Block(title, table, "\n".join(notes) + (_TOLD_NOTE if told else ""))
 
 
-def _loss_block(known: Summary, console: Console) -> _Block:
+def _loss_block(known: Summary, console: Console) -> Block:
     loss, active = known["test_loss"], known["active_fraction"] or {}
     taxes = [known[key] or {} for key in _tax_keys(known)]
     table = table_for(console, "category", "active", *known["arms"], *_tax_heads(known))
@@ -309,7 +308,7 @@ def _loss_block(known: Summary, console: Console) -> _Block:
     known_error = known["tax_error"] is not None
     notes = [f"mean tax ± {interval(known['tax_error'])}: 95 % interval over the rows, which both read"] * known_error
     note = "\n".join(notes) + (_TOLD_NOTE if "told" in known["arms"] else "")
-    return _Block(f"Test loss (nats per {known['unit']}; tax: above the dense twin)", table, note)
+    return Block(f"Test loss (nats per {known['unit']}; tax: above the dense twin)", table, note)
 
 
 def _tax_keys(known: Summary) -> tuple[str, ...]:
@@ -324,11 +323,18 @@ def _tax_heads(known: Summary) -> Iterator[str]:
         yield words[key].replace(" ", "\n")
 
 
-def _bits_block(known: Summary, console: Console) -> _Block:
+def _bits_block(known: Summary, console: Console) -> Block:
     table = table_for(console, "category", *known["arms"])
     for category in (*known["categories"], MEAN):
         table.add_row(category, *(nats(of_arm(known["bits_per_byte"], arm, category)) for arm in known["arms"]))
-    return _Block("Test bits per byte", table)
+    return Block("Test bits per byte", table)
+
+
+def _accuracy_block(known: Summary, console: Console) -> Block:
+    table = table_for(console, "category", *known["arms"])
+    for category in (*known["categories"], MEAN):
+        table.add_row(category, *(percent(of_arm(known["accuracy"], arm, category)) for arm in known["arms"]))
+    return Block("Test accuracy", table)
 
 
 def of_arm(figures: Mapping[str, Mapping[str, float | None] | None], arm: str, category: str) -> float | None:
@@ -338,51 +344,3 @@ def of_arm(figures: Mapping[str, Mapping[str, float | None] | None], arm: str, c
         return of_arm.get(category)
     values = [value for value in of_arm.values() if value is not None]
     return fmean(values) if values and len(values) == len(of_arm) else None
-
-
-def _own_other_blocks(known: Summary, console: Console) -> Iterator[_Block]:
-    """Yield the matrix expert x category in the tree's order, in as many blocks of columns as the width asks for.
-
-    A category that does not run an expert cannot lose by its removal. Such an exact zero is a dot, and where there
-    are several blocks, a row of nothing but dots is left out.
-    """
-    matrix: dict[str, dict[str, float | None]] = known["own_other"]
-    nodes = [(node, depth) for node, depth in walk(known["tree"]) if depth]
-    names = ["  " * (depth - 1) + node["name"] for node, depth in nodes]
-    room = console.width - max(map(len, [*names, "without"])) - 2
-    top = [child["categories"] for child in known["tree"]["children"]]
-    parts = list(_chunks(top, room))
-    for number, part in enumerate(parts, start=1):
-        table = table_for(console, "without", *part)
-        for name, (node, _) in zip(names, nodes, strict=True):
-            rises = {category: matrix[category].get(node["name"]) for category in part}
-            never = [rise == 0.0 and category not in node["categories"] for category, rise in rises.items()]
-            if len(parts) > 1 and all(never):
-                continue
-            cells = (nats(rise, signed=True) for rise in rises.values())
-            table.add_row(name, *("·" if dot else cell for dot, cell in zip(never, cells, strict=True)))
-        of = f" ({number} of {len(parts)})" if len(parts) > 1 else ""
-        title = f"Rise of test loss (nats) without an expert and all below it{of}"
-        last = number == len(parts)
-        yield _Block(title, table, "·: exactly 0, the category never runs that expert" if last else "")
-
-
-def _chunks(groups: Sequence[Sequence[str]], room: int) -> Iterator[list[str]]:
-    """Yield lists of categories whose columns fit into the room: whole groups together where they can be."""
-    part: list[str] = []
-    for group in groups:
-        if part and _columns(part) + _columns(group) > room:
-            yield part
-            part = []
-        for category in group:
-            if part and _columns(part) + _columns([category]) > room:
-                yield part
-                part = []
-            part.append(category)
-    if part:
-        yield part
-
-
-def _columns(categories: Sequence[str]) -> int:
-    """Return how wide the columns of those categories are, the gaps included."""
-    return sum(max(len(category), len("+00.0000")) + 2 for category in categories)

@@ -1,11 +1,21 @@
 """How tables look on a terminal and in a pipe."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TextIO
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Block:
+    """A table with what stands above and below it, which may be wider than the table."""
+
+    title: str
+    table: Table
+    note: str = ""
 
 
 def console_for(stream: TextIO) -> Console:

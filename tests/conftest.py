@@ -1,9 +1,29 @@
 """What tests of several files start from."""
 
+import os
 import warnings
 from pathlib import Path
 
 import pytest
+
+# Tests run side by side, a file at a time: one thread each, set before torch reads it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests in one process, and those that start a Ray too: two cores cannot bear two of them."""
+    for item in items:
+        alone = any(item.get_closest_marker(name) for name in ("ray", "main_path"))
+        item.add_marker(pytest.mark.xdist_group("ray" if alone else item.nodeid.partition("::")[0]))
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """The folder of published data that the project does not carry."""
+    folder = Path(os.environ.get("MOEIFY_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("MOEIFY_DATA does not name a folder of published data")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ from torch import nn
 
 from moeify.models.build import build_autoencoder, build_llama
 from moeify.models.decoders import decoder_named
-from moeify.recipe.config import AutoencoderModel, LlamaModel
+from moeify.models.resnet import ResNet, build_resnet
+from moeify.recipe.model import AutoencoderModel, LlamaModel
 
 CATEGORIES = ("a", "b", "c", "d")
 DECODER_SIZES = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 6}
@@ -40,6 +41,8 @@ def rows_for(network: nn.Module, rows: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     if type(network).__name__ == "Autoencoder":
         return torch.rand(rows, 10, generator=generator, dtype=torch.float64)
+    if isinstance(network, ResNet):
+        return torch.randn(rows, *network.image, generator=generator, dtype=torch.float64)
     return torch.randint(40, (rows, 12), generator=generator)
 
 
@@ -78,3 +81,17 @@ def tiny_decoder(family: str, **changes: Any) -> nn.Module:
         for parameter in network.parameters():
             nn.init.normal_(parameter, std=0.3)
     return network.eval()
+
+
+def tiny_resnet(seed: int = 0, *, width: int = 6, stages: int = 2) -> ResNet:
+    """A residual network for maps of 8 x 6, its norms neither fresh nor alike."""
+    network = build_resnet((2, 8, 6), classes=5, width=width, blocks=1, stages=stages, seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, 1.0, 0.3)
+                nn.init.normal_(module.bias, 0.2, 0.3)
+                nn.init.normal_(module.running_mean, 0.0, 0.3)
+                nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return network.double()

@@ -184,7 +184,8 @@ def test_a_name_that_is_neither_recipe_nor_file_lists_the_recipes(launched: Laun
     done = moeify("run", "digit")
     assert done.exit_code == 2
     assert done.stderr == (
-        "moeify: error: 'digit' is neither a file nor a recipe that comes with moeify (digits, text); nearest: digits\n"
+        "moeify: error: 'digit' is neither a file nor a recipe that comes with moeify (cifar, digits, domains, text); "
+        "nearest: digits\n"
     )
 
 

@@ -24,7 +24,6 @@ from pipelines.cluster import _free_ports
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
 BIN = DOCKER / "bin"
-CRDS = Path(os.environ.get("MOEIFY_KUBERAY_CRDS", ROOT.parent / "shared" / "data" / "kuberay-crds"))
 SECRET = "f" * 64
 
 
@@ -67,12 +66,12 @@ def closed(schema: Any) -> Any:
     return schema
 
 
-def problems(manifest: dict[str, Any]) -> list[str]:
+def problems(manifest: dict[str, Any], published: Path) -> list[str]:
     jsonschema = pytest.importorskip("jsonschema")
     kind = manifest["kind"].lower()
-    path = CRDS / f"ray.io_{kind}s.yaml.xz"
+    path = published / "kuberay-crds" / f"ray.io_{kind}s.yaml.xz"
     if not path.exists():
-        pytest.skip(f"KubeRay's definitions are not in {CRDS}")
+        pytest.skip(f"{path} is not there")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the definitions are long
     versions = yaml.load(lzma.decompress(path.read_bytes()), loader)["spec"]["versions"]
     (schema,) = (each["schema"]["openAPIV3Schema"] for each in versions if each["name"] == "v1")
@@ -82,12 +81,12 @@ def problems(manifest: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["raycluster", "rayjob"])
-def test_kuberay_objects_fit_their_definitions(name: str) -> None:
+def test_kuberay_objects_fit_their_definitions(name: str, published: Path) -> None:
     manifest = read(DOCKER / "kuberay" / f"{name}.yaml")
-    assert problems(manifest) == []
+    assert problems(manifest, published) == []
     misspelt = copy.deepcopy(manifest)
     misspelt["spec"]["rayVersoin"] = "2.60.0"
-    assert len(problems(misspelt)) == 1
+    assert len(problems(misspelt, published)) == 1
 
 
 def test_the_cluster_of_a_job_is_as_hardened_as_the_standing_one() -> None:

@@ -6,9 +6,11 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
+from moeify.data.given_tokenizer import GivenTokenizer
+from moeify.data.pieces import pieces
 from moeify.data.tokens import END
 from moeify.routed.split_model import SplitModel
-from moeify.routers.generation import encode_prompt, generate, pieces
+from moeify.routers.generation import encode_prompt, generate
 from moeify.routers.router import category_of_leaf, early
 from tests.networks import CATEGORIES, tiny_autoencoder
 from tests.test_routers import some_router, split_llama
@@ -82,8 +84,9 @@ def test_pieces_add_up_to_the_text_and_never_hold_half_a_character() -> None:
         ["aab"], BpeTrainer(special_tokens=[END], initial_alphabet=sorted(ByteLevel.alphabet()), show_progress=False)
     )
     text = "naïve 日本 🙂 end"
-    start, *tokens = encode_prompt(tokenizer, text)
-    assert start == tokenizer.token_to_id(END)
+    end = tokenizer.token_to_id(END)
+    start, *tokens = encode_prompt(GivenTokenizer(tokenizer, end, {}), text)
+    assert start == end
     found = list(pieces(tokenizer, tokens))
     assert len(found) == len(tokens)
     assert "".join(found) == text

@@ -13,7 +13,7 @@ from moeify.export.stock import Form, to_dense
 from moeify.export.stock_moe import to_moe
 from moeify.export.verification import TOLERANCE, Source
 from moeify.models.build import build_llama
-from moeify.recipe.config import LlamaModel
+from moeify.recipe.model import LlamaModel
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
 from tests.networks import CATEGORIES, tiny_decoder

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from moeify.recipe.config import RunConfig
+from moeify.recipe.model import PretrainedModel
 from pipelines import package
 from pipelines.package import pack
 
@@ -22,6 +23,18 @@ def recipe(source: dict[str, object]) -> RunConfig:
             }
         )
     )
+
+
+def test_a_folder_of_images_stays_where_it_is(base: Path, tmp_path: Path) -> None:
+    def images(root: str | None) -> RunConfig:
+        data = {"kind": "images", "source": "mnist", "root": root, "categories": {"a": [0, 1], "b": [2, 3]}}
+        return RunConfig.model_validate({**text, "data": data, "model": {"kind": "resnet"}})
+
+    text = recipe({"kind": "jsonl", "path": "other.txt"}).model_dump(mode="json")
+    assert pack(images("/data"), base, tmp_path / "to") == [Path("/data")]
+    assert pack(images(None), base, tmp_path / "to") == []
+    with pytest.raises(ValueError, match=r"^data.root: got 'law', which does not go with the recipe; give an absolute"):
+        pack(images("law"), base, tmp_path / "to")
 
 
 def listed(folder: Path) -> list[str]:
@@ -42,6 +55,22 @@ def test_folders_go_with_the_files_that_the_recipe_reads(base: Path, tmp_path: P
     config = recipe({"kind": "folders", "categories": {"law": "law", "far": "/data/far"}, "pattern": "**/*.txt"})
     assert pack(config, base, tmp_path / "to") == [Path("/data/far")]
     assert listed(tmp_path / "to") == ["law/a.txt", "law/deep/b.txt"]
+
+
+def test_a_checkpoint_goes_without_its_pickles_and_an_absolute_one_stays(base: Path, tmp_path: Path) -> None:
+    (base / "model").mkdir()
+    for name in ("config.json", "model.safetensors", "merges.txt", "pytorch_model.bin", ".gitattributes"):
+        (base / "model" / name).write_text("x")
+    config = recipe({"kind": "jsonl", "path": "other.txt"})
+
+    def beginning_with(path: str) -> RunConfig:
+        return config.model_copy(update={"model": PretrainedModel(kind="pretrained", path=Path(path))})
+
+    assert pack(beginning_with("model"), base, tmp_path / "to") == []
+    assert listed(tmp_path / "to") == ["model/config.json", "model/merges.txt", "model/model.safetensors", "other.txt"]
+    assert pack(beginning_with("/far/model"), base, tmp_path / "to") == [Path("/far/model")]
+    with pytest.raises(ValueError, match=r"model\.path: got '\.\./model', which lies outside"):
+        pack(beginning_with("../model"), base, tmp_path / "to")
 
 
 def test_a_file_goes_and_an_absolute_one_stays(base: Path, tmp_path: Path) -> None:
@@ -73,3 +102,19 @@ def test_a_file_that_is_not_there_is_named(base: Path, tmp_path: Path) -> None:
 
 def test_what_carries_no_files_packs_none(tmp_path: Path) -> None:
     assert pack(recipe({"kind": "installed", "sources": ["python", "c"]}), tmp_path, tmp_path / "to") == []
+
+
+def test_mixed_parts_go_from_their_root_and_data_of_the_nodes_own_stays(base: Path, tmp_path: Path) -> None:
+    parts = {
+        "code": {"kind": "installed", "source": "python"},
+        "law": {"kind": "folder", "path": "law", "pattern": "**/*.txt"},
+        "other": {"kind": "jsonl", "path": "other.txt"},
+    }
+    source = {"kind": "mixed", "categories": parts}
+    config = recipe({**source, "root": "."})
+    assert pack(config, base, tmp_path / "to") == []
+    assert listed(tmp_path / "to") == ["law/a.txt", "law/deep/b.txt", "other.txt"]
+    assert pack(recipe(source), base, tmp_path / "none") == []
+    assert listed(tmp_path / "none") == []
+    with pytest.raises(ValueError, match=r"data.source.root: got '\.\.', which lies outside of the recipe's folder"):
+        pack(recipe({**source, "root": ".."}), base, tmp_path / "out")

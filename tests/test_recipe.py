@@ -66,7 +66,7 @@ rounds: [{train: 1.5, recover: 3, separation: 1.0}, 7]
         "data.source.sources[1]: got 'pythn', wanted one of 'python', 'prose', 'c', 'web'; nearest: 'python'",
         "data.source.megabyte: got 2 for an unknown key, wanted one of kind, sources, megabytes; "
         "nearest key: data.source.megabytes",
-        "model.kind: got 'lama', wanted one of 'autoencoder', 'llama'; nearest: 'llama'",
+        "model.kind: got 'lama', wanted one of 'autoencoder', 'llama', 'pretrained', 'resnet'; nearest: 'llama'",
         "training.steps: got nothing, wanted a whole number > 0",
         "training.rows: got '16', wanted a whole number > 0",
         "training.learning_rate: got -1, wanted a number > 0",
@@ -115,7 +115,7 @@ def test_controls_are_a_closed_list_of_names_each_once() -> None:
 
 
 def test_a_missing_kind_lists_the_kinds() -> None:
-    assert "data.kind: got nothing, wanted one of 'digits', 'text'" in problems(changed(data={"test": 0.2}))
+    assert "data.kind: got nothing, wanted one of 'digits', 'images', 'text'" in problems(changed(data={"test": 0.2}))
 
 
 def test_keys_of_a_mapping_are_held_to_be_names() -> None:
@@ -123,6 +123,14 @@ def test_keys_of_a_mapping_are_held_to_be_names() -> None:
     found = problems(changed(data={"kind": "text", "source": source}, model={"kind": "llama"}))
     assert found[0].startswith("data.source.categories.'a b': got a key that is no name, wanted a name that matches ^")
     assert found[1] == "data.source.categories.c: got 3, wanted a path"
+
+
+def test_keys_of_a_mapping_of_kinds_are_held_to_be_names_too() -> None:
+    parts = {"": {"kind": "folder", "path": "x"}, "b": {"kind": "foldr"}}
+    source = {"kind": "mixed", "categories": parts}
+    found = problems(changed(data={"kind": "text", "source": source}))
+    assert found[0].startswith("data.source.categories.'': got a key that is no name, wanted a name that matches ^")
+    assert found[1].startswith("data.source.categories.b.kind: got 'foldr', wanted one of 'folder', 'installed'")
 
 
 def test_parts_that_do_not_fit_each_other_are_all_told_even_beside_an_unknown_key() -> None:
@@ -252,6 +260,28 @@ def test_units_that_are_split_must_be_there() -> None:
     )
     config = parse_recipe(changed(partition={"floors": {"encoder.*": 0.5}, "frozen": ["*.hidden"]}), where="my.yaml")
     assert parse_recipe(to_yaml(config), where="again") == config
+
+
+def test_gradient_routing_must_fit_the_rest() -> None:
+    routing = {"gradients": "both", "experts": [{"categories": ["1", "2"], "units": 0.5}], "strength": {"1": 0.5}}
+    assert parse_recipe(changed(routing=routing), where="x").early_arms == ("dense", "split")
+    assert parse_recipe(changed(routing={**routing, "gradients": "none"}), where="x").early_arms == ("dense",)
+    twice = {**routing, "experts": [*routing["experts"], {"categories": ["2"], "units": 0.6}], "hard": ["1"]}
+    assert problems(changed(routing=twice)) == (
+        "routing.experts: got '2' more than once, wanted every category once at most",
+        "routing.experts: got units 1.1 in all, wanted at most 1, of which the core is what is left",
+        "routing.strength: got '1', whose routes are hard: nothing reaches units off them, wanted categories with soft "
+        "routes",
+    )
+    (line,) = problems(changed(routing={**routing, "hard": ["ten"]}))
+    assert line.startswith("routing.hard: got 'ten', which is no category of the data")
+    heads = {"data": {"kind": "text", "source": {"kind": "installed"}}, "model": {"kind": "llama"}}
+    (line,) = problems(changed(**heads, routing={"gradients": "both"}, partition={"units": ["ffn", "heads"]}))
+    assert line.startswith("routing.gradients: got 'both' beside partition.units ['ffn', 'heads'], wanted units [ffn]")
+    images = {"kind": "images", "source": "cifar10", "objective": "classify"}
+    images["categories"] = {"low": [0, 1, 2, 3, 4], "high": [5, 6, 7, 8, 9]}
+    (line,) = problems(changed(data=images, model={"kind": "resnet"}, routing={"gradients": "both"}))
+    assert line.startswith("routing.gradients: got 'both' beside model.kind 'resnet', wanted 'none'")
 
 
 def test_a_null_test_wants_all_rows_measured() -> None:

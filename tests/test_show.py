@@ -9,7 +9,7 @@ import pytest
 
 from moeify.events import Evaluated, Finished, Phase, RoundEnded, Started
 from moeify.recipe.load import parse_recipe
-from moeify.result import Result
+from moeify.result import ModuleTest, Result
 from pipelines import runs, show
 from pipelines.journal import JournalTracker
 
@@ -35,12 +35,14 @@ KEYS = {
     "stopped",
     "test_loss",
     "bits_per_byte",
+    "accuracy",
     "tax",
     "tax_error",
     "tax_random",
     "tax_told",
     "error_over",
     "own_other",
+    "modules",
 }
 
 
@@ -258,6 +260,17 @@ def test_tables_fit_80_columns_however_many_experts_there_are(
     assert text.count("+0.0100") == 10 * 10 + 2 * 11
 
 
+def test_accuracies_stand_beside_losses(folder: runs.RunFolder) -> None:
+    shares = {"python": 0.5, "prose": 0.25, "c": 1.0, "mean": 0.583}
+    finish(folder, RESULT.model_copy(update={"accuracy": {"dense": shares, "split": shares}}))
+    assert show.summary(folder)["accuracy"]["split"] == shares
+    (_, table) = printed(folder).split("Test accuracy")
+    assert [line.split()[:3] for line in table.splitlines()[2:4]] == [
+        ["python", "50.0%", "50.0%"],
+        ["prose", "25.0%", "25.0%"],
+    ]
+
+
 TOLD = RESULT.model_copy(
     update={
         "test_loss": {"dense": {}, "told": dict.fromkeys(CATEGORIES, 12.75), **RESULT.test_loss},
@@ -382,6 +395,28 @@ def test_what_cannot_change_is_a_dot_and_what_happens_to_be_zero_is_not(folder: 
         "prose +0.0000 · +0.0000",
         "·: exactly 0, the category never runs that expert",
     ]
+
+
+def test_verdicts_on_experts_stand_in_the_trees_order_and_fit_80_columns(
+    folder: runs.RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    known = {"own": 0.5, "own_low": 0.4, "own_high": 12.25, "other": 0.0}
+    modules = (
+        ModuleTest(expert="prose", **known, drawn_own=(0.6,) * 19, drawn_other=(0.2,) * 19),
+        ModuleTest(expert="python+c", **known, drawn_own=(0.1, float("inf")), drawn_other=(0.2, 0.2)),
+    )
+    finish(folder, RESULT.model_copy(update={"modules": modules}))
+    lines = printed(folder).splitlines()
+    place = lines.index("Clean modules (rise of test loss, nats)")
+    assert [line.split() for line in lines[place + 1 : place + 4]] == [
+        ["without", "own", "at", "least", "leak", "random", "own", "leak", "p", "verdict"],
+        ["python+c", "+0.5000", "+0.4000", "0%", "-", "-", "0.67", "too", "few", "draws"],
+        ["prose", "+0.5000", "+0.4000", "0%", "+0.6000", "33%", "0.05", "clean"],
+    ]
+    assert max(map(len, lines)) <= 80
+    told = show.summary(folder)["modules"]
+    assert [(each["expert"], each["verdict"]) for each in told] == [("prose", "clean"), ("python+c", "too few draws")]
 
 
 def test_a_wide_matrix_is_divided_by_subtree_and_leaves_out_whom_a_part_does_not_concern(

@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import json
 import lzma
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moeify.data.sources import fingerprint, read
-from moeify.recipe.data import InstalledText, JsonLines, TextFolders
+from moeify.recipe.data import InstalledText, JsonLines, MixedText, TextFolders
 
 
 def write_folders(base: Path, **files: dict[str, str]) -> TextFolders:
@@ -189,3 +190,71 @@ def test_too_little_installed_text_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("moeify.data.corpora._record", lambda distribution: "")
     with pytest.raises(ValueError, match=r"got 0\.00 MB of 'c' on this machine, wanted at least 2 MB.*torch, pyarrow"):
         read(InstalledText(kind="installed", sources=("c", "web")), Path())
+
+
+# --- mixed --------------------------------------------------------------------------------------------
+
+
+def mixed(base: Path, *entries: object, **more: object) -> MixedText:
+    (base / "notes").mkdir(exist_ok=True)
+    (base / "notes" / "one.txt").write_text("A note that is long enough to count as text.", encoding="utf-8")
+    write_lines(base, *entries)
+    lines = {"kind": "jsonl", "path": "data.jsonl", "where": {"label": ["horror", "detective"]}, "group": "author"}
+    parts = {"notes": {"kind": "folder", "path": "notes"}, "books": lines}
+    return MixedText.model_validate({"kind": "mixed", "root": ".", "categories": parts, **more})
+
+
+def book(author: str, label: object, text: str) -> dict[str, object]:
+    return {"author": author, "label": label, "text": text}
+
+
+def test_parts_come_from_their_places_and_authors_stay_together(tmp_path: Path) -> None:
+    source = mixed(
+        tmp_path,
+        book("A", "horror", "The door was open all night."),
+        book("B", "children", "The cat sat on the warm mat."),
+        book("A", ["essay", "detective"], "It was the gardener, of course."),
+        book("C", "detective", "Nobody had seen the butler since."),
+        {"text": "A line without a label, and it is left out."},
+    )
+    found = read(source, tmp_path)
+    assert list(found) == ["notes", "books"]
+    assert sorted(d.text[:6] for d in found["books"]) == ["It was", "Nobody", "The do"]
+    groups = [d.group for d in found["books"]]
+    assert len(set(groups)) == 2
+    assert groups == sorted(groups, key=lambda group: hashlib.sha256(group.encode()).digest())
+
+
+def test_megabytes_bound_each_part(tmp_path: Path) -> None:
+    entries = [book(f"author {number}", "horror", f"{number} {number**7} {number**9} " * 20) for number in range(30)]
+    whole = read(mixed(tmp_path, *entries), tmp_path)["books"]
+    part = read(mixed(tmp_path, *entries, megabytes=0.003), tmp_path)["books"]
+    assert len(whole) == 30
+    assert 0 < sum(d.size for d in part) <= 3_000
+    assert part == [d for d in whole if d in part]
+
+
+def test_mixed_paths_start_at_the_environments_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = mixed(tmp_path, book("A", "horror", "The door was open all night."), root=None)
+    monkeypatch.delenv("MOEIFY_DATA", raising=False)
+    for reads in (read, fingerprint):
+        with pytest.raises(ValueError, match=r"^data\.root: got null, and MOEIFY_DATA is not set"):
+            reads(source, tmp_path)
+    monkeypatch.setenv("MOEIFY_DATA", str(tmp_path))
+    assert len(read(source, Path("/nowhere"))["books"]) == 1
+    before = fingerprint(source, Path("/nowhere"))
+    (tmp_path / "notes" / "one.txt").write_text("Another note.", encoding="utf-8")
+    assert fingerprint(source, Path("/nowhere")) != before
+
+
+def test_a_bad_part_is_named_by_its_place_in_the_recipe(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^data\.source\.categories\.books\.path: .*has 1 bad lines\nline 1: no field 'auth"
+    ):
+        read(mixed(tmp_path, {"label": "horror", "text": "Who wrote this?"}), tmp_path)
+    with pytest.raises(ValueError, match="category 'books' has no text"):
+        read(mixed(tmp_path, book("B", "children", "The cat sat on the warm mat.")), tmp_path)
+    source = mixed(tmp_path)
+    (tmp_path / "data.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"^data\.source\.categories\.books\.path: .*data\.jsonl is not a file"):
+        fingerprint(source, tmp_path)

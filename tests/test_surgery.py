@@ -12,7 +12,7 @@ from moeify.models.build import logits
 from moeify.models.families import unit_space
 from moeify.recipe.partition import UnitKind
 from moeify.splitting.surgery import permute
-from tests.networks import grouped_llama, rows_for, tiny_autoencoder, tiny_llama
+from tests.networks import grouped_llama, rows_for, tiny_autoencoder, tiny_llama, tiny_resnet
 from tests.trees import random_orders
 
 Make = Callable[[int], nn.Module]
@@ -23,7 +23,7 @@ def shared_keys(seed: int) -> nn.Module:
     return grouped_llama(seed, heads=6, groups=3, bias=True)
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_autoencoder, shared_keys])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_autoencoder, tiny_resnet, shared_keys])
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 2**20))
 def test_permuting_units_never_changes_the_function(make: Make, seed: int) -> None:
@@ -35,7 +35,7 @@ def test_permuting_units_never_changes_the_function(make: Make, seed: int) -> No
     torch.testing.assert_close(logits(network, inputs), before, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_autoencoder, shared_keys])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_autoencoder, tiny_resnet, shared_keys])
 def test_optimizer_state_follows_its_units_so_that_training_goes_on_alike(make: Make) -> None:
     plain = make(2)
     moved = copy.deepcopy(plain)

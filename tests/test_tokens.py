@@ -37,14 +37,14 @@ def same(one: Tokens, other: Tokens) -> bool:
 
 @given(st.text())
 def test_any_text_has_a_round_trip(text: str) -> None:
-    stream = encode(TRAINED, [Document(text, "x")])
+    stream = encode(TRAINED, TRAINED.token_to_id(END), [Document(text, "x")])
     assert stream.dtype == np.uint16
     assert TRAINED.decode(stream[:-1].tolist(), skip_special_tokens=False) == text
 
 
 def test_every_document_ends_with_the_end_token_and_no_text_makes_one() -> None:
     end = TRAINED.token_to_id(END)
-    stream = encode(TRAINED, [Document("the cat", "1"), Document(f"a {END} b", "2"), Document("mat", "3")])
+    stream = encode(TRAINED, end, [Document("the cat", "1"), Document(f"a {END} b", "2"), Document("mat", "3")])
     assert np.count_nonzero(stream == end) == 3
     assert stream[-1] == end
     assert TRAINED.decode(stream[stream != end].tolist()) == f"the cata {END} bmat"

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeify.models.build import build_autoencoder, build_llama
-from moeify.recipe.config import AutoencoderModel, LlamaModel, RunConfig
+from moeify.recipe.config import RunConfig
+from moeify.recipe.model import AutoencoderModel, LlamaModel
 from moeify.task import Batch, HeldOut
 
 CONFIG = {
@@ -58,6 +59,9 @@ class ToyTask:
     def sample(self, outputs: Tensor, seeds: Sequence[int]) -> Tensor:
         draws = [torch.rand(10, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return (torch.stack(draws) < torch.sigmoid(outputs)).to(outputs.dtype)
+
+    def right(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        return None
 
     def bits_per_byte(self, loss: dict[str, float], split: HeldOut) -> dict[str, float] | None:
         return None

@@ -9,6 +9,9 @@ from typing import Literal
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_RESERVED = "mean"
+"""Stands for the mean over categories in results."""
 _LEAST_CHARACTERS = 16
 """A shorter statement or line is trivial: many documents have it by chance."""
 
@@ -97,3 +100,12 @@ def divide(documents: Sequence[Document], *, validation: float, test: float) -> 
         parts[split] = held_out
     parts["train"] = [document for name in waiting for document in groups[name]]
     return parts
+
+
+def misnamed(category: str) -> str | None:
+    """Return what is wrong with a category's name, or None."""
+    if category == _RESERVED:
+        return f"the category name {_RESERVED!r} is reserved for the mean over categories; rename the category"
+    if not _NAME.fullmatch(category):
+        return f"got category {category[:80]!r}, wanted 1 to 64 letters, digits, '_', '.', '-', the first no sign"
+    return None

@@ -1,30 +1,30 @@
 """From a recipe's source to documents in categories: installed text, the user's folders, the user's JSON lines."""
 
-import gzip
 import hashlib
-import json
-import lzma
-import re
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, assert_never, cast
+from typing import assert_never
 
 from moeify.data import corpora
-from moeify.data.documents import Document, distinct
-from moeify.recipe.data import InstalledText, JsonLines, Source, TextFolders
+from moeify.data.documents import Document, distinct, misnamed
+from moeify.data.lines import UNLABELLED, Fields, existing, read_lines
+from moeify.data.root import data_root
+from moeify.recipe.data import (
+    BuiltinSource,
+    FolderPart,
+    InstalledPart,
+    InstalledText,
+    JsonLines,
+    LinesPart,
+    MixedText,
+    Source,
+    TextFolders,
+)
 
 LEAST_MEGABYTES = 2.0
 """What every installed source must yield, in 10^6 bytes."""
-UNLABELLED = ""
-"""The one category of documents that have none."""
 _MARGIN = 1.25
 """How much more than it may keep an installed source reads, since duplicates are dropped."""
-_SHOWN = 5
-"""Problems that an error spells out; it counts the others."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_RESERVED = "mean"
-"""Stands for the mean over categories in results."""
 
 
 def fingerprint(source: Source, base: Path) -> str:
@@ -33,14 +33,13 @@ def fingerprint(source: Source, base: Path) -> str:
         case InstalledText():
             return corpora.fingerprint(source.sources)
         case TextFolders():
-            digest = hashlib.sha256()
-            for category, folder in source.categories.items():
-                for name, path in files_in(base / folder, source.pattern):
-                    digest.update(f"{category}\0{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-            return digest.hexdigest()
+            folders = source.categories.items()
+            return _digest(f"{category}\0{_folder_hash(base / path, source.pattern)}" for category, path in folders)
         case JsonLines():
-            with existing(base / source.path).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return _file_hash(base / source.path, "data.source.path")
+        case MixedText():
+            root = _root(source, base)
+            return _digest(f"{category}\0{_part_hash(category, part, root)}" for category, part in _parts(source))
         case _ as never:
             assert_never(never)
 
@@ -65,28 +64,42 @@ def read(source: Source, base: Path) -> dict[str, list[Document]]:
                 category: list(_folder(base / folder, source.pattern)) for category, folder in source.categories.items()
             }
         case JsonLines():
-            found = _json_lines(base / source.path, source.text, source.category)
+            path = base / source.path
+            found = _labelled(path, read_lines(path, Fields(source.text, source.category)), source.category)
+        case MixedText():
+            root = _root(source, base)
+            found = {name: _part(name, part, root, source.megabytes) for name, part in _parts(source)}
+            return _up_to(source.megabytes, distinct(_with_text(found)))
         case _ as never:
             assert_never(never)
+    return distinct(_with_text(found))
+
+
+def _with_text(found: dict[str, list[Document]]) -> dict[str, list[Document]]:
     for category, documents in found.items():
         if not documents:
             raise ValueError(f"data.source: category {category!r} has no text; give it documents or leave it out")
-    return distinct(found)
+    return found
+
+
+def _up_to(megabytes: float, found: Mapping[str, Sequence[Document]]) -> dict[str, list[Document]]:
+    """Return each category's first documents that fit into a size, those that do not fit passed over."""
+    kept: dict[str, list[Document]] = {}
+    for name, documents in found.items():
+        size = 0
+        kept[name] = []
+        for document in documents:
+            if size + document.size <= megabytes * 1e6:
+                kept[name].append(document)
+                size += document.size
+    return kept
 
 
 def _installed(source: InstalledText) -> dict[str, list[Document]]:
-    limit = source.megabytes * 1e6
     wanted = min(LEAST_MEGABYTES, 0.9 * source.megabytes)
-    found = distinct({name: list(corpora.documents(name, int(limit * _MARGIN))) for name in source.sources})
-    kept: dict[str, list[Document]] = {}
+    kept = _up_to(source.megabytes, distinct({name: _builtin(name, source.megabytes) for name in source.sources}))
     for name in source.sources:
-        size = 0
-        kept[name] = []
-        for document in found[name]:
-            if size + document.size <= limit:
-                kept[name].append(document)
-                size += document.size
-        if size < wanted * 1e6:
+        if (size := sum(document.size for document in kept[name])) < wanted * 1e6:
             raise ValueError(
                 f"data.source.sources: got {size / 1e6:.2f} MB of {name!r} on this machine, wanted at least "
                 f"{wanted:g} MB; leave it out, or install these whole: {', '.join(corpora.distributions(name))}"
@@ -128,26 +141,8 @@ def files_in(folder: Path, pattern: str) -> list[tuple[str, Path]]:
 # --- JSON lines ---------------------------------------------------------------------------------------
 
 
-def _json_lines(path: Path, text: str, category: str | None) -> dict[str, list[Document]]:
-    found: dict[str, list[Document]] = {}
-    problems: list[str] = []
-    count = 0
-    for number, line in numbered(existing(path)):
-        if not line.strip():
-            continue
-        try:
-            name, content = _entry(line, text, category)
-        except ValueError as error:
-            count += 1
-            if len(problems) < _SHOWN:
-                problems.append(f"line {number}: {error}")
-            continue
-        documents = found.setdefault(name, [])
-        if content.strip():
-            documents.append(Document(content, hashlib.sha256(content.encode()).hexdigest()))
-    if count:
-        more = [f"and {count - _SHOWN} more lines"] if count > _SHOWN else []
-        raise ValueError("\n".join([f"data.source.path: {path} has {count} bad lines", *problems, *more]))
+def _labelled(path: Path, found: dict[str, list[Document]], category: str | None) -> dict[str, list[Document]]:
+    """Return the categories of a file by name, where there are enough."""
     if category is None:
         if not any(found.values()):
             raise ValueError(f"data.source.path: {path} has no text, wanted at least one document")
@@ -160,64 +155,60 @@ def _json_lines(path: Path, text: str, category: str | None) -> dict[str, list[D
     return dict(sorted(found.items()))
 
 
-def _entry(line: bytes, text: str, category: str | None) -> tuple[str, str]:
-    """Return category and text of one line, or raise ValueError with what is wrong with it."""
-    try:
-        entry = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start} of the line)") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("not JSON that can be read: it is nested too deeply") from None
-    if not isinstance(entry, dict):
-        raise ValueError(f"got {type(entry).__name__}, wanted an object")
-    for field in (text,) if category is None else (text, category):
-        if field not in entry:
-            way_out = "; data.source.category null is for lines without" if field == category else ""
-            got = ", ".join(map(repr, list(entry)[:8])) or "no fields"
-            raise ValueError(f"no field {field!r}, got {got}{way_out}")
-        if not isinstance(entry[field], str):
-            raise ValueError(f"field {field!r} is {type(entry[field]).__name__}, wanted a string")
-    if category is not None and (problem := misnamed(entry[category])):
-        raise ValueError(f"field {category!r}: {problem}")
-    try:
-        entry[text].encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"field {text!r} holds half a surrogate pair, which is no Unicode text") from None
-    return UNLABELLED if category is None else entry[category], entry[text]
+# --- mixed --------------------------------------------------------------------------------------------
 
 
-def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file, plain or compressed, from 1."""
-    with path.open("rb") as file:
-        head = file.read(6)
-    try:
-        with _opened(path, head) as lines:
-            yield from enumerate(cast(Iterable[bytes], lines), 1)
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"data.source.path: {path} is damaged or cut short: {error}") from None
+def _root(source: MixedText, base: Path) -> Path:
+    """Return the folder that parts' paths start at; it need not be there where no path is relative."""
+    paths = [part.path for part in source.categories.values() if part.kind != "installed"]
+    relative = [str(path) for path in paths if not path.is_absolute()]
+    return data_root(source.root, base, " and ".join(relative)) if relative else base
 
 
-def _opened(path: Path, head: bytes) -> BinaryIO:
-    if head.startswith(b"\x1f\x8b"):
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if head == b"\xfd7zXZ\0":
-        return cast(BinaryIO, lzma.open(path, "rb"))
-    return path.open("rb")
+def _parts(source: MixedText) -> Iterator[tuple[str, InstalledPart | FolderPart | LinesPart]]:
+    for category, part in source.categories.items():
+        if problem := misnamed(category):
+            raise ValueError(f"data.source.categories: {problem}")
+        yield category, part
 
 
-def existing(path: Path) -> Path:
-    """Return the path of a file that is there."""
-    if not path.is_file():
-        raise ValueError(f"data.source.path: {path} is not a file; a relative path starts at the recipe's folder")
-    return path
+def _part(category: str, part: InstalledPart | FolderPart | LinesPart, root: Path, megabytes: float) -> list[Document]:
+    """Return a part's documents, those of files in an order that has nothing to do with theirs."""
+    match part:
+        case InstalledPart():
+            return _builtin(part.source, megabytes)
+        case FolderPart():
+            documents = list(_folder(root / part.path, part.pattern))
+        case LinesPart():
+            fields = Fields(part.text, group=part.group, where=part.where)
+            found = read_lines(root / part.path, fields, f"data.source.categories.{category}.path")
+            documents = found.get(UNLABELLED, [])
+    return sorted(documents, key=lambda document: hashlib.sha256(document.group.encode()).digest())
 
 
-def misnamed(category: str) -> str | None:
-    """Return what is wrong with a category's name, or None."""
-    if category == _RESERVED:
-        return f"the category name {_RESERVED!r} is reserved for the mean over categories; rename the category"
-    if not _NAME.fullmatch(category):
-        return f"got category {category[:80]!r}, wanted 1 to 64 letters, digits, '_', '.', '-', the first no sign"
-    return None
+def _part_hash(category: str, part: InstalledPart | FolderPart | LinesPart, root: Path) -> str:
+    match part:
+        case InstalledPart():
+            return corpora.fingerprint([part.source])
+        case FolderPart():
+            return _folder_hash(root / part.path, part.pattern)
+        case LinesPart():
+            return _file_hash(root / part.path, f"data.source.categories.{category}.path")
+
+
+def _builtin(source: BuiltinSource, megabytes: float) -> list[Document]:
+    return list(corpora.documents(source, int(megabytes * 1e6 * _MARGIN)))
+
+
+def _file_hash(path: Path, said: str) -> str:
+    with existing(path, said).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _folder_hash(folder: Path, pattern: str) -> str:
+    files = files_in(folder, pattern)
+    return _digest(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}" for name, path in files)
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

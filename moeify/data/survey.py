@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from moeify.data import sources
-from moeify.data.documents import SPLITS
+from moeify.data.documents import SPLITS, misnamed
+from moeify.data.lines import UNLABELLED, numbered
 from moeify.recipe.data import JsonLines, TextFolders
 
 _PEEK = 2000
@@ -51,7 +52,7 @@ class Survey:
     @property
     def labelled(self) -> bool:
         """Whether the documents have categories."""
-        return set(self.amounts) != {sources.UNLABELLED}
+        return set(self.amounts) != {UNLABELLED}
 
 
 def look(path: Path, text: str | None = None, category: str | None = None, *, discover: bool = False) -> Survey:
@@ -121,7 +122,7 @@ def _folders(path: Path) -> tuple[TextFolders, list[str]]:
 def _name(folder: str, taken: Mapping[str, Path]) -> str:
     """Return a folder's name as a category's, which is also a safe component of a path."""
     stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", folder).strip("-._")[:60] or "category"
-    if sources.misnamed(stem):
+    if misnamed(stem):
         stem += "-1"
     number = 2
     name = stem
@@ -209,7 +210,7 @@ def _lines(path: Path, text: str | None, category: str | None, discover: bool) -
 
 def _peeked(path: Path) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
-    for number, line in sources.numbered(path):
+    for number, line in numbered(path):
         if not line.strip():
             continue
         try:

@@ -1,4 +1,4 @@
-"""Text as tokens: a byte-level BPE trained on the train split, and every split's tokens, prepared once and cached.
+"""Text as tokens: a byte-level BPE trained on the train split, or a tokenizer that is given; prepared once and cached.
 
 A cache entry's name is a hash of all that it depends on: the documents, the recipe's data section, the versions of
 the packages that prepare and the code that does. So an entry is never out of date, and one that is there is whole.
@@ -15,20 +15,23 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 from filelock import FileLock
-from jaxtyping import UInt16
+from jaxtyping import UInt16, UInt32
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from moeify.data import corpora, documents, excerpts, sources
+from moeify.data import corpora, documents, excerpts, lines, sources
 from moeify.data.documents import SPLITS, Document, Split
+from moeify.data.given_tokenizer import GivenTokenizer
 from moeify.recipe.data import Discover, TextData
 
 END = "<|end|>"
 """The token after every document. The same characters inside of a document are ordinary text."""
 SAMPLE_BYTES = 1_000_000
 """What the BPE sees of each category at most; of all the same, so that none shapes the vocabulary more."""
+Stream = UInt16[np.ndarray, " tokens"] | UInt32[np.ndarray, " tokens"]
+"""The wide one where a vocabulary has more than 65,536 tokens."""
 _INDEX = "index.json"
 _ASSETS = ("tokenizer.json", "tokenizer_config.json")
 
@@ -38,7 +41,7 @@ class Tokens:
     """Each category's documents as one stream of tokens a split, documents ended by the end token."""
 
     categories: tuple[str, ...]
-    streams: Mapping[Split, tuple[UInt16[np.ndarray, " tokens"], ...]]
+    streams: Mapping[Split, tuple[Stream, ...]]
     """One a category; memory-mapped."""
     sizes: Mapping[Split, tuple[int, ...]]
     """Bytes of UTF-8 of the documents, one number a category."""
@@ -51,20 +54,22 @@ class Tokens:
     categories were discovered."""
 
 
-def prepare(data: TextData, cache: Path, base: Path) -> Tokens:
+def prepare(data: TextData, cache: Path, base: Path, given: GivenTokenizer | None = None) -> Tokens:
     """Return the data's tokens, from the cache where they are; several processes may prepare at once.
+
+    ``given``: the tokenizer; None: one is trained.
 
     Raises:
         ValueError: The source cannot be read, or holds too little.
     """
-    entry = cache / "text" / _key(data, base)
+    entry = cache / "text" / _key(data, base, given)
     if (tokens := _load(entry)) is not None:
         return tokens
     entry.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(entry.with_suffix(".lock")):
         if (tokens := _load(entry)) is None:
             shutil.rmtree(entry, ignore_errors=True)  # What is there is damaged.
-            _publish(data, base, entry)
+            _publish(data, base, entry, given)
             tokens = _load(entry)
     assert tokens is not None
     return tokens
@@ -74,13 +79,15 @@ def read(data: TextData, base: Path) -> dict[str, list[Document]]:
     """Return each category's distinct documents of all splits, discovered categories' too; nothing is cached."""
     if data.discover is None:
         return sources.read(data.source, base)
-    parts, _, _ = _discovered(data, data.discover, base)
+    parts, _, _ = _discovered(data, data.discover, base, None)
     return {category: [d for split in SPLITS for d in each[split]] for category, each in parts.items()}
 
 
-def _key(data: TextData, base: Path) -> str:
+def _key(data: TextData, base: Path, given: GivenTokenizer | None) -> str:
     digest = hashlib.sha256(f"{data.model_dump_json(exclude={'length'})}\n{tokenizers.__version__}\n".encode())
-    for module in (corpora.__file__, documents.__file__, excerpts.__file__, sources.__file__, __file__):
+    if given is not None:
+        digest.update(f"{given.fingerprint}\n".encode())
+    for module in (corpora.__file__, documents.__file__, excerpts.__file__, lines.__file__, sources.__file__, __file__):
         digest.update(hashlib.sha256(Path(module).read_bytes()).digest())
     if data.discover is not None:
         from moeify.data import discover
@@ -93,15 +100,15 @@ def _key(data: TextData, base: Path) -> str:
 # --- preparing ----------------------------------------------------------------------------------------
 
 
-def _publish(data: TextData, base: Path, entry: Path) -> None:
+def _publish(data: TextData, base: Path, entry: Path, given: GivenTokenizer | None) -> None:
     """Prepare the data beside ``entry`` and move it there; the caller holds the entry's lock."""
     if data.discover is None:
         parts = _documents(data, base)
-        tokenizer = train_tokenizer([parts[category]["train"] for category in parts], data.vocabulary)
-        assets = _assets(tokenizer)
+        chosen = given or _trained([parts[category]["train"] for category in parts], data.vocabulary)
+        assets = dict(chosen.assets)
     else:
-        parts, tokenizer, found = _discovered(data, data.discover, base)
-        assets = {**_assets(tokenizer), "discovered.json": found}
+        parts, chosen, found = _discovered(data, data.discover, base, given)
+        assets = {**chosen.assets, "discovered.json": found}
     work = entry.with_suffix(".preparing")
     shutil.rmtree(work, ignore_errors=True)  # What a process left that was killed.
     work.mkdir()
@@ -109,11 +116,12 @@ def _publish(data: TextData, base: Path, entry: Path) -> None:
         (work / name).write_bytes(content)
     for split in SPLITS:
         for number, category in enumerate(parts):
-            np.save(work / _stream(split, number), encode(tokenizer, parts[category][split]), allow_pickle=False)
+            stream = encode(chosen.tokenizer, chosen.end, parts[category][split])
+            np.save(work / _stream(split, number), stream, allow_pickle=False)
     index = {
         "categories": list(parts),
-        "vocabulary": tokenizer.get_vocab_size(),
-        "end": tokenizer.token_to_id(END),
+        "vocabulary": chosen.tokenizer.get_vocab_size(),
+        "end": chosen.end,
         "sizes": {split: [sum(d.size for d in parts[category][split]) for category in parts] for split in SPLITS},
         "assets": list(assets),
         "files": {path.name: _hash(path) for path in sorted(work.iterdir())},
@@ -134,8 +142,8 @@ def _documents(data: TextData, base: Path) -> dict[str, dict[Split, list[Documen
 
 
 def _discovered(
-    data: TextData, settings: Discover, base: Path
-) -> tuple[dict[str, dict[Split, list[Document]]], tokenizers.Tokenizer, bytes]:
+    data: TextData, settings: Discover, base: Path, given: GivenTokenizer | None
+) -> tuple[dict[str, dict[Split, list[Document]]], GivenTokenizer, bytes]:
     """Return the documents of each cluster by split, the tokenizer and the content of ``discovered.json``.
 
     Documents are split before they are clustered. The tokenizer comes before clusters, so its sample is of the whole
@@ -150,14 +158,15 @@ def _discovered(
         split = documents.divide([document for document, _ in pool], validation=data.validation, test=data.test)
     except ValueError as error:
         raise ValueError(f"data.source: {error}") from None
-    tokenizer = train_tokenizer([split["train"]], data.vocabulary)
+    chosen = given or _trained([split["train"]], data.vocabulary)
+    tokenizer = chosen.tokenizer
     ids = {name: _ids(tokenizer, split[name]) for name in SPLITS}
     clusters = discover.cluster(settings, ids, tokenizer.get_vocab_size())
     labels = {name: [label_of[id(document)] for document in split[name]] for name in SPLITS}
     report = discover.report(
         clusters,
         {name: [document.size for document in split[name]] for name in SPLITS},
-        None if set(labelled) == {sources.UNLABELLED} else labels,
+        None if set(labelled) == {lines.UNLABELLED} else labels,
         [[tokenizer.decode([token]) for token in tokens] for tokens in clusters.telling],
     )
     parts = {
@@ -166,7 +175,14 @@ def _discovered(
         }
         for place, cluster in enumerate(clusters.names)
     }
-    return parts, tokenizer, json.dumps(report, indent=1, ensure_ascii=False).encode()
+    return parts, chosen, json.dumps(report, indent=1, ensure_ascii=False).encode()
+
+
+def _trained(train: Sequence[Sequence[Document]], vocabulary: int) -> GivenTokenizer:
+    tokenizer = train_tokenizer(train, vocabulary)
+    end = tokenizer.token_to_id(END)
+    assert end is not None
+    return GivenTokenizer(tokenizer, end, _assets(tokenizer))
 
 
 def train_tokenizer(train: Sequence[Sequence[Document]], vocabulary: int) -> tokenizers.Tokenizer:
@@ -203,10 +219,11 @@ def _sample(each: Sequence[Document], size: int) -> list[str]:
     return texts
 
 
-def encode(tokenizer: tokenizers.Tokenizer, each: Sequence[Document]) -> UInt16[np.ndarray, " tokens"]:
-    """Return the documents as one stream, the end token after each."""
-    end = tokenizer.token_to_id(END)
-    return np.concatenate([np.array([*ids, end], dtype=np.uint16) for ids in _ids(tokenizer, each)])
+def encode(tokenizer: tokenizers.Tokenizer, end: int, each: Sequence[Document]) -> Stream:
+    """Return the documents as one stream, the ``end`` token after each."""
+    most = max(end, *tokenizer.get_vocab().values())
+    kind = np.uint16 if most <= np.iinfo(np.uint16).max else np.uint32
+    return np.concatenate([np.array([*ids, end], dtype=kind) for ids in _ids(tokenizer, each)])
 
 
 def _ids(tokenizer: tokenizers.Tokenizer, each: Sequence[Document]) -> list[list[int]]:

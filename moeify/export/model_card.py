@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import assert_never
 
+from moeify.data.images import NORMS
 from moeify.export import fresh_check
 from moeify.export.stock import Form, Stock, ffn_sites
 from moeify.export.verification import Source
@@ -14,7 +15,7 @@ from moeify.models.decoders import config_of, decoder_of
 from moeify.models.families import describe
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
-from moeify.recipe.data import DigitsData, TextData
+from moeify.recipe.data import DigitsData, ImageData, TextData
 from moeify.result import Result
 from moeify.routed.split_model import SplitModel
 from moeify.store import FORMAT
@@ -156,7 +157,8 @@ def _origin(about: About, whole: SplitModel) -> Iterator[str]:
         )
     else:
         description = describe(whole.network)
-        yield f"- network: {description['family']}, {description['hidden']} hidden units, code {description['code']}"
+        sizes = ", ".join(f"{name} {size}" for name, size in description.items() if name != "family")
+        yield f"- network: {description['family']}, {sizes}"
     yield f"- categories: {', '.join(whole.categories)}"
     if about.recipe is not None:
         yield from _recipe(about.recipe)
@@ -165,11 +167,25 @@ def _origin(about: About, whole: SplitModel) -> Iterator[str]:
 def _recipe(recipe: RunConfig) -> Iterator[str]:
     match recipe.data:
         case TextData(source=source, length=length, discover=discover):
-            kind = {"installed": "text that Python packages install", "folders": "folders of text files"}
+            kind = {
+                "installed": "text that Python packages install",
+                "folders": "folders of text files",
+                "mixed": "text from several places",
+            }
             found = "" if discover is None else "; categories are discovered clusters of documents"
-            yield f"- data: {kind.get(source.kind, 'JSON lines')}, byte-level BPE, rows of {length} tokens{found}"
+            pretrained = recipe.model.kind == "pretrained"
+            tokenizer = "its tokenizer" if pretrained else "byte-level BPE"
+            if pretrained:
+                yield "- begun with: a pretrained model, and not trained from scratch"
+            yield f"- data: {kind.get(source.kind, 'JSON lines')}, {tokenizer}, rows of {length} tokens{found}"
         case DigitsData():
             yield "- data: scikit-learn's handwritten digits"
+        case ImageData(source=images, objective=objective, categories=groups):
+            classes = "; ".join(f"{name}: {', '.join(map(str, numbers))}" for name, numbers in groups.items())
+            yield f"- data: {images}, to {objective}; classes by category: {classes}"
+            mean, deviation = NORMS[images]
+            norm = f", less mean {mean}, over deviation {deviation}" if objective == "classify" else ", in one row"
+            yield f"- a row of inputs: an image's channels, height and width, intensities 0..1{norm}"
         case other:
             assert_never(other)
     training = recipe.training

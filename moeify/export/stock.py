@@ -11,7 +11,7 @@ from moeify.export.pruning import only, prune
 from moeify.export.untold import untold
 from moeify.models.families import describe, rebuild, with_units
 from moeify.models.resizing import copy_units
-from moeify.models.units import FfnUnits
+from moeify.models.units import ConvUnits, FfnUnits
 from moeify.recipe.partition import UnitKind
 from moeify.routed.split_model import SplitModel
 
@@ -76,7 +76,8 @@ def to_dense(split: SplitModel, categories: Sequence[str], *, padded: bool = Tru
                 f"{first!r} and {other!r} run different units, so no dense model equals the split model for both; "
                 f"export them with --split or --moe, or one at a time"
             )
-    active = {site.name: int(split.partition.active(site.name, first).sum()) for site in ffn_sites(split)}
+    sites = [site for site in split.space.sites if isinstance(site, FfnUnits | ConvUnits)]
+    active = {site.name: int(split.partition.active(site.name, first).sum()) for site in sites}
     own = sum(active.values())
     if padded:
         network, stored = extract(split, first), max(active.values()) * len(active)

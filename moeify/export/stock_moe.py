@@ -71,10 +71,9 @@ def to_moe(split: SplitModel, form: Form, forced: str) -> Stock:
         raise ValueError(f"no category {forced!r}; the model has {', '.join(split.categories)}")
     if len(tree.leaves) < 2:
         raise ValueError(f"one route serves {', '.join(split.categories)}, wanted two or more; export a dense model")
-    sites = ffn_sites(split)
+    source, sites = _shared_config(split.network), ffn_sites(split)
     if len(sites) < len(split.space.sites):
         raise ValueError("attention heads are split too, and stock MoE formats route feed-forward units alone")
-    source = _shared_config(split.network)
     ways = {site.name: _ways(split, site.name) for site in sites}
     path = max(len(way) for _, paths in ways.values() for way in paths)
     route = max(len(core) + len(way) for core, paths in ways.values() for way in paths)

@@ -4,7 +4,7 @@ import torch
 
 from moeify.models.families import describe, with_biases
 from moeify.models.resizing import shaped
-from moeify.models.units import FfnUnits
+from moeify.models.units import ConvUnits, FfnUnits
 from moeify.routed.split_model import SplitModel
 
 
@@ -20,7 +20,7 @@ def untold(split: SplitModel, category: str) -> SplitModel:
         else:  # a bias that the split model's blocks have none of
             tensor.zero_()
     place = split.categories.index(category)
-    sites = [site for site in split.space.sites if isinstance(site, FfnUnits)]
+    sites = [site for site in split.space.sites if isinstance(site, FfnUnits | ConvUnits)]
     for site, biases in zip(sites, split.told, strict=True):
-        network.get_parameter(f"{site.module}.{site.up}.bias").add_(biases[place])
+        network.get_parameter(site.shift).add_(biases[place])
     return SplitModel(network, split.categories, split.partition).eval()

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeify.recipe.config import AutoencoderModel, LlamaModel
+from moeify.recipe.model import AutoencoderModel, LlamaModel
 
 
 class FeedForward(nn.Module):

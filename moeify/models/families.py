@@ -1,6 +1,7 @@
 """Adapters: where the units of each supported network live, and how to describe and rebuild it.
 
-Language models of ``transformers`` are data in ``moeify.models.decoders``; the autoencoder is a case of its own here.
+Language models of ``transformers`` are data in ``moeify.models.decoders``; the autoencoder and the residual network are
+cases of their own here.
 """
 
 from collections.abc import Collection
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from attribution.edge_taps import Entry, Writer
 from attribution.sites import Site
 from moeify.models.decoders import DECODERS, WITHOUT, config_of, decoder_named, decoder_of
-from moeify.models.units import FfnUnits, UnitSite, UnitSpace, check, linear
+from moeify.models.resnet import ResNet
+from moeify.models.units import ConvUnits, FfnUnits, UnitSite, UnitSpace, check, is_conv1d, linear
 from moeify.recipe.partition import PLAIN, UnitKind
 
 
@@ -26,6 +28,11 @@ def unit_space(network: nn.Module, kinds: Collection[UnitKind] = PLAIN) -> UnitS
         sites = decoder.sites(network)
     elif _is_autoencoder(network):
         sites = [_feed_forward(network, name) for name in ("encoder", "decoder")]
+    elif isinstance(network, ResNet):
+        sites = [
+            ConvUnits(f"{name}.channels", name, block.conv1.weight.shape[0], places)
+            for name, block, places in network.blocks()
+        ]
     else:
         raise _unknown(network)
     return check(network, [site for site in sites if site.kind in kinds])
@@ -39,17 +46,20 @@ def readers(network: nn.Module) -> tuple[Site, ...]:
 def entries(network: nn.Module) -> tuple[Entry, ...]:
     """Return the ways into the sites of ``readers`` that have sites before them, for attribution of edges.
 
-    None where edges cannot be followed, see ``Decoder.norm``, or where there is but one site.
+    None where edges cannot be followed, see ``Decoder.norm``, or where there is but one site. Those of a residual
+    network pass batch norms behind the blocks, which are no norm of a token by itself.
     """
     if decoder := decoder_of(network):
         return decoder.entries(network)
     if _is_autoencoder(network):
         return (Entry("decoder.hidden", (Writer("decoder.up"),)),)
+    if isinstance(network, ResNet):
+        return ()
     raise _unknown(network)
 
 
 def describe(network: nn.Module) -> dict[str, Any]:
-    """Return plain data from which ``rebuild`` makes a network of the same shape, all sites as wide as the widest."""
+    """Return plain data from which ``rebuild`` makes a network of the same shape, no site narrower than it is."""
     if decoder := decoder_of(network):
         return {"family": decoder.family, "config": config_of(network).to_dict()}
     if _is_autoencoder(network):
@@ -60,7 +70,29 @@ def describe(network: nn.Module) -> dict[str, Any]:
             "hidden": max(up.out_features, linear(network, "decoder.up").out_features),
             "code": down.out_features,
         }
+    if isinstance(network, ResNet):
+        inner = [block.conv1.weight.shape[0] for _, block, _ in network.blocks()]
+        return {
+            "family": "resnet",
+            "image": list(network.image),
+            "classes": network.linear.out_features,
+            "width": network.conv1.out_channels,
+            "blocks": len(inner) // network.stages,
+            "stages": network.stages,
+            "inner": inner,
+        }
     raise _unknown(network)
+
+
+def outside_flops(network: nn.Module) -> dict[str, int]:
+    """Return module -> floating-point operations an example (or token) of the linear maps that belong to no site."""
+    inside = {part.parameter for site in unit_space(network, get_args(UnitKind)).sites for part in site.slices}
+    places = {"conv1": network.image[1] * network.image[2]} if isinstance(network, ResNet) else {}
+    return {
+        name: 2 * network.get_parameter(f"{name}.weight").numel() * places.get(name, 1)
+        for name, module in network.named_modules()
+        if (isinstance(module, nn.Linear) or is_conv1d(module) or name in places) and f"{name}.weight" not in inside
+    }
 
 
 def rebuild(description: dict[str, Any]) -> nn.Module:
@@ -72,8 +104,11 @@ def rebuild(description: dict[str, Any]) -> nn.Module:
         from moeify.models.build import Autoencoder
 
         return Autoencoder(description["inputs"], description["hidden"], description["code"])
+    if family == "resnet":
+        sizes = {key: description[key] for key in ("classes", "width", "blocks", "stages", "inner")}
+        return ResNet(tuple(description["image"]), **sizes)
     known = ", ".join(decoder.family for decoder in DECODERS)
-    raise ValueError(f"unknown network family {family!r}; this version rebuilds autoencoder, {known}")
+    raise ValueError(f"unknown network family {family!r}; this version rebuilds autoencoder, resnet, {known}")
 
 
 def with_units(description: dict[str, Any], units: int, heads: int | None = None) -> dict[str, Any]:
@@ -87,6 +122,8 @@ def with_units(description: dict[str, Any], units: int, heads: int | None = None
         return {**description, "config": decoder.with_units(description["config"], units, heads)}
     if family == "autoencoder":
         return {**description, "hidden": units}
+    if family == "resnet":
+        return {**description, "inner": [units] * len(description["inner"])}
     raise ValueError(f"unknown network family {family!r}")
 
 
@@ -98,7 +135,7 @@ def with_biases(description: dict[str, Any]) -> dict[str, Any]:
     family = description.get("family")
     if decoder := decoder_named(family):
         return {**description, "config": decoder.with_biases(description["config"])}
-    if family == "autoencoder":
+    if family in ("autoencoder", "resnet"):
         return description  # has them
     raise ValueError(f"unknown network family {family!r}")
 
@@ -109,6 +146,8 @@ def example_inputs(network: nn.Module, rows: int, seed: int) -> Tensor:
     if decoder_of(network):
         config = config_of(network)
         return torch.randint(config.vocab_size, (rows, min(64, config.max_position_embeddings)), generator=generator)
+    if isinstance(network, ResNet):
+        return torch.randn(rows, *network.image, generator=generator)
     return torch.rand(rows, describe(network)["inputs"], generator=generator)
 
 

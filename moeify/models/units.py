@@ -19,7 +19,7 @@ Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]
 
 @dataclass(frozen=True)
 class Slice:
-    """One parameter's axis that runs over a site's units."""
+    """One axis, of a parameter or a buffer, that runs over a site's units."""
 
     parameter: str
     axis: int
@@ -81,6 +81,11 @@ class FfnUnits:
         """The parameter through which the units write, see ``output_weight``."""
         return f"{self.module}.{self.down}.weight"
 
+    @property
+    def shift(self) -> str:
+        """The parameter that is added to every unit before its activation, where the block has biases."""
+        return f"{self.module}.{self.up}.bias"
+
 
 @dataclass(frozen=True)
 class HeadUnits:
@@ -133,8 +138,55 @@ class HeadUnits:
         return f"{self.module}.{self.out}.weight"
 
 
-UnitSite = FfnUnits | HeadUnits
-"""A site with its tensors. Conv channels join here as a further class."""
+@dataclass(frozen=True)
+class ConvUnits:
+    """The inner channels of one residual block: conv2(relu(bn1(conv1(x)))).
+
+    A unit is a row of the first convolution, its channel of the batch norm, running statistics included, and what the
+    second convolution reads of it: a slice as large as the kernel.
+    """
+
+    kind: ClassVar[UnitKind] = "ffn"
+    name: str
+    """Of the site."""
+    module: str
+    """Qualified name of the block, with submodules ``conv1``, ``bn1`` and ``conv2``."""
+    units: int
+    places: int
+    """Of the map that either convolution gives: what an example costs goes by them."""
+    told: bool = False
+    """Whether units learn a bias for each category (``moeify.routed.told``)."""
+
+    @property
+    def site(self) -> Site:
+        """The site as attribution reads it: at the input of ``conv2``."""
+        return Site(self.name, f"{self.module}.conv2", self.units, spatial=True)
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """Every axis, of parameters and buffers, that moves with the units."""
+        statistics = tuple(Slice(f"{self.module}.bn1.running_{what}", 0) for what in ("mean", "var"))
+        told = [Slice(f"{self.module}.told.weight", 1)] if self.told else []
+        return (*self.ways_in, *statistics, Slice(self.output, 1), *told)
+
+    @property
+    def ways_in(self) -> tuple[Slice, ...]:
+        """Weights and biases through which the units read."""
+        return tuple(Slice(f"{self.module}.{name}", 0) for name in ("conv1.weight", "bn1.weight", "bn1.bias"))
+
+    @property
+    def output(self) -> str:
+        """The parameter through which the units write, see ``output_weight``."""
+        return f"{self.module}.conv2.weight"
+
+    @property
+    def shift(self) -> str:
+        """The parameter that is added to every unit before its activation."""
+        return f"{self.module}.bn1.bias"
+
+
+UnitSite = FfnUnits | HeadUnits | ConvUnits
+"""A site with its tensors."""
 
 
 @dataclass(frozen=True)
@@ -164,8 +216,17 @@ class UnitSpace:
 
 def unit_parameters(network: nn.Module, site: UnitSite) -> int:
     """Return how many parameters belong to one unit of a site: what it reads and writes through."""
-    shapes = [(network.get_parameter(part.parameter).shape, part) for part in site.slices]
+    held = dict(network.named_parameters())
+    shapes = [(held[part.parameter].shape, part) for part in site.slices if part.parameter in held]
     return sum(shape.numel() // shape[part.axis] * part.width for shape, part in shapes)
+
+
+def tensor_of(network: nn.Module, name: str) -> Tensor:
+    """Return a network's parameter or buffer by its qualified name."""
+    module, _, own = name.rpartition(".")
+    found = getattr(network.get_submodule(module), own)
+    assert isinstance(found, Tensor)
+    return found
 
 
 def linear(network: nn.Module, name: str) -> nn.Linear:
@@ -182,15 +243,18 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def output_weight(network: nn.Module, site: UnitSite) -> Float[Tensor, "dim features"]:
-    """Return the parameter (or a view of it) through which a site's units write; a unit's features side by side."""
+    """Return the parameter (or a view of it) through which a site's units write; a unit's features side by side.
+
+    Those of a channel are the places of the kernel, as ``attribution.sites.output_weight`` orders them.
+    """
     weight = network.get_parameter(site.output)
-    return weight.t() if _transposed(site) else weight
+    return weight.t() if _transposed(site) else weight.flatten(1)
 
 
 def input_weight(network: nn.Module, site: UnitSite) -> Float[Tensor, "units inputs"]:
     """Return the weights through which a site's units read, those of all ways in (gate and up) side by side."""
     ways_in = [network.get_parameter(part.parameter) for part in site.ways_in]
-    matrices = [weight.t() if _transposed(site) else weight for weight in ways_in if weight.ndim == 2]
+    matrices = [weight.t() if _transposed(site) else weight for weight in ways_in if weight.ndim > 1]
     return torch.cat([weight.reshape(site.units, -1) for weight in matrices], dim=1)
 
 
@@ -202,15 +266,17 @@ def flops(network: nn.Module, site: UnitSite, length: int) -> int:
     """Return the floating-point operations of one unit's forward pass, a token (or example): 2 a weight.
 
     Heads also compare with, and read from, earlier positions: ``length`` / 2 of them on average in causal rows of
-    ``length`` tokens.
+    ``length`` tokens. A channel's weights are applied at every place of its map.
     """
-    shapes = [network.get_parameter(part.parameter).shape for part in site.slices]
+    shapes = [tensor_of(network, part.parameter).shape for part in site.slices]
     own = 2 * sum(shape.numel() for shape in shapes if len(shape) > 1) // site.units
     match site:
         case FfnUnits():
             return own
         case HeadUnits():
             return own + 2 * site.queries * site.size * length
+        case ConvUnits():
+            return own * site.places
         case _:
             assert_never(site)
 
@@ -219,7 +285,7 @@ def check(network: nn.Module, sites: Sequence[UnitSite]) -> UnitSpace:
     """Return the unit space of the sites; ValueError where a tensor does not have the units a site claims."""
     for site in sites:
         for part in site.slices:
-            shape = network.get_parameter(part.parameter).shape
+            shape = tensor_of(network, part.parameter).shape
             if shape[part.axis] != site.units * part.width:
                 raise ValueError(
                     f"site {site.name!r}: {part.parameter} has shape {tuple(shape)}, "

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import (
     BeforeValidator,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     WithJsonSchema,
@@ -21,9 +22,21 @@ from pydantic import (
 
 from moeify.recipe.arms import Arm, Control, cut, twins
 from moeify.recipe.closed import Closed, Fraction, Name
-from moeify.recipe.data import Data, DigitsData, Discover, InstalledText, TextData, TextFolders, cluster_names
+from moeify.recipe.data import (
+    Data,
+    DigitsData,
+    Discover,
+    ImageData,
+    InstalledText,
+    MixedText,
+    TextData,
+    TextFolders,
+    cluster_names,
+)
 from moeify.recipe.given_tree import Nested, names, read_tree
-from moeify.recipe.partition import Partition
+from moeify.recipe.model import Model
+from moeify.recipe.partition import PLAIN, Partition
+from moeify.recipe.routing import Routing
 
 Tree = Annotated[
     Nested,
@@ -33,46 +46,6 @@ Tree = Annotated[
     ),
 ]
 """Names of categories in nested lists; see ``moeify.recipe.given_tree``."""
-
-# --- model --------------------------------------------------------------------------------------------
-
-
-class LlamaModel(Closed):
-    """A LlamaForCausalLM from scratch (RMSNorm, rotary positions, SwiGLU)."""
-
-    kind: Literal["llama"]
-    hidden: PositiveInt = 96
-    """Dimensions of the residual stream."""
-    layers: PositiveInt = 4
-    """Blocks of attention and FFN."""
-    heads: PositiveInt = 4
-    """Attention heads a layer; each has an even number of dimensions, ``hidden / heads``."""
-    ffn: PositiveInt = 384
-    """FFN neurons a layer."""
-    tie_embeddings: bool = True
-    """Input embedding and output layer are one matrix."""
-
-    @model_validator(mode="after")
-    def _heads_divide_hidden(self) -> Self:
-        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
-            raise ValueError(
-                f"heads: got {self.heads}, wanted a divisor of hidden, {self.hidden}, "
-                f"that leaves an even number of dimensions a head"
-            )
-        return self
-
-
-class AutoencoderModel(Closed):
-    """An MLP autoencoder: input - hidden - code - hidden - input, ReLU, one logit a pixel."""
-
-    kind: Literal["autoencoder"]
-    hidden: PositiveInt = 256
-    """Hidden units of the encoder, and of the decoder."""
-    code: PositiveInt = 16
-    """Dimensions of the code; never split."""
-
-
-Model = Annotated[LlamaModel | AutoencoderModel, Field(discriminator="kind")]
 
 # --- the loop -----------------------------------------------------------------------------------------
 
@@ -165,6 +138,15 @@ class Budget(Closed):
         return float(self.tax.removesuffix(" %")) / 100 * loss if isinstance(self.tax, str) else self.tax
 
 
+class Distillation(Closed):
+    """Cut arms also learn from the pretrained model as it was loaded: its distribution over every next token."""
+
+    weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Share of the training loss that is KL(pretrained model || arm), in nats per token; the rest is the loss."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits of both; the divergence is multiplied by its square, so that gradients keep their size."""
+
+
 class Evaluation(Closed):
     """How much held-out data is read."""
 
@@ -172,8 +154,14 @@ class Evaluation(Closed):
     """Rows of each category, at the end of each round."""
     test_rows: PositiveInt = 128
     """Rows of each category, at the end of the run (fewer where the split holds fewer)."""
+    example_rows: NonNegativeInt = 16
+    """Validation rows of each category that the report's examples of what each expert does are picked from; each is run
+    once for every expert on its route. 0: no examples."""
     rows_at_once: PositiveInt = 32
     """Rows of one forward pass over all workers."""
+    null_draws: Annotated[int, Field(ge=0)] = 0
+    """Random removals that each expert's is held against at the end of the run, to say whether it is a clean module: 19
+    are the fewest that can. Each costs a pass of the test split for every expert; 0: no verdict."""
 
 
 class Checkpoints(Closed):
@@ -203,6 +191,9 @@ class Tracking(Closed):
     """MLflow's experiment that the run goes to."""
     every: PositiveInt = 10
     """Steps between two points of a curve."""
+    models: NonNegativeInt = 256
+    """Megabytes: at the end the dense twin and the split model, if no larger than this, are logged and registered under
+    the recipe's name, with aliases ``dense`` and ``split``. 0: neither."""
 
 
 class RunConfig(Closed):
@@ -219,6 +210,7 @@ class RunConfig(Closed):
     training: Training
     attribution: Attribution = Attribution()
     partition: Partition = Partition()
+    routing: Routing = Routing()
     tree: Tree | None = None
     """The expert tree, or as much of it as is wanted, e.g. ``[[python, c], [prose, web]]``: each round makes the groups
     of one more level, whatever its branching. Flat groups, and categories that are not named, are left to attribution.
@@ -230,6 +222,9 @@ class RunConfig(Closed):
     routes. ``told`` costs a whole arm, ``random`` one from the first cut on."""
     budget: Budget | None = None
     """``null`` keeps every round whatever its tax."""
+    distillation: Distillation | None = None
+    """For a pretrained model: what arms that are cut learn besides, from the first cut on. Twins learn from the same
+    rows without it, since it would hold them back where they started. ``null``: arms learn from the rows alone."""
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     cluster: Cluster = Cluster()
@@ -246,6 +241,7 @@ class RunConfig(Closed):
             *self._unrouted_misfits(),
             *self._units_misfits(),
             *self._null_test_misfits(),
+            *self._routing_misfits(),
         ]:
             raise ValueError("\n".join(misfits))
         return self
@@ -255,7 +251,7 @@ class RunConfig(Closed):
             yield f"controls: got {list(self.controls)}, wanted each control once"
 
     def _data_misfits(self) -> Iterator[str]:
-        held_out = self.data.validation + self.data.test
+        held_out = self.data.validation + (0.0 if self.data.kind == "images" else self.data.test)
         if held_out >= 1.0:
             yield f"data: got validation + test {held_out:g}, wanted less than 1, so that something is left to train on"
         if self.data.kind == "text" and self.data.source.kind == "installed":
@@ -264,9 +260,21 @@ class RunConfig(Closed):
                 yield f"data.source.sources: got {list(sources)}, wanted each source once"
 
     def _model_misfits(self) -> Iterator[str]:
-        wanted = {"text": "llama", "digits": "autoencoder"}[self.data.kind]
-        if self.model.kind != wanted:
-            yield f"model.kind: got {self.model.kind!r}, wanted {wanted!r}, which data.kind {self.data.kind!r} needs"
+        wanted: tuple[str, ...]
+        match self.data:
+            case ImageData(objective="classify"):
+                wanted, needs = ("resnet",), "data.objective 'classify'"
+            case ImageData():
+                wanted, needs = ("autoencoder",), "data.objective 'reconstruct'"
+            case DigitsData():
+                wanted, needs = ("autoencoder",), "data.kind 'digits'"
+            case TextData():
+                wanted, needs = ("llama", "pretrained"), "data.kind 'text'"
+        if self.model.kind not in wanted:
+            known = " or ".join(map(repr, wanted))
+            yield f"model.kind: got {self.model.kind!r}, wanted {known}, which {needs} needs"
+        if self.distillation and self.model.kind != "pretrained":
+            yield f"distillation: got a mapping, wanted null beside model.kind {self.model.kind!r}, which is untrained"
 
     def _rounds_misfits(self) -> Iterator[str]:
         spent = sum(r.train + r.recover for r in self.rounds)
@@ -297,14 +305,27 @@ class RunConfig(Closed):
                 f"partition.units: got {list(units)}, wanted [ffn] or [ffn, heads]; "
                 f"to split heads alone, freeze the rest: partition.frozen: ['*.ffn']"
             )
-        if "heads" in units and self.model.kind == "autoencoder":
-            yield "partition.units: got 'heads', which model.kind 'autoencoder' has none of, wanted [ffn]"
+        if "heads" in units and self.model.kind != "llama":
+            yield f"partition.units: got 'heads', which model.kind {self.model.kind!r} has none of, wanted [ffn]"
 
     def _null_test_misfits(self) -> Iterator[str]:
         if self.partition.null_test and self.attribution.settled:
             yield (
                 f"attribution.settled: got {self.attribution.settled:g}, wanted null beside partition.null_test, "
                 f"whose passes must all measure the same rows"
+            )
+
+    def _routing_misfits(self) -> Iterator[str]:
+        yield from self.routing.misfits()
+        if self.routing.gradients != "none" and self.partition.units != PLAIN:
+            yield (
+                f"routing.gradients: got {self.routing.gradients!r} beside partition.units "
+                f"{list(self.partition.units)}, wanted units [ffn]; gradients of heads are not routed"
+            )
+        if self.routing.gradients != "none" and self.model.kind == "resnet":
+            yield (
+                f"routing.gradients: got {self.routing.gradients!r} beside model.kind 'resnet', wanted 'none'; "
+                f"gradients of channels are not routed"
             )
 
     def _rows_misfits(self) -> Iterator[str]:
@@ -330,14 +351,21 @@ class RunConfig(Closed):
         match self.data:
             case DigitsData():
                 return tuple(map(str, range(10)))
+            case ImageData(categories=categories):
+                return tuple(categories)
             case TextData(discover=Discover(number=number)):
                 return None if number is None else cluster_names(number)
             case TextData(source=InstalledText(sources=sources)):
                 return sources
-            case TextData(source=TextFolders(categories=categories)):
+            case TextData(source=TextFolders(categories=categories) | MixedText(categories=categories)):
                 return tuple(categories)
             case _:
                 return None
+
+    @property
+    def early_arms(self) -> tuple[Arm, ...]:
+        """The arms that train by themselves from the first step on."""
+        return (*self.twins, "split") if self.routing.early else self.twins
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -351,5 +379,9 @@ class RunConfig(Closed):
 
     @property
     def cut_arms(self) -> tuple[Arm, ...]:
-        """The arms that fork from the dense twin at the first cut; the split model first."""
+        """The arms that are cut, forks of the dense twin up to the first cut; the split model first.
+
+        Where gradients are routed before that (``routing.experts``), the split model is its own, and the others fork
+        from it.
+        """
         return cut(self.controls)

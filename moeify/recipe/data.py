@@ -8,6 +8,10 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from moeify.recipe.closed import Closed, Fraction, Name
 
 BuiltinSource = Literal["python", "prose", "c", "web"]
+ImageSource = Literal["mnist", "cifar10", "cifar10-jpeg"]
+"""``cifar10``: as published, in binary; ``cifar10-jpeg``: the same images through JPEG, which is lossy."""
+CLASSES = 10
+"""Of every set of images, numbered from 0."""
 
 
 class InstalledText(Closed):
@@ -43,7 +47,55 @@ class JsonLines(Closed):
     """The field that holds the category; ``null``: documents have none, and ``data.discover`` finds them."""
 
 
-Source = Annotated[InstalledText | TextFolders | JsonLines, Field(discriminator="kind")]
+class InstalledPart(Closed):
+    """One of the installed sources."""
+
+    kind: Literal["installed"]
+    source: BuiltinSource
+    """See ``data.source.sources``."""
+
+
+class FolderPart(Closed):
+    """A folder of UTF-8 text files; each file is a document."""
+
+    kind: Literal["folder"]
+    path: Path
+    """The folder."""
+    pattern: str = "**/*"
+    """Glob below the folder. Files and folders whose name starts with a dot are left out."""
+
+
+class LinesPart(Closed):
+    """One JSON object a line; those with the wanted values in their fields are documents."""
+
+    kind: Literal["jsonl"]
+    path: Path
+    """The file, or one compressed with xz or gzip."""
+    text: str = "text"
+    """The field that holds the document."""
+    group: str | None = None
+    """A field; documents with the same value of it fall into the same split. ``null``: only equal documents do."""
+    where: dict[str, tuple[str, ...]] = Field(default={})
+    """Field to values; lines that have (or list) none of them are left out."""
+
+
+Part = Annotated[InstalledPart | FolderPart | LinesPart, Field(discriminator="kind")]
+
+
+class MixedText(Closed):
+    """Categories from different places."""
+
+    kind: Literal["mixed"]
+    categories: Annotated[dict[Name, Part], Field(min_length=2)]
+    """Category to where its documents come from."""
+    root: Path | None = None
+    """Folder that relative paths of parts start at, itself relative to the recipe's; ``null``: the one that the
+    environment variable MOEIFY_DATA names."""
+    megabytes: PositiveFloat = 3.0
+    """Upper bound on the text taken of each category, in 10^6 bytes."""
+
+
+Source = Annotated[InstalledText | TextFolders | JsonLines | MixedText, Field(discriminator="kind")]
 
 
 class Tfidf(Closed):
@@ -75,7 +127,8 @@ def cluster_names(number: int) -> tuple[str, ...]:
 
 
 class TextData(Closed):
-    """Documents in categories, cut into rows of tokens of a byte-level BPE trained on the train split."""
+    """Documents in categories, cut into rows of tokens of a byte-level BPE trained on the train split, or of a
+    pretrained model's own tokenizer."""
 
     kind: Literal["text"]
     source: Source
@@ -84,7 +137,8 @@ class TextData(Closed):
     """Take clusters of documents for categories; labels of the source are only compared with them. ``null``: labels
     are the categories."""
     vocabulary: Annotated[int, Field(ge=257, le=65_000)] = 1024
-    """Tokens of the byte-level BPE, the 256 bytes and the end-of-document token included."""
+    """Tokens of the byte-level BPE, the 256 bytes and the end-of-document token included. A pretrained model has a
+    tokenizer already, and this says nothing."""
     length: Annotated[int, Field(ge=8)] = 128
     """Tokens a row."""
     validation: Fraction = 0.05
@@ -109,4 +163,40 @@ class DigitsData(Closed):
     """Share of the images."""
 
 
-Data = Annotated[TextData | DigitsData, Field(discriminator="kind")]
+ImageClass = Annotated[int, Field(ge=0, lt=CLASSES)]
+
+
+class ImageData(Closed):
+    """A published set of labelled images. Categories are groups of its classes; classes in none are left out."""
+
+    kind: Literal["images"]
+    source: ImageSource
+    """The set, of ten classes."""
+    root: Path | None = None
+    """The folder with the set's files; a relative path starts at the recipe's folder. ``null``: the one that the
+    environment variable MOEIFY_DATA names."""
+    objective: Literal["classify", "reconstruct"] = "classify"
+    """What is learned: an image's class, or the image itself."""
+    categories: Annotated[dict[Name, Annotated[tuple[ImageClass, ...], Field(min_length=1)]], Field(min_length=2)]
+    """Category to the numbers of its classes, as the set counts them. A route tells its rows' category, so that of a
+    classifier must leave something to say: it has two classes or more."""
+    augment: bool = False
+    """Train images of a classifier are moved by up to 4 pixels, and those of CIFAR-10 mirrored, at random."""
+    validation: Fraction = 0.1
+    """Share of the published train split, the same of each class; the test split is the published one."""
+
+    @model_validator(mode="after")
+    def _classes_fit(self) -> Self:
+        named = [each for classes in self.categories.values() for each in classes]
+        if twice := sorted({each for each in named if named.count(each) > 1}):
+            raise ValueError(f"categories: got class {twice[0]} twice, wanted each class in one category")
+        for name, classes in self.categories.items():
+            if self.objective == "classify" and len(classes) < 2:
+                raise ValueError(
+                    f"categories.{name}: got one class, {classes[0]}, which its route would tell the classifier, "
+                    f"wanted two or more; join classes to groups"
+                )
+        return self
+
+
+Data = Annotated[TextData | DigitsData | ImageData, Field(discriminator="kind")]

@@ -211,20 +211,21 @@ def _locate(root: Schema, location: Sequence[str | int]) -> _Place:
     pattern = ""
     for item in location:
         node = place.node
+        if item == "[key]":
+            place.node = {"type": "string", "pattern": pattern}
+            continue
         if "discriminator" in node:
             variants = {kind: resolved(root, {"$ref": ref}) for kind, ref in node["discriminator"]["mapping"].items()}
             place.node = variants[str(item)]
-            continue
-        if item == "[key]":
-            place.node = {"type": "string", "pattern": pattern}
             continue
         if "anyOf" in node:  # a value or null
             node = resolved(root, next(branch for branch in node["anyOf"] if branch.get("type") != "null"))
         place.parent, place.path, place.variants = place.path, joined(place.path, item), variants
         place.siblings = node.get("properties", {})
         place.keys.append(item)
-        pattern, named = next(iter(node.get("patternProperties", {}).items()), ("", {}))
-        child = node["items"] if isinstance(item, int) else place.siblings.get(item, named)
+        pattern = next(iter(node.get("patternProperties", ())), "")
+        value = next(iter(named(node)), {})
+        child = node["items"] if isinstance(item, int) else place.siblings.get(item, value)
         place.node, variants = resolved(root, child), {}
     return place
 
@@ -236,6 +237,12 @@ def resolved(root: Schema, node: Schema) -> Schema:
     return node
 
 
+def named(node: Schema) -> tuple[Schema, ...]:
+    """Return what a mapping from names holds; nothing for any other node."""
+    more = node.get("additionalProperties")
+    return (*node.get("patternProperties", {}).values(), *([more] if isinstance(more, dict) else ()))
+
+
 def _known_keys(root: Schema, node: Schema, path: str) -> Iterator[tuple[str, str]]:
     """Yield the path and the last part of every known key."""
     node = resolved(root, node)
@@ -243,6 +250,8 @@ def _known_keys(root: Schema, node: Schema, path: str) -> Iterator[tuple[str, st
         yield from _known_keys(root, branch, path)
     if "items" in node:
         yield from _known_keys(root, node["items"], f"{path}[0]")
+    for value in named(node):
+        yield from _known_keys(root, value, f"{path}.NAME")
     for key, child in node.get("properties", {}).items():
         yield joined(path, key), key
         yield from _known_keys(root, child, joined(path, key))

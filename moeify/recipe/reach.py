@@ -1,8 +1,8 @@
 """Whether experts have room for each round's separation, said before anything is trained.
 
 Counts what can be reached at best, with the groups to expect and every expert as wide as its siblings. Neurons are many
-and count in fractions of a site, heads are few and count whole; the cut itself counts in whole units, and goes as far
-as they give room.
+and count in fractions of a site, heads and channels are few and count whole; the cut itself counts in whole units, and
+goes as far as they give room.
 """
 
 import itertools

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from moeify.recipe.load import Schema, joined, json_schema, resolved, wanted
+from moeify.recipe.load import Schema, joined, json_schema, named, resolved, wanted
 
 _HEAD = """\
 # Every field of a recipe
@@ -61,6 +61,8 @@ def _parts(root: Schema, node: Schema, path: str, kind: str = "") -> Iterator[tu
             yield from _parts(root, child, joined(path, key))
     elif "items" in node:
         yield from _parts(root, node["items"], f"{path}[]")
+    for value in named(node):
+        yield from _parts(root, value, f"{path}.NAME")
     for branch in node.get("anyOf", ()):
         yield from _parts(root, branch, path)
 
@@ -87,6 +89,9 @@ def _allowed(root: Schema, node: Schema, path: str) -> str:
         return f"a mapping of kind {_link(path, kind)}" if kind else f"a mapping, see {_link(path)}"
     if "items" in node and "properties" in resolved(root, node["items"]):
         return f"a list of mappings, see {_link(f'{path}[]')}"
+    for value in named(node):
+        if "discriminator" in value or "properties" in resolved(root, value):
+            return f"{_words(wanted(root, node))}, each {_allowed(root, value, f'{path}.NAME')}"
     if "pattern" in node:
         return f"text that matches `{_words(node['pattern'])}`"
     return re.sub(r"matches (\S+)", r"matches `\1`", _words(wanted(root, node)))

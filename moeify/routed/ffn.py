@@ -11,7 +11,8 @@ Axes: N tokens (rows times positions), D model width, U units; a rectangle has n
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from operator import attrgetter
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,20 +21,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moeify.models.units import Activation, FfnUnits
+from moeify.routed.learning import Damped, Learning, Rectangle, scale, within
 from moeify.splitting.partition import Partition
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-
 _REMEMBERED = 1024
-
-
-class Rectangle(NamedTuple):
-    """Half-open ranges: these tokens (or rows) run these units."""
-
-    rows: slice
-    units: slice
+"""Sites times mixtures of categories, at most."""
 
 
 @dataclass
@@ -53,14 +48,18 @@ class Routes:
     """Nodes whose own units give nothing."""
     masked: bool = False
     """Run the oracle instead of rectangles."""
+    learning: Learning | None = None
+    """What runs and learns in this batch, where gradients are routed."""
     _found: dict[tuple[Any, ...], tuple[Rectangle, ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
     """Rectangles of ``_partition``, by what they depend on besides: a token at a time, they are the same for long."""
     _partition: Partition | None = field(default=None, init=False, repr=False, compare=False)
 
-    def rectangles(self, site: str, positions: int = 1) -> tuple[Rectangle, ...]:
+    def rectangles(self, site: str, positions: int = 1) -> Sequence[Rectangle]:
         """Return the non-empty rectangles of a site, rows counted in tokens of ``positions`` a row."""
+        if self.learning:
+            return self.learning.running(site, positions)
         if self._partition is not self.partition or len(self._found) > _REMEMBERED:
             self._found, self._partition = {}, self.partition
         key = (site, positions, self.bounds, self.ablated)
@@ -76,6 +75,21 @@ class Routes:
             low, high = self.bounds[first] * positions, self.bounds[last] * positions
             if width and high > low and node not in self.ablated:
                 yield Rectangle(slice(low, high), slice(start, start + width))
+
+    def damped(self, site: str, positions: int = 1) -> list[Damped]:
+        """Return the rectangles of a site that do not learn in full."""
+        return self.learning.damped(site, positions) if self.learning else []
+
+    @contextmanager
+    def learns(self, learning: Learning | None) -> Iterator[None]:
+        """Run and teach as ``learning`` says while the context lasts; backward passes may come later."""
+        assert not self.masked
+        assert not self.ablated
+        before, self.learning = self.learning, learning
+        try:
+            yield
+        finally:
+            self.learning = before
 
     @contextmanager
     def ablating(self, nodes: Sequence[int]) -> Iterator[None]:
@@ -150,9 +164,9 @@ class RoutedFfn(nn.Module):
         gate = self._map(self.units.gate) if self.units.gate else None
         up_UD, down_DU = (way.weight.t() if self.units.transposed else way.weight for way in (up, down))
         flat_ND = x.reshape(-1, x.shape[-1])
-        run = _rectangles if torch.is_grad_enabled() else _written
-        out_ND = run(
-            flat_ND,
+        positions = flat_ND.shape[0] // max(1, x.shape[0])
+        rectangles = self.routes.rectangles(self.units.name, positions)
+        maps = (
             gate.weight if gate else None,
             gate.bias if gate else None,
             up_UD,
@@ -160,9 +174,12 @@ class RoutedFfn(nn.Module):
             self._told(x),
             down_DU,
             down.bias,
-            self.routes.rectangles(self.units.name, flat_ND.shape[0] // max(1, x.shape[0])),
-            self.units.activation,
         )
+        if torch.is_grad_enabled():
+            damped = self.routes.damped(self.units.name, positions)
+            out_ND = _rectangles(flat_ND, *maps, rectangles, damped, self.units.activation)
+        else:
+            out_ND = _written(flat_ND, *maps, rectangles, self.units.activation)
         return out_ND.view(*x.shape[:-1], -1)
 
     def _masked(self, x: Tensor) -> Tensor:
@@ -223,7 +240,8 @@ class _Rectangles(torch.autograd.Function):
     """``_written``, forward and backward.
 
     Written out because autograd's own backward of a weight's view fills and adds a whole weight for each node;
-    here each node's gradient is one product written straight into its own slice.
+    here each rectangle's gradient is one product, added straight to its slice. ``damped``: what learns less than all,
+    see ``moeify.routed.learning``.
     """
 
     @staticmethod
@@ -238,13 +256,14 @@ class _Rectangles(torch.autograd.Function):
         down_DU: Tensor,
         down_bias_D: Tensor | None,
         rectangles: Sequence[Rectangle],
+        damped: list[Damped],
         activation: Activation,
     ) -> Tensor:
         maps = (gate_UD, gate_bias_U, up_UD, up_bias_U, told_NU, down_DU, down_bias_D)
         hidden: list[Tensor] = []
         out_ND = _written(x_ND, *maps, rectangles, activation, hidden)
         ctx.save_for_backward(x_ND, gate_UD, gate_bias_U, up_UD, up_bias_U, down_DU, down_bias_D, *hidden)
-        ctx.rectangles = rectangles
+        ctx.rectangles, ctx.damped = rectangles, damped
         ctx.activation = activation
         ctx.told = told_NU is not None
         return out_ND
@@ -264,8 +283,10 @@ class _Rectangles(torch.autograd.Function):
         assert down_grad is not None
         saved = iter(hidden)
         for rows, units in ctx.rectangles:
+            damped = within(Rectangle(rows, units), ctx.damped)
             x_nD, out_grad_nD = x_ND[rows], out_grad_ND[rows]
             active_grad_nu = out_grad_nD @ down_DU[:, units]
+            scale(active_grad_nu, damped, _flow)
             up_nu = next(saved)
             if gate_UD is None:
                 active_nu = _activate(up_nu, ctx.activation)
@@ -277,20 +298,23 @@ class _Rectangles(torch.autograd.Function):
                 up_grad_nu = active_grad_nu.mul_(gated_nu)
                 active_nu = gated_nu.mul_(up_nu)
                 assert gate_grad is not None
-                torch.mm(gate_grad_nu.t(), x_nD, out=gate_grad[units])
                 x_grad_ND[rows].addmm_(gate_grad_nu, gate_UD[units])
+                scale(gate_grad_nu, damped, _read)
+                gate_grad[units].addmm_(gate_grad_nu.t(), x_nD)
                 if gate_bias_grad is not None:
-                    gate_bias_grad[units] = gate_grad_nu.sum(0)
+                    gate_bias_grad[units] += gate_grad_nu.sum(0)
+            x_grad_ND[rows].addmm_(up_grad_nu, up_UD[units])
+            scale(up_grad_nu, damped, _read)
             if told_grad is not None:
                 told_grad[rows, units] = up_grad_nu
-            torch.mm(up_grad_nu.t(), x_nD, out=up_grad[units])
-            x_grad_ND[rows].addmm_(up_grad_nu, up_UD[units])
+            up_grad[units].addmm_(up_grad_nu.t(), x_nD)
             if up_bias_grad is not None:
-                up_bias_grad[units] = up_grad_nu.sum(0)
-            torch.mm(out_grad_nD.t(), active_nu, out=down_grad[:, units])
+                up_bias_grad[units] += up_grad_nu.sum(0)
+            scale(active_nu, damped, _write)
+            down_grad[:, units].addmm_(out_grad_nD.t(), active_nu)
         down_bias_grad = None if down_bias_D is None else out_grad_ND.sum(0)
         grads_out = (x_grad_ND, gate_grad, gate_bias_grad, up_grad, up_bias_grad, told_grad, down_grad, down_bias_grad)
-        return (*grads_out, None, None)
+        return (*grads_out, None, None, None)
 
 
 class _Permute(torch.autograd.Function):
@@ -310,6 +334,7 @@ class _Permute(torch.autograd.Function):
 
 _permute: Callable[..., Tensor] = _Permute.apply
 _rectangles: Callable[..., Tensor] = _Rectangles.apply
+_flow, _read, _write = attrgetter("flow"), attrgetter("read"), attrgetter("write")
 
 
 def _activate(x: Tensor, activation: Activation) -> Tensor:

@@ -10,12 +10,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moeify.models.build import logits
-from moeify.models.families import unit_space
-from moeify.models.units import FfnUnits, HeadUnits, UnitSite, UnitSpace, flops, input_weight, is_conv1d, output_weight
+from moeify.models.families import outside_flops, unit_space
+from moeify.models.resnet import Block
+from moeify.models.units import ConvUnits, FfnUnits, HeadUnits, UnitSite, UnitSpace, flops, input_weight, output_weight
 from moeify.recipe.partition import PLAIN, UnitKind
 from moeify.routed.attention import RoutedAttention
+from moeify.routed.conv import RoutedBlock
 from moeify.routed.ffn import RoutedFfn, Routes, uncompiled
 from moeify.routed.inline import InlineFfn
+from moeify.routed.learning import Learning
 from moeify.routed.told import tell
 from moeify.splitting.partition import Partition
 
@@ -51,7 +54,10 @@ class SplitModel(nn.Module):
         self.told = tell(network, len(self.categories)) if told else ()
         """Biases of each category [categories units] that the network learns, where it is told; by block."""
         if told:
-            sites = (replace(site, told=True) if isinstance(site, FfnUnits) else site for site in self.space.sites)
+            sites = (
+                replace(site, told=True) if isinstance(site, FfnUnits | ConvUnits) else site
+                for site in self.space.sites
+            )
             self.space = UnitSpace(tuple(sites))
         self.network = network
 
@@ -68,15 +74,11 @@ class SplitModel(nn.Module):
     def active_flops(self, length: int) -> dict[str, float]:
         """Return category -> share of the whole network's floating-point operations that a token of it runs, 0..1.
 
-        Forward, in rows of ``length`` tokens: linear maps and attention, what is never split among them.
+        Forward, in rows of ``length`` tokens: linear maps, convolutions and attention, what is never split among them.
         """
         sites = unit_space(self.network, get_args(UnitKind)).sites
         costs = {site.name: flops(self.network, site, length) for site in sites}
-        inside = {part.parameter for site in sites for part in site.slices}
-        linears = {n for n, m in self.network.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
-        weights = [f"{name}.weight" for name in linears]
-        total = sum(2 * self.network.get_parameter(name).numel() for name in weights if name not in inside)
-        total += sum(site.units * costs[site.name] for site in sites)
+        total = sum(outside_flops(self.network).values()) + sum(site.units * costs[site.name] for site in sites)
         split = sum(site.units * costs[site.name] for site in self.space.sites)
         return {
             c: 1.0 - (split - self.partition.active_units(c, costs)) / total for c in self.partition.tree.categories
@@ -115,8 +117,9 @@ class SplitModel(nn.Module):
             return self._by_token(inputs, categories, more)
         positions = self.positions(categories)
         in_order = uncompiled(_ascending)(positions)
-        if more and not in_order:
-            raise ValueError(f"{', '.join(more)} needs rows in leaf order, got others; see SplitModel.order")
+        if (more or self.routes.learning) and not in_order:
+            needs = ", ".join(more) or "gradient routing"
+            raise ValueError(f"{needs} needs rows in leaf order, got others; see SplitModel.order")
         order = None if in_order else torch.argsort(positions, stable=True)
         if order is not None:
             inputs, positions, categories = inputs[order], positions[order], categories[order]
@@ -152,6 +155,13 @@ class SplitModel(nn.Module):
             yield
 
     @contextmanager
+    def learns(self, learning: Learning | None) -> Iterator[None]:
+        """Route gradients while the context lasts: in rows that lie as ``learning`` says, units run and learn as it
+        says. None: as ever."""
+        with self.routes.learns(learning):
+            yield
+
+    @contextmanager
     def masked(self) -> Iterator[None]:
         """Run every unit and zero those off the route: the slow oracle, which attribution reads."""
         with self.routes.masking():
@@ -181,6 +191,9 @@ def _install(network: nn.Module, sites: Sequence[UnitSite], routes: Routes) -> N
                 routed: nn.Module = RoutedFfn(dense, site, routes)
             case HeadUnits():
                 routed = RoutedAttention(dense, site, routes)
+            case ConvUnits():
+                assert isinstance(dense, Block)
+                routed = RoutedBlock(dense, site, routes)
             case _:
                 assert_never(site)
         setattr(network.get_submodule(parent), name, routed)

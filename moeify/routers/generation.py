@@ -6,18 +6,16 @@ again, along the routes that it had.
 """
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 from jaxtyping import Float
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from moeify.data.tokens import END
+from moeify.data.given_tokenizer import GivenTokenizer, of_folder
 from moeify.routed.split_model import SplitModel
 from moeify.routers.router import Router, category_of_leaf, early, remember
 
@@ -191,26 +189,14 @@ def _draw(log_p_V: Float[Tensor, " vocabulary"], temperature: float, generator: 
 # --- text ---------------------------------------------------------------------------------------------
 
 
-def tokenizer_of(run: Path) -> tokenizers.Tokenizer:
+def tokenizer_of(run: Path) -> GivenTokenizer:
     """Return the tokenizer that a run's model reads through; ValueError where the run is not about text."""
-    file = run / "assets" / "tokenizer.json"
-    if not file.is_file():
+    found = of_folder(run / "assets")
+    if found is None:
         raise ValueError(f"{run.name} has no tokenizer: only language models write text")
-    tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+    return found
 
 
-def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+def encode_prompt(given: GivenTokenizer, text: str) -> list[int]:
     """Return a prompt's tokens as a document starts: behind the end of another."""
-    end = tokenizer.token_to_id(END)
-    if end is None:
-        raise ValueError(f"the tokenizer has no token {END!r}, which a text starts behind")
-    return [end, *tokenizer.encode(text, add_special_tokens=False).ids]
-
-
-def pieces(tokenizer: tokenizers.Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """Yield the text that each token adds: none while a character is not whole, which the last token of it adds."""
-    stream = DecodeStream(skip_special_tokens=False)
-    for token in tokens:
-        yield stream.step(tokenizer, token) or ""
+    return [given.end, *given.tokenizer.encode(text, add_special_tokens=False).ids]

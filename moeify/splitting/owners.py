@@ -64,18 +64,17 @@ class LeafUnits:
 
     @property
     def width(self) -> int:
-        """Features a unit."""
-        sums = self.table.sites[self.site]
-        return len(sums.power) // sums.units
+        """Features a unit writes through: of a channel the places of the kernel."""
+        return self.output_DF.shape[1] // self.table.sites[self.site].units
 
     @property
     def features(self) -> slice:
         """Places of the features of the leaf's units."""
         return slice(self.start * self.width, (self.start + self.number) * self.width)
 
-    def per_unit(self, values_F: Tensor) -> Tensor:
+    def per_unit(self, values_F: Tensor, units: int) -> Tensor:
         """Return sums over each unit's features, which lie on the first axis."""
-        return values_F.unflatten(0, (-1, self.width)).sum(1)
+        return values_F.unflatten(0, (units, -1)).sum(1)
 
     def by_part(self, values_UC: Float64[Tensor, "units categories"]) -> Float64[Tensor, "parts leaf_units"]:
         """Return the sums over each part's categories."""
@@ -135,7 +134,7 @@ def _in_turn(order_L: Int[np.ndarray, " leaf_units"], capacity_B: Capacity) -> O
 def _magnitude(units: LeafUnits) -> Deal:
     """The units with the largest weights stay; the others are dealt at random."""
     written_f = units.output_DF.t()[units.features].double().cpu().square().sum(1)
-    square_L = units.per_unit(written_f).numpy() + np.square(units.inputs()).sum(1)
+    square_L = units.per_unit(written_f, units.number).numpy() + np.square(units.inputs()).sum(1)
     falling_L = np.argsort(-square_L, kind="stable")
     drawn_L = units.random().permutation(units.number)
 
@@ -186,7 +185,7 @@ def _coactivation(units: LeafUnits) -> Float64[np.ndarray, "leaf_units leaf_unit
 
 def _cmoe(units: LeafUnits) -> Deal:
     """The most active units stay; the others go where their profile of activity over categories fits, exactly."""
-    power_UC = units.per_unit(units.table.power(units.site))
+    power_UC = units.per_unit(units.table.power(units.site), units.table.sites[units.site].units)
     activity_LK = units.by_part(power_UC.sqrt() * units.table.shares).t().numpy()
     falling_L = np.argsort(-activity_LK.sum(1), kind="stable")
     profile_LK = activity_LK / np.maximum(activity_LK.sum(1, keepdims=True), np.finfo(np.float64).tiny)

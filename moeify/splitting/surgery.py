@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from attribution.table import AttributionTable
-from moeify.models.units import UnitSpace, output_weight
+from moeify.models.units import UnitSpace, output_weight, tensor_of
 from moeify.splitting.compensation import compensate
 from moeify.splitting.propose import Proposal
 
@@ -30,7 +30,7 @@ def permute(
         if not torch.equal(torch.sort(index).values, torch.arange(site.units)):
             raise ValueError(f"site {site.name!r}: an order must name each of {site.units} units once")
         for part in site.slices:
-            parameter = network.get_parameter(part.parameter)
+            parameter = tensor_of(network, part.parameter)
             state = optimizer.state.get(parameter, {}) if optimizer else {}
             for tensor in (
                 parameter,

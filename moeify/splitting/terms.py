@@ -9,7 +9,7 @@ from typing import assert_never
 
 from torch import nn
 
-from moeify.models.units import UnitSpace, flops
+from moeify.models.units import ConvUnits, HeadUnits, UnitSpace, flops
 from moeify.recipe.config import RunConfig
 from moeify.recipe.partition import Partition as PartitionConfig
 from moeify.recipe.partition import UnitKind
@@ -94,7 +94,8 @@ def stakes(terms: Terms, space: UnitSpace) -> list[Stake]:
     found: dict[tuple[float, float], float] = {}
     for site in space.sites:
         each = terms[site.name]
-        alike = each.core, each.multiple / site.units if site.kind == "heads" else 0.0
+        few = isinstance(site, HeadUnits | ConvUnits)
+        alike = each.core, each.multiple / site.units if few else 0.0
         found[alike] = found.get(alike, 0.0) + each.cost * site.units / total
     return [Stake(share, *alike) for alike, share in found.items()]
 

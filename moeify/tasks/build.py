@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import assert_never
 
 from moeify.recipe.config import RunConfig
-from moeify.recipe.data import DigitsData, TextData
+from moeify.recipe.data import DigitsData, ImageData, TextData
 from moeify.task import Task
 
 
@@ -22,5 +22,9 @@ def build_task(config: RunConfig, *, cache: Path, base: Path) -> Task:
             from moeify.tasks.digits import DigitsTask
 
             return DigitsTask(config)
+        case ImageData():
+            from moeify.tasks.images import ImagesTask
+
+            return ImagesTask.prepare(config, base)
         case _ as never:
             assert_never(never)

@@ -5,16 +5,17 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from moeify import rows as rows_of
 from moeify.models.build import build_autoencoder
-from moeify.recipe.config import AutoencoderModel, RunConfig
+from moeify.recipe.config import RunConfig
 from moeify.recipe.data import DigitsData
+from moeify.recipe.model import AutoencoderModel
 from moeify.task import Batch, HeldOut
+from moeify.tasks.pixels import pixel_nats, sample_pixels
 
 PIXELS = 64
 _BRIGHTEST = 16
@@ -80,16 +81,22 @@ class DigitsTask:
 
     def nats(self, outputs: Float[Tensor, "rows pixels"], targets: Float[Tensor, "rows pixels"]) -> Tensor:
         """Return each image's summed cross-entropy against its intensities, in nats."""
-        return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").sum(1)
+        return pixel_nats(outputs, targets)
 
     def sample(self, outputs: Float[Tensor, "rows pixels"], seeds: Sequence[int]) -> Tensor:
         """Draw each pixel black or white as the model predicts it, one seed an image."""
-        draws = [torch.rand(PIXELS, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return (torch.stack(draws).to(outputs.device) < torch.sigmoid(outputs)).to(outputs.dtype)
+        return sample_pixels(outputs, seeds)
+
+    def right(self, outputs: Tensor, targets: Tensor) -> None:
+        """Return None: a reconstruction is not right or wrong."""
 
     def bits_per_byte(self, loss: dict[str, float], split: HeldOut) -> dict[str, float] | None:
         """Return None: an image has no bytes of text."""
         return None
+
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Return split -> digit -> images."""
+        return {split: dict(zip(self.categories, map(len, each), strict=True)) for split, each in self._images.items()}
 
     def assets(self) -> dict[str, bytes]:
         """Return nothing: the network is all there is to export."""
@@ -103,5 +110,5 @@ class DigitsTask:
 
     def _batch(self, split: str, picks: Sequence[tuple[int, int]], first: int) -> Batch:
         images = torch.stack([self._images[split][digit][row] for digit, row in picks])
-        categories = torch.tensor([digit for digit, _ in picks])
-        return Batch(images, images, categories, torch.arange(first, first + len(picks)))
+        categories, examples = torch.tensor(picks).unbind(1)
+        return Batch(images, images, categories, torch.arange(first, first + len(picks)), examples)

@@ -12,11 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moeify import rows as rows_of
+from moeify.data import given_tokenizer
 from moeify.data.documents import Split
 from moeify.data.tokens import Tokens, prepare
 from moeify.models.build import build_llama
-from moeify.recipe.config import LlamaModel, RunConfig
+from moeify.models.pretrained import Checkpoint, look
+from moeify.recipe.config import RunConfig
 from moeify.recipe.data import TextData
+from moeify.recipe.model import LlamaModel, PretrainedModel
 from moeify.task import Batch, HeldOut
 
 
@@ -29,11 +32,12 @@ class LanguageTask:
 
     unit: Literal["token", "example"] = "token"
 
-    def __init__(self, config: RunConfig, tokens: Tokens) -> None:
-        if not isinstance(config.data, TextData) or not isinstance(config.model, LlamaModel):
-            raise ValueError(f"text needs data.kind 'text' and model.kind 'llama', got {config.model.kind!r}")
+    def __init__(self, config: RunConfig, tokens: Tokens, checkpoint: Checkpoint | None = None) -> None:
+        if not isinstance(config.data, TextData):
+            raise ValueError(f"a language task needs data.kind 'text', got {config.data.kind!r}")
         self.config = config
-        self._model = config.model
+        self._checkpoint = checkpoint
+        """Of a pretrained model."""
         self._tokens = tokens
         self.categories = tokens.categories
         self.units_per_row = config.data.length
@@ -53,12 +57,22 @@ class LanguageTask:
         """
         if not isinstance(config.data, TextData):
             raise ValueError(f"a language task needs data.kind 'text', got {config.data.kind!r}")
-        return cls(config, prepare(config.data, cache, base))
+        if not isinstance(config.model, PretrainedModel):
+            return cls(config, prepare(config.data, cache, base))
+        checkpoint, length = look(base / config.model.path), config.data.length
+        if length > (most := checkpoint.config().max_position_embeddings):
+            raise ValueError(
+                f"data.length: got {length}, wanted at most {most}, the positions of {checkpoint.folder}; lower it"
+            )
+        return cls(config, prepare(config.data, cache, base, given_tokenizer.of_checkpoint(checkpoint)), checkpoint)
 
     def build(self) -> nn.Module:
-        """Return a freshly initialised Llama, the same bits each time."""
+        """Return a freshly initialised Llama, or the pretrained model, the same bits each time."""
+        if self._checkpoint is not None:
+            return self._checkpoint.network()
+        assert isinstance(self.config.model, LlamaModel), self.config.model
         return build_llama(
-            self._model,
+            self.config.model,
             vocabulary=self._tokens.vocabulary,
             length=self.units_per_row,
             end=self._tokens.end,
@@ -101,6 +115,9 @@ class LanguageTask:
         """Draw each next token as the model predicts it, one seed a window."""
         return sample_tokens(outputs, seeds)
 
+    def right(self, outputs: Tensor, targets: Tensor) -> None:
+        """Return None: a window of text is not right or wrong."""
+
     def bits_per_byte(self, loss: dict[str, float], split: HeldOut) -> dict[str, float] | None:
         """Return the losses as bits per byte of the split's text; the ends of documents are paid for, not counted."""
         return {
@@ -109,6 +126,11 @@ class LanguageTask:
                 self.categories, self._tokens.streams[split], self._tokens.sizes[split], strict=True
             )
         }
+
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Return split -> category -> tokens."""
+        streams = self._tokens.streams
+        return {split: dict(zip(self.categories, map(len, each), strict=True)) for split, each in streams.items()}
 
     def assets(self) -> dict[str, bytes]:
         """Return the tokenizer's files, as ``transformers.AutoTokenizer`` reads them."""
@@ -127,8 +149,9 @@ class LanguageTask:
         streams, length = self._tokens.streams[split], self.units_per_row
         windows = np.stack([streams[category][start : start + length + 1] for category, start in picks])
         tokens = torch.from_numpy(windows.astype(np.int64))
-        categories = torch.tensor([category for category, _ in picks])
-        return Batch(tokens[:, :-1], tokens[:, 1:], categories, torch.arange(first, first + len(picks)))
+        categories, starts = torch.tensor(picks).unbind(1)
+        ids = torch.arange(first, first + len(picks))
+        return Batch(tokens[:, :-1], tokens[:, 1:], categories, ids, examples=starts // length)
 
 
 def token_nats(

@@ -35,7 +35,8 @@ def command(
     from pipelines.served import print_served
 
     folder = runs.find_finished(run_, runs.home())
-    from moeify.routers.generation import encode_prompt, generate, pieces, tokenizer_of
+    from moeify.data.pieces import pieces
+    from moeify.routers.generation import encode_prompt, generate, tokenizer_of
     from moeify.routers.router import leaf_of_category, leaves, load_router
     from moeify.split_folder import load_from_run
 
@@ -52,7 +53,7 @@ def command(
     start = encode_prompt(tokenizer, prompt)
     tokens_served = generate(model, chosen, start, tokens=tokens, seed=seed, temperature=temperature, end=start[0])
     served = list(tokens_served)[1:]  # without the end token that the prompt starts behind
-    texts = list(pieces(tokenizer, (each.token for each in served)))
+    texts = list(pieces(tokenizer.tokenizer, (each.token for each in served)))
     if as_json:
         settings = {"prompt": prompt, "seed": seed, "temperature": temperature, "category": category}
         click.echo(show.to_json({"run": folder.id, **settings, **served_as_json(served, texts, leaves(model))}))

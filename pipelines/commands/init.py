@@ -1,14 +1,10 @@
 """``moeify init``: a recipe for one's own data."""
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:
-    from moeify.data.survey import Survey
-    from moeify.starter import Starter
+from pipelines.commands.amounts import print_amounts
 
 
 @click.command("init")
@@ -53,7 +49,7 @@ def command(data: Path, out: Path, text: str | None, category: str | None, disco
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", data.absolute().name.partition(".")[0]).strip("-._")[:40] or "mine"
     here = Machine(machine.cores(), machine.free_memory())
     made = starter(found, name, here, runs.cache(), base)
-    _print_amounts(found, made)
+    print_amounts(found, made)
     draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
         draft.write_text(made.text, encoding="utf-8")
@@ -65,20 +61,3 @@ def command(data: Path, out: Path, text: str | None, category: str | None, disco
         f"\nrecipe:  {out}: {config.training.steps:,} steps an arm, about {max(1, round(made.minutes))} min here"
     )
     click.echo(f"run it:  moeify run {out}")
-
-
-def _print_amounts(found: "Survey", made: "Starter") -> None:
-    from pipelines.tables import console_for, table_for
-
-    console = console_for(sys.stdout)
-    if found.labelled:
-        table = table_for(console, "category", "documents", "MB", "tokens to train on")
-        for category, tokens in zip(made.categories, made.train_tokens, strict=True):
-            amount = found.amounts[category]
-            table.add_row(category, f"{amount.documents:,}", f"{amount.size / 1e6:.2f}", f"{tokens:,}")
-    else:
-        table = table_for(console, "category", "tokens to train on")
-        for category, tokens in zip(made.categories, made.train_tokens, strict=True):
-            table.add_row(category, f"{tokens:,}")
-    click.echo()
-    console.print(table)

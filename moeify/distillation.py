@@ -1,0 +1,60 @@
+"""What arms that were cut learn besides their rows: the network as the run began with it, frozen.
+
+Hinton et al., "Distilling the Knowledge in a Neural Network", 2015 (arXiv 1503.02531).
+"""
+
+import hashlib
+import json
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moeify.models.build import logits
+from moeify.models.families import describe
+from moeify.recipe.config import Distillation
+
+
+class Teacher:
+    """A network that gives logits [rows positions vocabulary], and how much its word counts."""
+
+    def __init__(self, network: nn.Module, settings: Distillation) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.settings = settings
+
+    def loss(
+        self, inputs: Tensor, outputs: Float[Tensor, "rows positions vocabulary"], nats: Float[Tensor, " rows"]
+    ) -> Float[Tensor, " rows"]:
+        """Return what a student that gave ``outputs`` with a loss of ``nats`` has to lower, summed over each row."""
+        with torch.no_grad():
+            wanted = logits(self.network, inputs)
+        weight = self.settings.weight
+        return (1 - weight) * nats + weight * divergence(wanted, outputs, self.settings.temperature)
+
+    def check(self, began: str) -> None:
+        """Raise ValueError where this is not the network that a run began with (``network_hash``; empty: unknown)."""
+        if began and (now := network_hash(self.network)) != began:
+            raise ValueError(
+                f"the run began with a network whose hash is {began[:12]}, and model.path now holds {now[:12]}, from "
+                f"which nothing can be distilled; put the checkpoint back, or start a new run"
+            )
+
+
+def divergence(
+    teacher: Float[Tensor, "rows positions vocabulary"],
+    student: Float[Tensor, "rows positions vocabulary"],
+    temperature: float,
+) -> Float[Tensor, " rows"]:
+    """Return KL(teacher || student) of logits over ``temperature``, times its square, summed over each row, in nats."""
+    wanted, got = ((each / temperature).log_softmax(-1) for each in (teacher, student))
+    return F.kl_div(got, wanted, reduction="none", log_target=True).sum((1, 2)) * temperature**2
+
+
+def network_hash(network: nn.Module) -> str:
+    """Return SHA-256, in hex, over a network's shape and every parameter; the same before and after routing."""
+    digest = hashlib.sha256(json.dumps(describe(network), sort_keys=True, default=str).encode())
+    for name, parameter in sorted(network.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,101 @@
+"""A causal language model from a folder that ``save_pretrained`` wrote: looked at first, so that errors are one line.
+
+Local folders and safetensors alone; no code of the checkpoint is run and no pickle is read.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeify.models.decoders import DECODERS, WITHOUT, Decoder, decoder_named
+
+_SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that holds a model of a known family in safetensors; nothing of it is loaded yet."""
+
+    folder: Path
+    decoder: Decoder
+
+    def config(self) -> Any:
+        """Return the configuration, with no dropout and no cache: training must make the same bits each time."""
+        import transformers
+
+        with _one_line(self.folder):
+            config = getattr(transformers, self.decoder.config).from_pretrained(self.folder, **_SAFE)
+        for key, value in config.to_dict().items():
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)
+        config.use_cache = False
+        return config
+
+    def network(self) -> nn.Module:
+        """Return the network in float32 and eval mode; ValueError where the folder lacks some of its weights."""
+        import transformers
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        with _one_line(self.folder):
+            network, told = getattr(transformers, self.decoder.network).from_pretrained(
+                self.folder,
+                config=self.config(),
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, in one line
+                **_SAFE,
+            )
+        if lost := sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}):
+            few = f"{self.folder} lacks {len(lost)} of its network's tensors, or has them in another shape"
+            raise ValueError(f"{few}, such as {lost[0]}; save it anew")
+        loaded: nn.Module = network
+        return loaded
+
+    def tokenizer(self) -> Any:
+        """Return the tokenizer of ``transformers``; ValueError where there is none."""
+        from transformers import AutoTokenizer
+
+        with _one_line(self.folder, "holds no tokenizer that can be read"):
+            return AutoTokenizer.from_pretrained(self.folder, **_SAFE)
+
+
+def look(folder: Path) -> Checkpoint:
+    """Return a folder's checkpoint; ValueError, one line, for a folder that holds none that can be used."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json; give a folder that transformers' save_pretrained wrote")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        family, classes = config.get("model_type"), config.get("architectures") or []
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is no JSON object ({error}); save the model again") from error
+    decoder = decoder_named(family)
+    if decoder is None or (classes and decoder.network not in classes):
+        named = ", ".join(map(str, classes)) or "nothing"
+        reason = "; ".join(WITHOUT[name] for name in classes if name in WITHOUT) or "wanted one of"
+        raise ValueError(
+            f"{folder} cannot be read as a causal language model: model_type {family!r}, architectures {named}; "
+            f"{reason} {', '.join(each.network for each in DECODERS)}"
+        )
+    if not any(folder.glob("*.safetensors")):
+        pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
+        got = f"its weights as a pickle, {pickles[0]}, which is never read" if pickles else "no weights"
+        raise ValueError(f"{folder} holds {got}; wanted safetensors, which save_pretrained of transformers writes")
+    return Checkpoint(folder, decoder)
+
+
+@contextmanager
+def _one_line(folder: Path, what: str = "cannot be read as a causal language model") -> Iterator[None]:
+    """Turn what ``transformers`` raises about a folder into a ValueError that names it."""
+    try:
+        yield
+    except (OSError, KeyError, TypeError, ValueError, ImportError, RuntimeError) as error:
+        raise ValueError(f"{folder} {what} ({' '.join(str(error).split())[:300]})") from error

@@ -1,0 +1,28 @@
+"""What a look at texts found, as a table."""
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from moeify.data.survey import Survey
+    from moeify.starter import Starter
+
+
+def print_amounts(found: "Survey", made: "Starter") -> None:
+    """Print documents and tokens of each category."""
+    from pipelines.tables import console_for, table_for
+
+    console = console_for(sys.stdout)
+    if found.labelled:
+        table = table_for(console, "category", "documents", "MB", "tokens to train on")
+        for category, tokens in zip(made.categories, made.train_tokens, strict=True):
+            amount = found.amounts[category]
+            table.add_row(category, f"{amount.documents:,}", f"{amount.size / 1e6:.2f}", f"{tokens:,}")
+    else:
+        table = table_for(console, "category", "tokens to train on")
+        for category, tokens in zip(made.categories, made.train_tokens, strict=True):
+            table.add_row(category, f"{tokens:,}")
+    click.echo()
+    console.print(table)
