@@ -72,7 +72,7 @@ def points_of(event: Event, unit: str) -> Iterable[Point]:
 
 
 def final_points(result: Result) -> Iterable[Point]:
-    """Yield what a result adds to its losses: tax and accuracy on test data, what share of units and operations runs."""
+    """Yield what a result adds to its losses: tax and accuracy on test data, what share of units and of work runs."""
     if result.tax_error is not None:
         yield _key("test/tax_error", MEAN), result.tax_error, result.steps
     for category in (*result.categories, MEAN):
