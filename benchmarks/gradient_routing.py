@@ -107,8 +107,8 @@ def main() -> None:
         "both": contestant(gradients="both", experts=experts),
         "both, half of the rows labelled": contestant(gradients="both", experts=experts, labelled=0.5),
         "both, core frozen": contestant(gradients="both", experts=experts, core="frozen"),
-        "split into four, both": contestant(split, gradients="both"),
-        "split into four, hard routes": contestant(split, gradients="both", routes="hard"),
+        "split into four, both": contestant(split, gradients="both", routes_after_cut="soft"),
+        "split into four, hard routes": contestant(split, gradients="both"),
         "split into four, as ever": contestant(split),
     }
     ratios = time_ratios(ways, task, training, repeats)

@@ -9,8 +9,9 @@ same image gets for all: each pixel's median.
 
 Published (20 runs of 6,000 steps of 2,048 rows; the certificate of the half that 5-9 are routed to; printed as MAE, but
 computed as MSE) are the goals. Needs ``mnist`` in the folder that MOEIFY_DATA names. The full set-up is for a GPU, used
-if there is one: a step is 130 GFLOP. ``--steps 1500 --rows 128 --bfloat16`` takes about a minute and a half of
-one core a run, where the processor multiplies in bfloat16. --quick is a smaller network on few images.
+if there is one: a step is 130 GFLOP. ``--steps 1500 --rows 128 --bfloat16`` takes about a minute and a half of one core
+a run, where the processor multiplies in bfloat16; with ``--hidden 512 128``, a fifth. --quick is a smaller network on
+few images.
 """
 
 import argparse
@@ -114,7 +115,7 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(f"mnist_split: skipped, {error}") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    setting = Setting((2048, 512), asked.steps, asked.rows, asked.bfloat16, device)
+    setting = Setting(tuple(asked.hidden), asked.steps, asked.rows, asked.bfloat16, device)
     if asked.quick:
         setting = Setting((256, 64), 60, 128, False, torch.device("cpu"))
         train, test = (Digits(each.images[:4000], each.halves[:4000]) for each in (train, test))
@@ -146,11 +147,12 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--seeds", type=int, default=1, help="runs of each arm (default: 1)")
     made.add_argument("--steps", type=int, default=6000, help="of each run (default: 6000, as published)")
     made.add_argument("--rows", type=int, default=2048, help="images a step (default: 2048, as published)")
+    made.add_argument("--hidden", type=int, nargs="+", default=[2048, 512], help="widths (default: 2048 512)")
     made.add_argument("--bfloat16", action="store_true", help="multiply matrices in bfloat16 while training")
     asked = made.parse_args()
-    for name in ("seeds", "steps", "rows"):
-        if getattr(asked, name) < 1:
-            made.error(f"--{name}: got {getattr(asked, name)}, wanted 1 or more")
+    for name in ("seeds", "steps", "rows", "hidden"):
+        if np.min(given := getattr(asked, name)) < 1:
+            made.error(f"--{name}: got {given}, wanted 1 or more")
     return asked
 
 

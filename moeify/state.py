@@ -12,7 +12,8 @@ from torch import Tensor
 from moeify.control import Standing
 from moeify.distillation import network_hash
 from moeify.events import RoundEnded
-from moeify.models.families import describe, rebuild
+from moeify.models.families import describe
+from moeify.models.resizing import shaped, widened
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
 from moeify.routed.gradients import GradientRouter
@@ -136,7 +137,10 @@ class State:
 
 def _untrained(task: Task, arm: Arm, config: RunConfig) -> Contestant:
     told = arm in config.told_arms
-    model = SplitModel(task.build(), task.categories, told=told, kinds=config.partition.units)
+    network, fresh = task.build(), config.routing.fresh if arm in config.cut_arms else 0
+    if fresh:
+        network = widened(network, fresh, config.seed)
+    model = SplitModel(network, task.categories, told=told, kinds=config.partition.units)
     return Contestant(model, config.training, _router(model, arm, config))
 
 
@@ -161,7 +165,8 @@ def _contestant(
     """Return an arm of a checkpoint, or, where it ``becomes`` another one, that arm's fork."""
     becomes = becomes or arm
     partition, told = Partition.from_json(facts["arms"][arm]["partition"]), becomes in config.told_arms
-    model = SplitModel(rebuild(facts["network"]), facts["categories"], partition, told=told)
+    network = shaped(facts["network"], {site: partition.units(site) for site in partition.widths})
+    model = SplitModel(network, facts["categories"], partition, told=told)
     contestant = Contestant(model, config.training, _router(model, becomes, config))
     begun = {} if becomes == arm else contestant.tensors()  # biases of categories, which the dense twin has none of
     contestant.load(begun | store.tensors(name, arm))

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from attribution.sites import Site
 from moeify.models.build import logits
 from moeify.models.families import unit_space
+from moeify.models.resizing import widened
+from moeify.models.units import input_weight
 from moeify.recipe.routing import GivenExpert, Routing
 from moeify.routed.gradients import GradientRouter
 from moeify.routed.learning import Damped, Factors, damp
@@ -70,8 +72,8 @@ def oracle(
             for part in site.slices:
                 grad = alone.get_parameter(part.parameter).grad
                 assert grad is not None
-                kept_here = torch.tensor(write if part.parameter == site.output else read, dtype=torch.float64)
-                factor = torch.where(off, kept_here, torch.ones_like(kept_here))
+                factor = torch.ones(site.units, dtype=torch.float64)
+                factor[off] = write if part.parameter == site.output else read
                 grad *= factor.view(-1, *[1] * (grad.dim() - 1 - part.axis))
         for name, parameter in alone.named_parameters():
             if parameter.grad is not None:
@@ -121,6 +123,7 @@ def routings(draw: st.DrawFn, categories: Sequence[str], **more: object) -> Rout
         {
             "gradients": draw(st.sampled_from(KINDS)),
             "routes": routes,
+            "routes_after_cut": routes,
             "hard": hard if routes == "soft" else [],
             "strength": strength,
             "core": draw(st.sampled_from(["learns", "frozen"])),
@@ -148,7 +151,7 @@ def test_a_mixed_batch_along_the_partition_equals_one_pass_a_category(
             active = active & (partition.owners(site) != 0)
         return active
 
-    if routing.core == "frozen" and any(routing.is_hard(c) for c in names):
+    if routing.core == "frozen" and any(routing.is_hard(c, cut=divided) for c in names):
         routing = routing.model_copy(update={"core": "learns"})  # a core that runs and learns nothing: see below
     compare(family, partition, names, routing, on, seed)
 
@@ -186,7 +189,7 @@ def test_hard_given_routes_run_only_what_is_on_them() -> None:
     routing = Routing.model_validate(
         {"gradients": "parameters", "hard": ["a"], "experts": [{"categories": ["b"], "units": 0.5}]}
     )
-    assert routing.is_hard("a")
+    assert routing.is_hard("a", cut=False)
     # a is named by no expert, so that it has no route: it runs, and teaches, everything
     undivided = Partition.undivided(CATEGORIES, SITES["llama"])
     half = torch.ones(24, dtype=torch.bool)
@@ -294,6 +297,35 @@ def test_experts_that_do_not_fit_the_network_are_refused(experts: list[dict[str,
     routing = Routing(gradients="both", experts=tuple(GivenExpert.model_validate(each) for each in experts))
     with pytest.raises(ValueError, match=said):
         GradientRouter(routing, "ab", [Site("s", "s", 8)], 0)
+
+
+@pytest.mark.parametrize("family", sorted(NETWORKS))
+def test_a_widened_network_gives_the_same_outputs_and_can_learn_in_its_fresh_units(family: str) -> None:
+    network = NETWORKS[family]
+    wide, before = widened(network, 6, seed=1), torch.random.get_rng_state()
+    inputs = rows_for(network, 3)
+    torch.testing.assert_close(logits(wide, inputs), logits(network, inputs))
+    logits(wide, inputs).square().sum().backward()
+    for site in unit_space(wide).sites:
+        assert site.units == unit_space(network)[site.name].units + 6
+        read, wrote = input_weight(wide, site), wide.get_parameter(site.output)
+        assert read[-6:].abs().min() > 0
+        assert wrote.grad is not None
+        assert wrote[:, -6:].abs().max() == 0
+        assert wrote.grad[:, -6:].abs().max() > 0
+    assert torch.equal(input_weight(wide, site), input_weight(widened(network, 6, seed=1), site))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_fresh_units_go_to_their_expert_and_shares_are_of_the_others() -> None:
+    experts = [{"categories": ["a"], "units": 0.5, "fresh": 2}, {"categories": ["b"], "fresh": 4}]
+    routing = Routing.model_validate({"gradients": "both", "experts": experts})
+    assert routing.fresh == 6
+    learning = GradientRouter(routing, "ab", [Site("s", "s", 16)], 0).learning(
+        Partition.undivided("ab", [Site("s", "s", 16)]), torch.tensor([0, 1]), torch.ones(2, dtype=torch.bool)
+    )
+    assert learning is not None
+    assert learning.sites["s"].units == [slice(0, 5), slice(5, 12), slice(12, 16)]
 
 
 def test_damping_stops_gradients_of_rectangles_only() -> None:

@@ -9,9 +9,12 @@ import torch
 from safetensors import safe_open
 
 from moeify.control import Standing
+from moeify.evaluation import row_losses
 from moeify.events import Evaluated, MemoryTracker, Phase, Started, Step
+from moeify.export.pruning import prune, without
 from moeify.loop import run
 from moeify.result import Result
+from moeify.split_folder import load_from_run, load_split, save_split
 from moeify.state import State
 from moeify.store import FolderStore, MemoryStore
 from moeify.training import train
@@ -340,7 +343,10 @@ def test_gradients_routed_by_hand_make_the_split_model_an_arm_of_its_own_from_th
 
 @pytest.mark.parametrize(
     "routing",
-    [ROUTED, {**ROUTED, "gradients": "both", "routes": "hard", "core": "learns", "experts": []}],
+    [
+        {**ROUTED, "experts": [{"categories": ["a", "d"], "units": 0.25}, {"categories": ["b"], "fresh": 6}]},
+        {**ROUTED, "gradients": "both", "routes_after_cut": "soft", "experts": []},
+    ],
 )
 def test_a_run_that_routes_gradients_resumes_to_the_same_bits(tmp_path: Path, routing: dict[str, object]) -> None:
     config = toy_config(routing=routing)
@@ -370,8 +376,38 @@ def test_a_roll_back_takes_the_random_arm_to_where_the_routed_split_model_stood(
         assert seen[f"evaluated/{arm}/2/before_cut"] == seen["evaluated/split/1/before_cut"]
 
 
+def test_fresh_units_are_the_split_models_alone_and_go_into_its_folder(tmp_path: Path) -> None:
+    """Expand, route, ablate: the model without the expert is exported as any other."""
+    routing = {"gradients": "parameters", "experts": [{"categories": ["a", "b"], "fresh": 10}]}
+    config, store = toy_config(routing=routing, tree=[["a", "b"], ["c", "d"]]), FolderStore(tmp_path / "run", 2)
+    result = run(config, ToyTask(config), store=store)
+    tensors = final(store)
+    assert {arm: len(tensors[arm]["parameter/decoder.up.weight"]) for arm in tensors} == {
+        "dense": 32,
+        "split": 42,
+        "random": 42,
+    }
+    split = load_from_run(tmp_path / "run")
+    assert split.partition.units("encoder.hidden") == 42
+    found = row_losses(split, ToyTask(config), Solo(), config.evaluation, "test").by_category(ToyTask(config))
+    assert found == pytest.approx(result.test_loss["split"])
+    save_split(prune(split, without(split.partition, ["a", "b"])), tmp_path / "ablated", {})
+    batch = next(iter(ToyTask(config).held_out_batches("test", 32, 128)))
+    with torch.no_grad():
+        less = load_split(tmp_path / "ablated")(batch.inputs, batch.categories)
+        whole = split(batch.inputs, batch.categories)
+    kept = batch.categories >= 2
+    torch.testing.assert_close(less[kept], whole[kept])
+    assert not torch.allclose(less[~kept], whole[~kept], atol=0.1)
+
+
+def test_hard_routes_of_the_tree_with_every_label_known_are_what_a_split_model_does_anyway() -> None:
+    plain, routed = toy_config(), toy_config(routing={"gradients": "both"})
+    assert outcome(run(plain, ToyTask(plain))) == outcome(run(routed, ToyTask(routed)))
+
+
 def test_off_route_units_stand_still_where_all_rows_are_routed_away_from_them() -> None:
-    """Hard routes and no weight decay: what no row's route holds keeps its first weights."""
+    """Without weight decay, what no row's route holds keeps its first weights."""
     training = {**CONFIG["training"], "weight_decay": 0.0}
     experts = [{"categories": ["a", "b", "c", "d"], "units": 0.0}, {"categories": ["z"], "units": 0.5}]
     config = toy_config(routing={"gradients": "both", "experts": experts}, training=training)

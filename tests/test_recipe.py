@@ -278,6 +278,10 @@ def test_gradient_routing_must_fit_the_rest() -> None:
     heads = {"data": {"kind": "text", "source": {"kind": "installed"}}, "model": {"kind": "llama"}}
     (line,) = problems(changed(**heads, routing={"gradients": "both"}, partition={"units": ["ffn", "heads"]}))
     assert line.startswith("routing.gradients: got 'both' beside partition.units ['ffn', 'heads'], wanted units [ffn]")
+    images = {"kind": "images", "source": "cifar10", "objective": "classify"}
+    images["categories"] = {"low": [0, 1, 2, 3, 4], "high": [5, 6, 7, 8, 9]}
+    (line,) = problems(changed(data=images, model={"kind": "resnet"}, routing={"gradients": "both"}))
+    assert line.startswith("routing.gradients: got 'both' beside model.kind 'resnet', wanted 'none'")
 
 
 def test_a_null_test_wants_all_rows_measured() -> None:

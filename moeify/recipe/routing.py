@@ -17,9 +17,12 @@ class GivenExpert(Closed):
 
     categories: Annotated[tuple[Name, ...], Field(min_length=1)]
     """They are routed to these units and the core; a category has one such expert at most."""
-    units: Share
-    """Fraction of each site; the experts follow one another in the order given, at the end of the site. 0: the core
-    alone."""
+    units: Share = 0.0
+    """Fraction of each site; the experts follow one another in the order given, at the end of the site. 0, and nothing
+    ``fresh``: the core alone."""
+    fresh: Annotated[int, Field(ge=0)] = 0
+    """Units added to each site for it, which the dense twin does not have; they write nothing at first. Fractions, such
+    as separation, count them. Removed with the expert (``moeify export --without``), this is Expand-Route-Ablate."""
     sites: dict[Pattern, Share] = Field(default={})
     """Names of sites, or patterns such as ``layers.0.*``, to the fraction there instead; the first that matches holds.
     """
@@ -38,9 +41,11 @@ class Routing(Closed):
     input weights, nor units below through it; its output weights learn. ``both``: all of these. ``none``: no gradient
     routing."""
     routes: Literal["soft", "hard"] = "soft"
-    """``soft``: units off the row's route run in training. ``hard``: they do not, so that no gradient of any kind
-    reaches them. Evaluation knows the expert tree alone: before the first cut every unit runs, after it those on the
-    route."""
+    """Until the first cut. ``soft``: units off the row's route run in training. ``hard``: they do not, so that no
+    gradient of any kind reaches them. What is measured before the first cut runs every unit."""
+    routes_after_cut: Literal["soft", "hard"] = "hard"
+    """The same from the first cut on, when what is evaluated runs the units on the route alone. ``soft`` trains what
+    is not run so, for labels that are partial or may be wrong."""
     hard: tuple[Name, ...] = ()
     """Categories whose routes are hard all the same. E.g. SGTM (arXiv 2512.05648): soft routes of what is to be
     forgotten, hard ones of what is to be kept."""
@@ -58,14 +63,19 @@ class Routing(Closed):
     """Whether the core's units learn from labelled rows of categories that have an expert; ``frozen``: the same is kept
     from them as from units off the route."""
 
-    def is_hard(self, category: str) -> bool:
-        """Say whether units off the category's route do not run."""
-        return self.routes == "hard" or category in self.hard
+    def is_hard(self, category: str, *, cut: bool) -> bool:
+        """Say whether units off the category's route do not run, before the first cut or after it."""
+        return (self.routes_after_cut if cut else self.routes) == "hard" or category in self.hard
 
     @property
     def early(self) -> bool:
         """Whether gradients are routed before the first cut."""
         return self.gradients != "none" and bool(self.experts)
+
+    @property
+    def fresh(self) -> int:
+        """Units that are added to each site."""
+        return sum(expert.fresh for expert in self.experts) if self.early else 0
 
     def misfits(self) -> Iterator[str]:
         """Yield a line for each thing that does not fit the others."""
@@ -75,7 +85,7 @@ class Routing(Closed):
         if (total := sum(expert.units for expert in self.experts)) > 1 + 1e-9:
             yield f"routing.experts: got units {total:g} in all, wanted at most 1, of which the core is what is left"
         for category in self.strength:
-            if self.is_hard(category):
+            if all(self.is_hard(category, cut=cut) for cut in (False, True)):
                 yield (
                     f"routing.strength: got {category!r}, whose routes are hard: nothing reaches units off them, "
                     f"wanted categories with soft routes"

@@ -32,8 +32,6 @@ class GradientRouter:
         self._categories = tuple(categories)
         self._seed = seed
         self._given = {site.name: _widths(routing.experts, site) for site in sites} if routing.experts else {}
-        self._off = {category: self._off_route(category) for category in categories}
-        """How a category's labelled rows use units off their route."""
 
     def labelled(self, categories: Int[Tensor, " rows"], examples: Int[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
         """Say whose label is known: the same examples of a category each time, for the same seed."""
@@ -51,7 +49,8 @@ class GradientRouter:
 
         Rows of a category, and of those the labelled ones, lie side by side; the order of categories is free.
         """
-        if len(partition.tree.nodes) > 1:
+        cut = len(partition.tree.nodes) > 1
+        if cut:
             widths, below = partition.widths, [node.categories for node in partition.tree.nodes[1:]]
         elif self._given:
             widths, below = self._given, [expert.categories for expert in self.routing.experts]
@@ -62,11 +61,14 @@ class GradientRouter:
         kinds, counts = torch.unique_consecutive(categories * 2 + labelled, return_counts=True)
         segments = [(self._categories[kind // 2], bool(kind % 2)) for kind in kinds.tolist()]
         routed = {category for categories in below for category in categories}
+        off = {category: self._off_route(category, cut=cut) for category in routed}
         frozen = own if self.routing.core == "frozen" else set[str]()
-        core = [self._core(category) if known and category in frozen else _FULL for category, known in segments]
+        core = [
+            off[category]._replace(runs=True) if known and category in frozen else _FULL for category, known in segments
+        ]
         experts = [
             [
-                self._off[category] if known and category in routed - set(serves) else _FULL
+                off[category] if known and category in routed and category not in serves else _FULL
                 for category, known in segments
             ]
             for serves in below
@@ -74,11 +76,8 @@ class GradientRouter:
         sites = {site: Experts(_slices(each), [core, *experts]) for site, each in widths.items()}
         return Learning((0, *counts.cumsum(0).tolist()), sites)
 
-    def _core(self, category: str) -> Treatment:
-        """Return how the category's rows use a frozen core: it runs whatever the routes are."""
-        return Treatment(True, self._off[category].factors)
-
-    def _off_route(self, category: str) -> Treatment:
+    def _off_route(self, category: str, *, cut: bool) -> Treatment:
+        """Return how the category's labelled rows use units off their route."""
         kept = 1.0 - self.routing.strength.get(category, 1.0)
         match self.routing.gradients:
             case "none":
@@ -89,7 +88,7 @@ class GradientRouter:
                 factors = Factors(kept, 1.0, 1.0)
             case "both":
                 factors = Factors(kept, 1.0, kept)
-        return Treatment(not self.routing.is_hard(category), factors)
+        return Treatment(not self.routing.is_hard(category, cut=cut), factors)
 
 
 def _widths(experts: Sequence[GivenExpert], site: Site) -> tuple[int, ...]:
@@ -98,7 +97,9 @@ def _widths(experts: Sequence[GivenExpert], site: Site) -> tuple[int, ...]:
         next((share for pattern, share in expert.sites.items() if fnmatchcase(site.name, pattern)), expert.units)
         for expert in experts
     ]
-    ends = [round(total * site.units) for total in accumulate(shares, initial=0.0)]
+    added = list(accumulate((expert.fresh for expert in experts), initial=0))
+    shared = accumulate(shares, initial=0.0)
+    ends = [round(total * (site.units - added[-1])) + more for total, more in zip(shared, added, strict=True)]
     widths = [site.units - ends[-1], *(high - low for low, high in pairwise(ends))]
     if widths[0] < 0:
         raise ValueError(
