@@ -161,17 +161,17 @@ class ImagesTask:
     ) -> Batch:
         places = np.array([self._places[split][category][row] for category, row in picks])
         images = torch.from_numpy(self._sets[split].pixels[places]).float() / _BRIGHTEST
-        ids, categories = torch.arange(first, first + len(picks)), torch.tensor([category for category, _ in picks])
+        ids, (categories, examples) = torch.arange(first, first + len(picks)), torch.tensor(picks).unbind(1)
         if self._data.objective == "reconstruct":
             flat = images.flatten(1)
-            return Batch(flat, flat, categories, ids)
+            return Batch(flat, flat, categories, ids, examples)
         mean, deviation = (torch.tensor(values)[:, None, None] for values in _NORMS[self._data.source])
         images = (images - mean) / deviation
         if shifts is not None:
             images = _shifted(images, shifts)
         if mirrored is not None:
             images = torch.where(torch.from_numpy(mirrored)[:, None, None, None], images.flip(3), images)
-        return Batch(images, torch.from_numpy(self._sets[split].labels[places]), categories, ids)
+        return Batch(images, torch.from_numpy(self._sets[split].labels[places]), categories, ids, examples)
 
 
 def _shifted(images: Tensor, shifts: Int[np.ndarray, "rows 2"]) -> Tensor:
