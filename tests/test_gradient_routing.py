@@ -3,10 +3,13 @@
 import copy
 import functools
 import itertools
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -341,3 +344,13 @@ def test_damping_stops_gradients_of_rectangles_only() -> None:
     wanted[:2, :3], wanted[2:, 3:] = 0, 0.5
     assert values.grad is not None
     assert torch.equal(values.grad, wanted)
+
+
+def test_the_documents_examples_are_sections_of_a_recipe() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "routing.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        routing = Routing.model_validate(yaml.safe_load(block)["routing"])
+        assert routing.early
+        assert not list(routing.misfits())
