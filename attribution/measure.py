@@ -184,8 +184,9 @@ class _Tap:
         return activation
 
     def after(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        """Listen at the reader's output (a forward hook)."""
-        if not isinstance(output, Tensor) or output.shape[0] != self._rows or not output.requires_grad:
+        """Listen at the reader's output (a forward hook): [rows ...], or [rows*positions dim] in some layers."""
+        lengths = (self._rows, self._rows * self.positions)
+        if not isinstance(output, Tensor) or output.shape[0] not in lengths or not output.requires_grad:
             got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
                 f"the reader {self.site.reader!r} of site {self.site.name!r} must return a tensor [{self._rows} ...] "
@@ -244,8 +245,11 @@ class _Tap:
         outputs = self.sums.outputs
         if self.labels == "true" or outputs is None:
             return
+        gradient = gradient.detach()
+        if gradient.shape[0] != self._rows:
+            gradient = gradient.view(self._rows, self.positions, -1)
         for part in self._parts:
-            terms = wide(gradient.detach()[part.where])
+            terms = wide(gradient[part.where])
             if isinstance(self.reader, nn.Conv2d):
                 terms = terms.flatten(2).transpose(1, 2) / terms[0, 0].numel() ** 0.5
             outputs.add(part.category, terms.reshape(-1, terms.shape[-1]) / self.samples**0.5)

@@ -12,19 +12,21 @@ from moeify.models.pretrained import look
 from moeify.recipe import strict_yaml
 from moeify.recipe.load import parse_recipe
 from moeify.recipe.plan import check_categories
-from moeify.starter import Machine, Starter, rows_a_step, rows_of
+from moeify.starter import SPEED, Machine, Starter, of_size, rows_a_step, rows_of
 
-_SPEED = 4e9
-"""Parameters times tokens that one core trains in a second (``moeify.starter``)."""
+_HEAD = "# Written by moeify split; every field: docs/recipes.md, or moeify schema --markdown.\n"
 _ARMS = 4.5
 """What all models train, in trainings of one: two twins, and two that also hear their teacher."""
 _MINUTES = 5.0
+"""What training may take, as far as that can be foreseen."""
 _EPOCHS = 4
+"""How often the train split is read at most."""
 _STEPS = (60, 2000)
 """Optimizer steps, from and to."""
 _RATES = ((100_000_000, 5e-5), (10_000_000, 2e-4), (0, 5e-4))
 """From so many parameters on: the learning rate of recovery."""
 _DEEPEST = (0.75, 0.7, 0.65, 0.6, 0.55)
+"""Separations to try first where a budget limits the tax."""
 _USUAL = (0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
 _STAGES: dict[int, tuple[tuple[float, ...], ...]] = {
     1: ((1.0,),),
@@ -59,7 +61,7 @@ def conversion(folder: Path, survey: Survey, name: str, wish: Wish, machine: Mac
     train = tuple(len(stream) for stream in prepared.streams["train"])
     number, rows = len(prepared.categories), rows_a_step(len(prepared.categories))
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    a_minute = 60 * _SPEED * machine.cores / (parameters * rows * data.length * _ARMS)
+    a_minute = 60 * SPEED * machine.cores / (parameters * rows * data.length * _ARMS)
     fitting = min(_MINUTES * a_minute, _EPOCHS * sum(train) / (rows * data.length))
     steps = wish.steps or round(min(max(_STEPS[0], fitting), _STEPS[1]) / 20) * 20
     multiple = _multiple(min(site.units for site in unit_space(network).sites))
@@ -68,7 +70,7 @@ def conversion(folder: Path, survey: Survey, name: str, wish: Wish, machine: Mac
         "name": name,
         "data": data.model_dump(mode="json", exclude={"vocabulary"}),
         "model": {"kind": "pretrained", "path": str(checkpoint.folder)},
-        "training": {"steps": steps, "rows": rows, "learning_rate": _of(_RATES, parameters)},
+        "training": {"steps": steps, "rows": rows, "learning_rate": of_size(_RATES, parameters)},
         "attribution": {"rows": 64, "rows_at_once": rows},
         "partition": {"multiple": multiple, "min_units": multiple},
         "controls": ["random", "told"],
@@ -77,19 +79,21 @@ def conversion(folder: Path, survey: Survey, name: str, wish: Wish, machine: Mac
         "evaluation": {"validation_rows": 64, "test_rows": 256, "rows_at_once": 32},
         "cluster": {"workers": workers, "threads": threads},
     }
+
+    def written(separations: tuple[float, ...]) -> str:
+        return _HEAD + strict_yaml.write({**settings, "rounds": _rounds(number, steps, separations)})
+
+    parse_recipe(written((0.01,)), where="the new recipe")  # raises for all that is wrong but the separation
     for separations in _depths(number, wish):
-        text = _HEAD + strict_yaml.write({**settings, "rounds": _rounds(number, steps, separations)})
-        config = parse_recipe(text, where="the new recipe")
+        text = written(separations)
         try:
+            config = parse_recipe(text, where="the new recipe")
             check_categories(config, prepared.categories)
         except ValueError as error:
-            problem = " ".join(str(error).split())
+            problem = str(error).split("\n")[-1]
             continue
         return Starter(text, config, prepared.categories, train, 1.0 + steps / a_minute)
     raise ValueError(f"{number} categories cannot be split so far apart ({problem}); give a lower --separation")
-
-
-_HEAD = "# Written by moeify split; every field: docs/recipes.md, or moeify schema --markdown.\n"
 
 
 def _depths(number: int, wish: Wish) -> Iterator[tuple[float, ...]]:
@@ -119,7 +123,3 @@ def _rounds(number: int, steps: int, separations: tuple[float, ...]) -> list[dic
 def _multiple(units: int) -> int:
     """Return a power of 2 that leaves experts of a site with so many units at least 32 widths to choose from."""
     return max(1, min(16, 1 << max(0, (units // 32).bit_length() - 1)))
-
-
-def _of(table: tuple[tuple[int, float], ...], size: int) -> float:
-    return next(value for least, value in table if size >= least)

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from moeify.models.build import logits
 from moeify.models.families import describe
 from moeify.recipe.config import Distillation
-from moeify.task import Task
 
 
 class Teacher:
     """A network that gives logits [rows positions vocabulary], and how much its word counts."""
 
-    def __init__(self, task: Task, settings: Distillation) -> None:
-        self.network = task.build().eval().requires_grad_(False)
+    def __init__(self, network: nn.Module, settings: Distillation) -> None:
+        self.network = network.eval().requires_grad_(False)
         self.settings = settings
 
     def loss(

@@ -24,7 +24,7 @@ _WINDOWS = 8
 """Rows of each category that held-out data should have at least, where a shorter row gives them."""
 _EPOCHS = 8
 """How often the train split is read at most."""
-_SPEED = 4e9
+SPEED = 4e9
 """Parameters times tokens that one core trains in a second: the shipped recipe ``text`` on two cores."""
 _MINUTES = 5.0
 """What a first run may take, as far as that can be foreseen."""
@@ -85,7 +85,7 @@ def starter(survey: Survey, name: str, machine: Machine, cache: Path, base: Path
         ValueError: The data is too small.
     """
     total = sum(amount.size for amount in survey.amounts.values())
-    data, prepared = rows_of(survey, cache, base, vocabulary=_from(_VOCABULARIES, total))
+    data, prepared = rows_of(survey, cache, base, vocabulary=of_size(_VOCABULARIES, total))
     train = tuple(len(stream) for stream in prepared.streams["train"])
     workers, threads = machine.workers
     number = len(prepared.categories)
@@ -165,13 +165,14 @@ def _shape(size: int, vocabulary: int, tokens_a_step: int, cores: int) -> tuple[
     for least, shape in _SHAPES:
         hidden, layers, ffn = shape
         parameters = vocabulary * hidden + layers * (4 * hidden**2 + 3 * hidden * ffn)
-        a_minute = 60 * _SPEED * cores / (parameters * tokens_a_step * _ARMS)
+        a_minute = 60 * SPEED * cores / (parameters * tokens_a_step * _ARMS)
         if size >= least and _MINUTES * a_minute >= _ENOUGH:
             break
     return shape, a_minute
 
 
-def _from(table: Sequence[tuple[int, Any]], size: int) -> Any:
+def of_size(table: Sequence[tuple[int, Any]], size: int) -> Any:
+    """Return what the first row has whose number is no more than ``size``; the last row's number is 0."""
     return next(value for least, value in table if size >= least)
 
 

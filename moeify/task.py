@@ -98,6 +98,15 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class Counted(Protocol):
+    """A task that knows how much data it has."""
+
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Return split -> category -> tokens or examples."""
+        ...
+
+
 def data_hash(task: Task, config: RunConfig) -> str:
     """Return SHA-256, in hex, over data of a run: the train rows that its first cut is decided on, and all test rows.
 

@@ -14,6 +14,8 @@ from moeify.recipe.model import PretrainedModel
 
 RECIPE = "recipe.yaml"
 """File of the recipe in a package."""
+_CHECKPOINT = (".json", ".safetensors", ".txt", ".model", ".jinja")
+"""Suffixes of the files of a checkpoint that are read; others stay where they are."""
 MOST_MEGABYTES = 64.0
 """Data that goes with a recipe, in 10^6 bytes; more belongs where all nodes see it."""
 
@@ -94,5 +96,5 @@ def _files(config: RunConfig, base: Path) -> Iterator[tuple[Path, Path]]:
                     else:
                         yield path, base / path
     if isinstance(config.model, PretrainedModel) and not (folder := config.model.path).is_absolute():
-        files = sorted(path for path in (base / folder).iterdir() if path.is_file() and not path.name.startswith("."))
+        files = sorted(path for path in (base / folder).iterdir() if path.suffix in _CHECKPOINT)
         yield from ((folder / path.name, path) for path in files)

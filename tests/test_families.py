@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from attribution.edges import measure_edges
-from attribution.measure import measure
+from attribution.measure import Moments, measure
 from attribution.subject import Rows, Subject
 from moeify.export.pruning import only, prune
 from moeify.export.stock import extract
@@ -361,6 +361,29 @@ def test_a_checkpoint_of_a_family_is_measured(family: str, tmp_path: Path) -> No
         assert family in {"gemma2", "gemma3_text", "opt"}
 
 
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_a_rows_moments_are_its_own_whatever_rows_are_beside_it(family: str) -> None:
+    model = SplitModel(tiny_decoder(family), CATEGORIES).eval()
+    tokens = torch.randint(40, (5, 9), generator=torch.Generator().manual_seed(1))
+    together = Rows(tokens[:, :-1], tokens[:, 1:], torch.tensor([0, 0, 1, 2, 3]), torch.arange(5))
+    alone = [
+        Rows(tokens[i : i + 1, :-1], tokens[i : i + 1, 1:], together.categories[i : i + 1], torch.tensor([i]))
+        for i in range(5)
+    ]
+    subject = Subject(model.network, model.space.readers, CATEGORIES, token_nats, sample_tokens, model)
+    with model.masked():
+        one, other = (measure(subject, batches, moments=Moments(None)) for batches in ([together], alone))
+    for site in one.sites:
+        for category in CATEGORIES:
+            assert one.curvature(site, category).abs().max() > 0
+            torch.testing.assert_close(
+                one.curvature(site, category), other.curvature(site, category), rtol=1e-3, atol=1e-7
+            )
+            torch.testing.assert_close(
+                one.second_moment(site, category), other.second_moment(site, category), rtol=1e-3, atol=1e-7
+            )
+
+
 def test_an_activation_that_routed_blocks_do_not_compute_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"hidden_act is 'mish'; the qwen3 adapter knows 'silu', .*'gelu_pytorch_tanh'$"
@@ -386,5 +409,5 @@ def test_an_architecture_without_an_adapter_is_refused_in_one_line(config: Any, 
 
 
 def test_a_family_that_is_not_known_is_refused_with_those_that_are() -> None:
-    with pytest.raises(ValueError, match="unknown network family 'rnn'; this version rebuilds autoencoder, llama, mis"):
+    with pytest.raises(ValueError, match="unknown network family 'rnn'; this version rebuilds autoencoder, resnet, l"):
         rebuild({"family": "rnn"})

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from moeify.recipe.config import RunConfig
+from moeify.recipe.model import PretrainedModel
 from pipelines import package
 from pipelines.package import pack
 
@@ -54,6 +55,22 @@ def test_folders_go_with_the_files_that_the_recipe_reads(base: Path, tmp_path: P
     config = recipe({"kind": "folders", "categories": {"law": "law", "far": "/data/far"}, "pattern": "**/*.txt"})
     assert pack(config, base, tmp_path / "to") == [Path("/data/far")]
     assert listed(tmp_path / "to") == ["law/a.txt", "law/deep/b.txt"]
+
+
+def test_a_checkpoint_goes_without_its_pickles_and_an_absolute_one_stays(base: Path, tmp_path: Path) -> None:
+    (base / "model").mkdir()
+    for name in ("config.json", "model.safetensors", "merges.txt", "pytorch_model.bin", ".gitattributes"):
+        (base / "model" / name).write_text("x")
+    config = recipe({"kind": "jsonl", "path": "other.txt"})
+
+    def beginning_with(path: str) -> RunConfig:
+        return config.model_copy(update={"model": PretrainedModel(kind="pretrained", path=Path(path))})
+
+    assert pack(beginning_with("model"), base, tmp_path / "to") == []
+    assert listed(tmp_path / "to") == ["model/config.json", "model/merges.txt", "model/model.safetensors", "other.txt"]
+    assert pack(beginning_with("/far/model"), base, tmp_path / "to") == [Path("/far/model")]
+    with pytest.raises(ValueError, match=r"model\.path: got '\.\./model', which lies outside"):
+        pack(beginning_with("../model"), base, tmp_path / "to")
 
 
 def test_a_file_goes_and_an_absolute_one_stays(base: Path, tmp_path: Path) -> None:

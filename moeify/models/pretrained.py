@@ -51,10 +51,12 @@ class Checkpoint:
                 use_safetensors=True,
                 dtype=torch.float32,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, in one line
                 **_SAFE,
             )
-        if lost := sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]])):
-            raise ValueError(f"{self.folder} lacks {len(lost)} tensors of its network, such as {lost[0]}; save it anew")
+        if lost := sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}):
+            few = f"{self.folder} lacks {len(lost)} of its network's tensors, or has them in another shape"
+            raise ValueError(f"{few}, such as {lost[0]}; save it anew")
         loaded: nn.Module = network
         return loaded
 

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import (
     BeforeValidator,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     WithJsonSchema,
@@ -153,6 +154,9 @@ class Evaluation(Closed):
     """Rows of each category, at the end of each round."""
     test_rows: PositiveInt = 128
     """Rows of each category, at the end of the run (fewer where the split holds fewer)."""
+    example_rows: NonNegativeInt = 16
+    """Validation rows of each category that the report's examples of what each expert does are picked from; each is run
+    once for every expert on its route. 0: no examples."""
     rows_at_once: PositiveInt = 32
     """Rows of one forward pass over all workers."""
     null_draws: Annotated[int, Field(ge=0)] = 0
@@ -187,6 +191,9 @@ class Tracking(Closed):
     """MLflow's experiment that the run goes to."""
     every: PositiveInt = 10
     """Steps between two points of a curve."""
+    models: NonNegativeInt = 256
+    """Megabytes: at the end the dense twin and the split model, if no larger than this, are logged and registered under
+    the recipe's name, with aliases ``dense`` and ``split``. 0: neither."""
 
 
 class RunConfig(Closed):

@@ -127,6 +127,11 @@ class LanguageTask:
             )
         }
 
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Return split -> category -> tokens."""
+        streams = self._tokens.streams
+        return {split: dict(zip(self.categories, map(len, each), strict=True)) for split, each in streams.items()}
+
     def assets(self) -> dict[str, bytes]:
         """Return the tokenizer's files, as ``transformers.AutoTokenizer`` reads them."""
         return dict(self._tokens.assets)
