@@ -288,6 +288,7 @@ def test_rows_out_of_order_are_refused() -> None:
 @pytest.mark.parametrize(
     ("experts", "said"),
     [
+        ([{"categories": ["a"], "sites": {"x.*": 0.5}}], r"experts\.0\.sites: got 'x\.\*', which matches none of 1"),
         ([{"categories": ["a"], "units": 0.01}], r"experts\.0: got 0\.01 of the 8 units of site 's', which is none"),
         ([{"categories": ["a"], "units": 0.5, "sites": {"*": 1.0}}, {"categories": ["b"], "units": 0.5}], "got 12 of"),
         (
