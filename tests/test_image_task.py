@@ -73,6 +73,8 @@ def test_a_row_is_a_normed_image_its_class_and_its_group(task: ImagesTask) -> No
     assert all(label in groups[c] for label, c in zip(batch.targets.tolist(), batch.categories.tolist(), strict=True))
     bytes_ = (batch.inputs * 0.3081 + 0.1307) * 255
     torch.testing.assert_close(bytes_, bytes_.round(), rtol=0, atol=1e-3)
+    shown = [task._places["train"][c][e] for c, e in zip(batch.categories, batch.examples, strict=True)]
+    assert batch.targets.tolist() == task._sets["train"].labels[shown].tolist()
     assert isinstance(task.build(), ResNet)
     assert isinstance(task, Task)
 

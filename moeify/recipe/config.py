@@ -229,8 +229,9 @@ class RunConfig(Closed):
     budget: Budget | None = None
     """``null`` keeps every round whatever its tax."""
     distillation: Distillation | None = None
-    """For a pretrained model: what arms that are cut learn besides, from the first cut on. Twins learn from the same
-    rows without it, since it would hold them back where they started. ``null``: arms learn from the rows alone."""
+    """For a pretrained model: what arms that are cut learn besides, from the first cut on (the split model from its
+    first step, where ``routing.experts`` make it train by itself). Twins learn from the same rows without it, since it
+    would hold them back where they started. ``null``: arms learn from the rows alone."""
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     cluster: Cluster = Cluster()
