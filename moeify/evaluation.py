@@ -64,6 +64,14 @@ def row_losses(model: SplitModel, task: Task, world: World, evaluation: Evaluati
     return whole if judged else replace(whole, right_R=None)
 
 
+def position_nats(task: Task, outputs: Tensor, targets: Tensor) -> Float64[Tensor, "rows positions"]:
+    """Return the nats of every position; of a whole row, as one position, where it is one example."""
+    if task.unit == "example":
+        return task.nats(outputs, targets).double().unsqueeze(1)
+    each = task.nats(outputs.flatten(0, 1).unsqueeze(1), targets.flatten().unsqueeze(1))
+    return each.double().view(targets.shape)
+
+
 def held_out_loss(
     model: SplitModel, task: Task, world: World, evaluation: Evaluation, split: HeldOut
 ) -> dict[str, float]:

@@ -45,6 +45,8 @@ class Started(_Event):
     """Site -> parameters that belong to one unit; empty in journals from before it was said."""
     data_hash: str = ""
     """SHA-256 over rows of the data, see ``moeify.task.data_hash``; empty in journals from before it was said."""
+    data_sizes: dict[str, dict[str, int]] = {}
+    """Split -> category -> tokens or examples; empty where the task does not count them, or was not asked yet."""
 
 
 class Phase(_Event):
@@ -145,6 +147,16 @@ class Artifact(_Event):
     """The round that it belongs to; None: the whole run."""
 
 
+class Exported(_Event):
+    """A model left the run, to be registered."""
+
+    kind: Literal["exported"] = "exported"
+    folder: str
+    """Absolute."""
+    alias: str
+    """Of the registered version."""
+
+
 class Finished(_Event):
     """The run's result; see ``moeify.result``."""
 
@@ -161,7 +173,7 @@ class Failed(_Event):
 
 
 Event = Annotated[
-    Started | Phase | Step | Evaluated | RoundEnded | Artifact | Finished | Failed,
+    Started | Phase | Step | Evaluated | RoundEnded | Artifact | Exported | Finished | Failed,
     Field(discriminator="kind"),
 ]
 

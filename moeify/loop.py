@@ -5,7 +5,8 @@ data, loss and network, a ``World`` the other workers, a ``Store`` keeps checkpo
 
 Arms run side by side on the same data in the same order: the dense twin, the split model, and the recipe's controls:
 ``random``, split at random into the same tree and widths, and ``told``, a dense twin that is given the category. Up to
-the first cut, arms that are cut are one and the same as the dense twin, so that only the twins are trained.
+the first cut, arms that are cut are one and the same as the dense twin, so that only the twins are trained; but where
+the recipe routes gradients before that, the split model trains beside them, and its control forks from it.
 """
 
 import time

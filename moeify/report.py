@@ -15,7 +15,7 @@ from moeify.routed.split_model import SplitModel
 from moeify.splitting.propose import Proposal
 from moeify.state import State
 from moeify.store import Store
-from moeify.task import Task, data_hash
+from moeify.task import Counted, Task, data_hash
 from moeify.training import Contestant, Progress
 
 
@@ -47,6 +47,7 @@ class Reporter:
                 arms=self.config.arms,
                 unit_parameters={site.name: unit_parameters(model.network, site) for site in model.space.sites},
                 data_hash=data_hash(task, self.config),
+                data_sizes=task.sizes() if isinstance(task, Counted) else {},
             )
         )
         for name, content in task.assets().items():
@@ -77,7 +78,7 @@ class Reporter:
         if not self.speaks:
             return
         trunk = self.config.rounds[0].train
-        spent = sum(c.step - (trunk if a in self.config.cut_arms else 0) for a, c in state.arms.items())
+        spent = sum(c.step - (0 if a in self.config.early_arms else trunk) for a, c in state.arms.items())
         self.tracker.emit(
             Step(
                 id=f"step/{arm}/{contestant.step}",

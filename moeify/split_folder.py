@@ -5,11 +5,13 @@ parameters under the stock architecture's names, units in tree order, each site 
 of the same ``moeify.store.FORMAT`` stay readable; the model card in the folder describes it for other readers.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from moeify.models.families import describe
@@ -18,6 +20,11 @@ from moeify.recipe.arms import Arm
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
 from moeify.store import CorruptCheckpointError, FolderStore, read_manifest, read_part, write_folder
+
+_OWN = ("parameter/", "buffer/")
+"""What the names of a model's tensors start with in a checkpoint."""
+_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+"""Of a number; 8 for all others."""
 
 
 def save_split(
@@ -56,15 +63,32 @@ def arms_of_run(folder: Path) -> tuple[Arm, ...]:
 def load_from_run(folder: Path, arm: Arm = "split") -> SplitModel:
     """Return an arm's model from a run's newest checkpoint, in eval mode; ValueError where it is not there yet."""
     store, name, facts = _newest(folder)
-    if arm not in facts["arms"]:
-        if "split" in facts["arms"]:
-            there = ", ".join(facts["arms"])
-            raise ValueError(f"{folder.name} has no arm {arm!r}, only {there}; its recipe's controls do not ask for it")
-        raise ValueError(f"{folder.name} has not been split yet; its first cut comes after the first training phase")
-    parts = ("parameter/", "buffer/")
-    tensors = store.tensors(name, arm)
-    own = {key.partition("/")[2]: tensor for key, tensor in tensors.items() if key.startswith(parts)}
+    _known_arm(folder, facts, arm)
+    own = _own(store.tensors(name, arm))
     return _load(facts, facts["arms"][arm]["partition"], own)
+
+
+def bytes_in_run(folder: Path, arm: Arm) -> int:
+    """Return how large an arm's model in a run's newest checkpoint is, without reading it; ValueError as above."""
+    store, name, facts = _newest(folder)
+    _known_arm(folder, facts, arm)
+    with safe_open(store.folder / "checkpoints" / name / f"{arm}.safetensors", framework="pt") as file:
+        shapes = [file.get_slice(key) for key in file.keys() if key.startswith(_OWN)]  # noqa: SIM118
+        return sum(math.prod(each.get_shape()) * _BYTES.get(each.get_dtype(), 8) for each in shapes)
+
+
+def copy_from_run(folder: Path, arm: Arm, target: Path) -> None:
+    """Write an arm's model from a run's newest checkpoint, and the run's assets, as ``save_split`` would write them.
+
+    No network is built for it. ValueError where the arm is not there.
+    """
+    store, name, facts = _newest(folder)
+    _known_arm(folder, facts, arm)
+    own = _own(store.tensors(name, arm))
+    assets = folder / "assets"
+    files = {path.name: path.read_bytes() for path in sorted(assets.iterdir())} if assets.is_dir() else {}
+    known = {key: facts[key] for key in ("network", "categories")} | {"partition": facts["arms"][arm]["partition"]}
+    write_folder(target, known, {"model": own}, files)
 
 
 def split_hash(folder: Path) -> str:
@@ -81,6 +105,20 @@ def _newest(folder: Path) -> tuple[FolderStore, str, dict[str, Any]]:
     if found is None:
         raise ValueError(f"{folder.name} has no checkpoint yet; let it train on, or see `moeify show {folder.name}`")
     return store, found.name, store.facts(found.name)
+
+
+def _known_arm(folder: Path, facts: Mapping[str, Any], arm: Arm) -> None:
+    if arm in facts["arms"]:
+        return
+    if "split" in facts["arms"]:
+        there = ", ".join(facts["arms"])
+        raise ValueError(f"{folder.name} has no arm {arm!r}, only {there}; its recipe's controls do not ask for it")
+    raise ValueError(f"{folder.name} has not been split yet; its first cut comes after the first training phase")
+
+
+def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the model's tensors among those of a checkpoint, which has the optimizer's too."""
+    return {key.partition("/")[2]: tensor for key, tensor in tensors.items() if key.startswith(_OWN)}
 
 
 def _tensors(model: SplitModel) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 Nothing else carries over from phase to phase: data, rates and random draws are functions of the recipe and the step.
 """
 
+from collections.abc import Container
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
@@ -11,9 +12,11 @@ from torch import Tensor
 from moeify.control import Standing
 from moeify.distillation import network_hash
 from moeify.events import RoundEnded
-from moeify.models.families import describe, rebuild
+from moeify.models.families import describe
+from moeify.models.resizing import shaped, widened
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
+from moeify.routed.gradients import GradientRouter
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
 from moeify.store import Store
@@ -44,7 +47,8 @@ class State:
     """A run between two moments of its plan."""
 
     arms: dict[Arm, Contestant]
-    """Twins alone until the first cut, when the arms that are cut fork from the dense one."""
+    """Twins alone until the first cut, when the arms that are cut fork from the dense one; or with them the split
+    model, where it trains by itself from the first step on."""
     began: str
     """Hash of the network before the first step (``network_hash``)."""
     done: int = 0
@@ -64,17 +68,17 @@ class State:
     @classmethod
     def fresh(cls, config: RunConfig, task: Task) -> Self:
         """Return the state before the first step."""
-        arms = {arm: _untrained(task, arm, config) for arm in config.twins}
+        arms = {arm: _untrained(task, arm, config) for arm in config.early_arms}
         return cls(arms, network_hash(arms["dense"].model.network))
 
     def fork(self, config: RunConfig, task: Task) -> None:
-        """Let the arms that will be cut go on from where the dense twin stands, if they have not forked yet."""
-        dense = self.arms["dense"]
+        """Let the arms that will be cut go on from where their trunk stands, if they have not forked yet."""
+        trunk = self.arms[_trunk(self.arms)]
         for arm in config.cut_arms:
             if arm not in self.arms:
                 twin = _untrained(task, arm, config)
-                twin.load({**twin.tensors(), **dense.tensors()})  # biases of categories begin at zero
-                twin.step = dense.step
+                twin.load({**twin.tensors(), **trunk.tensors()})  # biases of categories begin at zero
+                twin.step = trunk.step
                 self.arms[arm] = twin
 
     @property
@@ -126,15 +130,29 @@ class State:
         facts = store.facts(self.undo)
         for arm in config.cut_arms:
             step = self.arms[arm].step
-            source: Arm = arm if arm in facts["arms"] else "dense"
+            source: Arm = arm if arm in facts["arms"] else _trunk(facts["arms"])
             self.arms[arm] = _contestant(store, self.undo, source, facts, config, becomes=arm)
             self.arms[arm].step = step
 
 
 def _untrained(task: Task, arm: Arm, config: RunConfig) -> Contestant:
     told = arm in config.told_arms
-    model = SplitModel(task.build(), task.categories, told=told, kinds=config.partition.units)
-    return Contestant(model, config.training)
+    network, fresh = task.build(), config.routing.fresh if arm in config.cut_arms else 0
+    if fresh:
+        network = widened(network, fresh, config.seed)
+    model = SplitModel(network, task.categories, told=told, kinds=config.partition.units)
+    return Contestant(model, config.training, _router(model, arm, config))
+
+
+def _router(model: SplitModel, arm: Arm, config: RunConfig) -> GradientRouter | None:
+    if arm not in config.cut_arms or config.routing.gradients == "none":
+        return None
+    return GradientRouter(config.routing, model.categories, model.space.readers, config.seed)
+
+
+def _trunk(arms: Container[str]) -> Arm:
+    """Return the arm that others fork from: the split model, where it trains by itself before there is a cut."""
+    return "split" if "split" in arms else "dense"
 
 
 def _cut(facts: dict[str, Any]) -> Cut:
@@ -147,9 +165,9 @@ def _contestant(
     """Return an arm of a checkpoint, or, where it ``becomes`` another one, that arm's fork."""
     becomes = becomes or arm
     partition, told = Partition.from_json(facts["arms"][arm]["partition"]), becomes in config.told_arms
-    contestant = Contestant(
-        SplitModel(rebuild(facts["network"]), facts["categories"], partition, told=told), config.training
-    )
+    network = shaped(facts["network"], {site: partition.units(site) for site in partition.widths})
+    model = SplitModel(network, facts["categories"], partition, told=told)
+    contestant = Contestant(model, config.training, _router(model, becomes, config))
     begun = {} if becomes == arm else contestant.tensors()  # biases of categories, which the dense twin has none of
     contestant.load(begun | store.tensors(name, arm))
     contestant.step = facts["arms"][arm]["step"]

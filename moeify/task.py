@@ -30,15 +30,21 @@ class Batch:
     """Index into the task's categories."""
     ids: Int[Tensor, " rows"]
     """The row's number in its stream: the same however rows are shared out over workers."""
+    examples: Int[Tensor, " rows"] | None = None
+    """Which example of its category a row is, the same whenever it is drawn again; None: an example of its own, that of
+    its id. Says whose label is known where only some are (``routing.labelled``)."""
 
     def shard(self, rank: int, size: int) -> Self:
         """Return every ``size``-th row from ``rank`` on, in the same order."""
-        part = slice(rank, None, size)
-        return type(self)(self.inputs[part], self.targets[part], self.categories[part], self.ids[part])
+        return self._rows(slice(rank, None, size))
 
     def take(self, rows: Int[Tensor, " some"]) -> Self:
         """Return these rows, in this order."""
-        return type(self)(self.inputs[rows], self.targets[rows], self.categories[rows], self.ids[rows])
+        return self._rows(rows)
+
+    def _rows(self, rows: slice | Tensor) -> Self:
+        examples = None if self.examples is None else self.examples[rows]
+        return type(self)(self.inputs[rows], self.targets[rows], self.categories[rows], self.ids[rows], examples)
 
 
 @runtime_checkable
@@ -89,6 +95,15 @@ class Task(Protocol):
 
     def assets(self) -> dict[str, bytes]:
         """Return what an export needs besides the network (for text: the tokenizer's files), by file name."""
+        ...
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """A task that knows how much data it has."""
+
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Return split -> category -> tokens or examples."""
         ...
 
 

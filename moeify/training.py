@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from moeify.distillation import Teacher
 from moeify.recipe.config import Training
+from moeify.routed.gradients import GradientRouter
 from moeify.routed.split_model import SplitModel
-from moeify.task import Task
+from moeify.task import Batch, Task
 from moeify.world import World
 
 
@@ -20,10 +22,14 @@ class DivergedError(ValueError):
 
 
 class Contestant:
-    """A model in training with its optimizer; ``step`` is its place in the data stream and the schedule."""
+    """A model in training with its optimizer; ``step`` is its place in the data stream and the schedule.
 
-    def __init__(self, model: SplitModel, training: Training) -> None:
+    ``router``: routes gradients, where the recipe asks that of this arm.
+    """
+
+    def __init__(self, model: SplitModel, training: Training, router: GradientRouter | None = None) -> None:
         self.model = model
+        self.router = router
         self.step = 0
         told = {id(p) for p in model.told}  # biases, one vector a category
         matrices = [p for p in model.parameters() if p.dim() > 1 and id(p) not in told]
@@ -50,6 +56,24 @@ class Contestant:
             if name in persistent:
                 found[f"buffer/{name}"] = buffer
         return found
+
+    def arranged(self, rows: Batch) -> Batch:
+        """Return the rows as the model runs them: by leaf, and in each category those with a known label first."""
+        places = self.model.positions(rows.categories)
+        return rows.take(torch.argsort(places * 2 + ~self._labelled(rows), stable=True))
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """Return what the network gives for rows that are ``arranged``, gradients routed."""
+        learning = None
+        if self.router:
+            learning = self.router.learning(self.model.partition, batch.categories, self._labelled(batch))
+        with self.model.learns(learning):
+            return self.model(batch.inputs, batch.categories)
+
+    def _labelled(self, batch: Batch) -> Bool[Tensor, " rows"]:
+        if self.router is None:
+            return torch.ones_like(batch.categories, dtype=torch.bool)
+        return self.router.labelled(batch.categories, batch.ids if batch.examples is None else batch.examples)
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -112,8 +136,8 @@ def train(
     since, units = time.perf_counter(), 0
     while contestant.step < until:
         rows = task.train_batch(contestant.step)
-        batch = rows.take(model.order(rows.categories)).shard(world.rank, world.size)
-        outputs = model(batch.inputs, batch.categories)
+        batch = contestant.arranged(rows).shard(world.rank, world.size)
+        outputs = contestant.outputs(batch)
         nats_R = task.nats(outputs, batch.targets)
         loss_R = teacher.loss(batch.inputs, outputs, nats_R) if teacher else nats_R
         (loss_R.sum() / (len(rows.categories) * task.units_per_row)).backward()

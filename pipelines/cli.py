@@ -13,22 +13,9 @@ from typing import Any
 import click
 
 COMMANDS = (
-    *(
-        "init",
-        "run",
-        "split",
-        "resume",
-        "compare",
-        "runs",
-        "show",
-        "report",
-        "status",
-        "logs",
-        "stop",
-        "submit",
-        "cluster",
-    ),
-    *("attribute", "export", "route", "generate", "sync", "schema", "doctor"),
+    *("init", "run", "split", "resume", "compare"),
+    *("runs", "show", "report", "status", "logs", "stop", "submit", "cluster"),
+    *("attribute", "export", "route", "generate", "ui", "sync", "schema", "doctor", "completion"),
 )
 """In the order of the help; the module of each holds ``command``."""
 

@@ -72,7 +72,7 @@ def points_of(event: Event, unit: str) -> Iterable[Point]:
 
 
 def final_points(result: Result) -> Iterable[Point]:
-    """Yield what a result adds to its losses: the tax on test data, and what share of units and operations runs."""
+    """Yield what a result adds to its losses: tax on test data, accuracy, the share of units and operations that run."""
     if result.tax_error is not None:
         yield _key("test/tax_error", MEAN), result.tax_error, result.steps
     for category in (*result.categories, MEAN):
@@ -81,6 +81,8 @@ def final_points(result: Result) -> Iterable[Point]:
         yield _key("test/active_fraction", category), result.active_fraction[category], result.steps
         if result.active_flops is not None:
             yield _key("test/active_flops", category), result.active_flops[category], result.steps
+        for arm, shares in (result.accuracy or {}).items():
+            yield _key("test/accuracy", arm, category), shares[category], result.steps
 
 
 def loss_points(result: Result) -> Iterable[Point]:

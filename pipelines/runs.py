@@ -100,6 +100,16 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def portraits(self) -> Path:
+        """JSON of ``moeify.portraits.Portraits``: what each expert does, by example."""
+        return self.path / "portraits.json"
+
+    @property
+    def router(self) -> Path:
+        """JSON of ``moeify.routers.report.RouterReport``; only a run that ``moeify route`` has been on has it."""
+        return self.path / "router" / "report.json"
+
+    @property
     def report(self) -> Path:
         """The run as one HTML page; see ``pipelines.report.page``."""
         return self.path / "report.html"

@@ -10,15 +10,18 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from moeify.events import Artifact, Event, Failed, Finished, RoundEnded, Started
+from moeify.events import Artifact, Event, Exported, Failed, Finished, RoundEnded, Started
+from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
 from moeify.result import Result
 from pipelines import plots
 from pipelines.journal import read_events
+from pipelines.mlflow_models import Origin, loader_of, log_model
 from pipelines.mlflow_store import (
     LONGEST_TAG,
     address,
@@ -32,6 +35,7 @@ from pipelines.mlflow_store import (
     told_as_delivery_error,
     tracking_uri,
 )
+from pipelines.mlflow_tags import log_data, outcome_tags, recipe_tags
 from pipelines.mlflow_terms import final_points, flat, points_of, summary
 from pipelines.report.page import write_or_warn
 from pipelines.runs import RunFolder, Status, hold
@@ -39,6 +43,7 @@ from pipelines.runs import RunFolder, Status, hold
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+_REGISTERED: tuple[Arm, ...] = ("dense", "split")
 _MOST_EVENTS = 1000
 """Events read at once when a journal is delivered later."""
 
@@ -118,6 +123,7 @@ class MlflowFollower:
             if isinstance(event, Started):
                 self._progress.unit = event.unit
                 client.set_tag(self._progress.parent, "moeify.categories", ", ".join(event.categories)[:LONGEST_TAG])
+                log_data(client, self._progress.parent, self._config, event)
         self._deliver_points(client, events)
         for event in events:
             match event:
@@ -127,6 +133,9 @@ class MlflowFollower:
                     self._upload(client, self._run_of(client, event), self._folder.path / event.path)
                 case Finished():
                     self._deliver_result(client, event)
+                    self._deliver_models(client)
+                case Exported():
+                    self._deliver_export(client, event)
                 case _:
                     pass
 
@@ -159,11 +168,13 @@ class MlflowFollower:
             write_or_warn(self._folder, "running" if self._driven else _ending(self._last())[1])
 
     def _last(self) -> Event | None:
+        """Return the last event that says how the run goes."""
         events, _ = read_events(self._folder.journal, 0)
-        return events[-1] if events else None
+        return next((event for event in reversed(events) if not isinstance(event, Exported)), None)
 
     def _summarise(self, client: "MlflowClient", status: str) -> None:
-        client.set_tag(self._progress.parent, "moeify.status", status)
+        for key, value in {"moeify.status": status, **outcome_tags(self._folder)}.items():
+            client.set_tag(self._progress.parent, key, value)
         client.set_tag(self._progress.parent, "mlflow.note.content", summary(self._folder, status)[:LONGEST_TAG])
 
     # --- contact ------------------------------------------------------------------------------------------
@@ -209,8 +220,8 @@ class MlflowFollower:
     def _describe(self, client: "MlflowClient") -> None:
         from mlflow.entities import RunTag
 
-        tags = [RunTag("moeify.recipe", self._config.name), RunTag("moeify.seed", str(self._config.seed))]
         log_params(client, self._progress.parent, flat(self._config.model_dump(mode="json")))
+        tags = [RunTag(key, value) for key, value in recipe_tags(self._config).items()]
         client.log_batch(self._progress.parent, tags=tags)
         for path in (self._folder.recipe, self._folder.resolved):
             self._upload(client, self._progress.parent, path)
@@ -270,6 +281,36 @@ class MlflowFollower:
             client.set_tag(parent, "moeify.stopped", result.stopped)
         for path in (self._folder.result, plots.tax_path(self._folder)):
             self._upload(client, parent, path)
+
+    def _deliver_models(self, client: "MlflowClient") -> None:
+        """Log and register the dense twin and the split model; those that are too large, or not there, are left out."""
+        from moeify.split_folder import bytes_in_run, copy_from_run
+        from moeify.store import CorruptCheckpointError
+
+        for arm in _REGISTERED:
+            try:
+                if bytes_in_run(self._folder.path, arm) > self._config.tracking.models * 10**6:
+                    continue
+                with TemporaryDirectory(prefix="moeify-model-") as place:
+                    copy_from_run(self._folder.path, arm, Path(place) / arm)
+                    log_model(client, self._origin(), arm, Path(place) / arm, self._config.training.steps)
+            except CorruptCheckpointError as error:
+                what = " ".join(str(error).split())[:300]
+                sys.stderr.write(f"moeify: warning: the {arm} model was not logged ({what})\n")
+            except ValueError:  # never split, or the checkpoints were cleared away
+                continue
+
+    def _deliver_export(self, client: "MlflowClient", event: Exported) -> None:
+        """Log and register what was exported, if it is still where it was written."""
+        folder = Path(event.folder)
+        if loader_of(folder) is None:
+            sys.stderr.write(f"moeify: warning: {folder} holds no model any more and was not registered\n")
+            return
+        log_model(client, self._origin(), event.alias, folder, self._config.training.steps)
+
+    def _origin(self) -> Origin:
+        tags = {"moeify.run": self._folder.id, **recipe_tags(self._config)}
+        return Origin(self._progress.experiment, self._progress.parent, self._config.name, tags)
 
     def _upload(self, client: "MlflowClient", run: str, path: Path) -> None:
         """Upload a file of the run's folder; one that is not there (any more) is left out."""

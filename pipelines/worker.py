@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 
-from moeify.events import Event, Finished, Phase
+from moeify.events import Artifact, Event, Finished, Phase
 from moeify.recipe.config import RunConfig
 from moeify.task import Task
 from moeify.world import Group, Solo, World
@@ -127,6 +127,7 @@ def leave(folder: Path, error: Exception) -> None:
 def _loop(order: Order, folder: RunFolder, world: World, tracker: JournalTracker | _Silent) -> None:
     from moeify.loop import run  # here, since the driver reads this module too and needs none of this
     from moeify.store import FolderStore
+    from pipelines.examples import keep_or_warn
 
     tracker.emit(Phase(id="phase/prepare", time=time.time(), phase="prepare", round=0))
     task = _prepare(order, world)
@@ -134,6 +135,9 @@ def _loop(order: Order, folder: RunFolder, world: World, tracker: JournalTracker
     result = run(order.config, task, world=world, store=store, tracker=tracker)
     if world.rank == 0:
         store.put(folder.result.name, (result.model_dump_json(indent=2) + "\n").encode())
+        if keep_or_warn(folder, order.config, task):
+            path = folder.portraits.name
+            tracker.emit(Artifact(id=f"artifact/{path}", time=time.time(), path=path))
         tracker.emit(Finished(id="finished", time=time.time(), seconds=result.seconds))
 
 

@@ -13,7 +13,11 @@ ROOT = Path(__file__).parent.parent
 NAMES = sorted(
     path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main()" in path.read_text(encoding="utf-8")
 )
-MARKS = {"overhead": [pytest.mark.main_path, pytest.mark.ray], "frontier": [pytest.mark.ray]}
+MARKS = {
+    "overhead": [pytest.mark.main_path, pytest.mark.ray],
+    "frontier": [pytest.mark.ray],
+    "mnist_split": [pytest.mark.skipif(not os.environ.get("MOEIFY_DATA"), reason="reads mnist in MOEIFY_DATA")],
+}
 PARAMETERS = [pytest.param(name, marks=MARKS.get(name, [])) for name in NAMES]
 
 

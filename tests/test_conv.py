@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeify.data.images import load
+from moeify.data.images import NORMS, load
 from moeify.export.pruning import only, prune, without
 from moeify.export.stock import extract, to_dense
 from moeify.export.stock_moe import to_moe
@@ -85,7 +85,9 @@ def test_the_layout_of_a_resnet() -> None:
 def test_rectangles_equal_the_masked_oracle_and_so_do_running_statistics(
     data: st.DataObject, rows: int, seed: int, training: bool
 ) -> None:
-    model = split_of(data.draw(partitions(SITES))).train(training)
+    model = split_of(data.draw(partitions(SITES)), told=data.draw(st.booleans())).train(training)
+    for bias in model.told:
+        nn.init.normal_(bias)
     inputs = rows_for(model.network, rows, seed)
     categories = torch.randint(len(model.categories), (rows,), generator=torch.Generator().manual_seed(seed))
     other = copy.deepcopy(model)
@@ -249,15 +251,12 @@ def test_units_are_weighed_and_named() -> None:
         to_moe(split_of(), "glm4_moe", "a")
 
 
-CIFAR = (torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))
-
-
 @pytest.mark.slow
 def test_the_published_resnet_20_loads_and_classifies(published: Path) -> None:
     network = build_resnet((3, 32, 32), classes=10, width=16, blocks=3, stages=3, seed=0).eval()
     network.load_state_dict(load_file(published / "cifar10-resnets" / "resnet20.safetensors"))
     _, test = load("cifar10-jpeg", published)
-    mean, deviation = (values[:, None, None] for values in CIFAR)
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in NORMS["cifar10-jpeg"])
     model = SplitModel(network, ("a", "b"))
     right = 0
     with torch.no_grad():

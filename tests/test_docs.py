@@ -109,3 +109,20 @@ def test_the_quickstart_runs_from_top_to_bottom(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_the_notebook_runs_as_a_script(tmp_path: Path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
+    notebook = ROOT / "docs" / "notebook.py"
+    done = subprocess.run(
+        [sys.executable, str(notebook)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
+    assert re.search(r"active: \d\d% of the units", said)
+    before, after = map(float, re.search(r"3: ([\d.]+) -> ([\d.]+)  <- taken out", said).groups())
+    assert after > before
+    kept = re.findall(r"^(\d): ([\d.]+) -> ([\d.]+)$", said, re.MULTILINE)
+    assert len(kept) == 9
+    assert all(one == other for _, one, other in kept)
+    assert float(re.search(r"differs from the whole by (\S+) at most", said)[1]) < 1e-5

@@ -7,9 +7,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from moeify.data.given_tokenizer import GivenTokenizer
+from moeify.data.pieces import pieces
 from moeify.data.tokens import END
 from moeify.routed.split_model import SplitModel
-from moeify.routers.generation import encode_prompt, generate, pieces
+from moeify.routers.generation import encode_prompt, generate
 from moeify.routers.router import category_of_leaf, early
 from tests.networks import CATEGORIES, tiny_autoencoder
 from tests.test_routers import some_router, split_llama

@@ -14,13 +14,15 @@ from moeify.loop import run
 from moeify.models.resnet import ResNet
 from moeify.recipe.config import RunConfig
 from moeify.result import Result
-from moeify.split_folder import load_from_run
+from moeify.split_folder import load_from_run, load_split
 from moeify.store import FolderStore
 from moeify.task import HeldOut, Task
 from moeify.tasks.build import build_task
 from moeify.tasks.images import ImagesTask
 from moeify.training import Contestant, train
 from moeify.world import Group, Solo
+from pipelines.mlflow_terms import final_points
+from tests.finished_runs import call, finish
 from tests.gloo import run_together
 from tests.pictures import CONFIG, GROUPS, drawn, pictures, pictures_config
 from tests.test_images import write_mnist
@@ -122,6 +124,8 @@ def test_a_classifier_may_not_be_routed_by_its_own_classes() -> None:
     assert "wanted 'autoencoder', which data.objective 'reconstruct' needs" in refused(objective="reconstruct")
     with pytest.raises(ValidationError, match=r"wanted 'resnet', which data\.objective 'classify' needs"):
         pictures_config(model={"kind": "autoencoder"})
+    with pytest.raises(ValidationError, match=r"beside model\.kind 'resnet', wanted 'none'; gradients of channels"):
+        pictures_config(routing={"gradients": "parameters"})
     assert pictures_config().category_names == tuple(GROUPS)
 
 
@@ -177,6 +181,8 @@ def test_a_run_splits_channels_by_groups_and_reports_accuracy(finished: Result) 
     for arm, shares in finished.accuracy.items():
         assert shares["mean"] == pytest.approx(np.mean([shares[c] for c in GROUPS])), arm
         assert 0.5 < shares["mean"] <= 1.0, arm  # ten classes, and groups of two or three
+    points = {key: value for key, value, _ in final_points(finished)}
+    assert points["test/accuracy/split/mean"] == finished.accuracy["split"]["mean"]
     assert finished.test_loss["dense"].keys() == set(GROUPS)
     for category, rises in finished.own_other.items():
         for expert, rise in rises.items():
@@ -228,3 +234,44 @@ def test_two_workers_agree_on_running_statistics_to_the_bit(tmp_path: Path) -> N
         assert torch.corrcoef(torch.stack([one[name], alone[name]]))[0, 1] > 0.9
     results = [(tmp_path / f"{rank}.json").read_text(encoding="utf-8") for rank in (0, 1)]
     assert results[0] == results[1]
+
+
+RECIPE = """name: pictures
+data:
+  kind: images
+  source: mnist
+  root: .
+  categories: {low: [0, 1, 2, 3, 4], high: [5, 6, 7, 8, 9]}
+  validation: 0.2
+model: {kind: resnet, width: 4, blocks: 1, stages: 2}
+training: {steps: 12, rows: 20}
+attribution: {rows: 8, rows_at_once: 16}
+partition: {multiple: 1, min_units: 1}
+rounds: [{train: 4, recover: 4, separation: 0.3}]
+controls: [told]
+evaluation: {validation_rows: 8, test_rows: 16, rows_at_once: 32}
+"""
+
+
+@pytest.mark.slow
+def test_what_the_command_line_makes_of_images(tmp_path: Path) -> None:
+    (tmp_path / "mnist").mkdir()
+    write_classes(tmp_path / "mnist", drawn(10, 0))
+    place = finish(tmp_path, {"pictures": RECIPE})
+    said = call(place, "show", "pictures").stdout
+    assert all(words in said for words in ("low", "high", "over told", "Test accuracy", "Rise of test loss"))
+    report = call(place, "report", "pictures")
+    assert report.exit_code == 0, report.output
+    (page,) = (place / "runs").glob("pictures-*/report.html")
+    assert "<dt>accuracy</dt>" in page.read_text(encoding="utf-8")
+    for name, more in (("whole", ["--split"]), ("low", ["--category", "low"]), ("less", ["--without", "high"])):
+        done = call(place, "export", "pictures", *more, "-o", str(tmp_path / name))
+        assert done.exit_code == 0, done.output
+        assert "equal to the split model within" in done.stdout
+        assert len(load_split(tmp_path / name).categories) == (1 if name == "low" else 2)
+    refused_ = call(place, "export", "pictures", "--moe", "glm4_moe", "-o", str(tmp_path / "moe"))
+    assert refused_.exit_code == 2
+    assert "no stock MoE holds a network of family 'resnet'" in refused_.stderr
+    attributed = call(place, "attribute", "pictures")
+    assert attributed.exit_code == 0, attributed.output
+    assert "layer2.0.channels" in attributed.stdout

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -8,11 +9,17 @@ import torch
 from safetensors import safe_open
 
 from moeify.control import Standing
+from moeify.evaluation import row_losses
 from moeify.events import Evaluated, MemoryTracker, Phase, Started, Step
+from moeify.export.pruning import prune, without
 from moeify.loop import run
 from moeify.result import Result
+from moeify.split_folder import load_from_run, load_split, save_split
+from moeify.state import State
 from moeify.store import FolderStore, MemoryStore
-from tests.toy import ToyTask, toy_config
+from moeify.training import train
+from moeify.world import Solo
+from tests.toy import CONFIG, ToyTask, toy_config
 
 
 class KilledError(Exception):
@@ -306,3 +313,111 @@ def test_an_unrouted_category_keeps_to_the_core_and_loses_nothing_when_experts_a
     assert result.active_fraction["mean"] == pytest.approx(1 - 0.35, abs=0.03)
     assert set(result.own_other["b"].values()) == {0.0}
     assert all(other["b"] == 0.0 for other in result.own_other.values())
+
+
+ROUTED = {
+    "gradients": "parameters",
+    "labelled": 0.5,
+    "core": "frozen",
+    "experts": [{"categories": ["a", "d"], "units": 0.25}, {"categories": ["b"], "units": 0.25}],
+}
+
+
+def test_gradients_routed_by_hand_make_the_split_model_an_arm_of_its_own_from_the_first_step() -> None:
+    plain, routed = (toy_config(controls=["random", "told"], **more) for more in ({}, {"routing": ROUTED}))
+    trackers = MemoryTracker(), MemoryTracker()
+    results = [run(c, ToyTask(c), tracker=t) for c, t in zip((plain, routed), trackers, strict=True)]
+    for twin in ("dense", "told"):
+        assert results[0].test_loss[twin] == results[1].test_loss[twin]
+    assert results[0].test_loss["split"] != results[1].test_loss["split"]
+    seen = [{e.id: e.loss for e in t.events.values() if isinstance(e, Evaluated)} for t in trackers]
+    assert seen[0]["evaluated/split/1/before_cut"] == seen[0]["evaluated/dense/1/before_cut"]
+    assert seen[1]["evaluated/split/1/before_cut"] != seen[1]["evaluated/dense/1/before_cut"]
+    assert seen[1]["evaluated/random/1/before_cut"] == seen[1]["evaluated/split/1/before_cut"]
+    steps = [e for e in trackers[1].events.values() if isinstance(e, Step)]
+    assert [e.step for e in steps if e.arm == "split"] == [e.step for e in steps if e.arm == "dense"]
+    work = [e.work for e in steps]
+    assert work == sorted(work)
+    assert work[-1] == 1.0
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [
+        {**ROUTED, "experts": [{"categories": ["a", "d"], "units": 0.25}, {"categories": ["b"], "fresh": 6}]},
+        {**ROUTED, "gradients": "both", "routes_after_cut": "soft", "experts": []},
+    ],
+)
+def test_a_run_that_routes_gradients_resumes_to_the_same_bits(tmp_path: Path, routing: dict[str, object]) -> None:
+    config = toy_config(routing=routing)
+    calm = FolderStore(tmp_path / "calm", 2)
+    wanted = outcome(run(config, ToyTask(config), store=calm))
+    stormy, result = DyingStore(tmp_path / "stormy", 2), None
+    while result is None:
+        stormy.lives = 3
+        with contextlib.suppress(KilledError):
+            result = run(config, ToyTask(config), store=stormy)
+    assert outcome(result) == wanted
+    for arm, tensors in final(calm).items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, final(stormy)[arm][name]), (arm, name)
+
+
+@pytest.mark.usefixtures("heavy_tax")
+def test_a_roll_back_takes_the_random_arm_to_where_the_routed_split_model_stood() -> None:
+    first = {"train": 20, "recover": 10, "separation": 0.3}
+    config = toy_config(
+        routing=ROUTED, budget={"tax": 0.5}, rounds=[first, {"train": 0, "recover": 5, "separation": 0.4}]
+    )
+    tracker = MemoryTracker()
+    run(config, ToyTask(config), tracker=tracker)
+    seen = {e.id: e.loss for e in tracker.events.values() if isinstance(e, Evaluated)}
+    for arm in ("split", "random"):
+        assert seen[f"evaluated/{arm}/2/before_cut"] == seen["evaluated/split/1/before_cut"]
+
+
+def test_fresh_units_are_the_split_models_alone_and_go_into_its_folder(tmp_path: Path) -> None:
+    """Expand, route, ablate: the model without the expert is exported as any other."""
+    routing = {"gradients": "parameters", "experts": [{"categories": ["a", "b"], "fresh": 10}]}
+    config, store = toy_config(routing=routing, tree=[["a", "b"], ["c", "d"]]), FolderStore(tmp_path / "run", 2)
+    result = run(config, ToyTask(config), store=store)
+    tensors = final(store)
+    assert {arm: len(tensors[arm]["parameter/decoder.up.weight"]) for arm in tensors} == {
+        "dense": 32,
+        "split": 42,
+        "random": 42,
+    }
+    split = load_from_run(tmp_path / "run")
+    assert split.partition.units("encoder.hidden") == 42
+    found = row_losses(split, ToyTask(config), Solo(), config.evaluation, "test").by_category(ToyTask(config))
+    assert found == pytest.approx(result.test_loss["split"])
+    save_split(prune(split, without(split.partition, ["a", "b"])), tmp_path / "ablated", {})
+    batch = next(iter(ToyTask(config).held_out_batches("test", 32, 128)))
+    with torch.no_grad():
+        less = load_split(tmp_path / "ablated")(batch.inputs, batch.categories)
+        whole = split(batch.inputs, batch.categories)
+    kept = batch.categories >= 2
+    torch.testing.assert_close(less[kept], whole[kept])
+    assert not torch.allclose(less[~kept], whole[~kept], atol=0.1)
+
+
+def test_hard_routes_of_the_tree_with_every_label_known_are_what_a_split_model_does_anyway() -> None:
+    plain, routed = toy_config(), toy_config(routing={"gradients": "both"})
+    assert outcome(run(plain, ToyTask(plain))) == outcome(run(routed, ToyTask(routed)))
+
+
+def test_off_route_units_stand_still_where_all_rows_are_routed_away_from_them() -> None:
+    """Without weight decay, what no row's route holds keeps its first weights."""
+    training = {**CONFIG["training"], "weight_decay": 0.0}
+    experts = [{"categories": ["a", "b", "c", "d"], "units": 0.0}, {"categories": ["z"], "units": 0.5}]
+    config = toy_config(routing={"gradients": "both", "experts": experts}, training=training)
+    task = ToyTask(config)
+    task.categories = (*"abcd", "z")
+    state = State.fresh(config, task)
+    before = {name: tensor.clone() for name, tensor in state.arms["split"].tensors().items()}
+    train(state.arms["split"], task, Solo(), config.training, 5, 5, lambda *_: None)
+    after = state.arms["split"].tensors()
+    for name in ("parameter/encoder.up.weight", "parameter/decoder.up.bias"):
+        assert torch.equal(after[name][16:], before[name][16:])
+        assert not torch.equal(after[name][:16], before[name][:16])
+    assert torch.equal(after["parameter/encoder.down.weight"][:, 16:], before["parameter/encoder.down.weight"][:, 16:])

@@ -8,9 +8,11 @@ from moeify.export.model_card import About, Checked, card
 from moeify.export.stock import Form, to_dense
 from moeify.export.stock_moe import to_moe
 from moeify.export.verification import Source
+from moeify.models.resnet import build_resnet
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
 from moeify.result import Result
+from moeify.routed.split_model import SplitModel
 from tests.networks import CATEGORIES, rows_for, tiny_llama
 from tests.test_pruning import split_of
 
@@ -43,6 +45,18 @@ RECIPE = RunConfig.model_validate(
     }
 )
 ABOUT = About(run="mine-1", recipe=RECIPE, result=RESULT, moeify="1.2.3")
+
+
+def test_the_card_of_an_image_model_says_how_its_rows_are_made() -> None:
+    network = build_resnet((3, 8, 8), classes=10, width=4, blocks=1, stages=2, seed=0)
+    data = {"kind": "images", "source": "cifar10", "root": "/secret", "categories": {"a": [0, 1], "b": [2, 3]}}
+    recipe = RunConfig.model_validate(RECIPE.model_dump(mode="json") | {"data": data, "model": {"kind": "resnet"}})
+    whole = Source.of(SplitModel(network, ("a", "b")), torch.float32)
+    text = card(About(run="mine-2", recipe=recipe), whole, Checked(None, None), dtype="float32")
+    assert "- network: resnet, image [3, 8, 8], classes 10, width 4, blocks 1, stages 2, inner [4, 8]" in text
+    assert "- data: cifar10, to classify; classes by category: a: 0, 1; b: 2, 3" in text
+    assert "intensities 0..1, less mean (0.485, 0.456, 0.406), over deviation (0.229, 0.224, 0.225)" in text
+    assert "secret" not in text
 
 
 def source(**part: list[str]) -> Source:

@@ -262,6 +262,28 @@ def test_units_that_are_split_must_be_there() -> None:
     assert parse_recipe(to_yaml(config), where="again") == config
 
 
+def test_gradient_routing_must_fit_the_rest() -> None:
+    routing = {"gradients": "both", "experts": [{"categories": ["1", "2"], "units": 0.5}], "strength": {"1": 0.5}}
+    assert parse_recipe(changed(routing=routing), where="x").early_arms == ("dense", "split")
+    assert parse_recipe(changed(routing={**routing, "gradients": "none"}), where="x").early_arms == ("dense",)
+    twice = {**routing, "experts": [*routing["experts"], {"categories": ["2"], "units": 0.6}], "hard": ["1"]}
+    assert problems(changed(routing=twice)) == (
+        "routing.experts: got '2' more than once, wanted every category once at most",
+        "routing.experts: got units 1.1 in all, wanted at most 1, of which the core is what is left",
+        "routing.strength: got '1', whose routes are hard: nothing reaches units off them, wanted categories with soft "
+        "routes",
+    )
+    (line,) = problems(changed(routing={**routing, "hard": ["ten"]}))
+    assert line.startswith("routing.hard: got 'ten', which is no category of the data")
+    heads = {"data": {"kind": "text", "source": {"kind": "installed"}}, "model": {"kind": "llama"}}
+    (line,) = problems(changed(**heads, routing={"gradients": "both"}, partition={"units": ["ffn", "heads"]}))
+    assert line.startswith("routing.gradients: got 'both' beside partition.units ['ffn', 'heads'], wanted units [ffn]")
+    images = {"kind": "images", "source": "cifar10", "objective": "classify"}
+    images["categories"] = {"low": [0, 1, 2, 3, 4], "high": [5, 6, 7, 8, 9]}
+    (line,) = problems(changed(data=images, model={"kind": "resnet"}, routing={"gradients": "both"}))
+    assert line.startswith("routing.gradients: got 'both' beside model.kind 'resnet', wanted 'none'")
+
+
 def test_a_null_test_wants_all_rows_measured() -> None:
     partition = {"null_test": {"permutations": 8}}
     assert problems(changed(partition=partition, attribution={"settled": 0.9})) == (

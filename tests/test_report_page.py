@@ -1,5 +1,6 @@
 """The report as a file: whole, of one piece, with nothing to fetch and nothing unescaped, whatever the run recorded."""
 
+import base64
 import json
 import os
 import re
@@ -23,7 +24,10 @@ from pipelines.cli import main
 from pipelines.report.page import build, write, write_or_warn
 from pipelines.runs import RunFolder
 
-SECTIONS = ["headline", "tree", "ownership", "attribution", "tax", "training", "removal", "affinity", "cost"]
+SECTIONS = [
+    *("headline", "tree", "experts", "ownership", "attribution", "tax", "training", "removal", "affinity"),
+    *("router", "cost"),
+]
 CONTROLS: tuple[Control, ...] = ("random", "told")
 FETCHING = ("src", "href", "srcset", "data", "action", "poster", "xlink:href")
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -98,6 +102,64 @@ def full_run(home: Path, events: list[Event] | None = None) -> RunFolder:
     return folder
 
 
+def leave_portraits(folder: RunFolder, text: str = "def", category: str = "python", pixels: int = 0) -> None:
+    """Write examples of two experts, as a run does at its end: of text, or of pictures with so many pixels a side."""
+    example: dict[str, Any] = {"category": category, "activity": 0.25, "rise": 1.5}
+    if pixels:
+        grey = base64.b64encode(np.random.default_rng(0).integers(0, 256, pixels**2, dtype=np.uint8).tobytes()).decode()
+        example |= {"kind": "picture", "size": (pixels, pixels, 1), "pixels": grey}
+    else:
+        pieces = [text, " x", "\n", "\u202eback\x07"]
+        each = {"activity": [0.1, 0.2, 0.3, 0.3], "rise": [0.0, 2.5, 0.2, -0.1]}
+        example |= {"kind": "text", "pieces": pieces, **each}
+    token = {"text": text, "count": 3, "rise": 2.25}
+    expert = {"activity": 0.3, "rise": 0.12, "active": [example] * 3, "missed": [example] * 2, "tokens": [token]}
+    known = {"rows": 16, "experts": [{"expert": name, **expert} for name in ("core", "python")]}
+    folder.portraits.write_text(json.dumps(known))
+
+
+def leave_router(folder: RunFolder, text: str = "def", name: str = "python") -> None:
+    """Write what ``moeify route`` writes, as far as the report reads it."""
+    experts = ["python", "c", "web", "prose"]
+    figures = {"loss": 3.6, "router_tax": 0.01, "loss_all": 3.7, "router_tax_all": 0.02}
+    by_category = {**dict.fromkeys(CATEGORIES, 0.01), "mean": 0.01}
+    compared = {
+        "loss": {arm: {**dict.fromkeys(CATEGORIES, 3.5), "mean": 3.5} for arm in ("label", "router", "dense")},
+        "router_tax": by_category,
+        "router_tax_error": 0.001,
+        "over_dense": by_category,
+        "over_dense_error": 0.001,
+        "over_told": None,
+    }
+    known = {
+        "kind": "token",
+        "threshold": 0.9,
+        "experts": experts,
+        "unit": "token",
+        "prefix": 32,
+        "choices": [{"kind": "token", "threshold": 0.9, "asked": 0.2, **figures}],
+        "asked": 0.2,
+        "accuracy": 0.91,
+        "accuracy_sure": 0.97,
+        "accuracy_unsure": 0.6,
+        "accuracy_after": {"1": 0.5, "2": 0.75},
+        "confusion": {c: {e: 0.85 if e == c else 0.05 for e in experts} for c in CATEGORIES},
+        "calibration_error": 0.01,
+        "whole": compared,
+        "later": None,
+        "texts": [
+            {
+                "categories": [name, "prose"],
+                "pieces": [text, "", " that", " is"],
+                "experts": [0, 0, 0, 3],
+                "probabilities": [0.5, 0.95, 0.95, 0.8],
+            }
+        ],
+    }
+    folder.router.parent.mkdir()
+    folder.router.write_text(json.dumps(known))
+
+
 def walk(tree: dict[str, Any]) -> list[dict[str, Any]]:
     return [tree, *(node for child in tree["children"] for node in walk(child))]
 
@@ -122,7 +184,10 @@ def tree_of_nodes(folder: RunFolder) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    return full_run(tmp_path_factory.mktemp("home"))
+    folder = full_run(tmp_path_factory.mktemp("home"))
+    leave_portraits(folder)
+    leave_router(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +266,70 @@ def test_a_damaged_file_is_left_out_and_told(tmp_path: Path) -> None:
     assert "attribution" in page.ids
 
 
+def test_an_expert_is_shown_with_its_tokens_and_excerpts(html: str) -> None:
+    page = Page(html)
+    text = page.text
+    assert "core activity 30.0% · loss +0.1200 without it" in text
+    assert "colour: 10% to 30%" in text
+    assert "def +2.25" in text
+    spans = [value for tag, name, value in page.attributes if (tag, name) == ("span", "title") and "activity" in value]
+    assert spans.count("activity 20%, +2.50 nats without the expert") == 2 * 5
+    assert ("span", "class", "missed") in page.attributes
+    assert "\u202e" not in html
+    assert "\x07" not in html
+    assert "\N{REPLACEMENT CHARACTER}back" in text
+
+
+def test_a_router_shows_whom_it_sends_where_and_colours_text_by_who_serves_it(html: str) -> None:
+    page = Page(html)
+    assert "right 91.0% of decisions" in page.text
+    assert "router tax +1.00% ± 0.20% of the loss by label" in page.text
+    own = [value for tag, name, value in page.attributes if (tag, name) == ("td", "class") and value == "rise own"]
+    assert len(own) == len(CATEGORIES)
+    assert page.texts.count("85%") == len(CATEGORIES)
+    assert page.texts.count("5%") == len(CATEGORIES) * 3
+    served = html[html.index('class="served"') :]
+    assert "python → prose" in served
+    runs = re.findall(r'<span class="run tint (hue\d)"><b>(\w+)</b>(.*?)</span></span>', served)
+    assert [(look, expert) for look, expert, _ in runs] == [("hue1", "python"), ("hue4", "prose")]
+    assert runs[0][2].count("<span") == 2
+    assert '<span class="missed" title="python 50%">def</span>' in served
+
+
+def test_a_damaged_router_is_left_out_and_told(tmp_path: Path) -> None:
+    folder = full_run(tmp_path)
+    leave_router(folder)
+    whole = folder.router.read_text()
+    for broken, told in (("[0, 0, 0, 3]", "[0, 0, 0, 4]"), ('"accuracy"', '"accurate"')):
+        folder.router.write_text(whole.replace(broken, told))
+        page = Page(build(folder))
+        assert "router" not in page.ids
+        assert "router/report.json is damaged" in page.text
+
+
+def test_images_of_an_expert_are_drawn_and_stay_small_when_they_are_many(tmp_path: Path) -> None:
+    folder = full_run(tmp_path)
+    leave_portraits(folder, pixels=8)
+    page = Page(build(folder))
+    pictures = [value for tag, name, value in page.attributes if (tag, name) == ("img", "alt") and "activity" in value]
+    assert pictures == ["python: activity 25.0%, +1.500 nats without the expert"] * 10
+    leave_portraits(folder, pixels=500)
+    assert len(build(folder).encode()) < 4e6
+
+
+def test_damaged_examples_are_left_out_and_told(tmp_path: Path) -> None:
+    folder = full_run(tmp_path)
+    leave_portraits(folder, pixels=8)
+    folder.portraits.write_text(folder.portraits.read_text().replace("[8, 8, 1]", "[9, 8, 1]"))
+    assert "pixels are not those of a picture of size (9, 8, 1)" in Page(build(folder)).text
+    folder.portraits.write_text('{"rows": 16}')
+    page = Page(build(folder))
+    assert "experts" not in page.ids
+    assert (
+        f"portraits.json is damaged (Field required); make it anew: moeify report {folder.id} --examples" in page.text
+    )
+
+
 def test_a_damaged_result_is_an_error_in_one_line(tmp_path: Path) -> None:
     folder = full_run(tmp_path)
     folder.result.write_text("{}")
@@ -218,6 +347,8 @@ def test_names_and_recipes_are_text_wherever_they_stand(tmp_path: Path) -> None:
     for path in folder.rounds.glob("*/attribution.safetensors"):
         categories = [bad if category == "prose" else category for category in CATEGORIES]
         save_file(load_file(path), path, {"categories": json.dumps(categories), "score": "fisher<b>"})
+    leave_portraits(folder, text=bad, category=bad)
+    leave_router(folder, text=bad, name=bad)
     folder.recipe.write_text("name: fake # </pre><script>alert(2)</script>\n")
     html = build(folder)
     page = Page(html)
@@ -339,11 +470,15 @@ def large_run(home: Path, sites: int = 32, units: int = 8192, categories: int = 
 @pytest.mark.slow
 def test_thirty_two_layers_of_eight_thousand_units_stay_below_five_megabytes(tmp_path: Path) -> None:
     folder = large_run(tmp_path)
+    leave_portraits(folder, category="category-00", pixels=64)
+    known = json.loads(folder.portraits.read_text())
+    known["experts"][1]["expert"] = "category-00"
+    folder.portraits.write_text(json.dumps(known))
     html = build(folder)
     assert len(html.encode()) < 3e6
     page = Page(html)
-    assert [each for each in page.ids if each in SECTIONS] == SECTIONS
-    assert page.tags["img"] == 2 * 32
+    assert [each for each in page.ids if each in SECTIONS] == [each for each in SECTIONS if each != "router"]
+    assert page.tags["img"] == 2 * 32 + 2 * 5
     assert "262,144 units in 32 sites" in page.text
 
 

@@ -39,7 +39,7 @@ def test_a_router_is_trained_shown_and_kept(place: Path) -> None:
     assert done.exit_code == 0, done.output
     for words in ("Ways to use it", "taken", "router tax", "over dense", "over told", "Who serves whom", "calibration"):
         assert words in done.stdout
-    assert max(len(line.rstrip()) for line in done.stdout.splitlines()[:-2]) <= 80
+    assert max(len(line.rstrip()) for line in done.stdout.splitlines()[:-3]) <= 80
     assert {path.name for path in (folder(place, "tiny") / "router").iterdir()} == {
         "manifest.json",
         "report.json",
@@ -51,6 +51,11 @@ def test_a_router_is_trained_shown_and_kept(place: Path) -> None:
     assert told.pop("run").startswith("tiny-")
     assert told == kept
     assert set(kept["confusion"]) == {"code", "prose"}
+    assert 'id="router"' in (folder(place, "tiny") / "report.html").read_text()
+    texts = kept["texts"]
+    wanted = [["code"], ["code", "prose"], ["prose"], ["prose", "code"]]
+    assert [text["categories"] for text in texts] == (wanted if kept["kind"] == "token" else [["code"], ["prose"]])
+    assert all(len(text["pieces"]) == len(text["experts"]) == 16 for text in texts)
     assert load_router(folder(place, "tiny")).kind == kept["kind"]
 
 
@@ -102,6 +107,20 @@ def test_images_are_routed_one_by_one(place: Path) -> None:
     kept = json.loads((folder(place, "images") / "router" / "report.json").read_text())
     assert kept["accuracy"] > 0.8
     assert kept["later"] is None
+
+
+@pytest.mark.parametrize("name", ["tiny", "images"])
+def test_a_run_keeps_examples_of_its_experts_and_a_report_can_pick_them_anew(place: Path, name: str) -> None:
+    run = folder(place, name)
+    kept = (run / "portraits.json").read_bytes()
+    (run / "portraits.json").unlink()
+    assert call(place, "report", name).exit_code == 0
+    assert 'id="experts"' not in (run / "report.html").read_text()
+    done = call(place, "report", name, "--examples")
+    assert done.exit_code == 0, done.output
+    assert (run / "portraits.json").read_bytes() == kept
+    assert 'id="experts"' in (run / "report.html").read_text()
+    assert '"artifact/portraits.json"' in (run / "journal.jsonl").read_text()
 
 
 def test_a_router_of_another_checkpoint_or_with_a_changed_file_is_refused(place: Path) -> None:

@@ -35,6 +35,7 @@ KEYS = {
     "stopped",
     "test_loss",
     "bits_per_byte",
+    "accuracy",
     "tax",
     "tax_error",
     "tax_random",
@@ -42,7 +43,6 @@ KEYS = {
     "error_over",
     "own_other",
     "modules",
-    "accuracy",
 }
 
 
@@ -258,6 +258,17 @@ def test_tables_fit_80_columns_however_many_experts_there_are(
     assert text.count("category-9") >= 3
     assert "bits" not in text
     assert text.count("+0.0100") == 10 * 10 + 2 * 11
+
+
+def test_accuracies_stand_beside_losses(folder: runs.RunFolder) -> None:
+    shares = {"python": 0.5, "prose": 0.25, "c": 1.0, "mean": 0.583}
+    finish(folder, RESULT.model_copy(update={"accuracy": {"dense": shares, "split": shares}}))
+    assert show.summary(folder)["accuracy"]["split"] == shares
+    (_, table) = printed(folder).split("Test accuracy")
+    assert [line.split()[:3] for line in table.splitlines()[2:4]] == [
+        ["python", "50.0%", "50.0%"],
+        ["prose", "25.0%", "25.0%"],
+    ]
 
 
 TOLD = RESULT.model_copy(

@@ -2,20 +2,34 @@ import json
 import os
 import shutil
 import socket
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
+from click.testing import CliRunner
 from fake_runs import CATEGORIES, fake_run, finish, leave_rounds, recipe, story, tell
 
-from moeify.events import Failed, RoundEnded
-from moeify.recipe.arms import Control
+from moeify import loop
+from moeify.events import Exported, Failed, Finished, RoundEnded, Started
+from moeify.recipe.arms import Arm, Control
+from moeify.recipe.config import RunConfig
+from moeify.recipe.load import load_recipe, to_yaml
 from moeify.result import Result
-from pipelines.journal import follow
+from moeify.routed.split_model import SplitModel
+from moeify.split_folder import bytes_in_run, copy_from_run, load_from_run, load_split, save_split
+from moeify.store import FolderStore
+from moeify.task import Counted
+from moeify.tasks.digits import DigitsTask
+from pipelines.cli import main
+from pipelines.journal import JournalTracker, follow, read_events
 from pipelines.mlflow_store import DeliveryError, open_mlflow
 from pipelines.mlflow_terms import final_points, flat, points_of, summary
-from pipelines.runs import RunBusyError, RunFolder, hold
+from pipelines.runs import RunBusyError, RunFolder, hold, status
 from pipelines.tracking import MlflowFollower, Progress, deliver, where_to_look
+from tests.toy import ToyTask, toy_config
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -363,3 +377,135 @@ def test_every_name_of_a_metric_is_one_that_mlflow_takes() -> None:
     for key in keys:
         _validate_metric_name(key)
     assert {"train/dense/c", "validation/split/web", "test/dense/prose", "tax/python", "separation"} <= keys
+
+
+# --- models, data, tags -------------------------------------------------------------------------------
+
+
+def toy_run(home: Path, **tracking: int) -> tuple[RunFolder, RunConfig]:
+    """Return a run folder with the checkpoints of a run that really took place."""
+    config = toy_config(name="toy", tracking={"every": 5, **tracking})
+    folder = RunFolder(home / "toy-20260102-030405-abcd")
+    folder.path.mkdir()
+    folder.recipe.write_text("name: toy\n")
+    folder.resolved.write_text(to_yaml(config))
+    with JournalTracker(folder.journal) as journal:
+        result = loop.run(config, ToyTask(config), store=FolderStore(folder.path, 2), tracker=journal)
+        folder.result.write_text(result.model_dump_json())
+        journal.emit(Finished(id="finished", time=time.time(), seconds=1.0))
+    return folder, config
+
+
+def logits_of(model: SplitModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.linspace(0, 1, 40).view(4, 10), torch.arange(4))
+
+
+def test_models_are_logged_registered_and_load_again_and_none_comes_twice(home: Path) -> None:
+    folder, config = toy_run(home)
+    deliver(folder, config)
+    folder.tracking.unlink()  # as if it had been lost
+    deliver(folder, config)
+    mlflow = client(home)
+    run = runs(home)[folder.id]
+    assert len(run.outputs.model_outputs) == 2
+    assert [version.version for version in mlflow.search_model_versions("name = 'toy'")] in ([2, 1], [1, 2])
+    arms: tuple[Arm, ...] = ("dense", "split")
+    for arm in arms:
+        version = mlflow.get_model_version_by_alias("toy", arm)
+        model = mlflow.get_logged_model(version.source.removeprefix("models:/"))
+        assert model.status == "READY"
+        assert model.tags["moeify.run"] == folder.id
+        assert model.source_run_id == run.info.run_id
+        place = Path(unquote(urlsplit(model.artifact_location).path))
+        names = {path.name for path in place.iterdir()}
+        assert names == {"MLmodel", "manifest.json", "model.safetensors"}
+        assert "loader: moeify.load_split" in (place / "MLmodel").read_text()
+        assert torch.equal(logits_of(load_split(place)), logits_of(load_from_run(folder.path, arm)))
+    assert copied_like_saved(folder, home)
+
+
+def copied_like_saved(folder: RunFolder, place: Path) -> bool:
+    """Say whether a model copied from its checkpoint is the folder that saving the loaded model writes."""
+    copy_from_run(folder.path, "split", place / "copied")
+    save_split(load_from_run(folder.path), place / "saved", {})
+    copied, saved = load_split(place / "copied"), load_split(place / "saved")
+    assert bytes_in_run(folder.path, "split") == sum(4 * tensor.numel() for tensor in saved.parameters())
+    return copied.partition == saved.partition and torch.equal(logits_of(copied), logits_of(saved))
+
+
+def test_models_beyond_the_limit_stay_where_they_are(home: Path) -> None:
+    folder, config = toy_run(home, models=0)
+    deliver(folder, config)
+    mlflow = client(home)
+    assert list(mlflow.search_registered_models()) == []
+    outputs = runs(home)[folder.id].outputs
+    assert not (outputs and outputs.model_outputs)
+
+
+def test_data_is_an_input_and_tags_say_method_and_verdict(home: Path) -> None:
+    folder, config = toy_run(home, models=0)
+    deliver(folder, config)
+    run = runs(home)[folder.id]
+    known = {each.dataset.name: each for each in run.inputs.dataset_inputs}
+    assert set(known) == {"toy-train", "toy-validation", "toy-test"}
+    started = next(e for e in read_events(folder.journal, 0)[0] if isinstance(e, Started))
+    assert known["toy-train"].dataset.digest == started.data_hash[:36]
+    assert json.loads(known["toy-test"].dataset.profile)["sha256"] == started.data_hash
+    assert {tag.value for tag in known["toy-test"].tags} == {"testing"}
+    tags = run.data.tags
+    assert (tags["moeify.method"], tags["moeify.data"], tags["moeify.controls"]) == ("attribution", "digits", "random")
+    result = Result.model_validate_json(folder.result.read_bytes())
+    assert tags["moeify.separation"] == f"{result.rounds[-1].separation:.2f}"
+    assert tags["moeify.verdict"] in ("better", "level", "worse")
+    found = client(home).search_runs(
+        [run.info.experiment_id], f"tags.`moeify.verdict` = '{tags['moeify.verdict']}' and tags.`moeify.kind` = 'run'"
+    )
+    assert [each.info.run_id for each in found] == [run.info.run_id]
+
+
+def test_sizes_of_the_data_are_told_where_the_task_counts_them() -> None:
+    config = load_recipe(Path(__file__).parents[1] / "pipelines" / "recipes" / "digits.yaml")
+    sizes = DigitsTask(config).sizes()
+    assert sum(sum(each.values()) for each in sizes.values()) == 1797
+    assert isinstance(DigitsTask(config), Counted)
+    assert not isinstance(ToyTask(toy_config()), Counted)
+
+
+def test_an_export_that_mlflow_missed_is_registered_by_sync(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, config = toy_run(home, models=0)
+    deliver(folder, config)
+    monkeypatch.setenv("MOEIFY_HOME", str(home))
+    out = tmp_path / "out"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        away = {
+            "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free.getsockname()[1]}",
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        }
+    asked = ["export", "last", "--category", "a", "--register", "-o", str(out)]
+    done = CliRunner().invoke(main, asked, env=away)
+    assert done.exit_code == 0, done.output
+    assert f"register it later with: moeify sync {folder.id}" in done.stderr
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert CliRunner().invoke(main, ["sync", "last"]).exit_code == 0
+    assert runs(home)[folder.id].info.status == "FINISHED"
+    version = client(home).get_model_version_by_alias("toy", "a-only")
+    assert version.tags["moeify.role"] == "a-only"
+    again = CliRunner().invoke(
+        main, ["export", "last", "--split", "--without", "b", "--register", "-o", str(tmp_path / "o")]
+    )
+    assert again.exit_code == 0, again.output
+    assert "registered as toy@without-b" in again.stdout
+    assert status(folder) == "finished"
+
+
+def test_a_folder_without_a_model_is_not_registered(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, config = toy_run(home, models=0)
+    with JournalTracker(folder.journal) as journal:
+        journal.emit(Exported(id="exported/x", time=time.time(), folder=str(home / "gone"), alias="x"))
+    deliver(folder, config)
+    assert "gone holds no model any more" in capsys.readouterr().err
+    assert list(client(home).search_registered_models()) == []

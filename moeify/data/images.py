@@ -4,6 +4,7 @@ import gzip
 import io
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,13 @@ _MNIST = "MNIST's four idx files, gzipped or not (yann.lecun.com/exdb/mnist and 
 _CIFAR = "the binary version of CIFAR-10 (cs.toronto.edu/~kriz/cifar.html)"
 _JPEG = "CIFAR-10 as JPEG files: an npz with data (uint8, all files joined), offsets, labels"
 _CIFAR_SHAPE = (3, 32, 32)
+_CIFAR_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+NORMS: Mapping[ImageSource, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "mnist": ((0.1307,), (0.3081,)),
+    "cifar10": _CIFAR_NORM,
+    "cifar10-jpeg": _CIFAR_NORM,
+}
+"""Mean and standard deviation of each channel's intensities 0..1, that published classifiers are given images by."""
 
 
 @dataclass(frozen=True)

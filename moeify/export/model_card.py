@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import assert_never
 
+from moeify.data.images import NORMS
 from moeify.export import fresh_check
 from moeify.export.stock import Form, Stock, ffn_sites
 from moeify.export.verification import Source
@@ -182,6 +183,9 @@ def _recipe(recipe: RunConfig) -> Iterator[str]:
         case ImageData(source=images, objective=objective, categories=groups):
             classes = "; ".join(f"{name}: {', '.join(map(str, numbers))}" for name, numbers in groups.items())
             yield f"- data: {images}, to {objective}; classes by category: {classes}"
+            mean, deviation = NORMS[images]
+            norm = f", less mean {mean}, over deviation {deviation}" if objective == "classify" else ", in one row"
+            yield f"- a row of inputs: an image's channels, height and width, intensities 0..1{norm}"
         case other:
             assert_never(other)
     training = recipe.training

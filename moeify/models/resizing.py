@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from moeify.models.families import rebuild, unit_space
+from moeify.models.families import describe, rebuild, unit_space, with_units
 from moeify.models.units import UnitSite, UnitSpace, is_conv1d
 from moeify.recipe.partition import UnitKind
 
@@ -20,10 +20,32 @@ from moeify.recipe.partition import UnitKind
 def shaped(description: dict[str, Any], units: Mapping[str, int]) -> nn.Module:
     """Return an untrained network of the shape that ``describe`` tells, each site as wide as ``units`` says."""
     network = rebuild(description)
+    wanted = [units.get(site.name, 0) for site in unit_space(network).sites]
+    if any(more > site.units for more, site in zip(wanted, unit_space(network).sites, strict=True)):
+        network = rebuild(with_units(description, max(wanted)))
     for site in unit_space(network, get_args(UnitKind)).sites:
         if site.name in units and units[site.name] < site.units:
             _narrow(network, site, units[site.name])
     return network
+
+
+@torch.no_grad()
+def widened(network: nn.Module, units: int, seed: int) -> nn.Module:
+    """Return the network with so many fresh units at the end of each feed-forward site.
+
+    They read through weights drawn from the seed and write nothing yet, so that no output changes.
+    """
+    space = unit_space(network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        wide = rebuild(with_units(describe(network), space.sites[0].units + units))
+    drawn = {part.parameter: wide.get_parameter(part.parameter).clone() for s in space.sites for part in s.ways_in}
+    copy_units(network, space, {site.name: torch.arange(site.units) for site in space.sites}, wide)
+    for site in space.sites:
+        for part in site.ways_in:
+            fresh = (part.axis, site.units, units)
+            wide.get_parameter(part.parameter).narrow(*fresh).copy_(drawn[part.parameter].narrow(*fresh))
+    return wide.to(next(network.parameters()).dtype)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import (
     BeforeValidator,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     WithJsonSchema,
@@ -34,7 +35,8 @@ from moeify.recipe.data import (
 )
 from moeify.recipe.given_tree import Nested, names, read_tree
 from moeify.recipe.model import Model
-from moeify.recipe.partition import Partition
+from moeify.recipe.partition import PLAIN, Partition
+from moeify.recipe.routing import Routing
 
 Tree = Annotated[
     Nested,
@@ -152,6 +154,9 @@ class Evaluation(Closed):
     """Rows of each category, at the end of each round."""
     test_rows: PositiveInt = 128
     """Rows of each category, at the end of the run (fewer where the split holds fewer)."""
+    example_rows: NonNegativeInt = 16
+    """Validation rows of each category that the report's examples of what each expert does are picked from; each is run
+    once for every expert on its route. 0: no examples."""
     rows_at_once: PositiveInt = 32
     """Rows of one forward pass over all workers."""
     null_draws: Annotated[int, Field(ge=0)] = 0
@@ -186,6 +191,9 @@ class Tracking(Closed):
     """MLflow's experiment that the run goes to."""
     every: PositiveInt = 10
     """Steps between two points of a curve."""
+    models: NonNegativeInt = 256
+    """Megabytes: at the end the dense twin and the split model, if no larger than this, are logged and registered under
+    the recipe's name, with aliases ``dense`` and ``split``. 0: neither."""
 
 
 class RunConfig(Closed):
@@ -202,6 +210,7 @@ class RunConfig(Closed):
     training: Training
     attribution: Attribution = Attribution()
     partition: Partition = Partition()
+    routing: Routing = Routing()
     tree: Tree | None = None
     """The expert tree, or as much of it as is wanted, e.g. ``[[python, c], [prose, web]]``: each round makes the groups
     of one more level, whatever its branching. Flat groups, and categories that are not named, are left to attribution.
@@ -232,6 +241,7 @@ class RunConfig(Closed):
             *self._unrouted_misfits(),
             *self._units_misfits(),
             *self._null_test_misfits(),
+            *self._routing_misfits(),
         ]:
             raise ValueError("\n".join(misfits))
         return self
@@ -305,6 +315,19 @@ class RunConfig(Closed):
                 f"whose passes must all measure the same rows"
             )
 
+    def _routing_misfits(self) -> Iterator[str]:
+        yield from self.routing.misfits()
+        if self.routing.gradients != "none" and self.partition.units != PLAIN:
+            yield (
+                f"routing.gradients: got {self.routing.gradients!r} beside partition.units "
+                f"{list(self.partition.units)}, wanted units [ffn]; gradients of heads are not routed"
+            )
+        if self.routing.gradients != "none" and self.model.kind == "resnet":
+            yield (
+                f"routing.gradients: got {self.routing.gradients!r} beside model.kind 'resnet', wanted 'none'; "
+                f"gradients of channels are not routed"
+            )
+
     def _rows_misfits(self) -> Iterator[str]:
         for path, rows in (
             ("training.rows", self.training.rows),
@@ -340,6 +363,11 @@ class RunConfig(Closed):
                 return None
 
     @property
+    def early_arms(self) -> tuple[Arm, ...]:
+        """The arms that train by themselves from the first step on."""
+        return (*self.twins, "split") if self.routing.early else self.twins
+
+    @property
     def arms(self) -> tuple[Arm, ...]:
         """Every model that is trained, in this order."""
         return self.twins + self.cut_arms
@@ -351,5 +379,9 @@ class RunConfig(Closed):
 
     @property
     def cut_arms(self) -> tuple[Arm, ...]:
-        """The arms that fork from the dense twin at the first cut; the split model first."""
+        """The arms that are cut, forks of the dense twin up to the first cut; the split model first.
+
+        Where gradients are routed before that (``routing.experts``), the split model is its own, and the others fork
+        from it.
+        """
         return cut(self.controls)

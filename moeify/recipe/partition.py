@@ -138,8 +138,8 @@ class Partition(Closed):
     """What a round's separation counts, and the knapsack spends: active units, or their floating-point operations a
     token at the recipe's row length. What is reported as separation is of units either way."""
     told: bool = False
-    """From the first cut on, the split model is given the category as the told twin is: every unit learns a bias for
-    each category (``moeify.routed.told``)."""
+    """From the first cut on (from the first step, where ``routing.experts`` are given), the split model is given the
+    category as the told twin is: every unit learns a bias for each category (``moeify.routed.told``)."""
     refine: bool = False
     """At the widths that the budget made, units change places between experts for as long as that lowers J
     (``moeify.splitting.refine``)."""

@@ -35,9 +35,9 @@ def plan(config: RunConfig) -> tuple[PlannedPhase, ...]:
 
 
 def training_work(config: RunConfig) -> int:
-    """Return the optimizer steps of all arms together: up to the first cut twins alone, from there every arm."""
-    steps = config.training.steps
-    return len(config.twins) * steps + len(config.cut_arms) * (steps - config.rounds[0].train)
+    """Return the optimizer steps of all arms together; arms that fork at the first cut have their own from there on."""
+    steps, early = config.training.steps, len(config.early_arms)
+    return early * steps + (len(config.arms) - early) * (steps - config.rounds[0].train)
 
 
 def check_categories(config: RunConfig, categories: Sequence[str] | None) -> None:
@@ -51,6 +51,7 @@ def check_categories(config: RunConfig, categories: Sequence[str] | None) -> Non
     problems = [
         *strangers("tree", names(config.tree or ()), categories),
         *strangers("partition.unrouted", unrouted, categories),
+        *(line for key, named in config.routing.categories.items() for line in strangers(key, named, categories)),
     ]
     if not set(categories) - set(unrouted):
         problems.append("partition.unrouted: got all categories, wanted at least one left for an expert of its own")

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moeify.models.units import HeadUnits
-from moeify.routed.ffn import Rectangle, Routes
+from moeify.routed.ffn import Routes
+from moeify.routed.learning import Rectangle
 
 Rotary = tuple[Float[Tensor, "some positions size"], Float[Tensor, "some positions size"]]
 """Cosines and sines, one row for all rows or one each."""

@@ -10,7 +10,8 @@ Axes: N tokens (rows times positions), D model width, U units; a rectangle has n
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moeify.models.units import Activation, FfnUnits
+from moeify.routed.learning import Damped, Learning, Rectangle, scale, within
 from moeify.splitting.partition import Partition
-
-
-class Rectangle(NamedTuple):
-    """Half-open ranges: these tokens (or rows) run these units."""
-
-    rows: slice
-    units: slice
 
 
 @dataclass
@@ -44,9 +39,13 @@ class Routes:
     """Nodes whose own units give nothing."""
     masked: bool = False
     """Run the oracle instead of rectangles."""
+    learning: Learning | None = None
+    """What runs and learns in this batch, where gradients are routed."""
 
     def rectangles(self, site: str, positions: int = 1) -> list[Rectangle]:
         """Return the non-empty rectangles of a site, rows counted in tokens of ``positions`` a row."""
+        if self.learning:
+            return self.learning.running(site, positions)
         found = []
         for node, (start, width) in enumerate(
             zip(self.partition.starts(site), self.partition.widths[site], strict=True)
@@ -56,6 +55,21 @@ class Routes:
             if width and high > low and node not in self.ablated:
                 found.append(Rectangle(slice(low, high), slice(start, start + width)))
         return found
+
+    def damped(self, site: str, positions: int = 1) -> list[Damped]:
+        """Return the rectangles of a site that do not learn in full."""
+        return self.learning.damped(site, positions) if self.learning else []
+
+    @contextmanager
+    def learns(self, learning: Learning | None) -> Iterator[None]:
+        """Run and teach as ``learning`` says while the context lasts; backward passes may come later."""
+        assert not self.masked
+        assert not self.ablated
+        before, self.learning = self.learning, learning
+        try:
+            yield
+        finally:
+            self.learning = before
 
     @contextmanager
     def ablating(self, nodes: Sequence[int]) -> Iterator[None]:
@@ -117,6 +131,7 @@ class RoutedFfn(nn.Module):
         gate = self._map(self.units.gate) if self.units.gate else None
         up_UD, down_DU = (way.weight.t() if self.units.transposed else way.weight for way in (up, down))
         flat_ND = x.reshape(-1, x.shape[-1])
+        positions = flat_ND.shape[0] // max(1, x.shape[0])
         out_ND = _rectangles(
             flat_ND,
             gate.weight if gate else None,
@@ -126,7 +141,8 @@ class RoutedFfn(nn.Module):
             self._told(x),
             down_DU,
             down.bias,
-            self.routes.rectangles(self.units.name, flat_ND.shape[0] // max(1, x.shape[0])),
+            self.routes.rectangles(self.units.name, positions),
+            self.routes.damped(self.units.name, positions),
             self.units.activation,
         )
         return out_ND.view(*x.shape[:-1], -1)
@@ -152,7 +168,8 @@ class _Rectangles(torch.autograd.Function):
     """The sum over rectangles of down(act(gate(x)) * up(x)), each over its own rows and units.
 
     Written out because autograd's own backward of a weight's view fills and adds a whole weight for each node;
-    here each node's gradient is one product written straight into its own slice.
+    here each rectangle's gradient is one product, added straight to its slice. ``damped``: what learns less than all,
+    see ``moeify.routed.learning``.
     """
 
     @staticmethod
@@ -167,6 +184,7 @@ class _Rectangles(torch.autograd.Function):
         down_DU: Tensor,
         down_bias_D: Tensor | None,
         rectangles: list[Rectangle],
+        damped: list[Damped],
         activation: Activation,
     ) -> Tensor:
         out_ND = x_ND.new_zeros(x_ND.shape[0], down_DU.shape[0])
@@ -186,7 +204,7 @@ class _Rectangles(torch.autograd.Function):
                 active_nu = _activate(gate_nu, activation).mul_(up_nu)
             out_ND[rows].addmm_(active_nu, down_DU[:, units].t())
         ctx.save_for_backward(x_ND, gate_UD, gate_bias_U, up_UD, up_bias_U, down_DU, down_bias_D, *hidden)
-        ctx.rectangles = rectangles
+        ctx.rectangles, ctx.damped = rectangles, damped
         ctx.activation = activation
         ctx.told = told_NU is not None
         return out_ND
@@ -206,8 +224,10 @@ class _Rectangles(torch.autograd.Function):
         assert down_grad is not None
         saved = iter(hidden)
         for rows, units in ctx.rectangles:
+            damped = within(Rectangle(rows, units), ctx.damped)
             x_nD, out_grad_nD = x_ND[rows], out_grad_ND[rows]
             active_grad_nu = out_grad_nD @ down_DU[:, units]
+            scale(active_grad_nu, damped, _flow)
             up_nu = next(saved)
             if gate_UD is None:
                 active_nu = _activate(up_nu, ctx.activation)
@@ -219,23 +239,27 @@ class _Rectangles(torch.autograd.Function):
                 up_grad_nu = active_grad_nu.mul_(gated_nu)
                 active_nu = gated_nu.mul_(up_nu)
                 assert gate_grad is not None
-                torch.mm(gate_grad_nu.t(), x_nD, out=gate_grad[units])
                 x_grad_ND[rows].addmm_(gate_grad_nu, gate_UD[units])
+                scale(gate_grad_nu, damped, _read)
+                gate_grad[units].addmm_(gate_grad_nu.t(), x_nD)
                 if gate_bias_grad is not None:
-                    gate_bias_grad[units] = gate_grad_nu.sum(0)
+                    gate_bias_grad[units] += gate_grad_nu.sum(0)
+            x_grad_ND[rows].addmm_(up_grad_nu, up_UD[units])
+            scale(up_grad_nu, damped, _read)
             if told_grad is not None:
                 told_grad[rows, units] = up_grad_nu
-            torch.mm(up_grad_nu.t(), x_nD, out=up_grad[units])
-            x_grad_ND[rows].addmm_(up_grad_nu, up_UD[units])
+            up_grad[units].addmm_(up_grad_nu.t(), x_nD)
             if up_bias_grad is not None:
-                up_bias_grad[units] = up_grad_nu.sum(0)
-            down_grad[:, units] = out_grad_nD.t() @ active_nu
+                up_bias_grad[units] += up_grad_nu.sum(0)
+            scale(active_nu, damped, _write)
+            down_grad[:, units].addmm_(out_grad_nD.t(), active_nu)
         down_bias_grad = None if down_bias_D is None else out_grad_ND.sum(0)
         grads_out = (x_grad_ND, gate_grad, gate_bias_grad, up_grad, up_bias_grad, told_grad, down_grad, down_bias_grad)
-        return (*grads_out, None, None)
+        return (*grads_out, None, None, None)
 
 
 _rectangles: Callable[..., Tensor] = _Rectangles.apply
+_flow, _read, _write = attrgetter("flow"), attrgetter("read"), attrgetter("write")
 
 
 def _activate(x: Tensor, activation: Activation) -> Tensor:

@@ -18,6 +18,7 @@ from moeify.routed.attention import RoutedAttention
 from moeify.routed.conv import RoutedBlock
 from moeify.routed.ffn import RoutedFfn, Routes
 from moeify.routed.inline import InlineFfn
+from moeify.routed.learning import Learning
 from moeify.routed.told import tell
 from moeify.splitting.partition import Partition
 
@@ -116,8 +117,9 @@ class SplitModel(nn.Module):
             return self._by_token(inputs, categories, more)
         positions = self.positions(categories)
         in_order = bool((positions[1:] >= positions[:-1]).all())
-        if more and not in_order:
-            raise ValueError(f"{', '.join(more)} needs rows in leaf order, got others; see SplitModel.order")
+        if (more or self.routes.learning) and not in_order:
+            needs = ", ".join(more) or "gradient routing"
+            raise ValueError(f"{needs} needs rows in leaf order, got others; see SplitModel.order")
         order = None if in_order else torch.argsort(positions, stable=True)
         if order is not None:
             inputs, positions, categories = inputs[order], positions[order], categories[order]
@@ -149,6 +151,13 @@ class SplitModel(nn.Module):
         tree = self.partition.tree
         nodes = [node for name in experts for node in range(tree.index(name), tree.end(tree.index(name)))]
         with self.routes.ablating(nodes):
+            yield
+
+    @contextmanager
+    def learns(self, learning: Learning | None) -> Iterator[None]:
+        """Route gradients while the context lasts: in rows that lie as ``learning`` says, units run and learn as it
+        says. None: as ever."""
+        with self.routes.learns(learning):
             yield
 
     @contextmanager

@@ -6,15 +6,13 @@ again, along the routes that it had.
 """
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 from jaxtyping import Float
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from moeify.data.given_tokenizer import GivenTokenizer, of_folder
@@ -202,10 +200,3 @@ def tokenizer_of(run: Path) -> GivenTokenizer:
 def encode_prompt(given: GivenTokenizer, text: str) -> list[int]:
     """Return a prompt's tokens as a document starts: behind the end of another."""
     return [given.end, *given.tokenizer.encode(text, add_special_tokens=False).ids]
-
-
-def pieces(tokenizer: tokenizers.Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """Yield the text that each token adds: none while a character is not whole, which the last token of it adds."""
-    stream = DecodeStream(skip_special_tokens=False)
-    for token in tokens:
-        yield stream.step(tokenizer, token) or ""

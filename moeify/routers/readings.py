@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
+from moeify.evaluation import position_nats
 from moeify.recipe.config import Evaluation
 from moeify.routed.split_model import SplitModel
 from moeify.routers.router import Kind, Router, category_of_leaf, early, leaf_of_category
@@ -94,9 +95,9 @@ def read(
                 leaf_of_category(model)[batch.categories],
                 prefix,
                 log_p_RPE,
-                _nats(task, model(batch.inputs, batch.categories), batch.targets),
+                position_nats(task, model(batch.inputs, batch.categories), batch.targets),
                 {
-                    name: _nats(task, twin(batch.inputs, batch.categories), batch.targets)
+                    name: position_nats(task, twin(batch.inputs, batch.categories), batch.targets)
                     for name, twin in twins.items()
                 },
                 routed,
@@ -124,7 +125,7 @@ def opinion_nats(
     categories_RPK = category_of_leaf(model)[choices_RPK]
     rows, positions, opinions = choices_RPK.shape
     if task.unit == "example" or model.whole_rows:
-        return _nats(task, model(batch.inputs, categories_RPK[:, 0, 0]), batch.targets).unsqueeze(-1)
+        return position_nats(task, model(batch.inputs, categories_RPK[:, 0, 0]), batch.targets).unsqueeze(-1)
     place = torch.arange(positions).repeat(opinions)
     copy = torch.arange(opinions).repeat_interleave(positions)
     before = (copy == 0) & (place < place.unsqueeze(1))
@@ -137,16 +138,8 @@ def opinion_nats(
         attention_mask=mask.expand(rows, 1, *mask.shape),
         position_ids=place.unsqueeze(0),
     )
-    nats = _nats(task, outputs, batch.targets.repeat(1, opinions))
+    nats = position_nats(task, outputs, batch.targets.repeat(1, opinions))
     return nats.view(rows, opinions, positions).transpose(1, 2)
-
-
-def _nats(task: Task, outputs: Tensor, targets: Tensor) -> Float64[Tensor, "rows positions"]:
-    """Return the nats of every position; of a whole row where it is one example."""
-    if task.unit == "example":
-        return task.nats(outputs, targets).double().unsqueeze(1)
-    each = task.nats(outputs.flatten(0, 1).unsqueeze(1), targets.flatten().unsqueeze(1))
-    return each.double().view(targets.shape)
 
 
 def _joined(parts: Sequence[Readings]) -> Readings:

@@ -12,6 +12,7 @@ from moeify.recipe.closed import Closed
 from moeify.result import MEAN
 from moeify.routers.readings import Readings
 from moeify.routers.router import Kind, Router
+from moeify.routers.served import ServedText
 from moeify.task import Task
 
 _BINS = 15
@@ -82,6 +83,8 @@ class RouterReport(Closed):
     """Over whole rows; None for ``document`` routers of text, which would know of tokens that come later."""
     later: Compared | None
     """Over tokens after the prefix; None where a row is one example."""
+    texts: tuple[ServedText, ...] = ()
+    """Of validation data; empty where rows hold no text, or in reports from before they were kept."""
 
 
 def judge(readings: Readings, task: Task, kind: Kind, threshold: float) -> Choice:
@@ -101,8 +104,10 @@ def judge(readings: Readings, task: Task, kind: Kind, threshold: float) -> Choic
     )
 
 
-def report(router: Router, readings: Readings, task: Task, choices: Sequence[Choice]) -> RouterReport:
-    """Return a router's figures; ``choices`` are kept beside them."""
+def report(
+    router: Router, readings: Readings, task: Task, choices: Sequence[Choice], texts: Sequence[ServedText] = ()
+) -> RouterReport:
+    """Return a router's figures; ``choices`` and ``texts`` are kept beside them."""
     text, kind = task.unit == "token", router.kind
     log_p_RPE = readings.log_p_RPE if kind == "token" else readings.log_p_RPE[:, [readings.prefix - 1]]
     confidence_RP, chosen_RP = log_p_RPE.exp().max(-1)
@@ -134,6 +139,7 @@ def report(router: Router, readings: Readings, task: Task, choices: Sequence[Cho
         calibration_error=calibration_error(confidence_RP.flatten(), right_RP.flatten()),
         whole=_compared(router, readings, task, slice(None)) if kind == "token" or not text else None,
         later=_compared(router, readings, task, readings.causal) if text else None,
+        texts=tuple(texts),
     )
 
 

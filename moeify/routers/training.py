@@ -11,6 +11,7 @@ from moeify.routed.split_model import SplitModel
 from moeify.routers.readings import Twin, read
 from moeify.routers.report import Choice, RouterReport, judge, report
 from moeify.routers.router import Kind, Router, leaves, train
+from moeify.routers.served import served_texts
 from moeify.task import Task
 
 TRAIN_ROWS = 1024
@@ -55,7 +56,7 @@ def route(
     taken = best(choices, threshold)
     router = Router(taken.kind, reader.experts, weight_EF, bias_E, taken.threshold)
     tested = read(model, twins, task, settings, "test", router, (router.kind,))
-    return router, report(router, tested, task, choices)
+    return router, report(router, tested, task, choices, served_texts(model, router, task, tested.prefix))
 
 
 def best(choices: Iterable[Choice], threshold: float | None) -> Choice:

@@ -94,6 +94,10 @@ class DigitsTask:
         """Return None: an image has no bytes of text."""
         return None
 
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Return split -> digit -> images."""
+        return {split: dict(zip(self.categories, map(len, each), strict=True)) for split, each in self._images.items()}
+
     def assets(self) -> dict[str, bytes]:
         """Return nothing: the network is all there is to export."""
         return {}
@@ -106,5 +110,5 @@ class DigitsTask:
 
     def _batch(self, split: str, picks: Sequence[tuple[int, int]], first: int) -> Batch:
         images = torch.stack([self._images[split][digit][row] for digit, row in picks])
-        categories = torch.tensor([digit for digit, _ in picks])
-        return Batch(images, images, categories, torch.arange(first, first + len(picks)))
+        categories, examples = torch.tensor(picks).unbind(1)
+        return Batch(images, images, categories, torch.arange(first, first + len(picks)), examples)

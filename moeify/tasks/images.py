@@ -5,7 +5,7 @@ by its own classes would be told the answer: a recipe that asks for it is refuse
 two classes or more. What the group gives away, the control ``told`` is given too, and is the fair rival.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from moeify import rows as rows_of
 from moeify.data.documents import Split
-from moeify.data.images import Images, load
+from moeify.data.images import NORMS, Images, load
 from moeify.data.root import data_root
 from moeify.models.build import build_autoencoder
 from moeify.models.resnet import build_resnet
 from moeify.recipe.config import RunConfig
-from moeify.recipe.data import CLASSES, ImageData, ImageSource
+from moeify.recipe.data import CLASSES, ImageData
 from moeify.recipe.model import AutoencoderModel, ResnetModel
 from moeify.task import Batch, HeldOut
 from moeify.tasks.language import sample_tokens
@@ -31,13 +31,6 @@ from moeify.tasks.pixels import pixel_nats, sample_pixels
 _BRIGHTEST = 255
 _SHIFT = 4
 """Pixels that an augmented image may move, each way."""
-_CIFAR = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_NORMS: Mapping[ImageSource, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "mnist": ((0.1307,), (0.3081,)),
-    "cifar10": _CIFAR,
-    "cifar10-jpeg": _CIFAR,
-}
-"""Mean and standard deviation of a channel's intensities 0..1, as published networks take them."""
 
 
 class ImagesTask:
@@ -161,17 +154,18 @@ class ImagesTask:
     ) -> Batch:
         places = np.array([self._places[split][category][row] for category, row in picks])
         images = torch.from_numpy(self._sets[split].pixels[places]).float() / _BRIGHTEST
-        ids, categories = torch.arange(first, first + len(picks)), torch.tensor([category for category, _ in picks])
+        ids = torch.arange(first, first + len(picks))
+        categories, examples = torch.tensor(picks).unbind(1)
         if self._data.objective == "reconstruct":
             flat = images.flatten(1)
-            return Batch(flat, flat, categories, ids)
-        mean, deviation = (torch.tensor(values)[:, None, None] for values in _NORMS[self._data.source])
+            return Batch(flat, flat, categories, ids, examples)
+        mean, deviation = (torch.tensor(values)[:, None, None] for values in NORMS[self._data.source])
         images = (images - mean) / deviation
         if shifts is not None:
             images = _shifted(images, shifts)
         if mirrored is not None:
             images = torch.where(torch.from_numpy(mirrored)[:, None, None, None], images.flip(3), images)
-        return Batch(images, torch.from_numpy(self._sets[split].labels[places]), categories, ids)
+        return Batch(images, torch.from_numpy(self._sets[split].labels[places]), categories, ids, examples)
 
 
 def _shifted(images: Tensor, shifts: Int[np.ndarray, "rows 2"]) -> Tensor:

@@ -127,6 +127,11 @@ class LanguageTask:
             )
         }
 
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Return split -> category -> tokens."""
+        streams = self._tokens.streams
+        return {split: dict(zip(self.categories, map(len, each), strict=True)) for split, each in streams.items()}
+
     def assets(self) -> dict[str, bytes]:
         """Return the tokenizer's files, as ``transformers.AutoTokenizer`` reads them."""
         return dict(self._tokens.assets)
@@ -144,8 +149,9 @@ class LanguageTask:
         streams, length = self._tokens.streams[split], self.units_per_row
         windows = np.stack([streams[category][start : start + length + 1] for category, start in picks])
         tokens = torch.from_numpy(windows.astype(np.int64))
-        categories = torch.tensor([category for category, _ in picks])
-        return Batch(tokens[:, :-1], tokens[:, 1:], categories, torch.arange(first, first + len(picks)))
+        categories, starts = torch.tensor(picks).unbind(1)
+        ids = torch.arange(first, first + len(picks))
+        return Batch(tokens[:, :-1], tokens[:, 1:], categories, ids, examples=starts // length)
 
 
 def token_nats(

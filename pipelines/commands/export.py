@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Compare with the split model before it is there."
 )
+@click.option("--register", is_flag=True, help="Log it to MLflow and register it, with an alias.")
 @click.option(
     "--out", "-o", required=True, metavar="DIR", type=click.Path(path_type=Path), help="A folder that is new or empty."
 )
@@ -49,6 +50,7 @@ def command(
     gguf: bool,
     dtype: "Dtype",
     verify: bool,
+    register: bool,
     out: Path,
 ) -> None:
     """Write RUN's model, or a part of it, to a folder.
@@ -64,6 +66,9 @@ def command(
 
     A dense model of several categories would run units for each of them that the split model does not run, and give
     other outputs: it is written only where they share one route.
+
+    --register makes it a version of the model that is named as RUN's recipe, with an alias such as 'python-only',
+    'moe', 'split' or 'without-web'. Where MLflow is away, 'moeify sync RUN' does so later.
     """
     from pipelines import runs
     from pipelines.show import summary
@@ -98,6 +103,39 @@ def command(
         click.echo(
             f"equal to the split model within {max(done.differences.values()):.1e}: {', '.join(done.differences)}"
         )
+    if register:
+        _register(folder, out, _alias(keep, drop, moe, gguf))
+
+
+def _alias(keep: Sequence[str], drop: Sequence[str], moe: str | None, gguf: bool) -> str:
+    """Return the alias of an export: what it is, then what is in it or left out."""
+    from pipelines.mlflow_models import alias_of
+
+    words = ["moe"] if moe else []
+    words += [f"{'-'.join(keep)}-only"] if keep else []
+    words += [f"without-{'-'.join(drop)}"] if drop else []
+    return alias_of("-".join([*(words or ["split"]), *(["gguf"] if gguf else [])]))
+
+
+def _register(folder: "RunFolder", out: Path, alias: str) -> None:
+    """Say in the run's journal that the export is to be registered, and deliver that."""
+    import time
+
+    from moeify.events import Exported
+    from moeify.recipe.load import load_recipe
+    from pipelines.journal import JournalTracker
+    from pipelines.mlflow_store import DeliveryError
+    from pipelines.tracking import deliver
+
+    config, now = load_recipe(folder.resolved), time.time()
+    with JournalTracker(folder.journal) as journal:
+        journal.emit(Exported(id=f"exported/{alias}/{now:.3f}", time=now, folder=str(out.absolute()), alias=alias))
+    try:
+        deliver(folder, config)
+    except DeliveryError as error:
+        click.echo(f"moeify: warning: {error}; register it later with: moeify sync {folder.id}", err=True)
+    else:
+        click.echo(f"registered as {config.name}@{alias}")
 
 
 def _refuse_odd(

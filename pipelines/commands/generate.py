@@ -35,7 +35,8 @@ def command(
     from pipelines.served import print_served
 
     folder = runs.find_finished(run_, runs.home())
-    from moeify.routers.generation import encode_prompt, generate, pieces, tokenizer_of
+    from moeify.data.pieces import pieces
+    from moeify.routers.generation import encode_prompt, generate, tokenizer_of
     from moeify.routers.router import leaf_of_category, leaves, load_router
     from moeify.split_folder import load_from_run
 

@@ -8,15 +8,26 @@ import click
 @click.command("report")
 @click.argument("run_", metavar="RUN")
 @click.option("--out", "-o", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Where it goes.")
-def command(run_: str, out: Path | None) -> None:
+@click.option("--examples", is_flag=True, help="Pick the examples of what each expert does anew; loads the model.")
+def command(run_: str, out: Path | None, examples: bool) -> None:
     """Write RUN's report, one HTML page of all it did.
 
-    It tells the expert tree, who owns what, attribution, tax, training, removals, affinities, cost and provenance, and
-    goes to 'report.html' in the run's folder unless told where. A run writes it after every round by itself; this makes
-    it anew, for runs that are under way or from an earlier version, too.
+    It tells the expert tree, what each expert does, who owns what, attribution, tax, training, removals, affinities,
+    cost and provenance, and what a router does where RUN has one. It goes to 'report.html' in the run's folder unless
+    told where. A run writes it after every round by itself; this makes it anew, for runs that are under way or from an
+    earlier version, too.
     """
     from pipelines import runs
     from pipelines.report.page import write
 
-    folder = runs.find(run_, runs.home())
+    folder = (runs.find_finished if examples else runs.find)(run_, runs.home())
+    if examples:
+        from moeify.recipe.load import load_recipe
+        from moeify.tasks.build import build_task
+        from pipelines.examples import keep
+
+        config = load_recipe(folder.resolved)
+        if not config.evaluation.example_rows:
+            raise ValueError(f"the recipe of {folder.id} asks for no examples: evaluation.example_rows is 0")
+        keep(folder, config, build_task(config, cache=runs.cache(), base=folder.base))
     click.echo(f"report:  {write(folder, out)}")

@@ -32,7 +32,7 @@ def command(run_: str, kind: "Kind | None", threshold: float | None, as_json: bo
 
     Says what routing without labels costs. No weight of the model changes. The router learns from train data; how it
     is used is chosen on validation data, and the figures are of test data. It is kept in the run's folder, where
-    'moeify generate' finds it.
+    'moeify generate' finds it; RUN's report has its section then.
     """
     from pipelines import runs, show
     from pipelines.router_tables import print_router
@@ -43,6 +43,7 @@ def command(run_: str, kind: "Kind | None", threshold: float | None, as_json: bo
     from moeify.routers.training import route
     from moeify.split_folder import arms_of_run, load_from_run
     from moeify.tasks.build import build_task
+    from pipelines.report.page import write_or_warn
 
     config = load_recipe(folder.resolved)
     task = build_task(config, cache=runs.cache(), base=folder.base)
@@ -53,10 +54,12 @@ def command(run_: str, kind: "Kind | None", threshold: float | None, as_json: bo
         click.echo("training a router and measuring it ...", err=True)
     router, report = route(load_from_run(folder.path), twins, task, config, kind, threshold)
     place = save_router(router, folder.path, report.model_dump_json(indent=1).encode())
+    write_or_warn(folder)
     if as_json:
         click.echo(show.to_json({"run": folder.id, **show.finite(report.model_dump(mode="json"))}))
         return
     print_router(folder.id, report, sys.stdout)
     click.echo(f"\nfiles:   {place}")
+    click.echo(f"report:  {folder.report}")
     if report.unit == "token":
         click.echo(f"try it:  moeify generate {folder.id} --prompt '...'")

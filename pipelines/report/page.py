@@ -21,7 +21,9 @@ from pipelines.report.cost import costs, in_words
 from pipelines.report.experts import expert_tree, removals
 from pipelines.report.maps import FEW, maps_by_round, scale
 from pipelines.report.ownership import ownership_by_round, ownership_by_site
+from pipelines.report.portraits import portraits
 from pipelines.report.recorded import Recorded
+from pipelines.report.router import routing
 from pipelines.report.verdict import headline
 from pipelines.runs import RunFolder, Status, package_version
 from pipelines.show import of_arm
@@ -81,6 +83,7 @@ def build(folder: RunFolder, ended_as: Status | None = None) -> str:
         categories=categories,
         chips=_chips(run, look, categories),
         tree=expert_tree(run, look, serves),
+        portraits=portraits(run, look, serves),
         columns=ownership_by_round(run, look),
         strips=ownership_by_site(ownership, look) if ownership else [],
         maps=maps_by_round(run, look),
@@ -92,6 +95,7 @@ def build(folder: RunFolder, ended_as: Status | None = None) -> str:
         arm_words=figures.ARM_WORDS,
         removals=removals(run, look, serves),
         affinity=_affinity(run),
+        router=routing(run),
         costs=costs(run),
         provenance=_provenance(run),
     )
@@ -128,6 +132,9 @@ def _facts(run: Recorded) -> list[tuple[str, str, str]]:
     dense, tax = of_arm(run.known["test_loss"] or {}, "dense", MEAN), (run.known["tax"] or {}).get(MEAN)
     if run.kept and tax is not None and dense:
         facts.append(("tax", f"{tax / dense:+.2%}", "of the dense twin's test loss"))
+    if accuracy := run.known["accuracy"]:
+        others = ", ".join(f"{arm} {percent(accuracy[arm][MEAN])}" for arm in accuracy if arm != "split")
+        facts.append(("accuracy", percent(accuracy["split"][MEAN]), f"of test rows; {others}"))
     if run.started:
         facts.append(("steps", f"{run.started.steps:,}", f"of each of {len(run.started.arms)} arms"))
     seconds = run.known["seconds"]

@@ -4,15 +4,23 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import ValidationError
 
 from moeify.events import Evaluated, Event, Failed, Phase, RoundEnded, Started, Step
+from moeify.examples import Portraits
 from moeify.result import Result
+from pipelines.examples import read_portraits
 from pipelines.journal import read_events
 from pipelines.plots import recipe_budget
 from pipelines.round_files import Ownership, RoundMap, attribution_file, read_map, read_ownership
 from pipelines.runs import RunFolder, Status, status
 from pipelines.show import Summary, summary
+
+if TYPE_CHECKING:
+    from moeify.routers.report import RouterReport
 
 T = TypeVar("T")
 
@@ -69,6 +77,17 @@ class Recorded:
     def evaluated(self) -> tuple[Evaluated, ...]:
         """Losses on held-out data."""
         return tuple(event for event in self.events if isinstance(event, Evaluated))
+
+    @cached_property
+    def portraits(self) -> Portraits | None:
+        """What each expert does, by example; None where that was not kept, or, noted as a problem, is damaged."""
+        return self._undamaged(lambda: read_portraits(self.folder))
+
+    @cached_property
+    def router(self) -> "RouterReport | None":
+        """How well the run's router routes; None where it has none, or, noted as a problem, is damaged."""
+        path = self.folder.router
+        return self._undamaged(lambda: _read_router(path)) if path.is_file() else None
 
     @property
     def notes(self) -> tuple[Phase, ...]:
@@ -129,3 +148,16 @@ class Recorded:
             if told not in self.problems:
                 self.problems.append(told)
             return None
+
+
+def _read_router(path: Path) -> "RouterReport":
+    from moeify.routers.report import RouterReport
+
+    try:
+        found = RouterReport.model_validate_json(path.read_bytes())
+        if any(expert >= len(found.experts) for text in found.texts for expert in text.experts):
+            raise ValueError("router/report.json is damaged (no such expert); make it anew with 'moeify route'")
+        return found
+    except ValidationError as error:
+        what = error.errors(include_url=False, include_input=False)[0]["msg"]
+        raise ValueError(f"router/report.json is damaged ({what}); make it anew with 'moeify route'") from None
