@@ -25,6 +25,7 @@ from benchmarks.frontier import run, signed
 from benchmarks.report import Cell, Figure, parser, report
 from moeify.comparison import LOOP, Job, Row, jobs
 from moeify.data.root import data_file, data_root
+from moeify.distillation import Teacher
 from moeify.evaluation import row_losses
 from moeify.recipe.config import RunConfig
 from moeify.routed.split_model import SplitModel
@@ -36,6 +37,8 @@ from pipelines.runs import cache
 LIGHT, DEEP = 0.25, 0.66
 """Separations of the headline figures: 75 % and 34 % of the FFN units active."""
 METHODS = ("oneshot", "random", "moefication", "cmoe", "coactivation", "magnitude", "uncompensated")
+DISTILLED = "dense twin, distilled"
+"""The dense twin with the teacher of arms that are cut: what it alone is worth, to tell from what a split is worth."""
 ALONE = "loop, not distilled"
 """The loop whose recovery is from the rows alone."""
 PLAIN = "random, plain"
@@ -85,14 +88,12 @@ def measured(
         mine = run(config.model_copy(update=change), some, work)
         found += [replace(row, method=name) for row in mine if row.method == method]
     checkpoint = asked.checkpoint
-    rows = [cells(checkpoint, row) for row in sorted(found, key=lambda row: row.separation)]
-    report(
-        "convert",
-        [as_loaded(checkpoint, config), *rows],
-        list(figures(found, checkpoint)),
-        asked.json,
-        quick=asked.quick,
-    )
+    rows = [
+        dense(checkpoint, "as loaded", config, steps=0),
+        dense(checkpoint, DISTILLED, config, config.training.steps),
+    ]
+    rows += [cells(checkpoint, row) for row in sorted(found, key=lambda row: row.separation)]
+    report("convert", rows, list(figures(found, checkpoint)), asked.json, quick=asked.quick)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------
@@ -111,6 +112,9 @@ def own(work: Path, *, quick: bool) -> RunConfig:
 
 def save_dense(config: RunConfig, folder: Path) -> None:
     """Train the recipe's dense network, never cut, and save it with its tokenizer as ``transformers`` does."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     print(f"training a dense Llama for {config.training.steps:,} steps ...", flush=True)
     task = build_task(config, cache=cache(), base=Path.cwd())
     contestant = Contestant(SplitModel(task.build(), task.categories), config.training)
@@ -167,21 +171,17 @@ def recipe(
 # --- the table --------------------------------------------------------------------------------------------
 
 
-def as_loaded(checkpoint: str, config: RunConfig) -> Mapping[str, Cell]:
-    """Return the row of the checkpoint before any retraining."""
+def dense(checkpoint: str, name: str, config: RunConfig, steps: int) -> Mapping[str, Cell]:
+    """Return the row of the checkpoint, never cut, after so many steps that hear the teacher too; of the first seed."""
     task = build_task(config, cache=cache(), base=Path.cwd())
-    model = SplitModel(task.build(), task.categories)
-    loss = row_losses(model, task, Solo(), config.evaluation, "test").by_category(task)
+    contestant = Contestant(SplitModel(task.build(), task.categories), config.training)
+    assert config.distillation, "the recipe distils"
+    teacher = Teacher(task.build(), config.distillation)
+    train(contestant, task, Solo(), config.training, steps, max(1, steps), lambda *_: None, teacher)
+    loss = row_losses(contestant.model, task, Solo(), config.evaluation, "test").by_category(task)
     nothing = dict.fromkeys(("kept", "perplexity kept", "gap", "gap, told twin", "above the loop"))
     mean = statistics.fmean(loss.values())
-    return {
-        "checkpoint": checkpoint,
-        "FFN active": "100.0%",
-        "method": "as loaded",
-        "seeds": 1,
-        "loss": mean,
-        **nothing,
-    }
+    return {"checkpoint": checkpoint, "FFN active": "100.0%", "method": name, "seeds": 1, "loss": mean, **nothing}
 
 
 def cells(checkpoint: str, row: Row) -> Mapping[str, Cell]:
