@@ -77,6 +77,15 @@ def test_a_checkpoint_is_split_before_its_first_step_and_what_is_exported_loads(
         assert (stock - wanted).abs().max() <= 1e-4
 
 
+def test_heads_of_a_checkpoint_are_units_too(tmp_path: Path) -> None:
+    partition = {"units": ["ffn", "heads"], "frozen": ["*.ffn"]}
+    rounds = [{"train": 0, "recover": 5, "separation": 0.04}]
+    config, task = recipe(tmp_path, "qwen3", partition=partition, rounds=rounds)
+    run(config, task, store=FolderStore(tmp_path / "run", 2))
+    widths = load_from_run(tmp_path / "run").partition.widths
+    assert all(width == ((1, 1, 1) if site.endswith("heads") else (20, 0, 0)) for site, width in widths.items())
+
+
 def test_a_run_killed_on_the_way_ends_with_the_same_bits(tmp_path: Path) -> None:
     config, task = recipe(tmp_path, "gpt2")
     calm = FolderStore(tmp_path / "calm", 2)

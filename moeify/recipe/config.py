@@ -305,7 +305,7 @@ class RunConfig(Closed):
                 f"partition.units: got {list(units)}, wanted [ffn] or [ffn, heads]; "
                 f"to split heads alone, freeze the rest: partition.frozen: ['*.ffn']"
             )
-        if "heads" in units and self.model.kind != "llama":
+        if "heads" in units and self.model.kind not in ("llama", "pretrained"):
             yield f"partition.units: got 'heads', which model.kind {self.model.kind!r} has none of, wanted [ffn]"
 
     def _null_test_misfits(self) -> Iterator[str]:
