@@ -105,7 +105,7 @@ def fingerprint(config: RunConfig, task: Task, world: World) -> str:
     digest.update(json.dumps(describe(network), sort_keys=True, default=str).encode())
     for tensor in _content(config, task, network):
         digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
