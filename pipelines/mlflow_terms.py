@@ -72,7 +72,7 @@ def points_of(event: Event, unit: str) -> Iterable[Point]:
 
 
 def final_points(result: Result) -> Iterable[Point]:
-    """Yield what a result adds to its losses: tax on test data, accuracy, the share of units and operations that run."""
+    """Yield what a result adds to its losses: tax on test data, accuracy, what share of units and operations runs."""
     if result.tax_error is not None:
         yield _key("test/tax_error", MEAN), result.tax_error, result.steps
     for category in (*result.categories, MEAN):

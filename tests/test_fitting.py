@@ -10,7 +10,7 @@ from torch import nn
 
 import moeify
 from moeify.models.build import Autoencoder
-from moeify.recipe.config import LlamaModel
+from moeify.recipe.model import LlamaModel
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
 from moeify.splitting.tree import ExpertTree
