@@ -3,11 +3,11 @@
 ``own`` (the default, needs no data): a dense Llama that this benchmark trains on installed text first, saves as
 ``transformers`` does, and splits by the same four categories. ``stories260K``: a public Llama of 260,032 parameters
 below MOEIFY_DATA, on clusters of its own stories. Every method cuts the same checkpoint and recovers on the same rows
-and from the same teacher as the loop does; the dense twin is the checkpoint retrained on those rows. ``kept`` is the
-dense twin's test loss over the split model's, ``perplexity kept`` the ratio of perplexities, ``gap`` the difference in
-nats, means over seeds with 95 % intervals (Student's t). Runs are Ray tasks, as many at a time as there are cores;
-those that have ended are kept in ``--work``. Half an hour on two cores; ``--quick`` makes a tiny checkpoint and one
-cut.
+and from the same teacher, the checkpoint as loaded; so does the dense twin, the checkpoint equally retrained. ``kept``
+is the dense twin's test loss over the split model's, ``perplexity kept`` the ratio of perplexities, ``gap`` the
+difference in nats (of what is not distilled: to the dense twin that is not), means over seeds with 95 % intervals
+(Student's t). Runs are Ray tasks, as many at a time as there are cores; those that have ended are kept in ``--work``.
+Half an hour on two cores; ``--quick`` makes a tiny checkpoint and one cut.
 """
 
 import argparse
@@ -23,9 +23,8 @@ from typing import Any
 
 from benchmarks.frontier import run, signed
 from benchmarks.report import Cell, Figure, parser, report
-from moeify.comparison import LOOP, Job, Row, jobs
+from moeify.comparison import DENSE, LOOP, Job, Row, jobs
 from moeify.data.root import data_file, data_root
-from moeify.distillation import Teacher
 from moeify.evaluation import row_losses
 from moeify.recipe.config import RunConfig
 from moeify.routed.split_model import SplitModel
@@ -37,10 +36,8 @@ from pipelines.runs import cache
 LIGHT, DEEP = 0.25, 0.66
 """Separations of the headline figures: 75 % and 34 % of the FFN units active."""
 METHODS = ("oneshot", "random", "moefication", "cmoe", "coactivation", "magnitude", "uncompensated")
-DISTILLED = "dense twin, distilled"
-"""The dense twin with the teacher of arms that are cut: what it alone is worth, to tell from what a split is worth."""
-ALONE = "loop, not distilled"
-"""The loop whose recovery is from the rows alone."""
+UNDISTILLED = ", not distilled"
+"""The loop, and the dense twin that its gap is to, where all learn from the rows alone."""
 PLAIN = "random, plain"
 """Random owners at equal widths in every layer, without compensation: ``random`` has the recipe's of both."""
 TEXT: dict[str, Any] = {
@@ -78,22 +75,24 @@ def measured(
 ) -> None:
     """Run every method and report."""
     found = run(config, jobs(methods, separations, range(seeds)), work)
-    partition = config.partition.model_copy(update={"budget": "equal", "compensation": None})
-    changes: Mapping[str, tuple[str, dict[str, Any]]] = {
-        PLAIN: ("random", {"partition": partition}),
-        ALONE: (LOOP, {"distillation": None}),
-    }
-    for name, (method, change) in () if asked.quick else changes.items():
-        some = [Job(method, separation, seed) for separation in separations for seed in range(seeds)]
-        mine = run(config.model_copy(update=change), some, work)
-        found += [replace(row, method=name) for row in mine if row.method == method]
-    checkpoint = asked.checkpoint
-    rows = [
-        dense(checkpoint, "as loaded", config, steps=0),
-        dense(checkpoint, DISTILLED, config, config.training.steps),
-    ]
-    rows += [cells(checkpoint, row) for row in sorted(found, key=lambda row: row.separation)]
-    report("convert", rows, list(figures(found, checkpoint)), asked.json, quick=asked.quick)
+    if not asked.quick:
+        each = [(separation, seed) for separation in separations for seed in range(seeds)]
+        partition = config.partition.model_copy(update={"budget": "equal", "compensation": None})
+        plain = config.model_copy(update={"partition": partition})
+        alone = config.model_copy(update={"distillation": None})
+        found += [
+            replace(row, method=PLAIN)
+            for row in run(plain, [Job("random", *at) for at in each], work)
+            if row.method == "random"
+        ]
+        found += [
+            replace(row, method=row.method + UNDISTILLED)
+            for row in run(alone, [Job(LOOP, *at) for at in each], work)
+            if row.method in (LOOP, DENSE)
+        ]
+    rows = [cells(asked.checkpoint, row) for row in sorted(found, key=lambda row: row.separation)]
+    rows = [as_loaded(asked.checkpoint, config), *rows]
+    report("convert", rows, list(figures(found, asked.checkpoint)), asked.json, quick=asked.quick)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------
@@ -171,17 +170,21 @@ def recipe(
 # --- the table --------------------------------------------------------------------------------------------
 
 
-def dense(checkpoint: str, name: str, config: RunConfig, steps: int) -> Mapping[str, Cell]:
-    """Return the row of the checkpoint, never cut, after so many steps that hear the teacher too; of the first seed."""
+def as_loaded(checkpoint: str, config: RunConfig) -> Mapping[str, Cell]:
+    """Return the row of the checkpoint before any retraining."""
     task = build_task(config, cache=cache(), base=Path.cwd())
-    contestant = Contestant(SplitModel(task.build(), task.categories), config.training)
-    assert config.distillation, "the recipe distils"
-    teacher = Teacher(task.build(), config.distillation)
-    train(contestant, task, Solo(), config.training, steps, max(1, steps), lambda *_: None, teacher)
-    loss = row_losses(contestant.model, task, Solo(), config.evaluation, "test").by_category(task)
+    model = SplitModel(task.build(), task.categories)
+    loss = row_losses(model, task, Solo(), config.evaluation, "test").by_category(task)
     nothing = dict.fromkeys(("kept", "perplexity kept", "gap", "gap, told twin", "above the loop"))
     mean = statistics.fmean(loss.values())
-    return {"checkpoint": checkpoint, "FFN active": "100.0%", "method": name, "seeds": 1, "loss": mean, **nothing}
+    return {
+        "checkpoint": checkpoint,
+        "FFN active": "100.0%",
+        "method": "as loaded",
+        "seeds": 1,
+        "loss": mean,
+        **nothing,
+    }
 
 
 def cells(checkpoint: str, row: Row) -> Mapping[str, Cell]:

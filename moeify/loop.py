@@ -125,7 +125,6 @@ class _Loop:
         every = self.config.checkpoints.every
         for arm, contestant in self.state.arms.items():
             report: Report = partial(self.say.step, arm, phase.round, self.state)
-            teacher = self.teacher if arm in self.config.cut_arms else None
             twins = self.twins if arm in self.config.twins else None
             if twins:
                 report = twins.recording(arm, contestant, report)
@@ -134,7 +133,7 @@ class _Loop:
             while contestant.step < phase.until:
                 stop = min(phase.until, contestant.step - contestant.step % every + every)
                 training, every_step = self.config.training, self.config.tracking.every
-                train(contestant, self.task, self.world, training, stop, every_step, report, teacher)
+                train(contestant, self.task, self.world, training, stop, every_step, report, self.teacher)
                 if contestant.step < phase.until:
                     self._checkpoint()
             if twins:

@@ -97,7 +97,7 @@ def _print_plan(made: "Starter", folder: "RunFolder") -> None:
     limit = f", as far as a tax of {config.budget.tax} allows" if config.budget else ""
     click.echo(f"\ncuts:    FFN units off: {cuts}{limit}")
     teacher = " and from the checkpoint's own predictions" if config.distillation else ""
-    click.echo(f"learns:  {config.training.steps:,} steps an arm; what is cut learns from the rows{teacher}")
+    click.echo(f"learns:  {config.training.steps:,} steps an arm, the dense twin too, from the rows{teacher}")
     click.echo(
         f"recipe:  {folder.recipe}: about {max(1, round(made.minutes))} min here; again: moeify run {folder.recipe}"
     )
