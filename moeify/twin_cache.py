@@ -97,7 +97,7 @@ class TwinCache:
 
 def fingerprint(config: RunConfig, task: Task, world: World) -> str:
     """Return the hash of all that a twin's bits depend on, and of the steps that are reported."""
-    whole = {"seed": True, "data": True, "model": True, "training": True}
+    whole = {"seed": True, "data": True, "model": True, "training": True, "distillation": True}
     parts = {"partition": {"units"}, "checkpoints": {"every"}, "tracking": {"every"}}
     settings = config.model_dump(mode="json", include={**whole, **parts})
     machine = [
@@ -112,7 +112,7 @@ def fingerprint(config: RunConfig, task: Task, world: World) -> str:
     digest.update(json.dumps(describe(network), sort_keys=True, default=str).encode())
     for tensor in _content(config, task, network):
         digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
