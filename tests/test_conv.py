@@ -126,7 +126,7 @@ def test_undivided_it_is_the_dense_network_in_training_too() -> None:
     for training in (False, True):
         network = tiny_resnet().train(training)
         inputs = rows_for(network, 6)
-        model = SplitModel(copy.deepcopy(network), CATEGORIES).train(training)
+        model = SplitModel(copy.deepcopy(network), CATEGORIES)
         assert list(model.network.state_dict()) == list(network.state_dict())
         torch.testing.assert_close(model(inputs, torch.tensor([0, 0, 1, 2, 3, 3])), network(inputs))
         own = {n: b for n, b in network.named_buffers() if b.is_floating_point()}
