@@ -76,6 +76,20 @@ class Step(_Event):
     """Tokens or examples."""
 
 
+class Mishap(_Event):
+    """An arm's numbers went wrong, and the run went on as the recipe's ``training.on_divergence`` says."""
+
+    kind: Literal["mishap"] = "mishap"
+    arm: Arm
+    round: int
+    step: int
+    """Optimizer steps that the arm had taken."""
+    what: str
+    """One line: step, category, and what was found."""
+    done: str
+    """One line: how the run went on."""
+
+
 class Evaluated(_Event):
     """Losses on held-out data."""
 
@@ -173,7 +187,7 @@ class Failed(_Event):
 
 
 Event = Annotated[
-    Started | Phase | Step | Evaluated | RoundEnded | Artifact | Exported | Finished | Failed,
+    Started | Phase | Step | Mishap | Evaluated | RoundEnded | Artifact | Exported | Finished | Failed,
     Field(discriminator="kind"),
 ]
 

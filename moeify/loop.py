@@ -30,10 +30,12 @@ from moeify.control import (
     why_stopped,
 )
 from moeify.distillation import Teacher
+from moeify.divergence import DivergedError, memory
 from moeify.evaluation import RowLosses, losses_without, own_other, row_losses, summarize, tax, tax_error
 from moeify.events import MemoryTracker, Tracker
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import Round, RunConfig
+from moeify.recipe.divergence import LowerRate, SkipBatch, StopRun
 from moeify.recipe.plan import PlannedPhase, check_categories, plan
 from moeify.report import Reporter
 from moeify.result import ModuleTest, Result
@@ -125,7 +127,6 @@ class _Loop:
         every = self.config.checkpoints.every
         for arm, contestant in self.state.arms.items():
             report: Report = partial(self.say.step, arm, phase.round, self.state)
-            teacher = self.teacher if arm in self.config.cut_arms else None
             twins = self.twins if arm in self.config.twins else None
             if twins:
                 report = twins.recording(arm, contestant, report)
@@ -133,12 +134,48 @@ class _Loop:
                     continue
             while contestant.step < phase.until:
                 stop = min(phase.until, contestant.step - contestant.step % every + every)
-                training, every_step = self.config.training, self.config.tracking.every
-                train(contestant, self.task, self.world, training, stop, every_step, report, teacher)
+                while contestant.step < stop:
+                    contestant = self._train_until(phase, arm, stop, report)
                 if contestant.step < phase.until:
                     self._checkpoint()
             if twins:
                 twins.keep(arm, contestant)
+
+    def _train_until(self, phase: PlannedPhase, arm: Arm, stop: int, report: Report) -> Contestant:
+        """Train an arm up to a step, or to where its numbers went wrong; return it as it goes on."""
+        contestant, settings, every = self.state.arms[arm], self.config.training, self.config.tracking.every
+        try:
+            with memory(lambda: f"{arm}, step {contestant.step + 1}, worker {self.world.rank}"):
+                train(contestant, self.task, self.world, settings, stop, every, report, self.teacher)
+        except DivergedError as trouble:
+            done = self._go_on(arm, trouble)
+            contestant = self.state.arms[arm]
+            self.say.mishap(arm, phase.round, contestant, trouble.what, done)
+        return contestant
+
+    def _go_on(self, arm: Arm, trouble: DivergedError) -> str:
+        """Do what the recipe says where an arm's numbers went wrong, and say what; raise where it says to stop."""
+        policy, health = self.config.training.on_divergence, self.state.arms[arm].health
+        if isinstance(policy, StopRun) or health.mishaps >= policy.most:
+            used_up = "" if isinstance(policy, StopRun) else f", after {policy.most} that were got over"
+            raise DivergedError(f"{arm}, {trouble.what}{used_up}") from trouble
+        health.mishaps += 1
+        match policy:
+            case SkipBatch():
+                step, done = self.state.arms[arm].step, "the batch is skipped"
+                if trouble.exploded:
+                    done = f"{done}, weights are those of {self._give_back(arm)}"
+                self.state.arms[arm].step = step + 1
+                return done
+            case LowerRate():
+                health.rate *= policy.factor
+                return f"from {self._give_back(arm)} on with {health.rate:g} of the learning rate"
+
+    def _give_back(self, arm: Arm) -> str:
+        """Return an arm to its last good checkpoint; say which that is."""
+        found = self.world.share(self.store.newest() if self.world.rank == 0 else None)
+        self.state.give_back(arm, self.store, found.name if found else None, self.config, self.task)
+        return f"checkpoint {found.name}" if found else "the beginning"
 
     def _cut(self, phase: PlannedPhase) -> None:
         """Attribute, partition, prune and compensate: the split arm the recipe's way, its control at random."""
@@ -159,6 +196,7 @@ class _Loop:
             cuts["random"] = shuffled(random.partition, proposal, tables["random"], random.output_weights, seed)
         for arm in models:
             self._apply(self.state.arms[arm], cuts[arm], tables[arm])
+            self.state.arms[arm].health.fresh = True
         self.say.cut(phase.round, proposal, tables["split"])
         cut_rows = self._evaluate(phase, "after_cut", self.config.cut_arms)
         now, then = (self._standing(each["split"], rows["dense"]) for each in (rows, cut_rows))
@@ -299,7 +337,7 @@ class _Loop:
             model.network, model.space.readers, self.task.categories, self.task.nats, self.task.sample, model
         )
         settled = Stability(strongest_category, asked.settled, reduce=self.world.sum) if asked.settled else None
-        with model.masked():
+        with model.masked(), memory(lambda: f"attribution of round {round_}, worker {self.world.rank}"):
             moments = Moments(asked.columns)
             table = measure(subject, mine, seed=self.config.seed, moments=moments, stability=settled)
         self.world.sum(table.tensors())
@@ -311,7 +349,8 @@ class _Loop:
         losses: dict[Arm, RowLosses] = {}
         for arm in arms:
             model = self.state.arms[arm].model
-            losses[arm] = row_losses(model, self.task, self.world, self.config.evaluation, split)
+            with memory(partial("evaluation of {}, worker {}".format, arm, self.world.rank)):
+                losses[arm] = row_losses(model, self.task, self.world, self.config.evaluation, split)
             self.say.evaluated(arm, phase, moment, losses[arm].by_category(self.task))
         return losses
 

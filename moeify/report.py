@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from attribution.table import AttributionTable
-from moeify.events import Artifact, Evaluated, Phase, RoundEnded, Started, Step, Tracker
+from moeify.events import Artifact, Evaluated, Mishap, Phase, RoundEnded, Started, Step, Tracker
 from moeify.models.units import unit_parameters
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
@@ -78,10 +78,11 @@ class Reporter:
         if not self.speaks:
             return
         trunk = self.config.rounds[0].train
+        health = contestant.health
         spent = sum(c.step - (0 if a in self.config.early_arms else trunk) for a, c in state.arms.items())
         self.tracker.emit(
             Step(
-                id=f"step/{arm}/{contestant.step}",
+                id=f"step/{arm}/{contestant.step}" + (f"/again/{health.mishaps}" if health.rate < 1.0 else ""),
                 time=time.time(),
                 arm=arm,
                 round=round_,
@@ -92,6 +93,22 @@ class Reporter:
                 units_per_second=progress.units_per_second,
             )
         )
+
+    def mishap(self, arm: Arm, round_: int, contestant: Contestant, what: str, done: str) -> None:
+        """Say that an arm's numbers went wrong, and how the run goes on; ``contestant`` is as it goes on."""
+        if self.speaks:
+            number = contestant.health.mishaps
+            self.tracker.emit(
+                Mishap(
+                    id=f"mishap/{arm}/{number}",
+                    time=time.time(),
+                    arm=arm,
+                    round=round_,
+                    step=contestant.step,
+                    what=what,
+                    done=done,
+                )
+            )
 
     def evaluated(
         self,

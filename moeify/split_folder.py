@@ -14,12 +14,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moeify.models.families import describe
+from moeify.models.families import describe, example_inputs
 from moeify.models.resizing import shaped
 from moeify.recipe.arms import Arm
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
-from moeify.store import CorruptCheckpointError, FolderStore, read_manifest, read_part, write_folder
+from moeify.store import CorruptCheckpointError, FolderStore, read_manifest, read_part, understood, write_folder
 
 _OWN = ("parameter/", "buffer/")
 """What the names of a model's tensors start with in a checkpoint."""
@@ -52,7 +52,9 @@ def load_split(folder: str | Path) -> SplitModel:
     """
     folder = Path(folder)
     facts = read_manifest(folder)["facts"]
-    return _load(facts, facts["partition"], read_part(folder, "model"))
+    tensors = read_part(folder, "model")
+    with understood(str(folder)):
+        return _load(facts, facts["partition"], tensors)
 
 
 def arms_of_run(folder: Path) -> tuple[Arm, ...]:
@@ -65,7 +67,8 @@ def load_from_run(folder: Path, arm: Arm = "split") -> SplitModel:
     store, name, facts = _newest(folder)
     _known_arm(folder, facts, arm)
     own = _own(store.tensors(name, arm))
-    return _load(facts, facts["arms"][arm]["partition"], own)
+    with understood(f"checkpoint {name} of {folder.name}"):
+        return _load(facts, facts["arms"][arm]["partition"], own)
 
 
 def bytes_in_run(folder: Path, arm: Arm) -> int:
@@ -93,10 +96,11 @@ def copy_from_run(folder: Path, arm: Arm, target: Path) -> None:
 
 def split_hash(folder: Path) -> str:
     """Return the SHA-256 of the split model in a run's newest checkpoint, to tell what belongs to it."""
-    store, name, facts = _newest(folder)
-    if "split" not in facts["arms"]:
+    if "split" not in arms_of_run(folder):
         raise ValueError(f"{folder.name} has not been split yet; its first cut comes after the first training phase")
-    return read_manifest(store.folder / "checkpoints" / name)["files"]["split.safetensors"]["sha256"]
+    store, name, _ = _newest(folder)
+    with understood(f"checkpoint {name} of {folder.name}"):
+        return str(read_manifest(store.folder / "checkpoints" / name)["files"]["split.safetensors"]["sha256"])
 
 
 def _newest(folder: Path) -> tuple[FolderStore, str, dict[str, Any]]:
@@ -104,7 +108,10 @@ def _newest(folder: Path) -> tuple[FolderStore, str, dict[str, Any]]:
     found = store.newest()
     if found is None:
         raise ValueError(f"{folder.name} has no checkpoint yet; let it train on, or see `moeify show {folder.name}`")
-    return store, found.name, store.facts(found.name)
+    facts = store.facts(found.name)
+    if not isinstance(facts.get("arms"), dict):
+        raise CorruptCheckpointError(f"checkpoint {found.name} of {folder.name} does not say which models it holds")
+    return store, found.name, facts
 
 
 def _known_arm(folder: Path, facts: Mapping[str, Any], arm: Arm) -> None:
@@ -138,5 +145,12 @@ def _load(facts: Mapping[str, Any], partition: Mapping[str, Any], tensors: Mappi
         odd = sorted(own.keys() ^ tensors.keys())
         raise CorruptCheckpointError(f"the tensors do not fit the described network, first difference: {odd[0]!r}")
     for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise CorruptCheckpointError(
+                f"{name} is {list(tensors[name].shape)}, the described network wants {list(tensor.shape)}"
+            )
         tensor.copy_(tensors[name])
-    return model.eval()
+    model.eval()
+    # A description can be odd in ways that show only as it runs; better here than at the first real row.
+    model(example_inputs(network, rows=1, seed=0), torch.zeros(1, dtype=torch.long))
+    return model

@@ -4,13 +4,15 @@ Nothing else carries over from phase to phase: data, rates and random draws are 
 """
 
 from collections.abc import Container
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from operator import index
 from typing import Any, Literal, Self
 
 from torch import Tensor
 
 from moeify.control import Standing
 from moeify.distillation import network_hash
+from moeify.divergence import Health, check_kept
 from moeify.events import RoundEnded
 from moeify.models.families import describe
 from moeify.models.resizing import shaped, widened
@@ -19,7 +21,7 @@ from moeify.recipe.config import RunConfig
 from moeify.routed.gradients import GradientRouter
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
-from moeify.store import Store
+from moeify.store import Store, understood
 from moeify.task import Task
 from moeify.training import Contestant
 
@@ -78,7 +80,7 @@ class State:
             if arm not in self.arms:
                 twin = _untrained(task, arm, config)
                 twin.load({**twin.tensors(), **trunk.tensors()})  # biases of categories begin at zero
-                twin.step = trunk.step
+                twin.step, twin.health = trunk.step, replace(trunk.health)
                 self.arms[arm] = twin
 
     @property
@@ -87,12 +89,15 @@ class State:
         return f"{self.done:04d}-{sum(contestant.step for contestant in self.arms.values()):09d}"
 
     def save(self, store: Store) -> None:
-        """Publish a checkpoint."""
+        """Publish a checkpoint; raise DivergedError rather than keep a number that is not finite."""
         dense = self.arms["dense"].model
         facts = {
             "began": self.began,
             "done": self.done,
-            "arms": {a: {"step": c.step, "partition": c.model.partition.as_json()} for a, c in self.arms.items()},
+            "arms": {
+                arm: {"step": c.step, "health": asdict(c.health), "partition": c.model.partition.as_json()}
+                for arm, c in self.arms.items()
+            },
             "rounds": [record.model_dump(mode="json") for record in self.rounds],
             "step_scale": self.step_scale,
             "undo": self.undo,
@@ -103,23 +108,25 @@ class State:
             "categories": list(dense.categories),
         }
         tensors: dict[str, dict[str, Tensor]] = {arm: contestant.tensors() for arm, contestant in self.arms.items()}
+        check_kept(tensors)
         store.save(self.name, facts, tensors, [self.undo] if self.undo else [])
 
     @classmethod
     def load(cls, store: Store, name: str, config: RunConfig) -> Self:
         """Take back the checkpoint of that name."""
         facts = store.facts(name)
-        return cls(
-            arms={arm: _contestant(store, name, arm, facts, config) for arm in facts["arms"]},
-            began=facts.get("began", ""),
-            done=facts["done"],
-            rounds=[RoundEnded.model_validate(record) for record in facts["rounds"]],
-            step_scale=facts["step_scale"],
-            undo=facts["undo"],
-            cut=_cut(facts["cut"]) if facts["cut"] else None,
-            uncut=facts["uncut"],
-            seconds=facts["seconds"],
-        )
+        with understood(f"checkpoint {name}"):
+            return cls(
+                arms={arm: _contestant(store, name, arm, facts, config) for arm in facts["arms"]},
+                began=str(facts.get("began", "")),
+                done=index(facts["done"]),
+                rounds=[RoundEnded.model_validate(record) for record in facts["rounds"]],
+                step_scale=float(facts["step_scale"]),
+                undo=facts["undo"],
+                cut=_cut(facts["cut"]) if facts["cut"] else None,
+                uncut=facts["uncut"],
+                seconds=float(facts["seconds"]),
+            )
 
     def roll_back(self, store: Store, config: RunConfig) -> None:
         """Return every arm that was cut to the checkpoint before the open round's cut; steps spent since stay spent.
@@ -129,10 +136,22 @@ class State:
         assert self.undo is not None
         facts = store.facts(self.undo)
         for arm in config.cut_arms:
-            step = self.arms[arm].step
+            step, health = self.arms[arm].step, self.arms[arm].health
             source: Arm = arm if arm in facts["arms"] else _trunk(facts["arms"])
             self.arms[arm] = _contestant(store, self.undo, source, facts, config, becomes=arm)
-            self.arms[arm].step = step
+            self.arms[arm].step, self.arms[arm].health = step, health
+
+    def give_back(self, arm: Arm, store: Store, name: str | None, config: RunConfig, task: Task) -> None:
+        """Return one arm, its step too, to a checkpoint of this phase; None: to before the first step.
+
+        What it has been through stays: the rate that was lowered, and how often.
+        """
+        health = self.arms[arm].health
+        if name is None:
+            self.arms[arm] = _untrained(task, arm, config)
+        else:
+            self.arms[arm] = _contestant(store, name, arm, store.facts(name), config)
+        self.arms[arm].health = health
 
 
 def _untrained(task: Task, arm: Arm, config: RunConfig) -> Contestant:
@@ -170,5 +189,6 @@ def _contestant(
     contestant = Contestant(model, config.training, _router(model, becomes, config))
     begun = {} if becomes == arm else contestant.tensors()  # biases of categories, which the dense twin has none of
     contestant.load(begun | store.tensors(name, arm))
-    contestant.step = facts["arms"][arm]["step"]
+    contestant.step = index(facts["arms"][arm]["step"])
+    contestant.health = Health(**facts["arms"][arm].get("health", {}))
     return contestant

@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, runtime_checkable
@@ -18,8 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moeify.storing import storing
+
 FORMAT = 1
 """Version of the checkpoint format."""
+
+_DRAFT = ".draft-"
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 """Part (one file each) -> name -> tensor."""
@@ -111,8 +116,10 @@ class FolderStore:
         return self.folder / "checkpoints"
 
     def save(self, name: str, facts: Mapping[str, Any], tensors: Tensors, pinned: Collection[str] = ()) -> None:
-        """Publish a checkpoint, then drop all but the newest ``keep`` and the ``pinned``."""
+        """Publish a checkpoint, then drop all but the newest ``keep`` and the ``pinned``, and what kills left half."""
         write_folder(self._checkpoints / name, facts, tensors)
+        for draft in self._checkpoints.glob(f"{_DRAFT}*"):  # there is one writer, and it has none open now
+            shutil.rmtree(draft)
         names = self._names()
         for old in names[: -self.keep]:
             if old not in pinned:
@@ -134,25 +141,32 @@ class FolderStore:
 
     def facts(self, name: str) -> dict[str, Any]:
         """Return a checkpoint's plain data."""
-        return read_manifest(self._checkpoints / name)["facts"]
+        return read_manifest(self._named(name))["facts"]
 
     def tensors(self, name: str, part: str) -> dict[str, Tensor]:
         """Return one part's tensors, hash checked."""
-        return read_part(self._checkpoints / name, part)
+        return read_part(self._named(name), part)
 
     def put(self, path: str, content: bytes) -> None:
         """Publish a file for people."""
         target = self._below(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, content)
+        with storing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(target, content)
 
     def put_tensors(self, path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Publish a safetensors file for people."""
         target = self._below(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         draft = target.with_name(f".{target.name}.draft")
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft, dict(metadata))
-        draft.replace(target)
+        with storing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft, dict(metadata))
+            draft.replace(target)
+
+    def _named(self, name: str) -> Path:
+        if not isinstance(name, str) or not _is_plain(name):  # one checkpoint may name another
+            raise CorruptCheckpointError(f"{name!r:.60} is no name of a checkpoint")
+        return self._checkpoints / name
 
     def _names(self) -> list[str]:
         if not self._checkpoints.is_dir():
@@ -169,31 +183,39 @@ class FolderStore:
 def write_folder(
     target: Path, facts: Mapping[str, Any], tensors: Tensors, others: Mapping[str, bytes] | None = None
 ) -> None:
-    """Write safetensors parts, ``others`` as they are and the manifest, then publish them all by one rename."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=target.parent))
-    try:
-        files = {}
-        for part, held in tensors.items():
-            path = draft / f"{part}.safetensors"
-            save_file({key: tensor.detach().contiguous() for key, tensor in held.items()}, path)
-        for name, other in (others or {}).items():
-            (draft / name).write_bytes(other)
-        for path in sorted(draft.iterdir()):
-            _flush(path)
-            files[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-        body = {"format": FORMAT, "facts": facts, "files": files}
-        content = json.dumps({"sha256": _digest(body), "body": body}, indent=1)
-        (draft / "manifest.json").write_text(content, encoding="utf-8")
-        _flush(draft / "manifest.json")
-        draft.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        draft.rename(target)
-        _flush(target.parent)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    """Write safetensors parts, ``others`` as they are and the manifest, then publish them all by one rename.
+
+    Raises StorageError where there is no room, or no right to write; nothing is left of it then.
+    """
+    with storing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=target.parent))
+        try:
+            _fill(draft, facts, tensors, others or {})
+            draft.chmod(0o755)
+            if target.exists():
+                shutil.rmtree(target)
+            draft.rename(target)
+            _flush(target.parent)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+
+def _fill(draft: Path, facts: Mapping[str, Any], tensors: Tensors, others: Mapping[str, bytes]) -> None:
+    files = {}
+    for part, held in tensors.items():
+        path = draft / f"{part}.safetensors"
+        save_file({key: tensor.detach().contiguous() for key, tensor in held.items()}, path)
+    for name, other in others.items():
+        (draft / name).write_bytes(other)
+    for path in sorted(draft.iterdir()):
+        _flush(path)
+        files[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+    body = {"format": FORMAT, "facts": facts, "files": files}
+    content = json.dumps({"sha256": _digest(body), "body": body}, indent=1)
+    (draft / "manifest.json").write_text(content, encoding="utf-8")
+    _flush(draft / "manifest.json")
 
 
 def verify_folder(folder: Path) -> None:
@@ -207,13 +229,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         body, digest = manifest["body"], manifest["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCheckpointError(f"{folder.name}: manifest.json cannot be read ({error})") from error
     if _digest(body) != digest:
         raise CorruptCheckpointError(f"{folder.name}: manifest.json is not what was written (hash differs)")
-    if body["format"] != FORMAT:
-        raise ValueError(f"{folder} has format {body['format']}; this version of moeify reads format {FORMAT}")
+    if not (isinstance(body, dict) and isinstance(body.get("facts"), dict) and _lists_files(body.get("files"))):
+        raise CorruptCheckpointError(f"{folder.name}: manifest.json does not list facts and files")
+    if (got := body.get("format")) != FORMAT:
+        raise ValueError(f"{folder} has format {got!r:.60}; this version of moeify reads format {FORMAT}")
     return body
+
+
+@contextmanager
+def understood(what: str) -> Iterator[None]:
+    """Raise CorruptCheckpointError where the body cannot make sense of what a checkpoint says.
+
+    Hashes show that a checkpoint is what was written, not that whoever wrote it meant well: what it says may lack a
+    key, or describe a network that cannot be built. ``ValueError`` and ``OSError`` say so by themselves.
+    """
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # from wherever it went astray; transformers has exceptions of its own
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CorruptCheckpointError(f"{what} does not describe what it should ({why})") from error
 
 
 def read_part(folder: Path, part: str) -> dict[str, Tensor]:
@@ -228,9 +268,26 @@ def read_part(folder: Path, part: str) -> dict[str, Tensor]:
 def write_atomically(target: Path, content: bytes) -> None:
     """Write a file beside its target and publish it by one rename."""
     draft = target.with_name(f".{target.name}.draft")
-    draft.write_bytes(content)
-    _flush(draft)
-    draft.replace(target)
+    try:
+        draft.write_bytes(content)
+        _flush(draft)
+        draft.replace(target)
+    except OSError:
+        draft.unlink(missing_ok=True)  # half a file takes room that the rest may need
+        raise
+
+
+def _lists_files(files: Any) -> bool:
+    """Whether a manifest's list of files is one: plain names, each with a hash and a size."""
+    return isinstance(files, dict) and all(
+        _is_plain(name) and isinstance(known, dict) and {"sha256", "bytes"} <= known.keys()
+        for name, known in files.items()
+    )
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is one component of a path, and of a file that is not hidden."""
+    return PurePosixPath(name).name == name and not name.startswith(".") and "\0" not in name
 
 
 def _verify_file(folder: Path, name: str) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from moeify.distillation import Teacher
+from moeify.divergence import DivergedError, Health, check_gradient, check_loss, sums_by_category
 from moeify.recipe.config import Training
 from moeify.routed.gradients import GradientRouter
 from moeify.routed.split_model import SplitModel
@@ -17,20 +18,17 @@ from moeify.task import Batch, Task
 from moeify.world import World
 
 
-class DivergedError(ValueError):
-    """Training left the finite numbers."""
-
-
 class Contestant:
     """A model in training with its optimizer; ``step`` is its place in the data stream and the schedule.
 
-    ``router``: routes gradients, where the recipe asks that of this arm.
+    ``router``: routes gradients, where the recipe asks that of this arm; ``health``: what became of its training.
     """
 
     def __init__(self, model: SplitModel, training: Training, router: GradientRouter | None = None) -> None:
         self.model = model
         self.router = router
         self.step = 0
+        self.health = Health()
         told = {id(p) for p in model.told}  # biases, one vector a category
         matrices = [p for p in model.parameters() if p.dim() > 1 and id(p) not in told]
         vectors = [p for p in model.parameters() if p.dim() <= 1 or id(p) in told]
@@ -45,17 +43,20 @@ class Contestant:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return parameters, buffers and optimizer state by name: all that training needs to go on, but ``step``."""
+        """Return parameters, buffers and optimizer state by name: all that training needs to go on, but ``step``
+        and ``health``."""
         found: dict[str, Tensor] = {}
         for name, parameter in self.model.network.named_parameters():
             found[f"parameter/{name}"] = parameter.detach()
             for key, value in self.optimizer.state[parameter].items():
                 found[f"optimizer/{key}/{name}"] = value
-        persistent = self.model.network.state_dict()
-        for name, buffer in self.model.network.named_buffers():
-            if name in persistent:
-                found[f"buffer/{name}"] = buffer
-        return found
+        return found | {f"buffer/{name}": buffer for name, buffer in self.buffers().items()}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return what the network gathers as it runs in training (running statistics), by name."""
+        named = dict(self.model.network.named_buffers())
+        persistent = self.model.network.state_dict() if named else {}
+        return {name: buffer for name, buffer in named.items() if name in persistent}
 
     def arranged(self, rows: Batch) -> Batch:
         """Return the rows as the model runs them: by leaf, and in each category those with a known label first."""
@@ -129,28 +130,43 @@ def train(
 
     ``teacher``: what the model learns from besides; losses are reported without it.
 
-    Raises DivergedError when a reported loss is not a finite number.
+    Raises DivergedError where a step's loss or gradient is not finite or its loss has exploded, the same on every rank,
+    and leaves the contestant as it was before that step.
     """
-    model, parameters = contestant.model, [p for p in contestant.model.parameters() if p.requires_grad]
-    model.train()
+
+    def losses(batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return each row's nats, and its loss with what the teacher adds."""
+        outputs = contestant.outputs(batch)
+        nats_R = task.nats(outputs, batch.targets)
+        return nats_R, teacher.loss(batch.inputs, outputs, nats_R) if teacher else nats_R
+
+    parameters = [p for p in contestant.model.parameters() if p.requires_grad]
+    gathered = list(contestant.buffers().values())
+    contestant.model.train()
     since, units = time.perf_counter(), 0
     while contestant.step < until:
         rows = task.train_batch(contestant.step)
         batch = contestant.arranged(rows).shard(world.rank, world.size)
-        outputs = contestant.outputs(batch)
-        nats_R = task.nats(outputs, batch.targets)
-        loss_R = teacher.loss(batch.inputs, outputs, nats_R) if teacher else nats_R
+        before = [buffer.clone() for buffer in gathered]
+        nats_R, loss_R = losses(batch)
         (loss_R.sum() / (len(rows.categories) * task.units_per_row)).backward()
-        rate = _update(contestant, parameters, world, training)
+        sums_C = sums_by_category(nats_R, batch.categories, len(task.categories))
+        world.sum([*(p.grad for p in parameters if p.grad is not None), sums_C])
+        norm = nn.utils.clip_grad_norm_(parameters, training.clip).item()
+        try:
+            check_loss(sums_C, rows.categories, task, contestant.health, training, contestant.step + 1)
+            check_gradient(norm, losses, parameters, batch, task, world, contestant.step + 1)
+        except DivergedError:
+            contestant.optimizer.zero_grad(set_to_none=True)
+            for buffer, was in zip(gathered, before, strict=True):
+                buffer.copy_(was)
+            raise
+        rate = _update(contestant, training)
+        _agree(gathered, world)
         units += len(rows.categories) * task.units_per_row
         if contestant.step % every == 0 or contestant.step == until:
             now = time.perf_counter()
             loss = mean_by_category([(nats_R.detach(), batch.categories)], task, world)
-            if lost := [category for category, nats in loss.items() if not math.isfinite(nats)]:
-                raise DivergedError(
-                    f"the loss of {', '.join(lost)} is not finite at step {contestant.step}; "
-                    f"lower training.learning_rate or training.clip and resume from the last checkpoint"
-                )
             report(contestant, Progress(loss, rate, units / (now - since)))
             since, units = time.perf_counter(), 0
 
@@ -166,27 +182,22 @@ def mean_by_category(nats: list[tuple[Tensor, Tensor]], task: Task, world: World
     return {c: means[i].item() for i, c in enumerate(task.categories) if rows_C[i] > 0}
 
 
-def _agree(model: SplitModel, world: World) -> None:
+def _agree(gathered: Sequence[Tensor], world: World) -> None:
     """Replace what every rank has gathered from its own rows (running statistics) by the mean over ranks.
 
     A rank that had no row for a statistic in this step counts with what it was before.
     """
-    persistent = model.network.state_dict() if world.size > 1 else {}
-    gathered = [buffer for name, buffer in model.network.named_buffers() if name in persistent]
-    moving = [buffer for buffer in gathered if buffer.is_floating_point()]
+    moving = [buffer for buffer in gathered if buffer.is_floating_point()] if world.size > 1 else []
     world.sum(moving)
     for buffer in moving:
         buffer /= world.size
 
 
-def _update(contestant: Contestant, parameters: list[nn.Parameter], world: World, training: Training) -> float:
-    world.sum([p.grad for p in parameters if p.grad is not None])
-    nn.utils.clip_grad_norm_(parameters, training.clip)
-    rate = learning_rate(training, contestant.step)
+def _update(contestant: Contestant, training: Training) -> float:
+    rate = contestant.health.rate * learning_rate(training, contestant.step)
     for group in contestant.optimizer.param_groups:
         group["lr"] = rate
     contestant.optimizer.step()
     contestant.optimizer.zero_grad(set_to_none=True)
-    _agree(contestant.model, world)
     contestant.step += 1
     return rate

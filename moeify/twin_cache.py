@@ -55,19 +55,26 @@ class TwinCache:
         if not there:
             return False
         entry = self._entry(arm, until)
-        for step, progress in read_manifest(entry)["facts"]["reports"]:
+        known = read_manifest(entry)["facts"]
+        for step, progress in known["reports"]:
             if contestant.step < step:
                 contestant.step = step
                 report(contestant, Progress(**progress))
         contestant.load(read_part(entry, "twin"))
         contestant.step = until
+        contestant.health.began, contestant.health.fresh = known["loss_began"], False
         return True
 
     def keep(self, arm: Arm, contestant: Contestant) -> None:
-        """Keep the twin as it stands for other runs; not if an earlier attempt trained a part of it unheard."""
-        if self._world.rank or arm not in self._told or self._is_good(arm, contestant.step):
+        """Keep the twin as it stands for other runs; not if an earlier attempt trained a part of it unheard, or if it
+        went through trouble that each run must tell for itself."""
+        unheard = arm not in self._told or contestant.health.mishaps
+        if self._world.rank or unheard or self._is_good(arm, contestant.step):
             return
-        facts = {"reports": [[step, asdict(progress)] for step, progress in self._told[arm]]}
+        facts = {
+            "loss_began": contestant.health.began,
+            "reports": [[step, asdict(progress)] for step, progress in self._told[arm]],
+        }
         with self._lock():
             write_folder(self._entry(arm, contestant.step), facts, {"twin": contestant.tensors()})
 
@@ -90,7 +97,7 @@ class TwinCache:
 
 def fingerprint(config: RunConfig, task: Task, world: World) -> str:
     """Return the hash of all that a twin's bits depend on, and of the steps that are reported."""
-    whole = {"seed": True, "data": True, "model": True, "training": True}
+    whole = {"seed": True, "data": True, "model": True, "training": True, "distillation": True}
     parts = {"partition": {"units"}, "checkpoints": {"every"}, "tracking": {"every"}}
     settings = config.model_dump(mode="json", include={**whole, **parts})
     machine = [
@@ -105,7 +112,7 @@ def fingerprint(config: RunConfig, task: Task, world: World) -> str:
     digest.update(json.dumps(describe(network), sort_keys=True, default=str).encode())
     for tensor in _content(config, task, network):
         digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

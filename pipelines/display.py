@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from moeify.events import Evaluated, Event, Failed, Finished, Phase, RoundEnded, Started, Step
+from moeify.events import Evaluated, Event, Failed, Finished, Mishap, Phase, RoundEnded, Started, Step
 from pipelines.journal import Follower
 from pipelines.wording import clock, percent, two_digits
 
@@ -130,6 +130,8 @@ def milestones(event: Event) -> Iterator[str]:
                 f"separation {percent(event.separation)}, tax {event.tax:+.3f} nats"
                 f"{expected}, {random}{told}J {two_digits(event.predicted)}"
             )
+        case Mishap():
+            yield f"{event.arm}, {event.what}; {event.done}"
         case Evaluated(moment="test") if event.loss:
             yield f"test loss of {event.arm}: {fmean(event.loss.values()):.3f} nats, mean over categories"
         case Finished():
@@ -233,7 +235,7 @@ def _style(event: Event) -> str:
     match event:
         case RoundEnded():
             return "green" if event.outcome == "kept" else "yellow"
-        case Failed():
+        case Failed() | Mishap():
             return "red"
         case _:
             return ""

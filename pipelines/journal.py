@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from moeify.events import Event
+from moeify.storing import storing
 
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 _BATCH = 1000
@@ -37,13 +38,15 @@ class JournalError(ValueError):
 class JournalTracker:
     """Appends events to a journal; knows the ids that are already in it.
 
-    A partial last line, left by a kill, is cut off on opening. Unlike other trackers it raises ``OSError``: a run
+    A partial last line, left by a kill, is cut off on opening. Unlike other trackers it raises ``StorageError``: a run
     whose own state cannot be written must not go on. There is one writer at a time: a worker outlives its killed
     driver by some seconds, and whoever goes on with the run waits here until it is gone.
     """
 
     def __init__(self, path: Path, wait_seconds: float = _LONGEST_WAIT) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        with storing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         self._sole = FileLock(path.with_suffix(".lock"), timeout=wait_seconds, thread_local=False)
         try:
             self._sole.acquire()
@@ -60,8 +63,9 @@ class JournalTracker:
     def _open(self, path: Path) -> None:
         events, end = read_events(path, 0)
         self._seen = {event.id for event in events}
-        self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-        os.ftruncate(self._fd, end)
+        with storing(path):
+            self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            os.ftruncate(self._fd, end)
 
     def emit(self, event: Event) -> None:
         """Append one event; an ``id`` that the journal holds is ignored."""
@@ -71,12 +75,13 @@ class JournalTracker:
             json.dumps(event.model_dump(), ensure_ascii=False, separators=(",", ":")).encode(errors="replace") + b"\n"
         )
         start = os.fstat(self._fd).st_size
-        try:
-            while line:
-                line = line[os.write(self._fd, line) :]
-        except OSError:
-            os.ftruncate(self._fd, start)  # leave no torn line for the next event to be glued to
-            raise
+        with storing(self._path):
+            try:
+                while line:
+                    line = line[os.write(self._fd, line) :]
+            except OSError:
+                os.ftruncate(self._fd, start)  # leave no torn line for the next event to be glued to
+                raise
         self._seen.add(event.id)
 
     def close(self) -> None:

@@ -88,11 +88,18 @@ def on_ray(folder: RunFolder, config: RunConfig, base: Path, followers: Sequence
 
 
 def in_process(folder: RunFolder, config: RunConfig, base: Path, followers: Sequence[Follower]) -> None:
-    """Run, or run on, in this process, as one worker without Ray; return once the run has ended."""
+    """Run, or run on, in this process, as one worker without Ray; return once the run has ended.
+
+    Raises RunFailedError where there was not enough memory.
+    """
     with _driven(folder, config, followers):
+        from moeify.divergence import OutOfMemoryError
         from pipelines.worker import work
 
-        work(_order(folder, config, base))
+        try:
+            work(_order(folder, config, base))
+        except OutOfMemoryError as error:
+            raise RunFailedError(f"{error}; 'moeify resume {folder.id}' goes on from the last checkpoint") from error
 
 
 def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, Any]) -> None:

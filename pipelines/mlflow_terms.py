@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from moeify.events import Evaluated, Event, RoundEnded, Step
+from moeify.events import Evaluated, Event, Mishap, RoundEnded, Step
 from moeify.recipe.arms import Arm
 from moeify.result import MEAN, Result
 from pipelines.journal import read_events
@@ -137,6 +137,9 @@ def summary(folder: RunFolder, status: str) -> str:
         lines += _result_table(result)
     if rounds:
         lines += _rounds_table(rounds)
+    if mishaps := [event for event in events if isinstance(event, Mishap)]:
+        told = [f"- {event.arm}, {event.what}; {event.done}" for event in mishaps]
+        lines += ["**Numbers that went wrong**, and how the run went on", "", *told, ""]
     kept = [event.tree for event in rounds if event.accepted]
     if kept:
         lines += ["**Expert tree**, units", "", "```text", *_tree_lines(kept[-1]), "```"]

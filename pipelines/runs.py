@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from moeify.recipe.config import RunConfig
 from moeify.recipe.load import to_yaml
+from moeify.storing import storing
 
 Status = Literal["running", "finished", "failed", "interrupted"]
 
@@ -186,31 +187,33 @@ def create(
 
     Raises:
         FileExistsError: ``run`` is there.
+        StorageError: there is no room, or no right to write.
     """
-    home.mkdir(parents=True, exist_ok=True)
-    draft = home / f".new-{os.getpid()}-{secrets.token_hex(4)}"
-    draft.mkdir()
-    try:
-        folder = RunFolder(draft)
-        folder.recipe.write_text(recipe_text, encoding="utf-8")
-        folder.resolved.write_text(to_yaml(config), encoding="utf-8")
-        for part in (folder.checkpoints, folder.rounds, folder.plots):
-            part.mkdir()
-        if fill:
-            folder.inputs.mkdir()
-            fill(folder.inputs)
-        while True:
-            path = home / (check_id(run) if run else new_id(config.name))
-            if not path.exists():
-                start = RunFolder(path).inputs if fill else (base or Path()).absolute()
-                origin = {"base": str(start), "moeify": package_version(), "versions": _versions()}
-                folder.origin.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-                return RunFolder(draft.rename(path))
-            if run:
-                raise FileExistsError(f"run {run} is there already")
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    with storing(home):
+        home.mkdir(parents=True, exist_ok=True)
+        draft = home / f".new-{os.getpid()}-{secrets.token_hex(4)}"
+        draft.mkdir()
+        try:
+            folder = RunFolder(draft)
+            folder.recipe.write_text(recipe_text, encoding="utf-8")
+            folder.resolved.write_text(to_yaml(config), encoding="utf-8")
+            for part in (folder.checkpoints, folder.rounds, folder.plots):
+                part.mkdir()
+            if fill:
+                folder.inputs.mkdir()
+                fill(folder.inputs)
+            while True:
+                path = home / (check_id(run) if run else new_id(config.name))
+                if not path.exists():
+                    start = RunFolder(path).inputs if fill else (base or Path()).absolute()
+                    origin = {"base": str(start), "moeify": package_version(), "versions": _versions()}
+                    folder.origin.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+                    return RunFolder(draft.rename(path))
+                if run:
+                    raise FileExistsError(f"run {run} is there already")
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
 
 
 def every(home: Path) -> list[RunFolder]:
@@ -260,7 +263,8 @@ def hold(folder: RunFolder) -> Iterator[None]:
     """Drive the run: hold its lock; raise ``RunBusyError`` when another process does."""
     with hold_lock(folder.lock, f"run {folder.id}"):
         driver = {"host": socket.gethostname(), "pid": os.getpid()}
-        folder.driver.write_text(json.dumps(driver) + "\n", encoding="utf-8")
+        with storing(folder.driver):
+            folder.driver.write_text(json.dumps(driver) + "\n", encoding="utf-8")
         yield
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 
+from moeify.divergence import OutOfMemoryError
 from moeify.events import Artifact, Event, Finished, Phase
 from moeify.recipe.config import RunConfig
 from moeify.task import Task
@@ -95,7 +96,7 @@ def work(payload: dict[str, Any]) -> None:
 
 
 def guarded(worker: Callable[[dict[str, Any]], None], payload: dict[str, Any]) -> None:
-    """Call ``worker(payload)``; raise only what another attempt may mend: a peer that is gone.
+    """Call ``worker(payload)``; raise only what another attempt may mend: a peer that is gone, no memory left.
 
     Any other error is left in ``payload["folder"]`` as a ``Failure``.
     """
@@ -107,9 +108,12 @@ def guarded(worker: Callable[[dict[str, Any]], None], payload: dict[str, Any]) -
             if _peer_said_why(folder):
                 return
             raise
-        leave(folder, error)
+        if not isinstance(error, OutOfMemoryError):
+            leave(folder, error)
         if dist.is_initialized():
             dist.destroy_process_group()  # closes the connections: nobody waits for this rank in a collective
+        if isinstance(error, OutOfMemoryError):
+            raise
 
 
 def leave(folder: Path, error: Exception) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moeify.events import Evaluated, Event, Failed, Finished, Phase, RoundEnded, Started, Step
+from moeify.events import Evaluated, Event, Failed, Finished, Mishap, Phase, RoundEnded, Started, Step
 from moeify.recipe.arms import Arm
 from pipelines.display import PlainDisplay, RunState, TerminalDisplay, choose_display, milestones
 
@@ -191,3 +191,8 @@ def test_after_the_end_the_live_line_says_what_is_waited_for() -> None:
     assert state.step_line() == ""
     state.take(phase(1))
     assert state.phase_line() == "round 1/2 · train"
+
+
+def test_numbers_that_went_wrong_are_told_with_how_the_run_went_on() -> None:
+    event = Mishap(id="mishap/split/1", time=0.0, arm="split", round=1, step=8, what="step 9: x", done="it is skipped")
+    assert list(milestones(event)) == ["split, step 9: x; it is skipped"]

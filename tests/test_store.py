@@ -87,6 +87,16 @@ def test_a_half_written_checkpoint_is_never_seen(tmp_path: Path, monkeypatch: py
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0001"]
 
 
+def test_what_a_kill_left_half_written_is_cleared_with_the_next_checkpoint(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path, keep=3)
+    half = tmp_path / "checkpoints" / ".draft-killed"
+    half.mkdir(parents=True)
+    (half / "split.safetensors").write_bytes(b"half")
+    assert store.newest() is None
+    store.save("0001", {}, TENSORS)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0001"]
+
+
 def test_files_for_people_stay_inside_the_folder(tmp_path: Path) -> None:
     store = FolderStore(tmp_path / "run", keep=1)
     store.put("rounds/1/partition.json", b"{}")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from moeify.routed.split_model import SplitModel
 from moeify.split_folder import split_hash
-from moeify.store import read_manifest, read_part, write_folder
+from moeify.store import read_manifest, read_part, understood, write_folder
 from moeify.task import Batch
 
 Kind = Literal["document", "token"]
@@ -218,7 +218,8 @@ def load_router(run: Path) -> Router:
     facts: dict[str, Any] = read_manifest(run / FOLDER)["facts"]
     if facts.get("router") != VERSION:
         raise ValueError(f"{run.name}: its router has version {facts.get('router')}, wanted {VERSION}; {again}")
-    if facts["model"] != split_hash(run):
+    if facts.get("model") != split_hash(run):
         raise ValueError(f"{run.name}: its router was trained for another checkpoint of the split model; {again}")
     tensors = read_part(run / FOLDER, "router")
-    return Router(facts["kind"], tuple(facts["experts"]), tensors["weight"], tensors["bias"], facts["threshold"])
+    with understood(f"the router of {run.name}"):
+        return Router(facts["kind"], tuple(facts["experts"]), tensors["weight"], tensors["bias"], facts["threshold"])

@@ -1,0 +1,108 @@
+"""What a second worker brings: tokens a second of two gloo workers over those of one, on the shipped text recipe.
+
+Each worker is a process with one thread, pinned to a core of its own, and runs the loop's own training step: the rows
+of a step are shared out, gradients summed. Worker 0 alone and both together take turns in the same processes, on the
+same model and rows; the figure is the median of the ratios of neighbouring turns. The machine must be idle and have two
+cores: with other work on them the figure is theirs.
+
+The full benchmark takes about four minutes on two cores, --quick a few steps.
+"""
+
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.report import Cell, Figure, arguments, report
+from moeify.recipe.config import RunConfig
+from moeify.recipe.load import parse_recipe
+from moeify.routed.split_model import SplitModel
+from moeify.tasks.build import build_task
+from moeify.training import Contestant, train
+from moeify.world import Group, Solo, World
+from pipelines.runs import cache
+
+TURNS, STEPS = 9, 24
+QUICK_TURNS, QUICK_STEPS = 3, 2
+_NEVER = 10**9
+"""Steps between two reports: none comes but the last of each turn."""
+
+
+def main() -> None:
+    """Let one worker and two take turns, and compare."""
+    asked = arguments(__doc__)
+    text = (files("pipelines.recipes") / "text.yaml").read_text(encoding="utf-8")
+    config = parse_recipe(text, where="text")
+    build_task(config, cache=cache(), base=Path())  # prepared once, before anybody waits for anybody
+    turns, steps = (QUICK_TURNS, QUICK_STEPS) if asked.quick else (TURNS, STEPS)
+    seconds = _measured(config, turns, steps)
+    tokens = steps * config.training.rows * config.data.length if config.data.kind == "text" else 0
+    ratios = [one / two for one, two in zip(*seconds, strict=True)]
+    rows: list[Mapping[str, Cell]] = [
+        {"workers": workers, "tokens_per_second": round(tokens / statistics.median(each)), "turns": turns}
+        for workers, each in zip((1, 2), seconds, strict=True)
+    ]
+    rows += [{"ratio": name, "value": value} for name, value in (("least", min(ratios)), ("most", max(ratios)))]
+    figures = [Figure("two_workers_over_one", statistics.median(ratios), ">= 1.8 on two idle cores")]
+    report("scaling", rows, figures, asked.json, quick=asked.quick)
+
+
+def _measured(config: RunConfig, turns: int, steps: int) -> tuple[list[float], list[float]]:
+    """Return the seconds of each turn of one worker, and of two."""
+    with tempfile.TemporaryDirectory() as scratch, socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        listener.close()
+        told = (config.model_dump_json(), port, turns, steps, str(Path(scratch) / "seconds.json"))
+        context = multiprocessing.get_context("spawn")
+        workers = [context.Process(target=_worker, args=(rank, *told)) for rank in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+            if worker.exitcode:
+                raise SystemExit(f"a worker ended with exit code {worker.exitcode}")
+        one, two = json.loads(Path(told[-1]).read_text(encoding="utf-8"))
+        return one, two
+
+
+def _worker(rank: int, recipe: str, port: int, turns: int, steps: int, result: str) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    config = RunConfig.model_validate_json(recipe)
+    task = build_task(config, cache=cache(), base=Path())
+    contestant = Contestant(SplitModel(task.build(), task.categories), config.training)
+
+    def turn(world: World) -> float:
+        dist.barrier()
+        contestant.step = 0  # the same rows each time
+        began = time.perf_counter()
+        train(contestant, task, world, config.training, steps, _NEVER, lambda *_: None)
+        return time.perf_counter() - began
+
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for number in range(turns + 1):
+        alone = turn(Solo()) if rank == 0 else dist.barrier()
+        together = turn(Group())
+        if number and alone is not None:  # the first turn warms up
+            seconds[0].append(alone)
+            seconds[1].append(together)
+    if rank == 0:
+        Path(result).write_text(json.dumps(seconds), encoding="utf-8")
+    dist.barrier()
+    os._exit(0)  # gloo's threads may still hold tensors: tearing the interpreter down aborts now and then
+
+
+if __name__ == "__main__":
+    main()
