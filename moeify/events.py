@@ -112,7 +112,8 @@ class RoundEnded(_Event):
     separation: float
     """1 - mean active fraction of units, of what this round cut."""
     asked: float = 1.0
-    """The separation that the round went for; the default is for journals from before it was kept."""
+    """The separation that the round went for, or all that the budget let it; the default is for journals from before it
+    was kept."""
     uncut: Literal["nothing to split", "no step left"] | None = None
     """Why the round cut nothing; None where it did."""
     tax: float

@@ -201,6 +201,8 @@ class _Loop:
         cut_rows = self._evaluate(phase, "after_cut", self.config.cut_arms)
         now, then = (self._standing(each["split"], rows["dense"]) for each in (rows, cut_rows))
         expected = expected_tax(now, then, self.state.rounds)
+        budget, got = self.config.budget, self._separation(proposal.partition)
+        asked = got if budget and asked - got >= budget.least_step else asked  # all that the budget let it go for
         self.state.undo = before
         self.state.cut = Cut(asked, proposal.predicted, blind, now, then, expected)
         return None

@@ -155,6 +155,17 @@ def test_a_round_goes_as_far_as_the_budget_is_expected_to_allow() -> None:
     assert "of 0.300: the budget allows no more" in notes(tracker)
 
 
+def test_a_target_that_the_budget_kept_out_of_reach_is_not_called_reached() -> None:
+    last = [{"train": 15, "recover": 10, "separation": 0.3}]
+    free = run(toy_config(rounds=last), ToyTask(toy_config(rounds=last)))
+    assert (free.stopped, free.rounds[0].asked) == ("target reached", 0.3)
+    tight = toy_config(rounds=last, budget={"tax": 0.4 * (free.rounds[0].tax_cut or 0.0)})
+    result = run(tight, ToyTask(tight))
+    assert result.rounds[0].outcome == "kept"
+    assert result.rounds[0].asked == result.rounds[0].separation < 0.28
+    assert result.stopped == "rounds used up"
+
+
 def test_a_budget_that_is_never_in_the_way_changes_nothing() -> None:
     free, wide = toy_config(), toy_config(budget={"tax": "99 %", "per": "category"})
     one, other = (run(config, ToyTask(config)) for config in (free, wide))
