@@ -13,10 +13,12 @@ GGUF, ...           in llama.cpp, batch 1, over the dense model in llama.cpp; "-
 Work: ``prefill`` reads prompts without a cache; ``decode`` adds tokens, one a row and step, behind prompts in a cache.
 The limit is what the saved work allows: the dense model's tokens a second x its work / the work that is needed. Work
 is bytes read (weights, keys and values) for decode at batch 1, and FLOPs of matrix products and attention otherwise.
-What is needed is the category's own route; padding and copies of a format count against it.
+What is needed is the category's own route; padding and copies of a format count against it. At batch 32 the cache of
+``transformers`` copies at each step about as many bytes of keys and values as the dense model has of weights: in all
+models alike, and unknown to a limit of FLOPs.
 
 Medians over turns of a ratio within each turn (``benchmarks.alternation``), on as many threads as torch is given
-(OMP_NUM_THREADS). About a quarter of an hour on one thread; --quick runs a tiny model, too hastily to quote.
+(OMP_NUM_THREADS). About ten minutes on one thread; --quick runs a tiny model, too hastily to quote.
 """
 
 import inspect
