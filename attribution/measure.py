@@ -251,7 +251,7 @@ class _Tap:
         for part in self._parts:
             terms = wide(gradient[part.where])
             if isinstance(self.reader, nn.Conv2d):
-                terms = terms.flatten(2).transpose(1, 2) / terms[0, 0].numel() ** 0.5
+                terms = terms.flatten(2).sum(2) / terms[0, 0].numel() ** 0.5
             outputs.add(part.category, terms.reshape(-1, terms.shape[-1]) / self.samples**0.5)
 
     def _add(

@@ -5,6 +5,15 @@ The cost is the K-FAC Schur residual (Kronecker factors A of the inputs and H of
 Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", 2015; removal with re-fitted
 survivors as in Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", 1993).
 
+A convolution reads patches: each kernel place of a channel is an input. What a change of its output costs is
+1/2 E[(sum_p g_p . dy_p)^2] over the places p of the map, and the two factors can hold but part of it. Here A = E[sum_p
+a_p a_p^T], so that the least-squares fit of the kept to the removed patches is exact, and H = E[G G^T] / places with
+G = sum_p g_p, as if dy were the same all over the map: H of "KFAC-reduce", with A of "KFAC-expand" (Eschenhagen et al.,
+"Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures", 2023). Had the gradients of places
+nothing to do with each other, H = E[sum_p g_p g_p^T] / places (Grosse and Martens, "A Kronecker-factored approximate
+Fisher matrix for convolution layers", 2016) would be right; behind a mean over the map they have one sign, and on a
+ResNet that form told 21 to 44 times too little, this one 1.3 to 2.7 times too much (benchmarks/LOG.md).
+
 Axes: categories C, terms T, features X of a moment, sketch columns S; inputs U of a weight (``width`` side by side
 belong to one unit), kept inputs K, removed inputs R, output dim D. A = E[a a^T], H = E[g_y g_y^T], y = a W.
 """

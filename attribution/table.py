@@ -58,8 +58,8 @@ class SiteSums:
     inputs: Moment | None = None
     """Sum of a a^T over tokens (for a convolution over its patches); None where it was not asked for."""
     outputs: Moment | None = None
-    """Sum of g_y g_y^T over tokens, labels sampled from the model; y: the reader's output. For a convolution the mean
-    over the places of its output."""
+    """Sum of g_y g_y^T over tokens, labels sampled from the model; y: the reader's output. For a convolution g_y is the
+    sum over the places of its output, and g_y g_y^T is divided by their number (``attribution.moments``)."""
 
     def __post_init__(self) -> None:
         if self.fisher.ndim != 2 or self.power.ndim != 2 or len(self.power) % max(1, len(self.fisher)):

@@ -3,11 +3,11 @@
 ``own`` (the default, needs no data): a dense Llama that this benchmark trains on installed text first, saves as
 ``transformers`` does, and splits by the same four categories. ``stories260K``: a public Llama of 260,032 parameters
 below MOEIFY_DATA, on clusters of its own stories. Every method cuts the same checkpoint and recovers on the same rows
-and from the same teacher as the loop does; the dense twin is the checkpoint retrained on those rows. ``kept`` is the
-dense twin's test loss over the split model's, ``perplexity kept`` the ratio of perplexities, ``gap`` the difference in
-nats, means over seeds with 95 % intervals (Student's t). Runs are Ray tasks, as many at a time as there are cores;
-those that have ended are kept in ``--work``. Half an hour on two cores; ``--quick`` makes a tiny checkpoint and one
-cut.
+and from the same teacher, the checkpoint as loaded; so does the dense twin, the checkpoint equally retrained. ``kept``
+is the dense twin's test loss over the split model's, ``perplexity kept`` the ratio of perplexities, ``gap`` the
+difference in nats (of what is not distilled: to the dense twin that is not), means over seeds with 95 % intervals
+(Student's t). Runs are Ray tasks, as many at a time as there are cores; those that have ended are kept in ``--work``.
+Half an hour on two cores; ``--quick`` makes a tiny checkpoint and one cut.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.frontier import run, signed
 from benchmarks.report import Cell, Figure, parser, report
-from moeify.comparison import LOOP, Job, Row, jobs
+from moeify.comparison import DENSE, LOOP, Job, Row, jobs
 from moeify.data.root import data_file, data_root
 from moeify.evaluation import row_losses
 from moeify.recipe.config import RunConfig
@@ -36,8 +36,8 @@ from pipelines.runs import cache
 LIGHT, DEEP = 0.25, 0.66
 """Separations of the headline figures: 75 % and 34 % of the FFN units active."""
 METHODS = ("oneshot", "random", "moefication", "cmoe", "coactivation", "magnitude", "uncompensated")
-ALONE = "loop, not distilled"
-"""The loop whose recovery is from the rows alone."""
+UNDISTILLED = ", not distilled"
+"""The loop, and the dense twin that its gap is to, where all learn from the rows alone."""
 PLAIN = "random, plain"
 """Random owners at equal widths in every layer, without compensation: ``random`` has the recipe's of both."""
 TEXT: dict[str, Any] = {
@@ -75,24 +75,24 @@ def measured(
 ) -> None:
     """Run every method and report."""
     found = run(config, jobs(methods, separations, range(seeds)), work)
-    partition = config.partition.model_copy(update={"budget": "equal", "compensation": None})
-    changes: Mapping[str, tuple[str, dict[str, Any]]] = {
-        PLAIN: ("random", {"partition": partition}),
-        ALONE: (LOOP, {"distillation": None}),
-    }
-    for name, (method, change) in () if asked.quick else changes.items():
-        some = [Job(method, separation, seed) for separation in separations for seed in range(seeds)]
-        mine = run(config.model_copy(update=change), some, work)
-        found += [replace(row, method=name) for row in mine if row.method == method]
-    checkpoint = asked.checkpoint
-    rows = [cells(checkpoint, row) for row in sorted(found, key=lambda row: row.separation)]
-    report(
-        "convert",
-        [as_loaded(checkpoint, config), *rows],
-        list(figures(found, checkpoint)),
-        asked.json,
-        quick=asked.quick,
-    )
+    if not asked.quick:
+        each = [(separation, seed) for separation in separations for seed in range(seeds)]
+        partition = config.partition.model_copy(update={"budget": "equal", "compensation": None})
+        plain = config.model_copy(update={"partition": partition})
+        alone = config.model_copy(update={"distillation": None})
+        found += [
+            replace(row, method=PLAIN)
+            for row in run(plain, [Job("random", *at) for at in each], work)
+            if row.method == "random"
+        ]
+        found += [
+            replace(row, method=row.method + UNDISTILLED)
+            for row in run(alone, [Job(LOOP, *at) for at in each], work)
+            if row.method in (LOOP, DENSE)
+        ]
+    rows = [cells(asked.checkpoint, row) for row in sorted(found, key=lambda row: row.separation)]
+    rows = [as_loaded(asked.checkpoint, config), *rows]
+    report("convert", rows, list(figures(found, asked.checkpoint)), asked.json, quick=asked.quick)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------
@@ -111,6 +111,9 @@ def own(work: Path, *, quick: bool) -> RunConfig:
 
 def save_dense(config: RunConfig, folder: Path) -> None:
     """Train the recipe's dense network, never cut, and save it with its tokenizer as ``transformers`` does."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     print(f"training a dense Llama for {config.training.steps:,} steps ...", flush=True)
     task = build_task(config, cache=cache(), base=Path.cwd())
     contestant = Contestant(SplitModel(task.build(), task.categories), config.training)

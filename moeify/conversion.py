@@ -15,8 +15,8 @@ from moeify.recipe.plan import check_categories
 from moeify.starter import SPEED, Machine, Starter, of_size, rows_a_step, rows_of
 
 _HEAD = "# Written by moeify split; every field: docs/recipes.md, or moeify schema --markdown.\n"
-_ARMS = 4.5
-"""What all models train, in trainings of one: two twins, and two that also hear their teacher."""
+_ARMS = 5.0
+"""What all models train, in trainings of one: four, each with the teacher's forward pass."""
 _MINUTES = 5.0
 """What training may take, as far as that can be foreseen."""
 _EPOCHS = 4

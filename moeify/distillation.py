@@ -1,4 +1,4 @@
-"""What arms that were cut learn besides their rows: the network as the run began with it, frozen.
+"""What arms learn besides their rows: the network as the run began with it, frozen.
 
 Hinton et al., "Distilling the Knowledge in a Neural Network", 2015 (arXiv 1503.02531).
 """

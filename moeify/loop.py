@@ -144,10 +144,9 @@ class _Loop:
     def _train_until(self, phase: PlannedPhase, arm: Arm, stop: int, report: Report) -> Contestant:
         """Train an arm up to a step, or to where its numbers went wrong; return it as it goes on."""
         contestant, settings, every = self.state.arms[arm], self.config.training, self.config.tracking.every
-        teacher = self.teacher if arm in self.config.cut_arms else None
         try:
             with memory(lambda: f"{arm}, step {contestant.step + 1}, worker {self.world.rank}"):
-                train(contestant, self.task, self.world, settings, stop, every, report, teacher)
+                train(contestant, self.task, self.world, settings, stop, every, report, self.teacher)
         except DivergedError as trouble:
             done = self._go_on(arm, trouble)
             contestant = self.state.arms[arm]

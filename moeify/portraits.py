@@ -36,6 +36,8 @@ _TOKENS = 12
 """Kinds of token named for an expert."""
 _RARE = 2.0
 """Occurrences without any rise that are added to each kind of token: a rare one must rise more to be named."""
+_LEAST_SIDE = 8
+"""Of an image in three colours that was given as one row of numbers."""
 _MOST_NATS = 1e6
 """Larger rises (a loss that became infinite) are told as this."""
 
@@ -234,8 +236,13 @@ def _as_picture(row: Tensor) -> tuple[tuple[int, int, int], Float[Tensor, "heigh
     elif row.ndim == 2:
         planes = row.unsqueeze(0)
     else:
-        side = math.isqrt(row.numel())
-        planes = row.view(1, side, side) if side * side == row.numel() else row.view(1, 1, -1)
+        length, third = row.numel(), row.numel() // 3
+        if length == (side := math.isqrt(length)) ** 2:
+            planes = row.view(1, side, side)
+        elif length == 3 * (side := math.isqrt(third)) ** 2 and side >= _LEAST_SIDE:
+            planes = row.view(3, side, side)
+        else:
+            planes = row.view(1, 1, -1)
     picture = planes.permute(1, 2, 0)
     height, width, channels = picture.shape
     return (height, width, channels), picture.contiguous()

@@ -173,9 +173,11 @@ class MlflowFollower:
         return next((event for event in reversed(events) if not isinstance(event, Exported)), None)
 
     def _summarise(self, client: "MlflowClient", status: str) -> None:
-        for key, value in {"moeify.status": status, **outcome_tags(self._folder)}.items():
-            client.set_tag(self._progress.parent, key, value)
-        client.set_tag(self._progress.parent, "mlflow.note.content", summary(self._folder, status)[:LONGEST_TAG])
+        from mlflow.entities import RunTag
+
+        tags = {"moeify.status": status, **outcome_tags(self._folder)}
+        tags["mlflow.note.content"] = summary(self._folder, status)[:LONGEST_TAG]
+        client.log_batch(self._progress.parent, tags=[RunTag(key, value) for key, value in tags.items()])
 
     # --- contact ------------------------------------------------------------------------------------------
 
@@ -284,6 +286,8 @@ class MlflowFollower:
 
     def _deliver_models(self, client: "MlflowClient") -> None:
         """Log and register the dense twin and the split model; those that are too large, or not there, are left out."""
+        if not self._config.tracking.models or not self._folder.checkpoints.is_dir():
+            return
         from moeify.split_folder import bytes_in_run, copy_from_run
         from moeify.store import CorruptCheckpointError
 

@@ -20,6 +20,8 @@ def assert_equals_the_masked_oracle(model: SplitModel, inputs: Tensor, categorie
     routed, routed_grads = model(inputs, categories), gradients(model, inputs, categories)
     with model.masked():
         masked, masked_grads = model(inputs, categories), gradients(model, inputs, categories)
+    with torch.no_grad():
+        assert torch.equal(model(inputs, categories), routed)
     assert_close(routed, masked, rtol=1e-9, atol=1e-12)
     assert_close(routed_grads, masked_grads, rtol=1e-9, atol=1e-12)
     return routed_grads

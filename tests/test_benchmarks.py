@@ -16,6 +16,7 @@ NAMES = sorted(
 MARKS = {
     "overhead": [pytest.mark.main_path, pytest.mark.ray],
     "frontier": [pytest.mark.ray],
+    "convert": [pytest.mark.ray],
     "mnist_split": [pytest.mark.skipif(not os.environ.get("MOEIFY_DATA"), reason="reads mnist in MOEIFY_DATA")],
 }
 PARAMETERS = [pytest.param(name, marks=MARKS.get(name, [])) for name in NAMES]

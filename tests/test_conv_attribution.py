@@ -6,13 +6,13 @@ import pytest
 import torch
 from captum.attr import LayerGradientXActivation
 from subjects import NAMES, activations, by_category, close, extra, losses_of, nats, sample
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attribution.ablation import ablation_rises, joint_rises, single
 from attribution.measure import Moments, measure
 from attribution.moments import schur_residual
-from attribution.sites import output_weight, patches
+from attribution.sites import Site, output_weight, patches
 from attribution.subject import Rows, Subject
 from attribution.table import AttributionTable
 from moeify.models.families import readers
@@ -99,6 +99,26 @@ def test_j_is_what_no_linear_map_of_the_kept_channels_patches_gives_back() -> No
             got = schur_residual(*moments, weight, kept, ~kept, damping=1e-10)
             assert got == pytest.approx(wanted, rel=1e-6)
             assert table.residual(site.name, name, weight, kept, ~kept) == pytest.approx(wanted, rel=0.05)
+
+
+def test_on_maps_of_one_value_j_of_a_channel_is_its_fisher_information() -> None:
+    """One example a category, and the same patch everywhere: both factors are of rank one, and nothing is approximate.
+
+    Gradients of places add up before they are squared, as in the loss.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        one, two, head = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 3, 1), nn.Linear(3, 5)
+        network = nn.Sequential(one, nn.ReLU(), two, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).double()
+    flat = torch.rand(3, 2, 1, 1, dtype=torch.float64).expand(3, 2, 5, 4)
+    subject = Subject(network, (Site("s", "2", 4, spatial=True),), NAMES, nats, sample)
+    table = measure(subject, [Rows(flat, torch.tensor([0, 2, 4]), torch.arange(3), torch.arange(3))], moments=Moments())
+    weight, none = output_weight(two, subject.site("s")), torch.zeros(4, dtype=torch.bool)
+    for c, name in enumerate(NAMES):
+        moments = table.second_moment("s", name), table.curvature("s", name)
+        for unit, fisher in enumerate(table.score("s", "fisher")[:, c].tolist()):
+            found = schur_residual(*moments, weight, none, torch.arange(4) == unit, damping=1e-12)
+            assert found == pytest.approx(fisher, rel=1e-6, abs=1e-15)
 
 
 def cut_of(model: SplitModel, table: AttributionTable, owners: Owners) -> Proposal:

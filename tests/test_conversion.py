@@ -77,6 +77,15 @@ def test_a_checkpoint_is_split_before_its_first_step_and_what_is_exported_loads(
         assert (stock - wanted).abs().max() <= 1e-4
 
 
+def test_heads_of_a_checkpoint_are_units_too(tmp_path: Path) -> None:
+    partition = {"units": ["ffn", "heads"], "frozen": ["*.ffn"]}
+    rounds = [{"train": 0, "recover": 5, "separation": 0.04}]
+    config, task = recipe(tmp_path, "qwen3", partition=partition, rounds=rounds)
+    run(config, task, store=FolderStore(tmp_path / "run", 2))
+    widths = load_from_run(tmp_path / "run").partition.widths
+    assert all(width == ((1, 1, 1) if site.endswith("heads") else (20, 0, 0)) for site, width in widths.items())
+
+
 def test_a_run_killed_on_the_way_ends_with_the_same_bits(tmp_path: Path) -> None:
     config, task = recipe(tmp_path, "gpt2")
     calm = FolderStore(tmp_path / "calm", 2)
@@ -111,13 +120,13 @@ def test_a_run_does_not_go_on_with_another_teacher_than_it_began_with(tmp_path: 
         run(config, task, store=stormy)
 
 
-def test_distillation_moves_arms_that_are_cut_and_no_twin(tmp_path: Path) -> None:
+def test_every_arm_learns_from_the_teacher_and_twins_without_one_are_others(tmp_path: Path) -> None:
     config, task = recipe(tmp_path, "llama", controls=["random", "told"])
     with_it = run(config, task).test_loss
-    without = run(config.model_copy(update={"distillation": None}), task).test_loss
-    assert (with_it["dense"], with_it["told"]) == (without["dense"], without["told"])
-    assert with_it["split"] != without["split"]
-    assert with_it["random"] != without["random"]
+    alone = config.model_copy(update={"distillation": None})
+    without = run(alone, task).test_loss
+    assert all(with_it[arm] != without[arm] for arm in ("dense", "told", "split", "random"))
+    assert fingerprint(config, task, Solo()) != fingerprint(alone, task, Solo())
 
 
 def test_twins_of_other_weights_or_another_shape_are_others(tmp_path: Path) -> None:

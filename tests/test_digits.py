@@ -41,6 +41,20 @@ def test_digits_share_a_step_equally_and_lie_in_order(task: DigitsTask) -> None:
     assert bool((categories[1:] >= categories[:-1]).all())
 
 
+def test_an_image_is_the_same_example_whenever_it_is_drawn(task: DigitsTask) -> None:
+    seen: dict[tuple[int, int], bytes] = {}
+    for batch in map(task.train_batch, range(200)):
+        assert batch.examples is not None
+        for category, example, row in zip(
+            batch.categories.tolist(), batch.examples.tolist(), batch.inputs, strict=True
+        ):
+            assert seen.setdefault((category, example), row.numpy().tobytes()) == row.numpy().tobytes()
+    assert len(seen) == len(set(seen.values())) > 900
+    half = batch.take(torch.arange(23, -1, -1)).shard(1, 2)
+    assert half.examples is not None
+    assert half.examples.tolist() == batch.examples.flip(0)[1::2].tolist()
+
+
 def test_no_image_lies_in_two_splits(task: DigitsTask) -> None:
     train = {row.numpy().tobytes() for images in task._images["train"] for row in images}
     validation, test = rows_of(task, "validation"), rows_of(task, "test")

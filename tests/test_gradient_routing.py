@@ -3,10 +3,13 @@
 import copy
 import functools
 import itertools
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -285,6 +288,7 @@ def test_rows_out_of_order_are_refused() -> None:
 @pytest.mark.parametrize(
     ("experts", "said"),
     [
+        ([{"categories": ["a"], "sites": {"x.*": 0.5}}], r"experts\.0\.sites: got 'x\.\*', which matches none of 1"),
         ([{"categories": ["a"], "units": 0.01}], r"experts\.0: got 0\.01 of the 8 units of site 's', which is none"),
         ([{"categories": ["a"], "units": 0.5, "sites": {"*": 1.0}}, {"categories": ["b"], "units": 0.5}], "got 12 of"),
         (
@@ -341,3 +345,13 @@ def test_damping_stops_gradients_of_rectangles_only() -> None:
     wanted[:2, :3], wanted[2:, 3:] = 0, 0.5
     assert values.grad is not None
     assert torch.equal(values.grad, wanted)
+
+
+def test_the_documents_examples_are_sections_of_a_recipe() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "routing.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        routing = Routing.model_validate(yaml.safe_load(block)["routing"])
+        assert routing.early
+        assert not list(routing.misfits())

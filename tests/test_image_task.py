@@ -55,6 +55,11 @@ def test_every_image_lies_in_one_split_and_every_class_in_each(task: ImagesTask)
             assert np.bincount(labels, minlength=10).tolist() == [each if c in classes else 0 for c in range(10)]
     assert len(seen(task, "validation")) == 80
     assert len(seen(task, "test")) == 200
+    assert {split: sum(each.values()) for split, each in task.sizes().items()} == {
+        "train": 320,
+        "validation": 80,
+        "test": 200,
+    }
 
 
 def test_a_row_is_a_normed_image_its_class_and_its_group(task: ImagesTask) -> None:
@@ -68,6 +73,8 @@ def test_a_row_is_a_normed_image_its_class_and_its_group(task: ImagesTask) -> No
     assert all(label in groups[c] for label, c in zip(batch.targets.tolist(), batch.categories.tolist(), strict=True))
     bytes_ = (batch.inputs * 0.3081 + 0.1307) * 255
     torch.testing.assert_close(bytes_, bytes_.round(), rtol=0, atol=1e-3)
+    shown = [task._places["train"][c][e] for c, e in zip(batch.categories, batch.examples, strict=True)]
+    assert batch.targets.tolist() == task._sets["train"].labels[shown].tolist()
     assert isinstance(task.build(), ResNet)
     assert isinstance(task, Task)
 

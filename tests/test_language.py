@@ -76,6 +76,15 @@ def test_targets_are_the_tokens_after_the_inputs_in_the_stream_of_the_category(t
     assert task.train_batch(5).ids.tolist() == list(range(35, 42))
 
 
+def test_windows_that_start_in_the_same_piece_of_a_stream_are_one_example(task: LanguageTask) -> None:
+    for batch in map(task.train_batch, range(20)):
+        assert batch.examples is not None
+        for category, example, row in zip(batch.categories, batch.examples, batch.inputs, strict=True):
+            stream, length = task._tokens.streams["train"][int(category)], task.units_per_row
+            starts = range(int(example) * length, (int(example) + 1) * length)
+            assert any(np.array_equal(stream[start : start + length], row.numpy()) for start in starts)
+
+
 def test_categories_share_a_step_equally_and_lie_in_order(task: LanguageTask) -> None:
     counts = torch.stack([torch.bincount(task.train_batch(step).categories, minlength=3) for step in range(60)])
     assert set(counts.flatten().tolist()) == {2, 3}

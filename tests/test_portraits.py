@@ -2,18 +2,22 @@
 
 import base64
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from moeify import loop
 from moeify.examples import Picture, Portraits, Text
-from moeify.portraits import EXCERPT, portraits
+from moeify.portraits import EXCERPT, _as_picture, portraits
 from moeify.recipe.config import RunConfig
 from moeify.routed.split_model import SplitModel
 from moeify.split_folder import load_from_run
+from moeify.splitting.partition import Partition
+from moeify.splitting.tree import ExpertTree
 from moeify.store import FolderStore
 from moeify.task import Task
+from tests.pictures import pictures, pictures_config
 from tests.toy import TEXT_CONFIG, ToyTask, ToyTextTask, toy_config
 
 
@@ -140,3 +144,48 @@ def test_shares_of_a_route_add_up_to_one(text: tuple[SplitModel, ToyTextTask]) -
     weights = {node.name: len(node.categories) / len(tree.categories) for node in tree.nodes}
     total = sum(each.activity * weights[each.expert] for each in portraits(model, task, 8, 16).experts)
     assert total == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("row", "size"),
+    [
+        ((16,), (4, 4, 1)),
+        ((192,), (8, 8, 3)),
+        ((12,), (1, 12, 1)),
+        ((10,), (1, 10, 1)),
+        ((3, 2, 5), (2, 5, 3)),
+        ((2, 5), (2, 5, 1)),
+    ],
+)
+def test_rows_of_numbers_become_pictures(row: tuple[int, ...], size: tuple[int, int, int]) -> None:
+    values = torch.arange(float(np.prod(row))).view(row)
+    found, picture = _as_picture(values)
+    assert found == size == tuple(picture.shape)
+    planes = values.view(size[2], size[0], size[1])
+    assert all(torch.equal(picture[..., place], plane) for place, plane in enumerate(planes))
+
+
+def test_channels_of_a_residual_network_are_shown_by_images() -> None:
+    task = pictures(pictures_config())
+    tree = ExpertTree.undivided(task.categories).split({0: [(category,) for category in task.categories]})
+    model = SplitModel(task.build(), task.categories)
+    leaves = len(task.categories)
+    widths = {site.name: (site.units - leaves, *(1,) * leaves) for site in model.space.sites}
+    model.repartition(Partition(tree, widths))
+    found = portraits(model, task, 4, 16)
+    assert [each.expert for each in found.experts] == [node.name for node in tree.nodes]
+    (batch,) = task.held_out_batches("validation", 4, 4 * leaves)
+    shape = tuple(batch.inputs.shape[1:])
+    core, *experts = found.experts
+    assert core.activity + np.mean([each.activity for each in experts]) == pytest.approx(1.0, abs=1e-3)
+    with torch.no_grad():
+        intact = task.nats(model(batch.inputs, batch.categories), batch.targets)
+    for place, each in enumerate(experts):
+        assert {example.category for example in (*each.active, *each.missed)} <= {each.expert}
+        shown = each.active[0]
+        assert isinstance(shown, Picture)
+        assert shown.size == (shape[1], shape[2], shape[0])
+        with torch.no_grad(), model.ablated(each.expert):
+            rise = task.nats(model(batch.inputs, batch.categories), batch.targets) - intact
+        mine = batch.categories == place
+        assert each.rise == pytest.approx(rise[mine].mean().item(), abs=2e-4)

@@ -150,3 +150,17 @@ def test_routes_of_tokens_must_fit() -> None:
     images = split_of("autoencoder", Partition.undivided(CATEGORIES, SITES["autoencoder"]))
     with pytest.raises(ValueError, match="one category a row"):
         images(rows_for(images.network, 2), torch.zeros(2, 10, dtype=torch.long))
+
+
+def test_rectangles_follow_the_batch_the_partition_and_what_is_ablated() -> None:
+    tree = ExpertTree.undivided("ab").split({0: [("a",), ("b",)]})
+    routes = Routes(Partition(tree, {"s": (2, 3, 1)}), bounds=(0, 2, 5))
+    core, one, other = ((slice(0, 5), slice(0, 2)), (slice(0, 2), slice(2, 5)), (slice(2, 5), slice(5, 6)))
+    assert list(routes.rectangles("s")) == list(routes.rectangles("s")) == [core, one, other]
+    with routes.ablating([1]):
+        assert list(routes.rectangles("s")) == [core, other]
+    assert list(routes.rectangles("s", 2))[1] == (slice(0, 4), slice(2, 5))
+    routes.bounds = (0, 0, 5)
+    assert list(routes.rectangles("s")) == [core, (slice(0, 5), slice(5, 6))]
+    routes.partition = Partition(tree, {"s": (1, 3, 2)})
+    assert list(routes.rectangles("s")) == [(slice(0, 5), slice(0, 1)), (slice(0, 5), slice(4, 6))]

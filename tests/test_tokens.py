@@ -132,9 +132,9 @@ def test_of_several_that_start_at_once_one_prepares(tmp_path: Path, monkeypatch:
     published: list[Path] = []
     publish = tokens_of._publish
 
-    def count(settings: TextData, base: Path, entry: Path) -> None:
+    def count(settings: TextData, base: Path, entry: Path, given: None) -> None:
         published.append(entry)
-        publish(settings, base, entry)
+        publish(settings, base, entry, given)
 
     monkeypatch.setattr(tokens_of, "_publish", count)
     settings, results = data(tmp_path), []

@@ -145,7 +145,7 @@ class Budget(Closed):
 
 
 class Distillation(Closed):
-    """Cut arms also learn from the pretrained model as it was loaded: its distribution over every next token."""
+    """Arms also learn from the pretrained model as it was loaded: its distribution over every next token."""
 
     weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Share of the training loss that is KL(pretrained model || arm), in nats per token; the rest is the loss."""
@@ -229,8 +229,8 @@ class RunConfig(Closed):
     budget: Budget | None = None
     """``null`` keeps every round whatever its tax."""
     distillation: Distillation | None = None
-    """For a pretrained model: what arms that are cut learn besides, from the first cut on. Twins learn from the same
-    rows without it, since it would hold them back where they started. ``null``: arms learn from the rows alone."""
+    """For a pretrained model: what all arms learn besides, twins too, since it lowers their losses as well, so that a
+    tax against other twins would be flattered. ``null``: arms learn from the rows alone."""
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     cluster: Cluster = Cluster()
@@ -311,7 +311,7 @@ class RunConfig(Closed):
                 f"partition.units: got {list(units)}, wanted [ffn] or [ffn, heads]; "
                 f"to split heads alone, freeze the rest: partition.frozen: ['*.ffn']"
             )
-        if "heads" in units and self.model.kind != "llama":
+        if "heads" in units and self.model.kind not in ("llama", "pretrained"):
             yield f"partition.units: got 'heads', which model.kind {self.model.kind!r} has none of, wanted [ffn]"
 
     def _null_test_misfits(self) -> Iterator[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moeify.models.units import HeadUnits
-from moeify.routed.ffn import Routes
+from moeify.routed.ffn import Routes, uncompiled
 from moeify.routed.learning import Rectangle
 
 Rotary = tuple[Float[Tensor, "some positions size"], Float[Tensor, "some positions size"]]
@@ -52,6 +52,9 @@ class RoutedAttention(nn.Module):
         **others: Any,
     ) -> tuple[Float[Tensor, "rows positions dim"], None]:
         """Return what the active heads write, and no attention weights."""
+        return uncompiled(self._run)(hidden_states, position_embeddings, attention_mask, cache, **others), None
+
+    def _run(self, hidden_states: Tensor, rotary: Rotary, mask: Tensor | None, cache: Any, **others: Any) -> Tensor:
         if self.routes.bounds[-1:] != (len(hidden_states),):
             raise ValueError(
                 f"site {self.units.name!r}: got {len(hidden_states)} rows, wanted as many as there are routes, "
@@ -59,7 +62,7 @@ class RoutedAttention(nn.Module):
             )
         cache = others.get("past_key_values") if cache is None else cache
         run = self._masked if self.routes.masked else self._routed
-        return run(hidden_states, position_embeddings, attention_mask, cache), None
+        return run(hidden_states, rotary, mask, cache)
 
     def _linear(self, name: str) -> nn.Linear:
         return cast(nn.Linear, self.get_submodule(name))
@@ -70,8 +73,9 @@ class RoutedAttention(nn.Module):
         ways_in = [self._linear(name) for name in (units.query, units.key, units.value)]
         parameters = [p for way in ways_in for p in (way.weight, way.bias)]
         projected = _project(x_RTD, rectangles, self._widths, *parameters) if rectangles else ()
+        angles, turn = _angles(*rotary), _turn if torch.is_grad_enabled() else _turned_at_once
         heads = [
-            self._heads(projected[3 * i : 3 * i + 3], _of_rows(rotary, rectangle.rows))
+            self._heads(projected[3 * i : 3 * i + 3], _of_rows(angles, rectangle.rows), turn)
             for i, rectangle in enumerate(rectangles)
         ]
         if cache is not None:
@@ -86,7 +90,7 @@ class RoutedAttention(nn.Module):
     def _masked(self, x_RTD: Tensor, rotary: Rotary, mask: Tensor | None, cache: Any) -> Tensor:
         units = self.units
         ways_in = (units.query, units.key, units.value)
-        query, key, value = self._heads([self._linear(name)(x_RTD) for name in ways_in], rotary)
+        query, key, value = self._heads([self._linear(name)(x_RTD) for name in ways_in], rotary, _turned)
         if cache is not None:
             key, value = cache.update(key, value, self._layer)
         keep_RU = x_RTD.new_zeros(len(x_RTD), units.units)
@@ -100,15 +104,15 @@ class RoutedAttention(nn.Module):
         """Rows of the query, key and value weights a unit."""
         return self.units.queries * self.units.size, self.units.size, self.units.size
 
-    def _heads(self, projected: Sequence[Tensor], rotary: Sequence[Tensor]) -> Heads:
+    def _heads(self, projected: Sequence[Tensor], angles: Sequence[Tensor], turn: Callable[..., Tensor]) -> Heads:
         """Return queries, keys and values of linear maps' outputs [n T f], positions turned in."""
         query, key, value = (each.unflatten(2, (-1, self.units.size)).transpose(1, 2) for each in projected)
         if self.units.norms:
             query, key = (self.get_submodule(n)(x) for n, x in zip(self.units.norms, (query, key), strict=True))
-        cos, sin = (part.unsqueeze(1) for part in rotary)
-        return _turned(query, cos, sin), _turned(key, cos, sin), value
+        cos, sin = (part.unsqueeze(1) for part in angles)
+        return turn(query, cos, sin), turn(key, cos, sin), value
 
-    def _cached(self, heads: list[Heads], rectangles: list[Rectangle], x_RTD: Tensor, cache: Any) -> list[Heads]:
+    def _cached(self, heads: list[Heads], rectangles: Sequence[Rectangle], x_RTD: Tensor, cache: Any) -> list[Heads]:
         """Put the keys and values of all rectangles into the cache, and take them with those from before."""
         rows, positions, _ = x_RTD.shape
         shape = (rows, self.units.units, positions, self.units.size)
@@ -148,6 +152,38 @@ def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return heads * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def _angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines, and sines with the signs with which ``_Turn`` adds them."""
+    first, second = sin.chunk(2, dim=-1)
+    return cos, torch.cat((-first, second), dim=-1)
+
+
+def _swapped(heads: Tensor) -> Tensor:
+    """Return a copy with the halves of each head swapped, heads after positions or before as they are."""
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat((second, first), dim=-1)
+
+
+def _turned_at_once(heads: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Return the same as ``_turned``, in three kernels over whole heads; of ``_angles``."""
+    return _swapped(heads).mul_(signed_sin).addcmul_(heads, cos)
+
+
+class _Turn(torch.autograd.Function):
+    """``_turned_at_once``, forward and backward; autograd's own backward of ``_turned`` pads and adds each half."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, signed_sin)
+        return _turned_at_once(heads, cos, signed_sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, signed_sin = ctx.saved_tensors
+        return _turned_at_once(grads[0], cos, _swapped(signed_sin)), None, None
+
+
 def _scaled(units: slice, width: int) -> slice:
     return slice(units.start * width, units.stop * width)
 
@@ -160,7 +196,7 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_RTD: Tensor, rectangles: list[Rectangle], widths: tuple[int, ...], *parameters: Tensor | None
+        ctx: Any, x_RTD: Tensor, rectangles: Sequence[Rectangle], widths: tuple[int, ...], *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[::2], parameters[1::2]
         ctx.save_for_backward(x_RTD, *weights)
@@ -205,7 +241,7 @@ class _Write(torch.autograd.Function):
         shape: torch.Size,
         weight_DF: Tensor,
         bias_D: Tensor | None,
-        rectangles: list[Rectangle],
+        rectangles: Sequence[Rectangle],
         width: int,
         *seen: Tensor,
     ) -> Tensor:
@@ -227,10 +263,11 @@ class _Write(torch.autograd.Function):
         for (rows, units), seen_nTf in zip(ctx.rectangles, seen, strict=True):
             mine, grad_nTD = _scaled(units, ctx.width), out_grad_RTD[rows]
             seen_grads.append(grad_nTD @ weight_DF[:, mine])
-            weight_grad_DF[:, mine] = grad_nTD.flatten(0, 1).t() @ seen_nTf.flatten(0, 1)
+            torch.mm(grad_nTD.flatten(0, 1).t(), seen_nTf.flatten(0, 1), out=weight_grad_DF[:, mine])
         bias_grad_D = out_grad_RTD.flatten(0, 1).sum(0) if ctx.biased else None
         return (None, weight_grad_DF, bias_grad_D, None, None, *seen_grads)
 
 
+_turn: Callable[..., Tensor] = _Turn.apply
 _project: Callable[..., tuple[Tensor, ...]] = _Project.apply
 _write: Callable[..., Tensor] = _Write.apply

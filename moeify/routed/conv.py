@@ -37,6 +37,7 @@ class RoutedBlock(Block):
         nn.Module.__init__(self)
         for name, child in dense.named_children():
             self.add_module(name, child)
+        self.training = dense.training
         self.units = units
         self.routes = routes
         self.told: nn.Embedding | None = None

@@ -1,8 +1,9 @@
 """Routed execution: with rows sorted by leaf, every expert is a rectangle of rows times units.
 
 A routed feed-forward layer is a short sum of plain matrix products over views, one rectangle a node: no masks, no
-gathers, no copied weights, forward and backward. The masked path, which runs every unit and zeroes those off the
-route, is the slow oracle, and is what attribution reads.
+gathers, no copied weights, forward and backward. Torch's own product of groups (``grouped_mm``) takes experts of one
+width alone, and on CPU won 2 to 6 % in float32 and nothing in bfloat16 but at the smallest size, so it is not used. The
+masked path, which runs every unit and zeroes those off the route, is the slow oracle, and is what attribution reads.
 
 Axes: N tokens (rows times positions), D model width, U units; a rectangle has n tokens and u units.
 """
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,12 @@ from torch.autograd.function import once_differentiable
 from moeify.models.units import Activation, FfnUnits
 from moeify.routed.learning import Damped, Learning, Rectangle, scale, within
 from moeify.splitting.partition import Partition
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_REMEMBERED = 1024
+"""Sites times mixtures of categories, at most."""
 
 
 @dataclass
@@ -35,26 +42,39 @@ class Routes:
     """Category index of each row in this batch, for blocks that are told; rows in the order in which they run."""
     order: Int[Tensor, " tokens"] | None = None
     """Where each token has a route of its own: the order by leaf in which tokens run, each as a row of one position."""
+    places: Int[Tensor, " tokens"] | None = None
+    """The inverse of ``order``: where each token runs."""
     ablated: frozenset[int] = field(default_factory=frozenset)
     """Nodes whose own units give nothing."""
     masked: bool = False
     """Run the oracle instead of rectangles."""
     learning: Learning | None = None
     """What runs and learns in this batch, where gradients are routed."""
+    _found: dict[tuple[Any, ...], tuple[Rectangle, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Rectangles of ``_partition``, by what they depend on besides: a token at a time, they are the same for long."""
+    _partition: Partition | None = field(default=None, init=False, repr=False, compare=False)
 
-    def rectangles(self, site: str, positions: int = 1) -> list[Rectangle]:
+    def rectangles(self, site: str, positions: int = 1) -> Sequence[Rectangle]:
         """Return the non-empty rectangles of a site, rows counted in tokens of ``positions`` a row."""
         if self.learning:
             return self.learning.running(site, positions)
-        found = []
+        if self._partition is not self.partition or len(self._found) > _REMEMBERED:
+            self._found, self._partition = {}, self.partition
+        key = (site, positions, self.bounds, self.ablated)
+        if (found := self._found.get(key)) is None:
+            found = self._found[key] = tuple(self._rectangles(site, positions))
+        return found
+
+    def _rectangles(self, site: str, positions: int) -> Iterator[Rectangle]:
         for node, (start, width) in enumerate(
             zip(self.partition.starts(site), self.partition.widths[site], strict=True)
         ):
             first, last = self.partition.tree.span(node)
             low, high = self.bounds[first] * positions, self.bounds[last] * positions
             if width and high > low and node not in self.ablated:
-                found.append(Rectangle(slice(low, high), slice(start, start + width)))
-        return found
+                yield Rectangle(slice(low, high), slice(start, start + width))
 
     def damped(self, site: str, positions: int = 1) -> list[Damped]:
         """Return the rectangles of a site that do not learn in full."""
@@ -90,11 +110,21 @@ class Routes:
             self.masked = before
 
 
+def uncompiled(run: Callable[P, T]) -> Callable[P, T]:
+    """Return ``run``, out of whose frames ``torch.compile`` keeps.
+
+    How many rows a leaf has changes from batch to batch. Traced, every mixture of categories was compiled anew, which
+    takes longer than hundreds of batches. Left out, a network compiles once, and what is between its routed blocks is
+    compiled. At the size of the shipped text recipe that made it no faster (the dense twin's step: by an eighth).
+    """
+    return torch.compiler.disable(run) if torch.compiler.is_compiling() else run
+
+
 class RoutedFfn(nn.Module):
     """A feed-forward block that runs only the units on each row's route.
 
     It takes over the submodules of the dense block under their own names, so parameter names stay those of the
-    stock architecture.
+    stock architecture. ``torch.compile`` runs it as it is, see ``uncompiled``.
     """
 
     def __init__(self, dense: nn.Module, units: FfnUnits, routes: Routes) -> None:
@@ -108,12 +138,15 @@ class RoutedFfn(nn.Module):
 
     def forward(self, x: Float[Tensor, "rows *positions dim"]) -> Float[Tensor, "rows *positions out"]:
         """Return what the active units write."""
-        run, order = self._masked if self.routes.masked else self._routed, self.routes.order
-        if order is None:
+        return uncompiled(self._run)(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        run, order, places = self._masked if self.routes.masked else self._routed, self.routes.order, self.routes.places
+        if order is None or places is None:
             out = run(x)
         else:
-            sorted_ND = run(x.flatten(0, -2)[order])
-            out = torch.empty_like(sorted_ND).index_copy_(0, order, sorted_ND).view(*x.shape[:-1], -1)
+            sorted_ND = run(_permute(x.flatten(0, -2), order, places))
+            out = _permute(sorted_ND, places, order).view(*x.shape[:-1], -1)
         return self.get_submodule(self.units.after)(out) if self.units.after else out
 
     def _map(self, name: str) -> Any:
@@ -132,8 +165,8 @@ class RoutedFfn(nn.Module):
         up_UD, down_DU = (way.weight.t() if self.units.transposed else way.weight for way in (up, down))
         flat_ND = x.reshape(-1, x.shape[-1])
         positions = flat_ND.shape[0] // max(1, x.shape[0])
-        out_ND = _rectangles(
-            flat_ND,
+        rectangles = self.routes.rectangles(self.units.name, positions)
+        maps = (
             gate.weight if gate else None,
             gate.bias if gate else None,
             up_UD,
@@ -141,10 +174,12 @@ class RoutedFfn(nn.Module):
             self._told(x),
             down_DU,
             down.bias,
-            self.routes.rectangles(self.units.name, positions),
-            self.routes.damped(self.units.name, positions),
-            self.units.activation,
         )
+        if torch.is_grad_enabled():
+            damped = self.routes.damped(self.units.name, positions)
+            out_ND = _rectangles(flat_ND, *maps, rectangles, damped, self.units.activation)
+        else:
+            out_ND = _written(flat_ND, *maps, rectangles, self.units.activation)
         return out_ND.view(*x.shape[:-1], -1)
 
     def _masked(self, x: Tensor) -> Tensor:
@@ -164,8 +199,45 @@ class RoutedFfn(nn.Module):
         return hidden * mask_RU.view(up.shape[0], *[1] * (up.dim() - 2), self.units.units)
 
 
+def _written(
+    x_ND: Tensor,
+    gate_UD: Tensor | None,
+    gate_bias_U: Tensor | None,
+    up_UD: Tensor,
+    up_bias_U: Tensor | None,
+    told_NU: Tensor | None,
+    down_DU: Tensor,
+    down_bias_D: Tensor | None,
+    rectangles: Sequence[Rectangle],
+    activation: Activation,
+    hidden: list[Tensor] | None = None,
+) -> Tensor:
+    """Return the sum over rectangles of down(act(gate(x)) * up(x)), each over its own rows and units.
+
+    ``hidden`` is given what up and gate give in each rectangle.
+    """
+    out_ND = x_ND.new_zeros(x_ND.shape[0], down_DU.shape[0])
+    if down_bias_D is not None:
+        out_ND += down_bias_D
+    for rows, units in rectangles:
+        up_nu = F.linear(x_ND[rows], up_UD[units], None if up_bias_U is None else up_bias_U[units])
+        if told_NU is not None:
+            up_nu += told_NU[rows, units]
+        read = [up_nu]
+        if gate_UD is None:
+            active_nu = _activate(up_nu, activation)
+        else:
+            gate_nu = F.linear(x_ND[rows], gate_UD[units], None if gate_bias_U is None else gate_bias_U[units])
+            read.append(gate_nu)
+            active_nu = _activate(gate_nu, activation).mul_(up_nu)
+        if hidden is not None:
+            hidden += read
+        out_ND[rows].addmm_(active_nu, down_DU[:, units].t())
+    return out_ND
+
+
 class _Rectangles(torch.autograd.Function):
-    """The sum over rectangles of down(act(gate(x)) * up(x)), each over its own rows and units.
+    """``_written``, forward and backward.
 
     Written out because autograd's own backward of a weight's view fills and adds a whole weight for each node;
     here each rectangle's gradient is one product, added straight to its slice. ``damped``: what learns less than all,
@@ -183,26 +255,13 @@ class _Rectangles(torch.autograd.Function):
         told_NU: Tensor | None,
         down_DU: Tensor,
         down_bias_D: Tensor | None,
-        rectangles: list[Rectangle],
+        rectangles: Sequence[Rectangle],
         damped: list[Damped],
         activation: Activation,
     ) -> Tensor:
-        out_ND = x_ND.new_zeros(x_ND.shape[0], down_DU.shape[0])
-        if down_bias_D is not None:
-            out_ND += down_bias_D
+        maps = (gate_UD, gate_bias_U, up_UD, up_bias_U, told_NU, down_DU, down_bias_D)
         hidden: list[Tensor] = []
-        for rows, units in rectangles:
-            up_nu = F.linear(x_ND[rows], up_UD[units], None if up_bias_U is None else up_bias_U[units])
-            if told_NU is not None:
-                up_nu += told_NU[rows, units]
-            if gate_UD is None:
-                hidden.append(up_nu)
-                active_nu = _activate(up_nu, activation)
-            else:
-                gate_nu = F.linear(x_ND[rows], gate_UD[units], None if gate_bias_U is None else gate_bias_U[units])
-                hidden += [up_nu, gate_nu]
-                active_nu = _activate(gate_nu, activation).mul_(up_nu)
-            out_ND[rows].addmm_(active_nu, down_DU[:, units].t())
+        out_ND = _written(x_ND, *maps, rectangles, activation, hidden)
         ctx.save_for_backward(x_ND, gate_UD, gate_bias_U, up_UD, up_bias_U, down_DU, down_bias_D, *hidden)
         ctx.rectangles, ctx.damped = rectangles, damped
         ctx.activation = activation
@@ -258,6 +317,22 @@ class _Rectangles(torch.autograd.Function):
         return (*grads_out, None, None, None)
 
 
+class _Permute(torch.autograd.Function):
+    """Rows in another order; backward too they are gathered, where autograd's own adds each up to zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_N)
+        return x_ND.index_select(0, order_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_N,) = ctx.saved_tensors
+        return grads[0].index_select(0, inverse_N), None, None
+
+
+_permute: Callable[..., Tensor] = _Permute.apply
 _rectangles: Callable[..., Tensor] = _Rectangles.apply
 _flow, _read, _write = attrgetter("flow"), attrgetter("read"), attrgetter("write")
 

@@ -31,6 +31,7 @@ class GradientRouter:
         self.routing = routing
         self._categories = tuple(categories)
         self._seed = seed
+        _check_patterns(routing.experts, [site.name for site in sites])
         self._given = {site.name: _widths(routing.experts, site) for site in sites} if routing.experts else {}
 
     def labelled(self, categories: Int[Tensor, " rows"], examples: Int[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
@@ -89,6 +90,16 @@ class GradientRouter:
             case "both":
                 factors = Factors(kept, 1.0, kept)
         return Treatment(not self.routing.is_hard(category, cut=cut), factors)
+
+
+def _check_patterns(experts: Sequence[GivenExpert], sites: Sequence[str]) -> None:
+    for place, expert in enumerate(experts):
+        for pattern in expert.sites:
+            if not any(fnmatchcase(site, pattern) for site in sites):
+                raise ValueError(
+                    f"routing.experts.{place}.sites: got {pattern!r}, which matches none of {len(sites)} sites, wanted "
+                    f"names or patterns such as {sites[0]!r}"
+                )
 
 
 def _widths(experts: Sequence[GivenExpert], site: Site) -> tuple[int, ...]:

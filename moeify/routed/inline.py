@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moeify.models.units import FfnUnits
-from moeify.routed.ffn import RoutedFfn, Routes
+from moeify.routed.ffn import RoutedFfn, Routes, uncompiled
 
 
 class InlineFfn(RoutedFfn):
@@ -41,9 +41,12 @@ class InlineFfn(RoutedFfn):
 
     def forward(self, x: Float[Tensor, "*tokens features"]) -> Float[Tensor, "*tokens _"]:
         """Return what the active units write [N D] to x [N D]; masked, activations [R T U] of what up gives."""
+        return uncompiled(self._run)(x)
+
+    def _run(self, x: Tensor) -> Tensor:
         if self.routes.masked:
-            return super().forward(x)
-        return super().forward(_rows(x, self.routes)).flatten(0, -2)
+            return super()._run(x)
+        return super()._run(_rows(x, self.routes)).flatten(0, -2)
 
     def _map(self, name: str) -> nn.Linear:
         return self._outer[name]

@@ -16,7 +16,7 @@ from moeify.models.units import ConvUnits, FfnUnits, HeadUnits, UnitSite, UnitSp
 from moeify.recipe.partition import PLAIN, UnitKind
 from moeify.routed.attention import RoutedAttention
 from moeify.routed.conv import RoutedBlock
-from moeify.routed.ffn import RoutedFfn, Routes
+from moeify.routed.ffn import RoutedFfn, Routes, uncompiled
 from moeify.routed.inline import InlineFfn
 from moeify.routed.learning import Learning
 from moeify.routed.told import tell
@@ -116,14 +116,14 @@ class SplitModel(nn.Module):
         if categories.dim() > 1:
             return self._by_token(inputs, categories, more)
         positions = self.positions(categories)
-        in_order = bool((positions[1:] >= positions[:-1]).all())
+        in_order = uncompiled(_ascending)(positions)
         if (more or self.routes.learning) and not in_order:
             needs = ", ".join(more) or "gradient routing"
             raise ValueError(f"{needs} needs rows in leaf order, got others; see SplitModel.order")
         order = None if in_order else torch.argsort(positions, stable=True)
         if order is not None:
             inputs, positions, categories = inputs[order], positions[order], categories[order]
-        self._set_routes(positions, categories, None)
+        uncompiled(self._set_routes)(positions, categories, None)
         outputs = logits(self.network, inputs, **more)
         return outputs if order is None else outputs[torch.argsort(order)]
 
@@ -137,13 +137,14 @@ class SplitModel(nn.Module):
             )
         positions = self.positions(categories).flatten()
         order = torch.argsort(positions, stable=True)
-        self._set_routes(positions[order], categories.flatten()[order], order)
+        uncompiled(self._set_routes)(positions[order], categories.flatten()[order], order)
         return logits(self.network, inputs, **more)
 
     def _set_routes(self, positions: Tensor, categories: Tensor, order: Tensor | None) -> None:
         counts = torch.bincount(positions, minlength=len(self.categories))
         self.routes.bounds = (0, *counts.cumsum(0).tolist())
         self.routes.categories, self.routes.order = categories, order
+        self.routes.places = None if order is None else torch.argsort(order)
 
     @contextmanager
     def ablated(self, *experts: str) -> Iterator[None]:
@@ -165,6 +166,10 @@ class SplitModel(nn.Module):
         """Run every unit and zero those off the route: the slow oracle, which attribution reads."""
         with self.routes.masking():
             yield
+
+
+def _ascending(positions: Int[Tensor, " rows"]) -> bool:
+    return bool((positions[1:] >= positions[:-1]).all())
 
 
 def _kinds(network: nn.Module, partition: Partition) -> set[UnitKind]:

@@ -134,6 +134,10 @@ class ImagesTask:
         """Return None: an image has no bytes of text."""
         return None
 
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Return split -> category -> images."""
+        return {split: dict(zip(self.categories, map(len, each), strict=True)) for split, each in self._places.items()}
+
     def assets(self) -> dict[str, bytes]:
         """Return nothing: the network is all there is to export."""
         return {}

@@ -33,8 +33,8 @@ class LanguageTask:
     unit: Literal["token", "example"] = "token"
 
     def __init__(self, config: RunConfig, tokens: Tokens, checkpoint: Checkpoint | None = None) -> None:
-        if not isinstance(config.data, TextData):
-            raise ValueError(f"a language task needs data.kind 'text', got {config.data.kind!r}")
+        if not isinstance(config.data, TextData) or not isinstance(config.model, LlamaModel | PretrainedModel):
+            raise ValueError(f"text needs data.kind 'text' and a language model, got model.kind {config.model.kind!r}")
         self.config = config
         self._checkpoint = checkpoint
         """Of a pretrained model."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moeify import rows as rows_of
 from moeify.task import Batch, HeldOut
 from moeify.tasks.language import sample_tokens, token_nats
+from moeify.tasks.pixels import pixel_nats, sample_pixels
 
 Loss = Literal["tokens", "pixels", "classes"]
 """``tokens``: each next token of integer rows [rows tokens]; ``pixels``: intensities 0..1 against a logit each, the
@@ -79,7 +80,7 @@ class TensorTask:
             return token_nats(outputs, targets)
         if self._loss == "classes":
             return F.cross_entropy(outputs, targets, reduction="none")
-        return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").flatten(1).sum(1)
+        return pixel_nats(outputs, targets)
 
     def sample(self, outputs: Tensor, seeds: Sequence[int]) -> Tensor:
         """Draw targets from the model's own predictive distribution, one seed a row."""
@@ -87,8 +88,7 @@ class TensorTask:
             return sample_tokens(outputs, seeds)
         if self._loss == "classes":
             return sample_tokens(outputs.unsqueeze(1), seeds).squeeze(1)
-        draws = [torch.rand(outputs.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return (torch.stack(draws).to(outputs.device) < torch.sigmoid(outputs)).to(outputs.dtype)
+        return sample_pixels(outputs, seeds)
 
     def right(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, " rows"] | None:
         """Say whose class is the likeliest one; None where there are no classes."""

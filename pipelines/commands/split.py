@@ -93,11 +93,11 @@ def command(
 def _print_plan(made: "Starter", folder: "RunFolder") -> None:
     """Say what is about to be done, and where it is written down."""
     config = made.config
-    cuts = ", ".join(f"{r.separation:.0%}" for r in config.rounds)
+    cuts = ", ".join(dict.fromkeys(f"{r.separation:.0%}" for r in config.rounds))
     limit = f", as far as a tax of {config.budget.tax} allows" if config.budget else ""
     click.echo(f"\ncuts:    FFN units off: {cuts}{limit}")
-    teacher = " and what the checkpoint says" if config.distillation else ""
-    click.echo(f"learns:  {config.training.steps:,} steps an arm, after a cut from the rows{teacher}")
+    teacher = " and from the checkpoint's own predictions" if config.distillation else ""
+    click.echo(f"learns:  {config.training.steps:,} steps an arm, the dense twin too, from the rows{teacher}")
     click.echo(
         f"recipe:  {folder.recipe}: about {max(1, round(made.minutes))} min here; again: moeify run {folder.recipe}"
     )
