@@ -526,7 +526,7 @@ def _corrupt(runs: Runs, wanted: Outcome, draw: random.Random, tally: Tally, *, 
                 print(f"missed: {path.name}, {way}: {found}", file=sys.stderr)
         path.write_bytes(content)
     for place, (way, damage) in enumerate([("emptied", b""), ("removed", None)][: 1 if quick else 2]):
-        shutil.rmtree(folder.path)
+        shutil.rmtree(folder.path, ignore_errors=True)  # gone already where the run before it ended well
         shutil.copytree(pristine, folder.path)
         _write(newest / ("split.safetensors" if place and "split" in names[-1] else "dense.safetensors"), damage)
         with _judged(runs, number, wanted, tally, "local"):
