@@ -308,9 +308,11 @@ def _storm(
         number += 1
         with _judged(runs, number, wanted, tally, target):
             for _ in range(min(PER_RUN, left)):
+                began = time.monotonic()
                 process = runs.attempt(number)
                 _wait(process, draw.uniform(0.0, length))
                 if not _alive(process):
+                    length = min(length, time.monotonic() - began)  # the machine is less busy than it was
                     break
                 process.kill()
                 _ended(process)
