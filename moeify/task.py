@@ -120,5 +120,11 @@ def data_hash(task: Task, config: RunConfig) -> str:
     ):
         for tensor in (batch.inputs, batch.targets, batch.categories):
             digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-            digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(content(tensor))
     return digest.hexdigest()
+
+
+def content(tensor: Tensor) -> bytes:
+    """Return a tensor's numbers, row by row, as they lie in memory."""
+    flat = tensor.detach().flatten().clone(memory_format=torch.contiguous_format)  # one element may have any stride
+    return flat.view(torch.uint8).numpy().tobytes()

@@ -21,7 +21,7 @@ from moeify.models.families import describe
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
 from moeify.store import CorruptCheckpointError, read_manifest, read_part, verify_folder, write_folder
-from moeify.task import Task
+from moeify.task import Task, content
 from moeify.training import Contestant, Progress, Report
 from moeify.world import World
 
@@ -112,7 +112,7 @@ def fingerprint(config: RunConfig, task: Task, world: World) -> str:
     digest.update(json.dumps(describe(network), sort_keys=True, default=str).encode())
     for tensor in _content(config, task, network):
         digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(content(tensor))
     return digest.hexdigest()[:32]
 
 

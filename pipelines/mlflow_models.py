@@ -94,7 +94,9 @@ def _version(client: "MlflowClient", origin: Origin, model: str, tags: Mapping[s
         if version.source == source:
             return str(version.version)
     with _addressed(client):
-        made = str(client.create_model_version(origin.name, source, run_id=origin.run, tags=dict(tags)).version)
+        made = str(
+            client.create_model_version(origin.name, source, run_id=origin.run, tags=dict(tags), model_id=model).version
+        )
     client.set_logged_model_tags(model, {_VERSIONS: json.dumps([{"name": origin.name, "version": int(made)}])})
     return made
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import moeify
+from moeify.data.given_tokenizer import of_folder
 from moeify.recipe.config import RunConfig
 from moeify.routed.split_model import SplitModel
 from moeify.split_folder import load_split, save_split
@@ -66,3 +67,11 @@ def test_a_folder_that_says_something_odd_is_refused_in_one_line(
     rewritten(tmp_path / "split", change)
     with pytest.raises(ValueError, match=r"\w"):
         load_split(tmp_path / "split")
+
+
+def test_a_tokenizer_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    for content in ('"id"', "{", "[]"):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match="does not describe what it should"):
+            of_folder(tmp_path)

@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from moeify.models.pretrained import Checkpoint
+from moeify.store import understood
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,16 @@ def of_checkpoint(checkpoint: Checkpoint) -> GivenTokenizer:
 
 
 def of_folder(folder: Path) -> GivenTokenizer | None:
-    """Return the tokenizer that lies in a folder as ``assets``; None where none does."""
+    """Return the tokenizer that lies in a folder as ``assets``; None where none does.
+
+    Raises CorruptCheckpointError where what lies there is none.
+    """
     files = (folder / "tokenizer.json", folder / "tokenizer_config.json")
     if not all(file.is_file() for file in files):
         return None
-    tokenizer = _plain(tokenizers.Tokenizer.from_file(str(files[0])))
-    end = boundary(tokenizer, json.loads(files[1].read_text(encoding="utf-8")))
+    with understood(f"the tokenizer in {folder}"):
+        tokenizer = _plain(tokenizers.Tokenizer.from_file(str(files[0])))
+        end = boundary(tokenizer, json.loads(files[1].read_text(encoding="utf-8")))
     return None if end is None else GivenTokenizer(tokenizer, end, {file.name: file.read_bytes() for file in files})
 
 
