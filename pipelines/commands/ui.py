@@ -8,9 +8,9 @@ import click
 @click.option("--port", type=click.IntRange(1, 65535), help="On this machine; not given: 5000, or one that is free.")
 @click.option("--open", "open_", is_flag=True, help="Open the page in a browser.")
 def command(run_: str | None, port: int | None, open_: bool) -> None:
-    """Serve MLflow's pages of all runs, on this machine alone, until Ctrl-C.
+    """Serve MLflow's pages of all runs until Ctrl-C.
 
-    Says where to look: the list of runs, or RUN's page. Where $MLFLOW_TRACKING_URI names a server, its address is
+    They are served to this machine alone. Says where to look: the list of runs, or RUN's page. Where $MLFLOW_TRACKING_URI names a server, its address is
     said and nothing is served.
     """
     from pipelines import mlflow_ui, runs
