@@ -5,7 +5,7 @@ Every event has an ``id`` that is the same in a resumed run, so that a reader ca
 
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from moeify.recipe.arms import Arm
 
@@ -24,6 +24,22 @@ Stop = Literal["target reached", "rounds used up", "nothing to split", "no step 
 ``rounds used up``: the last round was rolled back, or went for less; ``nothing to split``: at the last round every leaf
 served one category, or none passed the null test; ``no step left``: no cut that is worth a round was expected to stay
 in the budget."""
+
+
+class _Expert(BaseModel):
+    name: str
+    categories: tuple[str, ...]
+    units: Annotated[int, Field(ge=0)]
+    children: tuple["_Expert", ...]
+
+
+def _checked(tree: dict[str, Any]) -> dict[str, Any]:
+    _Expert.model_validate(tree)
+    return tree
+
+
+NestedTree = Annotated[dict[str, Any], AfterValidator(_checked)]
+"""Nested: name, categories, units (that an expert owns itself, over all sites), children."""
 
 
 class Started(_Event):
@@ -143,8 +159,7 @@ class RoundEnded(_Event):
     """J of a random cut of equal sizes on the same network; None without the random control."""
     accepted: bool
     seconds: float
-    tree: dict[str, Any]
-    """Nested: name, categories, units, children."""
+    tree: NestedTree
 
     @property
     def outcome(self) -> Literal["kept", "rolled back", "not cut"]:

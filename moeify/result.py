@@ -1,11 +1,11 @@
 """What a run ends with: one file of numbers that a reader needs no other file to understand."""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from moeify.events import RoundEnded, Stop
+from moeify.events import NestedTree, RoundEnded, Stop
 from moeify.recipe.arms import Arm
 
 LEVEL = 0.05
@@ -71,8 +71,7 @@ class Result(BaseModel):
     """In the recipe's order."""
     unit: Literal["token", "example"]
     """What a loss in nats is counted by."""
-    tree: dict[str, Any]
-    """Nested: name, categories, units (owned by that node, over all sites), children."""
+    tree: NestedTree
     active_fraction: dict[str, float]
     """Category -> units on its route over all units, 0..1; and ``mean``."""
     active_flops: dict[str, float] | None = None

@@ -38,7 +38,7 @@ def ended(**facts: object) -> RoundEnded:
         "predicted_random": None,
         "accepted": True,
         "seconds": 1.0,
-        "tree": {},
+        "tree": {"name": "core", "categories": ["a", "b"], "units": 4, "children": []},
     }
     return RoundEnded.model_validate(known | facts)
 

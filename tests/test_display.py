@@ -52,7 +52,7 @@ def ended(number: int = 1, accepted: bool = True) -> RoundEnded:
         predicted_random=0.12,
         accepted=accepted,
         seconds=9.0,
-        tree={},
+        tree={"name": "core", "categories": ["a"], "units": 4, "children": []},
     )
 
 

@@ -10,8 +10,8 @@ import click
 def command(run_: str | None, port: int | None, open_: bool) -> None:
     """Serve MLflow's pages of all runs until Ctrl-C.
 
-    They are served to this machine alone. Says where to look: the list of runs, or RUN's page. Where $MLFLOW_TRACKING_URI names a server, its address is
-    said and nothing is served.
+    They are served to this machine alone. Says where to look: the list of runs, or RUN's page. Where
+    $MLFLOW_TRACKING_URI names a server, its address is said and nothing is served.
     """
     from pipelines import mlflow_ui, runs
 
