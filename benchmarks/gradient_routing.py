@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from benchmarks.report import Cell, Figure, arguments, report
 from moeify.models.build import build_llama
-from moeify.recipe.config import Training
 from moeify.recipe.model import LlamaModel
 from moeify.recipe.routing import Routing
+from moeify.recipe.training import Training
 from moeify.routed.gradients import GradientRouter
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition

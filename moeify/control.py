@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import assert_never
 
 from moeify.events import RoundEnded, Stop
-from moeify.recipe.config import Budget
+from moeify.recipe.rounds import Budget
 from moeify.result import MEAN
 from moeify.splitting.propose import Proposal
 

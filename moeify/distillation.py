@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moeify.models.build import logits
 from moeify.models.families import describe
-from moeify.recipe.config import Distillation
+from moeify.recipe.training import Distillation
 
 
 class Teacher:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moeify.recipe.config import Training
+from moeify.recipe.training import Training
 from moeify.task import Batch, Task
 from moeify.world import World
 

@@ -34,9 +34,10 @@ from moeify.divergence import DivergedError, memory
 from moeify.evaluation import RowLosses, losses_without, own_other, row_losses, summarize, tax, tax_error
 from moeify.events import MemoryTracker, Tracker
 from moeify.recipe.arms import Arm
-from moeify.recipe.config import Round, RunConfig
+from moeify.recipe.config import RunConfig
 from moeify.recipe.divergence import LowerRate, SkipBatch, StopRun
 from moeify.recipe.plan import PlannedPhase, check_categories, plan
+from moeify.recipe.rounds import Round
 from moeify.report import Reporter
 from moeify.result import ModuleTest, Result
 from moeify.routed.split_model import SplitModel

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moeify.distillation import Teacher
 from moeify.divergence import DivergedError, Health, check_gradient, check_loss, sums_by_category
-from moeify.recipe.config import Training
+from moeify.recipe.training import Training
 from moeify.routed.gradients import GradientRouter
 from moeify.routed.split_model import SplitModel
 from moeify.task import Batch, Task

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from attribution.table import AttributionTable, Unsigned
-from moeify.recipe.config import Round
 from moeify.recipe.partition import Partition as PartitionConfig
+from moeify.recipe.rounds import Round
 from moeify.splitting.partition import Partition
 from moeify.splitting.propose import Proposal, menu
 

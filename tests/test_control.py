@@ -16,7 +16,7 @@ from moeify.control import (
 )
 from moeify.events import MemoryTracker, Phase, RoundEnded
 from moeify.loop import run
-from moeify.recipe.config import Budget
+from moeify.recipe.rounds import Budget
 from moeify.splitting.propose import Proposal
 from tests.toy import ToyTask, toy_config
 

@@ -17,7 +17,6 @@ from attribution.subject import Rows, Subject
 from attribution.table import AttributionTable
 from moeify.models.families import readers
 from moeify.models.resnet import ResNet
-from moeify.recipe.config import Round
 from moeify.recipe.partition import (
     AttributionOwners,
     CmoeOwners,
@@ -27,6 +26,7 @@ from moeify.recipe.partition import (
     Owners,
 )
 from moeify.recipe.partition import Partition as PartitionConfig
+from moeify.recipe.rounds import Round
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.propose import Proposal, menu
 from moeify.splitting.surgery import compensate_sites, permute

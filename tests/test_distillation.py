@@ -5,7 +5,8 @@ import torch
 
 from moeify.distillation import Teacher, divergence, network_hash
 from moeify.models.build import logits
-from moeify.recipe.config import Distillation, RunConfig
+from moeify.recipe.config import RunConfig
+from moeify.recipe.training import Distillation
 from moeify.routed.split_model import SplitModel
 from tests.networks import tiny_decoder
 from tests.toy import TEXT_CONFIG, ToyTextTask

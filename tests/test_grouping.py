@@ -9,9 +9,9 @@ import torch
 
 from attribution.sites import Site
 from attribution.table import AttributionTable
-from moeify.recipe.config import Round
 from moeify.recipe.given_tree import Nested
 from moeify.recipe.partition import Partition as PartitionConfig
+from moeify.recipe.rounds import Round
 from moeify.splitting.assignment import assign
 from moeify.splitting.grouping import NothingToSplitError, choose_groups
 from moeify.splitting.partition import Partition

@@ -11,10 +11,10 @@ from tables import empty_table
 from attribution.sites import Site
 from attribution.table import AttributionTable
 from moeify.loop import run
-from moeify.recipe.config import Round
 from moeify.recipe.load import RecipeError, parse_recipe, to_yaml
 from moeify.recipe.partition import Owners
 from moeify.recipe.partition import Partition as PartitionConfig
+from moeify.recipe.rounds import Round
 from moeify.splitting.assignment import assign
 from moeify.splitting.owners import LeafUnits, owners
 from moeify.splitting.partition import Partition

@@ -3,8 +3,8 @@ import torch
 from tables import empty_table
 
 from attribution.table import AttributionTable, SiteSums
-from moeify.recipe.config import Round
 from moeify.recipe.partition import Partition as PartitionConfig
+from moeify.recipe.rounds import Round
 from moeify.splitting.grouping import NothingToSplitError
 from moeify.splitting.partition import Partition
 from moeify.splitting.propose import shuffled

@@ -9,8 +9,8 @@ from tables import empty_table
 from attribution.moments import ExactMoment, SketchedMoment
 from attribution.sites import Site
 from attribution.table import AttributionTable, SiteSums
-from moeify.recipe.config import Round
 from moeify.recipe.partition import Partition as PartitionConfig
+from moeify.recipe.rounds import Round
 from moeify.splitting.partition import Partition
 from moeify.splitting.refine import Exchange
 from tests.proposals import propose

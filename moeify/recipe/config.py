@@ -5,8 +5,6 @@ This module imports nothing heavier than pydantic, so that schema and validation
 """
 
 import itertools
-import math
-import re
 from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
@@ -14,7 +12,6 @@ from pydantic import (
     BeforeValidator,
     Field,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     WithJsonSchema,
     model_validator,
@@ -33,11 +30,12 @@ from moeify.recipe.data import (
     TextFolders,
     cluster_names,
 )
-from moeify.recipe.divergence import OnDivergence, StopRun
 from moeify.recipe.given_tree import Nested, names, read_tree
 from moeify.recipe.model import Model
 from moeify.recipe.partition import PLAIN, Partition
+from moeify.recipe.rounds import Budget, Round
 from moeify.recipe.routing import Routing
+from moeify.recipe.training import Distillation, Training
 
 Tree = Annotated[
     Nested,
@@ -49,30 +47,6 @@ Tree = Annotated[
 """Names of categories in nested lists; see ``moeify.recipe.given_tree``."""
 
 # --- the loop -----------------------------------------------------------------------------------------
-
-
-class Training(Closed):
-    """AdamW with linear warm-up and cosine decay over the whole run; a cut never re-warms it."""
-
-    steps: PositiveInt
-    """Optimizer steps of the whole run; the dense twin gets the same."""
-    rows: PositiveInt = 16
-    """Rows (token windows or examples) a step over all workers, categories in equal shares."""
-    learning_rate: PositiveFloat = 3e-3
-    """Of AdamW, at the end of the warm-up."""
-    final_learning_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-    """Fraction of ``learning_rate`` that is left at the last step."""
-    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
-    """Fraction of all steps."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
-    """On matrices only."""
-    clip: PositiveFloat = 1.0
-    """Largest norm of the whole gradient."""
-    explosion: Annotated[float, Field(gt=1.0)] = 2.0
-    """A step's mean loss has exploded beyond this many times that of the arm's first step, or of its first after a cut
-    where that is more. Losses of up to so many nats never have."""
-    on_divergence: OnDivergence = StopRun()
-    """What is done where a loss explodes, or a loss or gradient is not finite. Nothing of such a step is ever kept."""
 
 
 class Attribution(Closed):
@@ -90,67 +64,6 @@ class Attribution(Closed):
     same category as at the look before; a look is every 4 batches. ``null``: measure all rows."""
     columns: PositiveInt | None = 2048
     """Second moments of sites with more units are random sketches of so many columns; ``null``: always exact."""
-
-
-class Round(Closed):
-    """One train -> attribute -> partition -> prune -> recover -> evaluate."""
-
-    train: Annotated[int, Field(ge=0)]
-    """Steps before the cut."""
-    recover: Annotated[int, Field(ge=0)]
-    """Steps after the cut, before it is judged."""
-    branching: Annotated[int, Field(ge=2)] = 2
-    """Children that every leaf with several categories is split into (fewer where it has fewer categories)."""
-    separation: Fraction
-    """1 - the mean active fraction of units (or of their operations, see ``partition.cost``) that this round cuts down
-    to; deeper each round. With a budget, as far as the tax that is foreseen stays within it, and a round may ask for
-    the same as the one before: to try again."""
-
-
-def _read_tax(value: object) -> float | str:
-    """Return nats as they are, and a share as ``1 %``."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", value.strip()) if isinstance(value, str) else None
-    number = float(found[1]) if found else value
-    if isinstance(number, bool) or not isinstance(number, int | float) or not 0.0 < number < math.inf:
-        raise ValueError(
-            f": got {value!r:.60}, wanted nats above 0 such as 0.02, or a share of the dense twin's loss such as '1 %'"
-        )
-    return f"{number:g} %" if found else float(number)
-
-
-Tax = Annotated[
-    float | str,
-    BeforeValidator(_read_tax),
-    WithJsonSchema(
-        {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)? ?%$"}]}
-    ),
-]
-"""Nats, or a share of the dense twin's loss such as ``1 %``."""
-
-
-class Budget(Closed):
-    """When a round is kept, and how far it may go: beyond the budget a round is rolled back and its step halved."""
-
-    tax: Tax
-    """Largest tax on validation data at the end of a round: nats per token or example, or a share of the dense twin's
-    loss such as ``1 %``."""
-    per: Literal["mean", "category"] = "mean"
-    """``mean``: the mean over categories counts; ``category``: every category's own tax must stay in the budget."""
-    least_step: Fraction = 0.02
-    """Smallest step in separation that is worth a round."""
-
-    def limit(self, loss: float) -> float:
-        """Return the largest tax in nats above a dense twin's loss."""
-        return float(self.tax.removesuffix(" %")) / 100 * loss if isinstance(self.tax, str) else self.tax
-
-
-class Distillation(Closed):
-    """Arms also learn from the pretrained model as it was loaded: its distribution over every next token."""
-
-    weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
-    """Share of the training loss that is KL(pretrained model || arm), in nats per token; the rest is the loss."""
-    temperature: PositiveFloat = 1.0
-    """Divides the logits of both; the divergence is multiplied by its square, so that gradients keep their size."""
 
 
 class Evaluation(Closed):

@@ -17,10 +17,10 @@ from torch import Tensor
 from attribution.affinity import by_linkage, profile_affinity
 from attribution.agglomeration import Pick, agglomerate
 from attribution.table import AttributionTable, Unsigned
-from moeify.recipe.config import Round
 from moeify.recipe.given_tree import Nested, branches, given_groups
 from moeify.recipe.partition import AffinityGrouping, ResidualGrouping
 from moeify.recipe.partition import Partition as PartitionConfig
+from moeify.recipe.rounds import Round
 from moeify.splitting.partition import Partition
 from moeify.splitting.terms import Terms, plain_terms
 from moeify.splitting.trials import Trials, even_cut

@@ -19,7 +19,8 @@ from scipy.special import stdtr
 from torch import Tensor
 
 from attribution.table import AttributionTable
-from moeify.recipe.config import Round, RunConfig
+from moeify.recipe.config import RunConfig
+from moeify.recipe.rounds import Round
 from moeify.rows import generator
 from moeify.splitting.grouping import choose_groups, divisible_leaves, is_routed
 from moeify.splitting.partition import Partition

@@ -18,9 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attribution.table import AttributionTable, Unsigned
-from moeify.recipe.config import Round
 from moeify.recipe.given_tree import Nested, foreseen
 from moeify.recipe.partition import Partition as PartitionConfig
+from moeify.recipe.rounds import Round
 from moeify.splitting.grouping import Groups, choose_groups, is_routed
 from moeify.splitting.knapsack import Curve, cheapest
 from moeify.splitting.owners import Deal, LeafUnits, owners
