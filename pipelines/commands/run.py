@@ -19,8 +19,8 @@ from pipelines.find_recipe import find_recipe
 def command(obj: dict[str, str], recipe: str, local: bool, quiet: bool, run_: str | None, pack: bool) -> None:
     """Run RECIPE to the end, watched.
 
-    RECIPE is a YAML file, or the name of a recipe that comes with moeify: 'text', 'digits', or 'domains'
-    for which MOEIFY_DATA names a folder of data. A run that was stopped goes on with 'moeify resume'.
+    RECIPE is a YAML file, or the name of a recipe that comes with moeify: 'text', 'digits'; and where MOEIFY_DATA names
+    a folder of data, 'domains', 'cifar'. A run that was stopped goes on with 'moeify resume'.
     """
     from moeify.recipe.load import load_recipe, parse_recipe
     from pipelines import package, runs
