@@ -339,4 +339,8 @@ def stoppable() -> Iterator[None]:
 
 
 def _one_line(error: BaseException) -> str:
+    """Return what Ray says of workers that died, or what one that had no memory left says itself."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        if isinstance(failure, MemoryError):
+            return str(failure)
     return " ".join(str(error).split())[:300] or type(error).__name__
