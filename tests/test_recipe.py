@@ -324,6 +324,20 @@ def test_what_is_written_is_read_back_equal(data: Any) -> None:
     assert repr(again) == repr(data)
 
 
+def test_rare_characters_are_read_as_json_writes_them_and_halves_of_them_are_refused() -> None:
+    rare = {"\U00010000": ["\U0001f600 a"]}
+    assert strict_yaml.read(json.dumps(rare)) == rare
+    for text in (r'{"a": "\ud800"}', r'{"\udc00": 1}'):
+        with pytest.raises(
+            strict_yaml.YamlError, match=r"^line 1, column \d+: half a surrogate pair is no Unicode text"
+        ):
+            strict_yaml.read(text)
+    categories = {"\U00010000": [], "b": [1]}
+    odd = {**yaml.safe_load(GOOD), "data": {"kind": "images", "source": "mnist", "categories": categories}}
+    with pytest.raises(RecipeError, match="got a key that is no name"):
+        parse_recipe(json.dumps(odd), where="odd")
+
+
 def _paths(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     return [path, *(found for key, value in inner for found in _paths(value, (*path, key)))]

@@ -85,9 +85,10 @@ def _plain(node: yaml.Node) -> Any:
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise _refuse(key.start_mark, "a key must be text")
-            if key.value in mapping:
-                raise _refuse(key.start_mark, f"key {key.value!r} stands twice; keep one of them")
-            mapping[key.value] = _plain(value)
+            name = _text(key)
+            if name in mapping:
+                raise _refuse(key.start_mark, f"key {name!r} stands twice; keep one of them")
+            mapping[name] = _plain(value)
         return mapping
     match node.tag.rpartition(":")[2]:
         case "bool":
@@ -99,7 +100,15 @@ def _plain(node: yaml.Node) -> Any:
         case "null":
             return None
         case _:
-            return node.value
+            return _text(node)
+
+
+def _text(node: yaml.Node) -> str:
+    """Return a scalar's text, pairs of escaped halves, as JSON writes rare characters, made whole."""
+    try:
+        return node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise _refuse(node.start_mark, "half a surrogate pair is no Unicode text; write the character itself") from None
 
 
 def write(data: Any) -> str:
