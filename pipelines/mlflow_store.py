@@ -64,7 +64,7 @@ def address(uri: str, experiment: str, run: str) -> str:
     """Return the command line that shows MLflow, or a run's address on the server, as far as the ids are known."""
     uri = public(uri)
     if not uri.startswith(("http://", "https://")):
-        return f"mlflow ui --backend-store-uri {uri}"
+        return "moeify ui"
     return f"{uri}/#/experiments/{experiment}/runs/{run}?workflowType=machine_learning" if run else uri
 
 

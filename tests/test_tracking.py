@@ -333,8 +333,7 @@ def test_a_broken_round_file_costs_its_picture_and_nothing_else(
 
 
 def test_where_to_look_is_a_command_or_an_address(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    home = folder.path.parent
-    assert where_to_look(folder) == f"mlflow ui --backend-store-uri sqlite:///{home}/mlflow.db"
+    assert where_to_look(folder) == "moeify ui"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@host:5000/")
     assert where_to_look(folder) == "https://host:5000"
     Progress(uri="https://host:5000", experiment="7", parent="abc").save(folder.tracking)
