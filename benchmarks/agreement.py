@@ -32,8 +32,9 @@ from attribution.sites import Site, output_weight
 from attribution.subject import Rows, Subject
 from attribution.table import AttributionTable
 from benchmarks.report import Cell, Figure, parser, report
-from benchmarks.studies import STUDIES, NoDataError, Study
+from benchmarks.studies import STUDIES, Study
 from moeify.comparison import mean_interval
+from moeify.data.root import NoDataError
 from moeify.splitting.assignment import assign
 from moeify.splitting.compensation import compensate
 from moeify.splitting.knapsack import Curve, cheapest
@@ -61,7 +62,7 @@ def main() -> None:
     for name, seed in product(names, seeds):
         try:
             study = STUDIES[name](seed, size.rows, asked.quick)
-        except (NoDataError, FileNotFoundError) as error:
+        except NoDataError as error:
             _say(f"{name}: skipped, {error}")
             continue
         methods = {k: v for k, v in ESTIMATES.items() if not (asked.quick and k in SLOW)}

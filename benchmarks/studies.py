@@ -1,15 +1,12 @@
 """Trained networks to study: what they are, the rows they are measured on, and the rows they go on training with.
 
-``text`` needs nothing but the package. The others need a folder of data in ``MOEIFY_STUDY_DATA``: ``mnist`` (the four
+``text`` needs nothing but the package. The others need the folder that ``MOEIFY_DATA`` names, with ``mnist`` (the four
 idx files), ``cifar10-resnets/resnet20.safetensors`` with ``cifar10-jpeg`` and ``stories260K-hf`` with
 ``text-tinystories``.
 """
 
-import gzip
-import io
 import json
 import lzma
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -23,17 +20,16 @@ from torch import Tensor, nn
 
 from attribution.sites import Site
 from attribution.subject import Rows, Subject
+from moeify.data.images import load
+from moeify.data.root import data_file, data_root
 from moeify.models.families import readers
+from moeify.models.resnet import build_resnet
 from moeify.tasks.language import sample_tokens, token_nats
 
 HELD_OUT = 64
 """Rows of text of each category that losses after retraining are taken on."""
 MEASURED = 32
 """Rows of text of each category that are measured before a cut: 4,096 tokens."""
-
-
-class NoDataError(ValueError):
-    """The study's data is not here."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +48,6 @@ class Study:
     """The rows of a step of retraining."""
     learning_rate: float
     """Of retraining: the one that training ended or would go on with."""
-
-
-def folder() -> Path:
-    """Return the folder of study data; NoDataError where there is none."""
-    place = os.environ.get("MOEIFY_STUDY_DATA")
-    if not place or not Path(place).is_dir():
-        raise NoDataError("set MOEIFY_STUDY_DATA to the folder of study data")
-    return Path(place)
 
 
 # --- text -----------------------------------------------------------------------------------------------
@@ -114,10 +102,12 @@ def stories(seed: int, rows: int, _: bool) -> Study:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    length, place = 128, folder()
-    network: Any = AutoModelForCausalLM.from_pretrained(place / "stories260K-hf", dtype=torch.float32)
-    tokenizer: Any = AutoTokenizer.from_pretrained(place / "stories260K-hf")
-    with lzma.open(place / "text-tinystories" / "tinystories-mini.jsonl.xz", "rt", encoding="utf-8") as file:
+    length, root = 128, data_root(None, Path.cwd())
+    checkpoint = data_file(root, "stories260K-hf/config.json", what="stories260K as transformers saves it").parent
+    texts = data_file(root, "text-tinystories/tinystories-mini.jsonl.xz", what="TinyStories")
+    network: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
+    with lzma.open(texts, "rt", encoding="utf-8") as file:
         documents = [json.loads(line) for line in file]
     names = ("forest", "other")
     random = np.random.default_rng(seed)
@@ -185,11 +175,8 @@ def label_nats(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def mnist(seed: int, rows: int, quick: bool) -> Study:
     """A small convolutional network trained on MNIST for two passes (channels and hidden units)."""
-    place = folder() / "mnist"
-    images = np.frombuffer(_unzipped(place / "train-images-idx3-ubyte.gz"), np.uint8, offset=16)
-    labels = np.frombuffer(_unzipped(place / "train-labels-idx1-ubyte.gz"), np.uint8, offset=8)
-    x = torch.from_numpy(images.reshape(-1, 1, 28, 28).astype(np.float32) / 255)
-    y = torch.from_numpy(labels.astype(np.int64))
+    images = load("mnist", data_root(None, Path.cwd()))[0]
+    x, y = torch.from_numpy(images.pixels).float() / 255, torch.from_numpy(images.labels)
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(x)))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -205,73 +192,21 @@ def mnist(seed: int, rows: int, quick: bool) -> Study:
     return Study("mnist", subject, *_images(x, y, rest, train, rows), _more(x, y, train, seed), 3e-4)
 
 
-def _unzipped(path: Path) -> bytes:
-    with gzip.open(path) as file:
-        return file.read()
-
-
-class Block(nn.Module):
-    """A residual block of two convolutions, its shortcut without parameters."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.stride = 1 if inputs == outputs else 2
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, self.stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn1, self.bn2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [rows outputs height/stride width/stride]."""
-        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-        if self.stride == 2:
-            quarter = y.shape[1] // 4
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, quarter, quarter))
-        return torch.relu(x + y)
-
-
-class ResNet20(nn.Module):
-    """He et al. 2015, section 4.2 (arXiv 1512.03385), 3 blocks a stage."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        widths = (16, 16, 32, 64)
-        for stage in (1, 2, 3):
-            blocks = [Block(widths[stage - 1], widths[stage]), *(Block(widths[stage], widths[stage]) for _ in range(2))]
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits of [rows 3 32 32]."""
-        x = torch.relu(self.bn1(self.conv1(x)))
-        for stage in (1, 2, 3):
-            x = self.get_submodule(f"layer{stage}")(x)
-        return self.linear(x.mean((2, 3)))
-
-
 def cifar(seed: int, rows: int, _: bool) -> Study:
     """A public ResNet-20 on CIFAR-10 (JPEG): the channels inside of each block."""
-    from PIL import Image
     from safetensors.torch import load_file
 
-    place = folder()
-    packed = np.load(place / "cifar10-jpeg" / "cifar10_train_jpeg.npz", allow_pickle=False)
-    data, offsets = packed["data"], packed["offsets"]
-    order = np.random.default_rng(seed).permutation(len(offsets) - 1)[:6000]
+    root = data_root(None, Path.cwd())
+    weights = data_file(root, "cifar10-resnets/resnet20.safetensors", what="ResNet-20's weights for CIFAR-10")
+    images = load("cifar10-jpeg", root)[0]
+    order = np.random.default_rng(seed).permutation(len(images.labels))[:6000]
     mean, spread = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
-    decoded = [Image.open(io.BytesIO(data[offsets[i] : offsets[i + 1]].tobytes())).convert("RGB") for i in order]
-    x = torch.from_numpy(np.stack([np.asarray(image) for image in decoded])).permute(0, 3, 1, 2).float() / 255
-    x, y = (x - mean) / spread, torch.from_numpy(packed["labels"][order].astype(np.int64))
-    network = ResNet20()
-    state = load_file(place / "cifar10-resnets" / "resnet20.safetensors")
-    network.load_state_dict(state, strict=False)
-    sites = tuple(
-        Site(f"layer{s}.{b}", f"layer{s}.{b}.conv2", width, spatial=True)
-        for s, width in ((1, 16), (2, 32), (3, 64))
-        for b in range(3)
-    )
+    x = (torch.from_numpy(images.pixels[order]).float() / 255 - mean) / spread
+    y = torch.from_numpy(images.labels[order])
+    network = build_resnet((3, 32, 32), classes=10, width=16, blocks=3, stages=3, seed=seed)
+    network.load_state_dict(load_file(weights), strict=False)
     rest, train = torch.arange(3000), torch.arange(3000, 6000)
-    subject = Subject(network.eval(), sites, tuple(map(str, packed["classes"])), label_nats, drawn_label)
+    subject = Subject(network.eval(), readers(network), tuple(map(str, range(10))), label_nats, drawn_label)
     return Study("cifar-jpeg", subject, *_images(x, y, rest, train, rows), _more(x, y, train, seed), 3e-4)
 
 

@@ -1,9 +1,9 @@
 """What a run ends with: one file of numbers that a reader needs no other file to understand."""
 
 import math
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 
 from moeify.events import NestedTree, RoundEnded, Stop
 from moeify.recipe.arms import Arm
@@ -107,3 +107,11 @@ class Result(BaseModel):
     """Optimizer steps of every arm."""
     seconds: float
     """Wall time of the run, all attempts together."""
+
+    @model_validator(mode="after")
+    def _names_every_category(self) -> Self:
+        told = {name: getattr(self, name) for name in ("active_fraction", "tax", "tax_random", "tax_told")}
+        for name, figures in (told | {f"test_loss.{arm}": each for arm, each in self.test_loss.items()}).items():
+            if lost := [category for category in self.categories if figures is not None and category not in figures]:
+                raise ValueError(f"{name} lacks {', '.join(lost)}")
+        return self

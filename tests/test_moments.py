@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-from attribution.moments import marginals, schur_residual
+from attribution.moments import default_damping, marginals, schur_residual
 
 
 def problem(
@@ -128,3 +128,18 @@ def test_bad_input_is_refused() -> None:
     inputs[0, 1] = inputs[1, 0] = torch.nan
     with pytest.raises(ValueError, match=r"not positive definite with damping 2\.7"):
         schur_residual(inputs, curvature, weight, kept, removed)
+
+
+def test_inputs_that_rise_and_fall_together_are_damped_above_the_rounding_of_their_sums() -> None:
+    units = 500
+    apart_U = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(units // 2) / units**0.5
+    rounding = 4e-5  # above the default damping, below the trace times what float32 resolves
+    assert default_damping(units) < rounding < units * torch.finfo(torch.float32).eps
+    inputs = torch.ones(units, units, dtype=torch.float64) - rounding * apart_U[:, None] * apart_U
+    curvature, weight = torch.eye(2, dtype=torch.float64), torch.ones(units, 2, dtype=torch.float64)
+    removed, none = torch.arange(units) < units // 2, torch.zeros(units, dtype=torch.bool)
+    alone = schur_residual(inputs, curvature, weight, none, removed)
+    assert 0.0 <= schur_residual(inputs, curvature, weight, ~removed, removed) < 1e-3 * alone
+    assert marginals(inputs, curvature, weight, ~none, none).max() < 1e-3 * alone
+    with pytest.raises(ValueError, match="not positive definite with damping 1e-05"):
+        marginals(inputs, curvature, weight, ~none, none, damping=1e-5)

@@ -443,6 +443,9 @@ def test_a_damaged_result_is_named_in_one_line(folder: runs.RunFolder) -> None:
     folder.result.write_text(RESULT.model_copy(update={"tree": {"name": "core", "children": 3}}).model_dump_json())
     with pytest.raises(ValueError, match=r"result.json is damaged \(tree"):
         show.summary(folder)
+    folder.result.write_text(RESULT.model_copy(update={"active_fraction": {"c": 0.5}}).model_dump_json())
+    with pytest.raises(ValueError, match=r"result.json is damaged .*active_fraction lacks python, prose"):
+        show.summary(folder)
     (row,) = show.listing([folder])
     assert row["rounds"] is None
     assert "damaged" in row["problem"]

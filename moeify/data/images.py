@@ -70,7 +70,7 @@ def _idx(root: Path, name: str, axes: int) -> np.ndarray:
         if content[:4] != bytes([0, 0, 8, axes]):
             raise ValueError("its first bytes are not those of an idx file of bytes")
         shape = np.frombuffer(content, ">u4", count=axes, offset=4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()  # the bytes are read-only
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{path} is damaged or cut short ({error}), wanted one of {_MNIST}") from None
 
