@@ -11,9 +11,7 @@ about a quarter of an hour; --quick runs the digits recipe.
 """
 
 import json
-import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +24,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from benchmarks.gloo import run_together
 from benchmarks.report import Figure, arguments, report
 from moeify.recipe.config import RunConfig
 from moeify.recipe.load import parse_recipe, to_yaml
@@ -35,6 +34,7 @@ from moeify.tasks.build import build_task
 from moeify.training import Contestant, learning_rate
 from pipelines.runs import cache, every
 
+_SECONDS = "seconds"
 STRETCH = 1.6
 """How much longer than the shipped recipe the full benchmark's run is."""
 
@@ -119,28 +119,17 @@ def _memory(process: psutil.Process) -> int:
 
 def _bare(config: RunConfig, run: Path) -> float:
     """Return the seconds of the bare loop."""
-    with tempfile.TemporaryDirectory() as scratch, socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        listener.close()
-        told = (config.model_dump_json(), str(run), port, scratch)
-        spawn = multiprocessing.get_context("spawn")
-        workers = [spawn.Process(target=_bare_worker, args=(rank, *told)) for rank in range(config.cluster.workers)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-            if worker.exitcode:
-                raise SystemExit(f"the bare loop ended with exit code {worker.exitcode}")
-        return float((Path(scratch) / "seconds").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        cluster = config.cluster
+        told = config.model_dump_json(), run
+        run_together(_bare_worker, Path(folder), cluster.workers, told=told, threads=cluster.threads)
+        return float((Path(folder) / _SECONDS).read_text(encoding="utf-8"))
 
 
-def _bare_worker(rank: int, recipe: str, run: str, port: int, scratch: str) -> None:
+def _bare_worker(rank: int, folder: Path, recipe: str, run: Path) -> None:
     config = RunConfig.model_validate_json(recipe)
-    torch.set_num_threads(config.cluster.threads)
     size = config.cluster.workers
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    task = build_task(config, cache=cache(), base=Path(run))
+    task = build_task(config, cache=cache(), base=run)
     models = {
         arm: SplitModel(task.build(), task.categories, told=arm == "told", kinds=config.partition.units)
         for arm in config.arms
@@ -149,7 +138,7 @@ def _bare_worker(rank: int, recipe: str, run: str, port: int, scratch: str) -> N
     dist.barrier()
     began = time.perf_counter()
     for arm, contestant in contestants.items():
-        cuts = _cuts(config, Path(run)) if arm in config.cut_arms else {}
+        cuts = _cuts(config, run) if arm in config.cut_arms else {}
         for step in range(min(cuts, default=0), config.training.steps):
             if step in cuts:
                 contestant.model.repartition(cuts[step])
@@ -170,8 +159,7 @@ def _bare_worker(rank: int, recipe: str, run: str, port: int, scratch: str) -> N
             contestant.optimizer.zero_grad(set_to_none=True)
     dist.barrier()
     if rank == 0:
-        (Path(scratch) / "seconds").write_text(str(time.perf_counter() - began))
-    os._exit(0)  # gloo's threads may still hold tensors: tearing the interpreter down aborts now and then
+        (folder / _SECONDS).write_text(str(time.perf_counter() - began), encoding="utf-8")
 
 
 def _cuts(config: RunConfig, run: Path) -> dict[int, Partition]:

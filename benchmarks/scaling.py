@@ -9,9 +9,7 @@ The full benchmark takes about four minutes on two cores, --quick a few steps.
 """
 
 import json
-import multiprocessing
 import os
-import socket
 import statistics
 import tempfile
 import time
@@ -19,9 +17,9 @@ from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
+from benchmarks.gloo import run_together
 from benchmarks.report import Cell, Figure, arguments, report
 from moeify.recipe.config import RunConfig
 from moeify.recipe.load import parse_recipe
@@ -33,6 +31,7 @@ from pipelines.runs import cache
 
 TURNS, STEPS = 9, 24
 QUICK_TURNS, QUICK_STEPS = 3, 2
+_SECONDS = "seconds.json"
 _NEVER = 10**9
 """Steps between two reports: none comes but the last of each turn."""
 
@@ -58,28 +57,15 @@ def main() -> None:
 
 def _measured(config: RunConfig, turns: int, steps: int) -> tuple[list[float], list[float]]:
     """Return the seconds of each turn of one worker, and of two."""
-    with tempfile.TemporaryDirectory() as scratch, socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        listener.close()
-        told = (config.model_dump_json(), port, turns, steps, str(Path(scratch) / "seconds.json"))
-        context = multiprocessing.get_context("spawn")
-        workers = [context.Process(target=_worker, args=(rank, *told)) for rank in range(2)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-            if worker.exitcode:
-                raise SystemExit(f"a worker ended with exit code {worker.exitcode}")
-        one, two = json.loads(Path(told[-1]).read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        run_together(_worker, Path(folder), told=(config.model_dump_json(), turns, steps))
+        one, two = json.loads((Path(folder) / _SECONDS).read_text(encoding="utf-8"))
         return one, two
 
 
-def _worker(rank: int, recipe: str, port: int, turns: int, steps: int, result: str) -> None:
+def _worker(rank: int, folder: Path, recipe: str, turns: int, steps: int) -> None:
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     config = RunConfig.model_validate_json(recipe)
     task = build_task(config, cache=cache(), base=Path())
     contestant = Contestant(SplitModel(task.build(), task.categories), config.training)
@@ -99,9 +85,7 @@ def _worker(rank: int, recipe: str, port: int, turns: int, steps: int, result: s
             seconds[0].append(alone)
             seconds[1].append(together)
     if rank == 0:
-        Path(result).write_text(json.dumps(seconds), encoding="utf-8")
-    dist.barrier()
-    os._exit(0)  # gloo's threads may still hold tensors: tearing the interpreter down aborts now and then
+        (folder / _SECONDS).write_text(json.dumps(seconds), encoding="utf-8")
 
 
 if __name__ == "__main__":

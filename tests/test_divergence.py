@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.gloo import run_together
 from moeify.divergence import DivergedError, OutOfMemoryError, check_kept
 from moeify.events import MemoryTracker, Mishap, Step
 from moeify.loop import run
@@ -21,7 +22,6 @@ from moeify.training import Contestant, train
 from moeify.world import Group, Solo
 from pipelines import launch
 from pipelines.runs import RunFolder
-from tests.gloo import run_together
 from tests.test_loop import DyingStore, KilledError, final, outcome
 from tests.toy import CONFIG, ToyTask, toy_config
 

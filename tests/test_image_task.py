@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.gloo import run_together
 from moeify.data.images import Images
 from moeify.loop import run
 from moeify.models.resnet import ResNet
@@ -23,7 +24,6 @@ from moeify.training import Contestant, train
 from moeify.world import Group, Solo
 from pipelines.mlflow_terms import final_points
 from tests.finished_runs import call, finish
-from tests.gloo import run_together
 from tests.pictures import CONFIG, GROUPS, drawn, pictures, pictures_config
 from tests.test_images import write_mnist
 from tests.test_loop import DyingStore, KilledError, final, outcome

@@ -22,8 +22,8 @@ from attribution.measure import Moments, Stability, measure, strongest_category
 from attribution.sites import Site
 from attribution.subject import Rows, Subject
 from attribution.table import AttributionTable
+from benchmarks.gloo import run_together
 from moeify.world import Group
-from tests.gloo import run_together
 
 NAMES = ("a", "b", "c")
 ROWS = 18

@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from attribution.measure import Moments, measure
 from attribution.subject import Subject
 from attribution.table import AttributionTable
+from benchmarks.gloo import run_together
 from moeify.loop import run
 from moeify.result import Result
 from moeify.routed.split_model import SplitModel
 from moeify.store import FolderStore
 from moeify.world import Group, Solo
-from tests.gloo import run_together
 from tests.toy import ToyTask, toy_config
 
 
