@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -166,7 +166,7 @@ class RoutedFfn(nn.Module):
         flat_ND = x.reshape(-1, x.shape[-1])
         positions = flat_ND.shape[0] // max(1, x.shape[0])
         rectangles = self.routes.rectangles(self.units.name, positions)
-        maps = (
+        maps = Maps(
             gate.weight if gate else None,
             gate.bias if gate else None,
             up_UD,
@@ -177,9 +177,9 @@ class RoutedFfn(nn.Module):
         )
         if torch.is_grad_enabled():
             damped = self.routes.damped(self.units.name, positions)
-            out_ND = _rectangles(flat_ND, *maps, rectangles, damped, self.units.activation)
+            out_ND = _rectangles(flat_ND, rectangles, damped, self.units.activation, *maps)
         else:
-            out_ND = _written(flat_ND, *maps, rectangles, self.units.activation)
+            out_ND = _written(flat_ND, maps, rectangles, self.units.activation)
         return out_ND.view(*x.shape[:-1], -1)
 
     def _masked(self, x: Tensor) -> Tensor:
@@ -199,15 +199,22 @@ class RoutedFfn(nn.Module):
         return hidden * mask_RU.view(up.shape[0], *[1] * (up.dim() - 2), self.units.units)
 
 
+class Maps(NamedTuple):
+    """A block's maps; None where it has none."""
+
+    gate_UD: Tensor | None
+    gate_bias_U: Tensor | None
+    up_UD: Tensor
+    up_bias_U: Tensor | None
+    told_NU: Tensor | None
+    """What is added to what up gives, row by row."""
+    down_DU: Tensor
+    down_bias_D: Tensor | None
+
+
 def _written(
     x_ND: Tensor,
-    gate_UD: Tensor | None,
-    gate_bias_U: Tensor | None,
-    up_UD: Tensor,
-    up_bias_U: Tensor | None,
-    told_NU: Tensor | None,
-    down_DU: Tensor,
-    down_bias_D: Tensor | None,
+    maps: Maps,
     rectangles: Sequence[Rectangle],
     activation: Activation,
     hidden: list[Tensor] | None = None,
@@ -216,6 +223,7 @@ def _written(
 
     ``hidden`` is given what up and gate give in each rectangle.
     """
+    gate_UD, gate_bias_U, up_UD, up_bias_U, told_NU, down_DU, down_bias_D = maps
     out_ND = x_ND.new_zeros(x_ND.shape[0], down_DU.shape[0])
     if down_bias_D is not None:
         out_ND += down_bias_D
@@ -248,24 +256,19 @@ class _Rectangles(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_ND: Tensor,
-        gate_UD: Tensor | None,
-        gate_bias_U: Tensor | None,
-        up_UD: Tensor,
-        up_bias_U: Tensor | None,
-        told_NU: Tensor | None,
-        down_DU: Tensor,
-        down_bias_D: Tensor | None,
         rectangles: Sequence[Rectangle],
         damped: list[Damped],
         activation: Activation,
+        *tensors: Any,
     ) -> Tensor:
-        maps = (gate_UD, gate_bias_U, up_UD, up_bias_U, told_NU, down_DU, down_bias_D)
+        maps = Maps(*tensors)
         hidden: list[Tensor] = []
-        out_ND = _written(x_ND, *maps, rectangles, activation, hidden)
-        ctx.save_for_backward(x_ND, gate_UD, gate_bias_U, up_UD, up_bias_U, down_DU, down_bias_D, *hidden)
+        out_ND = _written(x_ND, maps, rectangles, activation, hidden)
+        kept = (maps.gate_UD, maps.gate_bias_U, maps.up_UD, maps.up_bias_U, maps.down_DU, maps.down_bias_D)
+        ctx.save_for_backward(x_ND, *kept, *hidden)
         ctx.rectangles, ctx.damped = rectangles, damped
         ctx.activation = activation
-        ctx.told = told_NU is not None
+        ctx.told = maps.told_NU is not None
         return out_ND
 
     @staticmethod
@@ -313,8 +316,8 @@ class _Rectangles(torch.autograd.Function):
             scale(active_nu, damped, _write)
             down_grad[:, units].addmm_(out_grad_nD.t(), active_nu)
         down_bias_grad = None if down_bias_D is None else out_grad_ND.sum(0)
-        grads_out = (x_grad_ND, gate_grad, gate_bias_grad, up_grad, up_bias_grad, told_grad, down_grad, down_bias_grad)
-        return (*grads_out, None, None, None)
+        of_maps = (gate_grad, gate_bias_grad, up_grad, up_bias_grad, told_grad, down_grad, down_bias_grad)
+        return (x_grad_ND, None, None, None, *of_maps)
 
 
 class _Permute(torch.autograd.Function):
