@@ -39,6 +39,7 @@ import psutil
 from benchmarks.damage import damage
 from benchmarks.killable import (
     LONGEST,
+    Attempt,
     Outcome,
     Runs,
     Tally,
@@ -210,46 +211,41 @@ def _kill_tree(process: subprocess.Popen[bytes]) -> None:
 
 
 def _storm_ray(home: Path, kills: int, draw: random.Random, tally: Tally) -> None:
-    """Kill the drivers of runs on Ray, and their workers in turn; two kills a run."""
+    """Kill the drivers of runs on Ray, and their workers in turn, while workers are there; two kills a run."""
     runs = Runs(home, home / "ray.yaml", spawned, home / "runs" / "mlflow.db", local=False)
-    started = time.perf_counter()
     runs.check(0)
-    length = time.perf_counter() - started
     runs.sync(0)
-    wanted = runs.outcome(0)
-    number, done = 0, 0
-    while done < kills:
+    wanted, length = runs.outcome(0), runs.length(0)
+    number, before = 0, sum(tally.kills.values())
+    while sum(tally.kills.values()) - before < kills:
         number += 1
         target: Target = "worker" if number % 2 else "driver"
         with judged(runs, number, wanted, tally, target):
             for _ in range(2):
                 process = runs.attempt(number)
-                wait(process, draw.uniform(0.2, 0.95) * length)
-                if not alive(process):
+                while alive(process) and not _workers(process):
+                    time.sleep(0.05)
+                wait(process, draw.uniform(0.0, length))
+                victims = _workers(process)
+                if not alive(process) or not victims:
                     break
-                if target == "worker":
-                    assert process.pid is not None
-                    victims = _workers(process.pid)
-                    if victims:
-                        phase = phase_of(runs.folder(number))
-                        draw.choice(victims).kill()
-                        tally.kills[target, phase] += 1
-                        done += 1
-                    if (code := ended(process)) != 0:
-                        raise WrongError(f"exit code {code}: {tail(home / 'told.txt')}")
-                    break
-                process.kill()
-                ended(process)
-                tally.kills[target, phase_of(runs.folder(number))] += 1
-                done += 1
+                phase = phase_of(runs.folder(number))
+                if target == "driver":
+                    process.kill()
+                    ended(process)
+                else:
+                    draw.choice(victims).kill()
+                tally.kills[target, phase] += 1
+                if target == "worker" and (code := ended(process)) != 0:
+                    raise WrongError(f"exit code {code}: {tail(home / 'told.txt')}")
             runs.check(number)
 
 
-def _workers(driver: int) -> list[psutil.Process]:
+def _workers(driver: Attempt) -> list[psutil.Process]:
     """Return the train workers below a driver."""
     found = []
     with suppress(psutil.NoSuchProcess):
-        for process in psutil.Process(driver).children(recursive=True):
+        for process in psutil.Process(driver.pid).children(recursive=True):
             with suppress(psutil.Error):
                 if "RayTrainWorker" in " ".join(process.cmdline()):
                     found.append(process)

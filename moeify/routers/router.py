@@ -17,7 +17,7 @@ Axes: R rows, P positions (1 where a row is one example), D numbers of the early
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float64, Int
@@ -72,7 +72,7 @@ def early(network: nn.Module, inputs: Tensor) -> Float64[Tensor, "rows positions
     """Return what the network reads before any route: each token's embedding, or a numeric row as one position."""
     if inputs.is_floating_point():
         return inputs.flatten(1).unsqueeze(1).double()
-    embedding: nn.Module = network.get_input_embeddings()  # type: ignore[operator]
+    embedding: nn.Module = cast(Any, network).get_input_embeddings()  # as every decoder of transformers has
     return embedding(inputs).double()
 
 
