@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from moeify.storing import reaching, storing
+from moeify.storing import endpoint_of, reaching, storing
 
 KINDS = {"s3": "s3", "gs": "gs"}
 """Scheme of a URL -> the extra of this package that reads it."""
@@ -174,7 +174,9 @@ def _is_inside(path: str) -> bool:
 def _client(kind: str) -> Any:
     import fsspec
 
-    settings: dict[str, Any] = {name: value for name, value in _SETTINGS.get(kind, {}).items()}
+    settings = dict(_SETTINGS.get(kind, {}))
+    if endpoint := endpoint_of(kind):
+        settings["endpoint_url"] = endpoint
     if kind == "s3" and not (os.environ.get("AWS_MAX_ATTEMPTS") or os.environ.get("AWS_RETRY_MODE")):
         retries = {"mode": "standard", "total_max_attempts": _ATTEMPTS}
         settings["config_kwargs"] = {**settings["config_kwargs"], "retries": retries}

@@ -82,9 +82,13 @@ def _why(url: str, error: Exception) -> str:
     return f"the store did not do it ({said or name}); what was kept before is whole"
 
 
-def _endpoint(kind: str, environment: Mapping[str, str] = os.environ) -> str:
-    given = next((value for name in _ENDPOINTS.get(kind, ()) if (value := environment.get(name))), "")
-    parts = urlsplit(given)
+def endpoint_of(kind: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Return the address of a kind of store that the environment gives; empty where that is its maker's own."""
+    return next((value for name in _ENDPOINTS.get(kind, ()) if (value := environment.get(name))), "")
+
+
+def _endpoint(kind: str) -> str:
+    parts = urlsplit(endpoint_of(kind))
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if parts.netloc else "the store"
 
 
