@@ -21,6 +21,7 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
+from moeify.place import checked_url, is_url
 from moeify.recipe.config import RunConfig
 from moeify.recipe.load import to_yaml
 from moeify.storing import storing
@@ -159,8 +160,19 @@ def told_home(home: Path) -> str:
 
 
 def cache() -> Path:
-    """Return the folder of what can be made again: ``MOEIFY_CACHE``, or ``~/.cache/moeify``."""
-    return Path(os.environ.get("MOEIFY_CACHE") or "~/.cache/moeify").expanduser().absolute()
+    """Return the folder of what can be made again: ``MOEIFY_CACHE``, or ``~/.cache/moeify``.
+
+    Where ``MOEIFY_CACHE`` is a URL, that is for what machines can share; prepared data is read in place, row by row,
+    and stays on each of them.
+    """
+    asked = os.environ.get("MOEIFY_CACHE") or ""
+    return Path("~/.cache/moeify" if not asked or is_url(asked) else asked).expanduser().absolute()
+
+
+def cache_url() -> str | None:
+    """Return the URL that ``MOEIFY_CACHE`` is, where it is one."""
+    asked = os.environ.get("MOEIFY_CACHE") or ""
+    return checked_url(asked) if is_url(asked) else None
 
 
 def _versions() -> dict[str, str]:

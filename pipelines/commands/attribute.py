@@ -57,7 +57,7 @@ def _probed(
     from moeify.recipe.load import load_recipe, parse_recipe
     from moeify.split_folder import arms_of_run
     from moeify.subjects import of_checkpoint, of_run
-    from pipelines import runs
+    from pipelines import copies, runs
 
     model = Path(target)
     if model.is_dir() and (model / "config.json").is_file():
