@@ -280,6 +280,9 @@ def every(home: Path) -> list[RunFolder]:
 def there(run: str, home: Path) -> RunFolder | None:
     """Return the run with that id, its files fetched; None where there is none."""
     folder = RunFolder(home / check_id(run))
+    if (remote := folder.remote) and folder.resolved.name not in remote.place.names():
+        shutil.rmtree(folder.path, ignore_errors=True)  # a copy of what is gone
+        return None
     copies.refresh([folder])
     return folder if folder.resolved.exists() else None
 

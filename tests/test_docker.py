@@ -51,7 +51,14 @@ def test_the_scripts_pass_shellcheck() -> None:
 
 
 def test_the_manifests_pass_yamllint() -> None:
-    lint("yamllint", "--strict", "-c", DOCKER / ".yamllint.yaml", *sorted(DOCKER.glob("compose*.yaml")), DOCKER / "kuberay")
+    lint(
+        "yamllint",
+        "--strict",
+        "-c",
+        DOCKER / ".yamllint.yaml",
+        *sorted(DOCKER.glob("compose*.yaml")),
+        DOCKER / "kuberay",
+    )
 
 
 def closed(schema: Any) -> Any:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -22,6 +23,7 @@ from pipelines import launch, lease
 from pipelines.cli import main
 from pipelines.journal import JournalError, line_of, read_events
 from pipelines.remote_run import RemoteRun, part_name
+from pipelines.runs import RunFolder
 from pipelines.url_journal import UrlJournal
 from tests.finished_runs import TINY
 from tests.stores import BUCKET, KEY, SECRET, answering, credentials, error_body, s3_server
@@ -295,3 +297,52 @@ def test_what_passes_is_tried_again(machines: tuple[Machine, Machine]) -> None:
     with answers as (endpoint, asked), machines[0].here(AWS_ENDPOINT_URL=endpoint), pytest.raises(FileNotFoundError):
         Place(f"s3://{BUCKET}/x").read("y")
     assert len(asked) >= 3
+
+
+def test_the_driver_follows_a_worker_on_another_machine(
+    machines: tuple[Machine, Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = machines
+    real = launch._order
+
+    def elsewhere(folder: RunFolder, *rest: Any) -> dict[str, Any]:
+        return {**real(folder, *rest), "folder": str(other.place / "cache/homes/theirs" / folder.id)}
+
+    monkeypatch.setattr(launch, "_order", elsewhere)
+    run = "tiny-20260101-000000-aaaa"
+    done = one.call("run", str(one.place / "tiny.yaml"), "--local", "--quiet", "--id", run)
+    assert (done.exit_code, done.output) == (0, "")
+    near, far = one.home / run, other.place / "cache/homes/theirs" / run
+    for path in ("journal.jsonl", "result.json", "rounds/1/attribution.safetensors"):
+        assert (near / path).read_bytes() == (far / path).read_bytes()
+    assert [event.kind for event in read_events(near / "journal.jsonl", 0)[0]][-1] == "finished"
+    assert not (near / "checkpoints").exists() or not list((near / "checkpoints").glob("0*"))
+
+
+@pytest.mark.ray
+def test_under_ray_the_keys_come_from_each_process_and_are_written_nowhere(
+    machines: tuple[Machine, Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = machines
+    looked_at: list[Path] = []
+    told_in: list[Path] = []
+    real = shutil.rmtree
+
+    def searched(path: Path, **settings: Any) -> None:
+        if Path(path).name.startswith(launch._PREFIX):  # all that Ray wrote: logs, sessions, sockets
+            for file in Path(path).rglob("*"):
+                if file.is_file() and not file.is_symlink():
+                    looked_at.append(file)
+                    told_in.extend([file] * (SECRET.encode() in file.read_bytes()))
+        real(path, **settings)
+
+    monkeypatch.setattr(launch.shutil, "rmtree", searched)
+    done = one.call("run", str(one.place / "tiny.yaml"), "--quiet")
+    assert (done.exit_code, done.output, done.exception) == (0, "", None)
+    assert len(looked_at) > 10
+    assert told_in == []
+    listed = json.loads(other.call("runs", "--json").output)
+    assert [(row["status"], row["rounds"], row["problem"]) for row in listed] == [("finished", 1, None)]
+    with one.here():
+        for path in (place := Place(one.url)).found():
+            assert SECRET.encode() not in place.read(path)
