@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,9 @@ from click.testing import CliRunner, Result
 from s3fs import S3FileSystem
 
 from moeify.events import Phase
+from moeify.loop import run
 from moeify.place import Place
+from moeify.recipe.config import RunConfig
 from moeify.split_folder import load_split
 from pipelines import launch, lease
 from pipelines.cli import main
@@ -28,7 +31,10 @@ from pipelines.url_journal import UrlJournal
 from tests.finished_runs import TINY
 from tests.stores import BUCKET, KEY, SECRET, answering, credentials, error_body, s3_server
 from tests.test_launch import Deaf
+from tests.test_storing import RECIPE
+from tests.test_twin_cache import CountingTask
 from tests.texts import write_texts
+from tests.toy import toy_config
 
 LONG = TINY.replace("steps: 12", "steps: 60").replace(
     "rows: 8}\nattribution", "rows: 8}\ncheckpoints: {every: 2}\nattribution"
@@ -346,3 +352,50 @@ def test_under_ray_the_keys_come_from_each_process_and_are_written_nowhere(
     with one.here():
         for path in (place := Place(one.url)).found():
             assert SECRET.encode() not in place.read(path)
+
+
+def test_the_commands_of_the_page_on_storage_do_what_it_says(
+    machines: tuple[Machine, Machine], monkeypatch: pytest.MonkeyPatch, laid_out: Path
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "storage.md").read_text(encoding="utf-8")
+    digits = RECIPE, "digits", machines[0].place
+    monkeypatch.setattr("pipelines.commands.run.find_recipe", lambda name: digits if name == "digits" else None)
+    url = f"s3://{BUCKET}/page"
+    said = ""
+    for machine, block in zip(machines, re.findall(r"```bash\n(.*?)```", page, re.DOTALL), strict=True):
+        for line in block.replace("s3://BUCKET", url).splitlines():
+            if line.startswith("export"):
+                assert line == f"export MOEIFY_HOME={url}/runs"
+                continue
+            program, *words = line.split()
+            assert program == "moeify"
+            if words[0] == "sync":
+                shutil.copy(laid_out, next((machine.place / "cache/homes").iterdir()) / "mlflow.db")
+            done = machine.call(*words, MOEIFY_HOME=f"{url}/runs")
+            assert done.exit_code == 0 or words == ["doctor"], (line, done.output, done.exception)
+            said += done.output
+    for words in (
+        f"{url}/runs: can be listed, read and written",
+        "finished",
+        f"wrote {url}/models/digits",
+        "delivered",
+    ):
+        assert words in said
+    with machines[1].here():
+        assert len(load_split(f"{url}/models/digits").categories) == 10
+
+
+def test_twins_that_one_machine_trained_are_taken_by_another(tmp_path: Path) -> None:
+    config = toy_config(controls=["told"])
+    url = f"memory://{tmp_path.name}"
+    first = run_with_twins(config, tmp_path / "one", url)
+    second = run_with_twins(config, tmp_path / "other", url)
+    assert second < first
+    assert run_with_twins(config, tmp_path / "other", None) == second
+
+
+def run_with_twins(config: RunConfig, twins: Path, url: str | None) -> int:
+    """Run and return how many steps were trained."""
+    task = CountingTask(config)
+    run(config, task, twins=twins, twins_url=url)
+    return task.trained
