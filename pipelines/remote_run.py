@@ -70,8 +70,9 @@ class RemoteRun:
         """Put the journal's parts together; only the run's driver may, when no worker writes."""
         with self._locked():
             self._catch_up()
-            parts = [name for name in self.place.found(JOURNAL) if name != _WHOLE]
-            if parts and self._size():
+            size = self._size()
+            parts = [name for name in self.place.found(JOURNAL) if (at := _begin(name)) is not None and at < size]
+            if parts:
                 self.place.upload(_WHOLE, self.journal)
                 self.place.remove(sorted(parts))
 
