@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -343,7 +344,9 @@ def test_under_ray_the_keys_come_from_each_process_and_are_written_nowhere(
         real(path, **settings)
 
     monkeypatch.setattr(launch.shutil, "rmtree", searched)
-    done = one.call("run", str(one.place / "tiny.yaml"), "--quiet")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own
+        done = one.call("run", str(one.place / "tiny.yaml"), "--quiet")
     assert (done.exit_code, done.output, done.exception) == (0, "", None)
     assert len(looked_at) > 10
     assert told_in == []
