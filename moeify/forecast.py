@@ -249,7 +249,9 @@ class FlopCounter(TorchDispatchMode):
     place, as routed blocks do. (torch's ``FlopCounterMode`` takes every other operation apart as well, which is slow.)
     """
 
-    flops = 0
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+        self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count it."""
