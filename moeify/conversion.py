@@ -56,7 +56,7 @@ def conversion(folder: Path, survey: Survey, name: str, wish: Wish, machine: Mac
     checkpoint = look(folder.absolute())
     given = given_tokenizer.of_checkpoint(checkpoint)
     network = checkpoint.network()
-    positions = checkpoint.config().max_position_embeddings
+    positions = checkpoint.positions()
     data, prepared = rows_of(survey, cache, None, given, positions)
     train = tuple(len(stream) for stream in prepared.streams["train"])
     number, rows = len(prepared.categories), rows_a_step(len(prepared.categories))

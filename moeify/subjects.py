@@ -14,7 +14,6 @@ from attribution.subject import Rows, Subject
 from moeify import rows as rows_of
 from moeify.data import tokens as tokens_of
 from moeify.data.documents import Document
-from moeify.models.decoders import config_of
 from moeify.models.families import readers
 from moeify.models.pretrained import look
 from moeify.recipe.arms import Arm
@@ -66,7 +65,7 @@ def of_checkpoint(folder: Path, data: TextData, *, base: Path, rows: int, rows_a
     """
     checkpoint = look(folder)
     network, tokenizer = checkpoint.network(), checkpoint.tokenizer()
-    most = config_of(network).max_position_embeddings
+    most = checkpoint.positions()
     if data.length > most:
         raise ValueError(f"data.length is {data.length}, and {folder} takes {most} tokens at most; lower data.length")
     found = {

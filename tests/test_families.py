@@ -27,8 +27,17 @@ from attribution.subject import Rows, Subject
 from moeify.export.pruning import only, prune
 from moeify.export.stock import extract
 from moeify.models.build import Autoencoder, logits
-from moeify.models.decoders import DECODERS, decoder_of
-from moeify.models.families import describe, entries, example_inputs, readers, rebuild, unit_space
+from moeify.models.families import (
+    TRANSFORMERS,
+    describe,
+    entries,
+    example_inputs,
+    opened,
+    readers,
+    rebuild,
+    transformer_of,
+    unit_space,
+)
 from moeify.models.units import input_weight, output_weight, unit_parameters
 from moeify.recipe.data import TextData
 from moeify.recipe.partition import UnitKind
@@ -105,11 +114,11 @@ def save_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(folder)
 
 
-EVERY = pytest.mark.parametrize("family", [decoder.family for decoder in DECODERS])
+EVERY = pytest.mark.parametrize("family", [each.family for each in TRANSFORMERS])
 
 
 def test_every_family_is_tested() -> None:
-    assert list(DECODER_CONFIGS) == [decoder.family for decoder in DECODERS]
+    assert list(DECODER_CONFIGS) == [each.family for each in TRANSFORMERS]
 
 
 @EVERY
@@ -266,7 +275,7 @@ def test_a_family_can_be_told_the_category(family: str, tmp_path: Path) -> None:
     else:
         with pytest.raises(ValueError, match=f"blocks of family '{family}' have no biases, .* export it with --split"):
             extract(model, "c")
-    assert model.input_weight("layers.0.ffn").shape == (20, 24 * (2 if decoder_of(model.network).gate else 1))
+    assert model.input_weight("layers.0.ffn").shape == (20, 24 * (2 if transformer_of(model.network).gate else 1))
 
 
 @EVERY
@@ -330,7 +339,7 @@ def test_a_familys_share_of_operations_counts_every_matrix(family: str) -> None:
     named = dict(model.network.named_parameters(remove_duplicate=True)).items()
     matrices = sum(tensor.numel() for name, tensor in named if tensor.ndim == 2 and name not in looked_up)
     matrices += 0 if "lm_head.weight" in dict(named) or "embed_out.weight" in dict(named) else 40 * 24
-    of_a_unit = 24 * (3 if decoder_of(model.network).gate else 2)
+    of_a_unit = 24 * (3 if transformer_of(model.network).gate else 2)
     seen = 2 * 6 * getattr(model.network.config, "head_dim", 4) * 12 if family in WITH_HEADS else 0
     # Of 20 units a layer, a's route runs 8 + 2 + 2.
     share = 1 - 2 * 2 * 8 * of_a_unit / (2 * matrices + 2 * seen)

@@ -1,4 +1,4 @@
-"""A causal language model from a folder that ``save_pretrained`` wrote: looked at first, so that errors are one line.
+"""A transformer from a folder that ``save_pretrained`` wrote: looked at first, so that errors are one line.
 
 Local folders and safetensors alone; no code of the checkpoint is run and no pickle is read.
 """
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeify.models.decoders import DECODERS, WITHOUT, Decoder, decoder_named
+from moeify.models.families import TRANSFORMERS, transformer_named
+from moeify.models.transformer import Transformer
 
 _SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -23,14 +24,14 @@ class Checkpoint:
     """A folder that holds a model of a known family in safetensors; nothing of it is loaded yet."""
 
     folder: Path
-    decoder: Decoder
+    family: Transformer
 
     def config(self) -> Any:
         """Return the configuration, with no dropout and no cache: training must make the same bits each time."""
         import transformers
 
         with _one_line(self.folder):
-            config = getattr(transformers, self.decoder.config).from_pretrained(self.folder, **_SAFE)
+            config = getattr(transformers, self.family.config).from_pretrained(self.folder, **_SAFE)
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)
@@ -45,7 +46,7 @@ class Checkpoint:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         with _one_line(self.folder):
-            network, told = getattr(transformers, self.decoder.network).from_pretrained(
+            network, told = getattr(transformers, self.family.network).from_pretrained(
                 self.folder,
                 config=self.config(),
                 use_safetensors=True,
@@ -57,8 +58,11 @@ class Checkpoint:
         if lost := sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}):
             few = f"{self.folder} lacks {len(lost)} of its network's tensors, or has them in another shape"
             raise ValueError(f"{few}, such as {lost[0]}; save it anew")
-        loaded: nn.Module = network
-        return loaded
+        return self.family.opened(network)
+
+    def positions(self) -> int:
+        """Return how many tokens a row may have."""
+        return self.family.positions(self.config())
 
     def tokenizer(self) -> Any:
         """Return the tokenizer of ``transformers``; ValueError where there is none."""
@@ -77,23 +81,22 @@ def look(folder: Path) -> Checkpoint:
         family, classes = config.get("model_type"), config.get("architectures") or []
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'} is no JSON object ({error}); save the model again") from error
-    decoder = decoder_named(family)
-    if decoder is None or (classes and decoder.network not in classes):
+    found = transformer_named(family)
+    if found is None or (classes and found.network not in classes):
         named = ", ".join(map(str, classes)) or "nothing"
-        reason = "; ".join(WITHOUT[name] for name in classes if name in WITHOUT) or "wanted one of"
         raise ValueError(
-            f"{folder} cannot be read as a causal language model: model_type {family!r}, architectures {named}; "
-            f"{reason} {', '.join(each.network for each in DECODERS)}"
+            f"{folder} cannot be read: model_type {family!r}, architectures {named}; "
+            f"wanted one of {', '.join(each.network for each in TRANSFORMERS)}"
         )
     if not any(folder.glob("*.safetensors")):
         pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
         got = f"its weights as a pickle, {pickles[0]}, which is never read" if pickles else "no weights"
         raise ValueError(f"{folder} holds {got}; wanted safetensors, which save_pretrained of transformers writes")
-    return Checkpoint(folder, decoder)
+    return Checkpoint(folder, found)
 
 
 @contextmanager
-def _one_line(folder: Path, what: str = "cannot be read as a causal language model") -> Iterator[None]:
+def _one_line(folder: Path, what: str = "cannot be read") -> Iterator[None]:
     """Turn what ``transformers`` raises about a folder into a ValueError that names it."""
     try:
         yield

@@ -60,7 +60,7 @@ class LanguageTask:
         if not isinstance(config.model, PretrainedModel):
             return cls(config, prepare(config.data, cache, base))
         checkpoint, length = look(base / config.model.path), config.data.length
-        if length > (most := checkpoint.config().max_position_embeddings):
+        if length > (most := checkpoint.positions()):
             raise ValueError(
                 f"data.length: got {length}, wanted at most {most}, the positions of {checkpoint.folder}; lower it"
             )
