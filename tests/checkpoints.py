@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moeify.data.documents import Document
 from moeify.data.tokens import END, train_tokenizer
+from moeify.models.fused import closed
 from tests.networks import tiny_decoder
 from tests.texts import WORDS
 
@@ -15,7 +16,7 @@ SIZES = {"vocab_size": 300, "max_position_embeddings": 16, "bos_token_id": 0, "e
 
 def save_checkpoint(folder: Path, family: str, *, begin: bool = False, **changes: object) -> Path:
     """Write a network and its tokenizer; ``begin``: one that puts its own token before every text, as Llama's does."""
-    tiny_decoder(family, **{**SIZES, **changes}).save_pretrained(folder)
+    closed(tiny_decoder(family, **{**SIZES, **changes})).save_pretrained(folder)
     save_words(folder, begin=begin)
     return folder
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from moeify.models.build import build_autoencoder, build_llama
-from moeify.models.families import transformer_named
+from moeify.models.families import transformer_named, transformer_of
 from moeify.models.resnet import ResNet, build_resnet
 from moeify.recipe.model import AutoencoderModel, LlamaModel
 
@@ -48,7 +48,9 @@ def rows_for(network: nn.Module, rows: int, seed: int = 0) -> torch.Tensor:
         return torch.rand(rows, 10, generator=generator, dtype=torch.float64)
     if isinstance(network, ResNet):
         return torch.randn(rows, *network.image, generator=generator, dtype=torch.float64)
-    return torch.randint(40, (rows, 12), generator=generator)
+    if (family := transformer_of(network)) and family.learns == "class of an image":
+        return family.inputs(network, rows, generator).to(next(network.parameters()).dtype)
+    return torch.randint(1, 40, (rows, 12), generator=generator)
 
 
 def grouped_llama(seed: int = 0, *, heads: int = 6, groups: int = 6, bias: bool = False) -> nn.Module:

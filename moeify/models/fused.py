@@ -39,8 +39,9 @@ class FusedLinear(nn.Module):
     def whole(self) -> nn.Linear:
         """Return the one map that the stock architecture has."""
         parts = [cast(nn.Linear, part) for part in self.children()]
-        biases = [part.bias for part in parts if part.bias is not None]
-        return _linear(torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None)
+        biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
+        weights: list[Tensor] = [part.weight for part in parts]
+        return _linear(torch.cat(weights), torch.cat(biases) if biases else None)
 
 
 def open_fused(network: nn.Module, fused: Mapping[str, Mapping[str, int]]) -> None:

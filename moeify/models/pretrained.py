@@ -8,15 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from moeify.models.families import TRANSFORMERS, transformer_named
-from moeify.models.transformer import Transformer
+from moeify.models.transformer import Transformer, image_size
 
 _SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+_PREPROCESSING = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,47 @@ class Checkpoint:
             few = f"{self.folder} lacks {len(lost)} of its network's tensors, or has them in another shape"
             raise ValueError(f"{few}, such as {lost[0]}; save it anew")
         return self.family.opened(network)
+
+    @property
+    def hides(self) -> bool:
+        """Whether it predicts tokens that are hidden from it."""
+        return self.family.learns == "masked token"
+
+    def text(self) -> Self:
+        """Return the checkpoint of a language model; ValueError for one of images."""
+        if self.family.learns == "class of an image":
+            raise ValueError(f"{self.folder} classifies images, and the data is text; give data of kind 'images'")
+        return self
+
+    def images(self) -> Self:
+        """Return the checkpoint of an image classifier; ValueError for another."""
+        if self.family.learns != "class of an image":
+            raise ValueError(f"{self.folder} is a language model, and the data is images; give data of kind 'text'")
+        return self
+
+    def classifies(self, channels: int, classes: int) -> tuple[int, int]:
+        """Return height and width of the images it takes; ValueError where its channels or classes are others."""
+        config = self.config()
+        for what, got, wanted in (("channels", config.num_channels, channels), ("classes", config.num_labels, classes)):
+            if got != wanted:
+                raise ValueError(f"{self.folder} takes images of {got} {what}, and the data has {wanted}")
+        return image_size(config)
+
+    def norms(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Return mean and standard deviation of each channel that its images are normed by; None where it says none."""
+        if not (said := self.preprocessing()):
+            return None
+        with _one_line(self.folder, f"has a {_PREPROCESSING} that cannot be read"):
+            settings = json.loads(said[_PREPROCESSING])
+            found = tuple(tuple(float(value) for value in settings[f"image_{what}"]) for what in ("mean", "std"))
+            if any(len(each) != channels for each in found) or min(found[1]) <= 0:
+                raise ValueError(f"got image_mean and image_std {found}, wanted a number a channel, {channels}")
+        return found[0], found[1]
+
+    def preprocessing(self) -> dict[str, bytes]:
+        """Return the file that says how images become inputs, by name; nothing where there is none."""
+        path = self.folder / _PREPROCESSING
+        return {path.name: path.read_bytes()} if path.is_file() else {}
 
     def positions(self) -> int:
         """Return how many tokens a row may have."""

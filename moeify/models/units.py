@@ -284,7 +284,7 @@ def flops(network: nn.Module, site: UnitSite, length: int) -> int:
         case FfnUnits():
             return own * site.places
         case HeadUnits():
-            seen = length if site.causal else 2 * max(length, site.places)
+            seen = length if site.causal else 2 * (length if site.places == 1 else site.places)
             return (own + 2 * site.queries * site.size * seen) * site.places
         case ConvUnits():
             return own * site.places

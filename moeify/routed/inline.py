@@ -7,7 +7,7 @@ Axes: R rows, T positions, N tokens (rows times positions), D model width, U uni
 """
 
 from dataclasses import dataclass, field
-from typing import Self, cast
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -94,7 +94,7 @@ class _Outer(nn.Linear):
     shape: "_Shape"
 
     @classmethod
-    def of(cls, linear: nn.Linear, routes: Routes) -> Self:
+    def of(cls, linear: nn.Linear, routes: Routes) -> "_Outer":
         """Return the same map, with the same parameters."""
         made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         made.weight, made.bias, made.routes, made.shape = linear.weight, linear.bias, routes, _Shape()
