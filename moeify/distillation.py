@@ -8,7 +8,7 @@ import json
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from attribution.subject import IGNORED
@@ -53,17 +53,17 @@ def divergence(
     teacher: Float[Tensor, "rows *positions classes"],
     student: Float[Tensor, "rows *positions classes"],
     temperature: float,
-    targets: Int[Tensor, "rows *positions"] | None = None,
+    targets: Tensor | None = None,
 ) -> Float[Tensor, " rows"]:
     """Return KL(teacher || student) of logits over ``temperature``, times its square, summed over each row, in nats.
 
-    Positions whose target is ``IGNORED`` count nothing.
+    ``targets``: positions whose own is ``IGNORED`` count nothing.
     """
     wanted, got = ((each / temperature).log_softmax(-1) for each in (teacher, student))
     each = F.kl_div(got, wanted, reduction="none", log_target=True).sum(-1)
     if targets is not None and targets.shape == each.shape:
         each = each.masked_fill(targets == IGNORED, 0.0)
-    return each.flatten(1).sum(1) * temperature**2 if each.dim() > 1 else each * temperature**2
+    return each.reshape(len(each), -1).sum(1) * temperature**2
 
 
 def network_hash(network: nn.Module) -> str:

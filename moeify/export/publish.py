@@ -131,8 +131,9 @@ def _save_pretrained(stock: nn.Module, folder: Path) -> None:
     from transformers.utils import logging
 
     network: Any = stock
-    network.config.use_cache = True
-    network.generation_config.use_cache = True
+    if hasattr(network, "generation_config"):  # of models that write text
+        network.config.use_cache = True
+        network.generation_config.use_cache = True
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

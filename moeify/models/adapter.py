@@ -10,7 +10,7 @@ from moeify.models.units import UnitSite
 
 
 class Adapter(Protocol):
-    """One family of networks. ``moeify.models.adapters`` has one short file each; docs/extending.md shows how to add one.
+    """One family of networks. ``moeify.models.adapters`` has a short file for each; docs/extending.md adds one.
 
     A description is plain data, JSON, that says the shape of a network and holds no weight.
     """
@@ -46,7 +46,7 @@ class Adapter(Protocol):
         ...
 
     def with_units(self, description: dict[str, Any], units: int, heads: int | None) -> dict[str, Any]:
-        """Return the description with so many units in each feed-forward site, and at least so many of heads in each."""
+        """Return the description with so many units a feed-forward site, and at least so many of heads."""
         ...
 
     def with_biases(self, description: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,8 @@ class Checkpoint:
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)
-        config.use_cache = False
+        if self.family.learns == "next token":
+            config.use_cache = False
         return config
 
     def network(self) -> nn.Module:

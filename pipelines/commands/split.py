@@ -61,9 +61,9 @@ def command(
     """Split the checkpoint in PATH, retrained briefly, watched.
 
     PATH is a folder that transformers' save_pretrained wrote: a language model, causal or masked, or an image
-    classifier. Nothing is trained from scratch: the checkpoint is measured, cut and retrained for a short while, held against itself retrained on the same rows. Only safetensors are
-    read, and no code of the checkpoint is run. The recipe is kept in the run's folder, for 'moeify run'; 'show',
-    'report', 'export' and 'route' work as on any run.
+    classifier. Nothing is trained from scratch: the checkpoint is measured, cut and retrained for a short while, held
+    against itself retrained on the same rows. Only safetensors are read, and no code of the checkpoint is run. The
+    recipe is kept in the run's folder, for 'moeify run'; 'show', 'report', 'export' and 'route' work as on any run.
     """
     from moeify.conversion import Wish, conversion, conversion_by_images
     from moeify.data.survey import look

@@ -24,7 +24,7 @@ class ResNetAdapter:
         ]
 
     def entries(self, network: nn.Module) -> tuple[Entry, ...]:
-        """Return none: ways into blocks pass batch norms behind other blocks, which are no norm of a token by itself."""
+        """Return none: ways in pass batch norms behind other blocks, which are no norm of a token by itself."""
         return ()
 
     def places(self, network: nn.Module) -> dict[str, int]:
