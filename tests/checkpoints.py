@@ -14,9 +14,7 @@ from tests.texts import WORDS
 SIZES = {"vocab_size": 300, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 0}
 
 
-def save_checkpoint(
-    folder: Path, family: str, *, begin: bool = False, masks: bool = False, **changes: object
-) -> Path:
+def save_checkpoint(folder: Path, family: str, *, begin: bool = False, masks: bool = False, **changes: object) -> Path:
     """Write a network and its tokenizer; ``begin``: one that puts its own token before every text, as Llama's does;
     ``masks``: one that has a token for hidden ones, as BERT's does."""
     closed(tiny_decoder(family, **{**SIZES, **changes})).save_pretrained(folder)

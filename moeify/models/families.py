@@ -32,6 +32,7 @@ from moeify.models.adapters import (
     roberta,
     vit,
 )
+from moeify.models.detect import Detected
 from moeify.models.transformer import Transformer
 from moeify.models.units import UnitSpace, check, is_conv1d
 from moeify.recipe.partition import PLAIN, UnitKind
@@ -54,12 +55,14 @@ TRANSFORMERS: tuple[Transformer, ...] = (
     vit.ADAPTER,
 )
 ADAPTERS: tuple[Adapter, ...] = (autoencoder.ADAPTER, resnet.ADAPTER, *TRANSFORMERS)
+DETECTED = Detected()
 
 
 def unit_space(network: nn.Module, kinds: Collection[UnitKind] = PLAIN) -> UnitSpace:
     """Return the sites of a network's units of these kinds, in the network's order.
 
-    Kinds that the network has none of are passed over. ValueError for a network without an adapter.
+    Kinds that the network has none of are passed over. ValueError for a network without an adapter in which nothing is
+    found.
     """
     return check(network, [site for site in _adapter(network).sites(network) if site.kind in kinds])
 
@@ -145,13 +148,17 @@ def _adapter(network: nn.Module) -> Adapter:
     for adapter in ADAPTERS:
         if adapter.network == name:
             return adapter
-    known = ", ".join(adapter.network for adapter in ADAPTERS)
-    raise ValueError(f"no adapter for {name}; there are some for {known}; docs/extending.md shows how to add one")
+    return DETECTED
+
+
+def detected(network: nn.Module) -> bool:
+    """Say whether the network has no adapter, so that its sites were found by what they compute."""
+    return _adapter(network) is DETECTED
 
 
 def _named(description: dict[str, Any]) -> Adapter:
     family = description.get("family")
-    for adapter in ADAPTERS:
+    for adapter in (*ADAPTERS, DETECTED):
         if adapter.family == family:
             return adapter
     known = ", ".join(adapter.family for adapter in ADAPTERS)
