@@ -48,7 +48,8 @@ class Detected:
     def remember(self, network: nn.Module) -> None:
         """Keep a copy by which ``build`` makes networks of the same shape."""
         key = _key(self.describe(network))
-        self._given[key] = self._given.pop(key, None) or copy.deepcopy(network)
+        self._given.pop(key, None)
+        self._given[key] = copy.deepcopy(network)
         while len(self._given) > _REMEMBERED:
             del self._given[next(iter(self._given))]
 
