@@ -158,13 +158,11 @@ def test_the_adapter_and_the_method_of_the_document_work(monkeypatch: pytest.Mon
     assert np.bincount(owner).tolist() == capacity.tolist()
 
 
-@pytest.mark.parametrize(("wrong", "told"), [({"up": "gate_proj"}, "order of its units"), ({"gate": None}, "order of its units")])
-def test_an_adapter_that_is_wrong_is_told_by_its_proof(
-    wrong: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("wrong", [{"up": "gate_proj"}, {"gate": None}])
+def test_an_adapter_that_is_wrong_is_told_by_its_proof(wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TRANSFORMERS", "ADAPTERS"):
         changed = [replace(a, **wrong) if a.family == "llama" else a for a in getattr(families, name)]
         monkeypatch.setattr(families, name, tuple(changed))
     network = tiny_decoder("llama")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=r"^site 'layers\.0\.ffn': another order of its units changes what comes out"):
         prove(network, families.example_inputs(network, rows=2, seed=0))

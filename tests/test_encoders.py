@@ -267,6 +267,7 @@ def place(tmp_path: Path, laid_out: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_commands_split_a_masked_model_and_say_what_it_cannot_do(place: Path) -> None:
     save_checkpoint(place / "checkpoint", "bert", masks=True)
@@ -285,6 +286,7 @@ def test_commands_split_a_masked_model_and_say_what_it_cannot_do(place: Path) ->
         assert told in said.output
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_commands_split_and_measure_an_image_classifier_by_a_recipes_images(place: Path) -> None:
     image_recipe(place)
