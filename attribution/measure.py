@@ -305,7 +305,7 @@ def _one_batch(
         seeds = [row_seed(seed, row) for row in batch.ids.tolist()]
         for number in range(samples):
             with torch.no_grad():
-                sampled = subject.sample(outputs.detach(), seeds)
+                sampled = subject.drawn(outputs.detach(), batch.targets, seeds)
             _backward(subject, outputs, sampled, taps, "sampled", last=number == samples - 1)
             seeds = [row_seed(each, 1) for each in seeds]
     for part in parts:

@@ -161,7 +161,7 @@ def build(config: RunConfig, base: Path) -> nn.Module:
             return build_llama(model, vocabulary=config.data.vocabulary, length=config.data.length, end=0, seed=0)
         case PretrainedModel(path=path):
             checkpoint = look(base / path)
-            return checkpoint.decoder.build(checkpoint.config().to_dict())
+            return checkpoint.family.build({"config": checkpoint.config().to_dict()})
         case AutoencoderModel() as model:
             return build_autoencoder(model, inputs=math.prod(_image(config)), seed=0)
         case ResnetModel() as model:

@@ -50,7 +50,7 @@ from moeify.splitting.surgery import compensate_sites, permute
 from moeify.splitting.terms import costs, terms_in_reach
 from moeify.state import Cut, State
 from moeify.store import MemoryStore, Store
-from moeify.task import HeldOut, Task
+from moeify.task import HeldOut, Task, tokens_read
 from moeify.training import Contestant, Report, train
 from moeify.twin_cache import TwinCache
 from moeify.world import Solo, World
@@ -118,7 +118,7 @@ class _Loop:
             self.teacher.check(state.began)
         model = state.arms["dense"].model
         self.terms = terms_in_reach(
-            self.config, self.task.categories, model.network, model.space, self.task.units_per_row
+            self.config, self.task.categories, model.network, model.space, tokens_read(self.task)
         )
         self.say.started(self.task, model)
         if found:

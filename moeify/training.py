@@ -138,7 +138,7 @@ def train(
         """Return each row's nats, and its loss with what the teacher adds."""
         outputs = contestant.outputs(batch)
         nats_R = task.nats(outputs, batch.targets)
-        return nats_R, teacher.loss(batch.inputs, outputs, nats_R) if teacher else nats_R
+        return nats_R, teacher.loss(batch.inputs, outputs, nats_R, batch.targets) if teacher else nats_R
 
     parameters = [p for p in contestant.model.parameters() if p.requires_grad]
     gathered = list(contestant.buffers().values())

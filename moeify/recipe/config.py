@@ -182,7 +182,7 @@ class RunConfig(Closed):
         wanted: tuple[str, ...]
         match self.data:
             case ImageData(objective="classify"):
-                wanted, needs = ("resnet",), "data.objective 'classify'"
+                wanted, needs = ("resnet", "pretrained"), "data.objective 'classify'"
             case ImageData():
                 wanted, needs = ("autoencoder",), "data.objective 'reconstruct'"
             case DigitsData():

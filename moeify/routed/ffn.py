@@ -131,6 +131,7 @@ class RoutedFfn(nn.Module):
         super().__init__()
         for name, child in dense.named_children():
             self.add_module(name, child)
+        self.training = dense.training
         self.units = units
         self.routes = routes
         self.told: nn.Embedding | None = None

@@ -17,7 +17,7 @@ from moeify.recipe.partition import PLAIN, UnitKind
 from moeify.routed.attention import RoutedAttention
 from moeify.routed.conv import RoutedBlock
 from moeify.routed.ffn import RoutedFfn, Routes, uncompiled
-from moeify.routed.inline import InlineFfn
+from moeify.routed.inline import InlineAttention, InlineFfn
 from moeify.routed.learning import Learning
 from moeify.routed.told import tell
 from moeify.splitting.partition import Partition
@@ -189,6 +189,9 @@ def _install(network: nn.Module, sites: Sequence[UnitSite], routes: Routes) -> N
                 continue
             case FfnUnits():
                 routed: nn.Module = RoutedFfn(dense, site, routes)
+            case HeadUnits(inline=str()):
+                InlineAttention.install(dense, site, routes)
+                continue
             case HeadUnits():
                 routed = RoutedAttention(dense, site, routes)
             case ConvUnits():
