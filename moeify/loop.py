@@ -88,7 +88,7 @@ class _Loop:
         self.world = world
         self.store = store
         self.twins = twins
-        self.teacher = Teacher(task.build(), config.distillation) if config.distillation else None
+        self.teacher = Teacher.of(config, task)
         self.say = Reporter(config, store, tracker, speaks=world.rank == 0)
         self.state = self._begin()
         self.began = time.time() - self.state.seconds

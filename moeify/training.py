@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from moeify.distillation import Teacher
 from moeify.divergence import DivergedError, Health, check_gradient, check_loss, sums_by_category
+from moeify.models.build import PRECISIONS
 from moeify.recipe.training import Training
 from moeify.routed.gradients import GradientRouter
+from moeify.routed.recompute import recompute
 from moeify.routed.split_model import SplitModel
 from moeify.task import Batch, Task
 from moeify.world import World
@@ -29,6 +31,9 @@ class Contestant:
         self.router = router
         self.step = 0
         self.health = Health()
+        model.autocast = PRECISIONS[training.autocast]
+        if training.checkpoint_activations:
+            recompute(model)
         told = {id(p) for p in model.told}  # biases, one vector a category
         matrices = [p for p in model.parameters() if p.dim() > 1 and id(p) not in told]
         vectors = [p for p in model.parameters() if p.dim() <= 1 or id(p) in told]
@@ -146,16 +151,20 @@ def train(
     since, units = time.perf_counter(), 0
     while contestant.step < until:
         rows = task.train_batch(contestant.step)
-        batch = contestant.arranged(rows).shard(world.rank, world.size)
+        mine = contestant.arranged(rows).shard(world.rank, world.size)
+        parts = [mine.shard(number, training.accumulate) for number in range(training.accumulate)]
         before = [buffer.clone() for buffer in gathered]
-        nats_R, loss_R = losses(batch)
-        (loss_R.sum() / (len(rows.categories) * task.units_per_row)).backward()
-        sums_C = sums_by_category(nats_R, batch.categories, len(task.categories))
+        nats = []
+        for part in parts:
+            nats_R, loss_R = losses(part)
+            (loss_R.sum() / (len(rows.categories) * task.units_per_row)).backward()
+            nats.append((nats_R.detach(), part.categories))
+        sums_C = torch.stack([sums_by_category(*each, len(task.categories)) for each in nats]).sum(0)
         world.sum([*(p.grad for p in parameters if p.grad is not None), sums_C])
         norm = nn.utils.clip_grad_norm_(parameters, training.clip).item()
         try:
             check_loss(sums_C, rows.categories, task, contestant.health, training, contestant.step + 1)
-            check_gradient(norm, losses, parameters, batch, task, world, contestant.step + 1)
+            check_gradient(norm, losses, parameters, parts, task, world, contestant.step + 1)
         except DivergedError:
             contestant.optimizer.zero_grad(set_to_none=True)
             for buffer, was in zip(gathered, before, strict=True):
@@ -166,7 +175,7 @@ def train(
         units += len(rows.categories) * task.units_per_row
         if contestant.step % every == 0 or contestant.step == until:
             now = time.perf_counter()
-            loss = mean_by_category([(nats_R.detach(), batch.categories)], task, world)
+            loss = mean_by_category(nats, task, world)
             report(contestant, Progress(loss, rate, units / (now - since)))
             since, units = time.perf_counter(), 0
 

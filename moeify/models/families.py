@@ -38,6 +38,14 @@ def unit_space(network: nn.Module, kinds: Collection[UnitKind] = PLAIN) -> UnitS
     return check(network, [site for site in sites if site.kind in kinds])
 
 
+def layers(network: nn.Module) -> list[nn.Module]:
+    """Return the decoder's layers, first one first; none of a network that is no decoder."""
+    decoder = decoder_of(network)
+    if decoder is None:
+        return []
+    return [network.get_submodule(decoder.layer.format(i)) for i in range(config_of(network).num_hidden_layers)]
+
+
 def readers(network: nn.Module) -> tuple[Site, ...]:
     """Return every site that attribution can read, in the network's order, whether it is split or not."""
     return unit_space(network, get_args(UnitKind)).readers
