@@ -32,6 +32,7 @@ from moeify.recipe.data import (
 )
 from moeify.recipe.given_tree import Nested, names, read_tree
 from moeify.recipe.model import Model
+from moeify.recipe.parallel import Parallel, Replicate
 from moeify.recipe.partition import PLAIN, Partition
 from moeify.recipe.rounds import Budget, Round
 from moeify.recipe.routing import Routing
@@ -99,6 +100,8 @@ class Cluster(Closed):
     """Training processes; they share each step's rows."""
     threads: PositiveInt = 1
     """CPU cores, and torch threads, of each worker."""
+    parallel: Parallel = Replicate()
+    """How they share each arm's training. Held-out losses and attribution are always shared by rows."""
     retries: Annotated[int, Field(ge=0)] = 2
     """How often Ray restarts the workers from the last checkpoint after one of them died."""
 
