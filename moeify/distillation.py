@@ -12,17 +12,27 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attribution.subject import IGNORED
-from moeify.models.build import logits
+from moeify.models.build import PRECISIONS, logits
 from moeify.models.families import describe
+from moeify.recipe.config import RunConfig
 from moeify.recipe.training import Distillation
+from moeify.task import Task
 
 
 class Teacher:
     """A network that gives logits, classes last, and how much its word counts."""
 
-    def __init__(self, network: nn.Module, settings: Distillation) -> None:
+    def __init__(self, network: nn.Module, settings: Distillation, autocast: torch.dtype | None = None) -> None:
         self.network = network.eval().requires_grad_(False)
         self.settings = settings
+        self.autocast = autocast
+
+    @classmethod
+    def of(cls, config: RunConfig, task: Task) -> "Teacher | None":
+        """Return the teacher that a recipe asks for, in the precision of its training; None where it asks for none."""
+        if config.distillation is None:
+            return None
+        return cls(task.build(), config.distillation, PRECISIONS[config.training.autocast])
 
     def loss(
         self,
@@ -36,7 +46,7 @@ class Teacher:
         Where targets do not ask every position, the teacher does not either.
         """
         with torch.no_grad():
-            wanted = logits(self.network, inputs)
+            wanted = logits(self.network, inputs, autocast=self.autocast)
         weight = self.settings.weight
         return (1 - weight) * nats + weight * divergence(wanted, outputs, self.settings.temperature, targets)
 

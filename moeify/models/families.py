@@ -33,7 +33,7 @@ from moeify.models.adapters import (
     vit,
 )
 from moeify.models.detect import Detected
-from moeify.models.transformer import Transformer
+from moeify.models.transformer import Transformer, config_of
 from moeify.models.units import UnitSpace, check, is_conv1d
 from moeify.recipe.partition import PLAIN, UnitKind
 
@@ -65,6 +65,14 @@ def unit_space(network: nn.Module, kinds: Collection[UnitKind] = PLAIN) -> UnitS
     found.
     """
     return check(network, [site for site in _adapter(network).sites(network) if site.kind in kinds])
+
+
+def layers(network: nn.Module) -> list[nn.Module]:
+    """Return a transformer's layers, first one first; none of another network."""
+    adapter = _adapter(network)
+    if not isinstance(adapter, Transformer):
+        return []
+    return [network.get_submodule(adapter.layer.format(i)) for i in range(config_of(network).num_hidden_layers)]
 
 
 def readers(network: nn.Module) -> tuple[Site, ...]:

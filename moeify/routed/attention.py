@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moeify.models.units import HeadUnits
-from moeify.routed.ffn import Routes, uncompiled
+from moeify.routed.ffn import Routes, lowered, uncompiled
 from moeify.routed.learning import Rectangle
 
 Rotary = tuple[Float[Tensor, "some positions size"], Float[Tensor, "some positions size"]]
@@ -76,7 +76,8 @@ class RoutedAttention(nn.Module):
         rectangles = self.routes.rectangles(units.name)
         ways_in = [self._linear(name) for name in (units.query, units.key, units.value)]
         parameters = [p for way in ways_in for p in (way.weight, way.bias)]
-        projected = _project(x_RTD, rectangles, self._widths, *parameters) if rectangles else ()
+        low_RTD, out_DF, out_bias_D, *low = lowered(x_RTD, out.weight, out.bias, *parameters)
+        projected = _project(low_RTD, rectangles, self._widths, *low) if rectangles else ()
         angles, turn = _angles(*rotary) if rotary else None, _turn if torch.is_grad_enabled() else _turned_at_once
         heads = [
             self._heads(projected[3 * i : 3 * i + 3], angles and _of_rows(angles, rectangle.rows), turn)
@@ -89,7 +90,7 @@ class RoutedAttention(nn.Module):
             for each, rectangle in zip(heads, rectangles, strict=True)
         ]
         width = units.queries * units.size
-        return _write(x_RTD.shape[:-1], out.weight, out.bias, rectangles, width, *written)
+        return _write(x_RTD.shape[:-1], out_DF, out_bias_D, rectangles, width, *written)
 
     def _masked(self, x_RTD: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: Any) -> Tensor:
         units = self.units
@@ -122,6 +123,7 @@ class RoutedAttention(nn.Module):
         if angles is None:
             return query, key, value
         cos, sin = (part.unsqueeze(1) for part in angles)
+        query, key = query.to(cos.dtype), key.to(cos.dtype)  # turned in the angles' precision, whatever autocast says
         return _partly(turn, query, cos, sin), _partly(turn, key, cos, sin), value
 
     def _cached(self, heads: list[Heads], rectangles: Sequence[Rectangle], x_RTD: Tensor, cache: Any) -> list[Heads]:

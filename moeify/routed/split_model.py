@@ -60,6 +60,8 @@ class SplitModel(nn.Module):
             )
             self.space = UnitSpace(tuple(sites))
         self.network = network
+        self.autocast: torch.dtype | None = None
+        """What the network's products are computed in, see ``moeify.models.build.logits``; None: its own precision."""
 
     @property
     def partition(self) -> Partition:
@@ -124,7 +126,7 @@ class SplitModel(nn.Module):
         if order is not None:
             inputs, positions, categories = inputs[order], positions[order], categories[order]
         uncompiled(self._set_routes)(positions, categories, None)
-        outputs = logits(self.network, inputs, **more)
+        outputs = logits(self.network, inputs, autocast=self.autocast, **more)
         return outputs if order is None else outputs[torch.argsort(order)]
 
     def _by_token(self, inputs: Tensor, categories: Int[Tensor, "rows positions"], more: Mapping[str, Any]) -> Tensor:
@@ -138,7 +140,7 @@ class SplitModel(nn.Module):
         positions = self.positions(categories).flatten()
         order = torch.argsort(positions, stable=True)
         uncompiled(self._set_routes)(positions[order], categories.flatten()[order], order)
-        return logits(self.network, inputs, **more)
+        return logits(self.network, inputs, autocast=self.autocast, **more)
 
     def _set_routes(self, positions: Tensor, categories: Tensor, order: Tensor | None) -> None:
         counts = torch.bincount(positions, minlength=len(self.categories))
