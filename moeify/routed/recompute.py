@@ -21,11 +21,16 @@ def recompute(model: SplitModel) -> None:
 
     ValueError for a network without decoder layers.
     """
-    found = layers(model.network)
+    recompute_layers(model.network, model.routes)
+
+
+def recompute_layers(network: nn.Module, routes: Routes) -> None:
+    """Do so in a network whose routed blocks, if it has any, follow these routes."""
+    found = layers(network)
     if not found:
-        raise ValueError(f"{type(model.network).__name__} has no decoder layers that could be computed again")
+        raise ValueError(f"{type(network).__name__} has no decoder layers that could be computed again")
     for layer in found:
-        layer.forward = _recomputed(layer, layer.forward, model.routes)
+        layer.forward = _recomputed(layer, layer.forward, routes)
 
 
 def _recomputed(layer: nn.Module, forward: Callable[..., Any], routes: Routes) -> Callable[..., Any]:
