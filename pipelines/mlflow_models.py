@@ -16,11 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-LOADERS = {
-    "manifest.json": "moeify.load_split",
-    "config.json": "transformers.AutoModelForCausalLM.from_pretrained",
-    "model.gguf": "llama.cpp",
-}
+_STOCK = "config.json"
+_LOADERS = {"manifest.json": "moeify.load_split", _STOCK: "transformers.{}.from_pretrained", "model.gguf": "llama.cpp"}
 """A file that a folder of a model holds -> what loads the folder."""
 _VERSIONS = "mlflow.modelVersions"
 """Tag of a LoggedModel by which MLflow's pages lead to its registered versions."""
@@ -41,7 +38,18 @@ class Origin:
 
 def loader_of(folder: Path) -> str | None:
     """Return what loads the model in a folder; None where it holds none."""
-    return next((loader for file, loader in LOADERS.items() if (folder / file).is_file()), None)
+    for file, loader in _LOADERS.items():
+        if (folder / file).is_file():
+            return loader.format(_class_of(folder / file)) if file == _STOCK else loader
+    return None
+
+
+def _class_of(config: Path) -> str:
+    """Return the class of ``transformers`` that loads a stock model."""
+    from moeify.models.families import transformer_named
+
+    found = transformer_named(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
+    return found.auto if found else "AutoModelForCausalLM"
 
 
 def alias_of(words: str) -> str:

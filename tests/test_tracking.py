@@ -25,6 +25,7 @@ from moeify.task import Counted
 from moeify.tasks.digits import DigitsTask
 from pipelines.cli import main
 from pipelines.journal import JournalTracker, follow, read_events
+from pipelines.mlflow_models import loader_of
 from pipelines.mlflow_store import DeliveryError, open_mlflow
 from pipelines.mlflow_terms import final_points, flat, points_of, summary
 from pipelines.runs import RunBusyError, RunFolder, hold, status
@@ -508,3 +509,21 @@ def test_a_folder_without_a_model_is_not_registered(home: Path, capsys: pytest.C
     deliver(folder, config)
     assert "gone holds no model any more" in capsys.readouterr().err
     assert list(client(home).search_registered_models()) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "loader"),
+    [
+        ({"manifest.json": "{}"}, "moeify.load_split"),
+        ({"config.json": '{"model_type": "llama"}'}, "transformers.AutoModelForCausalLM.from_pretrained"),
+        ({"config.json": '{"model_type": "glm4_moe"}'}, "transformers.AutoModelForCausalLM.from_pretrained"),
+        ({"config.json": '{"model_type": "bert"}'}, "transformers.AutoModelForMaskedLM.from_pretrained"),
+        ({"config.json": '{"model_type": "vit"}'}, "transformers.AutoModelForImageClassification.from_pretrained"),
+        ({"model.gguf": ""}, "llama.cpp"),
+        ({}, None),
+    ],
+)
+def test_a_models_folder_says_what_loads_it(tmp_path: Path, files: dict[str, str], loader: str | None) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert loader_of(tmp_path) == loader
