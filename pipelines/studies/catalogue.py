@@ -1,0 +1,24 @@
+"""Which studies there are, and what each asks. Imports nothing heavy: a study's own module says how it is answered."""
+
+import difflib
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipelines.studies.study import Study
+
+QUESTIONS: Mapping[str, str] = {
+    "access_control": "Does one run replace a model trained for every set of permitted categories?",
+}
+"""Name, of its module too, to what is asked."""
+
+
+def find_study(name: str) -> "Study":
+    """Return a study. ValueError for one that there is not."""
+    if name not in QUESTIONS:
+        close = difflib.get_close_matches(name, QUESTIONS, 1)
+        nearest = f"; nearest: {close[0]}" if close else ""
+        raise ValueError(f"study: got {name!r}, wanted one of {', '.join(QUESTIONS)}{nearest}")
+    found: Study = import_module(f"pipelines.studies.{name}").STUDY
+    return found
