@@ -20,9 +20,10 @@ from moeify.store import write_atomically
 from moeify.tasks.build import build_task
 from moeify.twin_cache import fingerprint
 from moeify.world import Solo
+from pipelines import studies
 from pipelines.pool import Broken, Payload, guarded, run_pool
 from pipelines.runs import cache, hold_lock
-from pipelines.studies import training
+from pipelines.studies import study
 from pipelines.studies.catalogue import find_study
 from pipelines.studies.study import Arm, ArmJob, Bench, Measures, Size, Study, changed
 from pipelines.wording import clock
@@ -197,9 +198,12 @@ def run_arm(order: ArmOrder) -> EndedArm:
 
 
 def _code_of(arm: Arm) -> str:
-    """Return a hash of the modules that an arm's function stands on, besides moeify itself."""
-    modules = [sys.modules[arm.work.__module__], training]
-    return hashlib.sha256(b"".join(Path(str(each.__file__)).read_bytes() for each in modules)).hexdigest()
+    """Return a hash of the studies' modules that an arm's function stands on; this frame has no say in its measures."""
+    own = arm.work.__module__
+    used = {getattr(each, "__module__", None) or "" for each in vars(sys.modules[own]).values()}
+    others = sorted(name for name in used - {own, study.__name__} if name.startswith(f"{studies.__name__}."))
+    paths = [Path(str(sys.modules[name].__file__)) for name in (own, *others)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def _read(path: Path) -> Done | None:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 QUESTIONS: Mapping[str, str] = {
     "access_control": "Does one run replace a model trained for every set of permitted categories?",
+    "worth_separating": "Does the affinity of two categories foresee what separating them costs?",
 }
 """Name, of its module too, to what is asked."""
 
