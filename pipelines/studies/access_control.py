@@ -8,15 +8,14 @@ each category as the one run has. Removal takes every expert that serves no perm
 from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
 from statistics import fmean
-from typing import Any
 
 from moeify.recipe.config import RunConfig
 from moeify.recipe.variants import variant
 from moeify.routed.split_model import SplitModel
-from pipelines.studies.study import Arm, Bench, Column, Measures, Size, Study, changed, shipped_recipe
+from pipelines.studies.recipes import CATEGORIES, text_recipe
+from pipelines.studies.study import Arm, Bench, Column, Measures, Size, Study, changed
 from pipelines.studies.training import mean_of, run_loop, test_losses, trained, without_rows
 
-CATEGORIES = ("python", "prose", "c", "web")
 SAMPLE: tuple[tuple[str, ...], ...] = (
     *combinations(CATEGORIES, 3),
     ("python", "prose"),
@@ -25,31 +24,6 @@ SAMPLE: tuple[tuple[str, ...], ...] = (
     ("web",),
 )
 """The permitted sets that have a filtered twin."""
-_NETWORKS: Mapping[Size, Mapping[str, Any]] = {
-    "quick": {"hidden": 16, "layers": 1, "heads": 2, "ffn": 128},
-    "full": {"hidden": 48, "layers": 2, "heads": 4, "ffn": 256},
-    "large": {},
-}
-_STEPS: Mapping[Size, int] = {"quick": 12, "full": 400, "large": 640}
-
-
-def text_recipe(size: Size) -> RunConfig:
-    """Return the shipped text recipe in the size of a study."""
-    steps = _STEPS[size]
-    rounds = [
-        {"train": steps * 15 // 100, "recover": steps * 8 // 100, "branching": 2, "separation": 0.35},
-        {"train": steps * 5 // 100, "recover": steps * 12 // 100, "branching": 2, "separation": 0.5},
-    ]
-    small = {"evaluation": {"test_rows": 8, "validation_rows": 8}} if size == "quick" else {}
-    return shipped_recipe(
-        "text",
-        model=_NETWORKS[size],
-        data={} if size == "large" else {"length": 64},
-        training={"steps": steps},
-        rounds=rounds,
-        controls=(),
-        **small,
-    )
 
 
 def arms(size: Size) -> tuple[Arm, ...]:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 QUESTIONS: Mapping[str, str] = {
     "access_control": "Does one run replace a model trained for every set of permitted categories?",
+    "edge_choices": "Which gradients must be kept from other units for a category to be removable, and at what tax?",
     "worth_separating": "Does the affinity of two categories foresee what separating them costs?",
 }
 """Name, of its module too, to what is asked."""
