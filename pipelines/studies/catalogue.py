@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 QUESTIONS: Mapping[str, str] = {
     "access_control": "Does one run replace a model trained for every set of permitted categories?",
     "edge_choices": "Which gradients must be kept from other units for a category to be removable, and at what tax?",
+    "spurious_cue": "Does separating categories in training help where a cue that was learned turns round?",
     "worth_separating": "Does the affinity of two categories foresee what separating them costs?",
 }
 """Name, of its module too, to what is asked."""

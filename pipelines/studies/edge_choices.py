@@ -10,11 +10,13 @@ control: what zeroing that many units does that were never routed.
 from collections.abc import Mapping
 from itertools import pairwise
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moeify.clean_modules import without_units
+from moeify.recipe.config import RunConfig
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
 from moeify.splitting.tree import ExpertTree
@@ -24,6 +26,8 @@ from pipelines.studies.training import mean_of, test_losses, trained, without_ro
 
 _SHARE = 3 / 16
 """Of each site, for each category."""
+_UNCUT = {"train": 0, "recover": 0, "separation": 0.5}
+"""A recipe has a round, of which nothing is made here."""
 
 
 def arms(size: Size) -> tuple[Arm, ...]:
@@ -32,16 +36,21 @@ def arms(size: Size) -> tuple[Arm, ...]:
 
     def routed(name: str, gradients: str, routes: str = "soft") -> Arm:
         routing = {"gradients": gradients, "routes": routes, "experts": experts}
-        return Arm(name, text_recipe(size, routing=routing), removed)
+        return Arm(name, _recipe(size, routing=routing), removed)
 
     return (
-        Arm("dense twin", text_recipe(size), removed),
-        Arm("filtered twins", text_recipe(size), filtered),
+        Arm("dense twin", _recipe(size), removed),
+        Arm("filtered twins", _recipe(size), filtered),
         routed("soft, parameters", "parameters"),
         routed("soft, activations", "activations"),
         routed("soft, both", "both"),
         routed("hard", "both", "hard"),
     )
+
+
+def _recipe(size: Size, **changes: Any) -> RunConfig:
+    small = {"model": {"hidden": 32, "ffn": 128}, "training": {"steps": 250}, "rounds": [_UNCUT]}
+    return text_recipe(size, **(small if size == "full" else {}), **changes)
 
 
 def removed(bench: Bench) -> Measures:

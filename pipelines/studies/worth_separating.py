@@ -51,9 +51,9 @@ def _text(size: Size) -> RunConfig:
     else:
         domains = shipped_recipe("domains").model_dump(mode="json")["data"]["source"]["categories"]
         categories = _TEXTS | {name: domains[name] for name in _DOMAINS}
-        network, steps = ({}, 640) if size == "large" else ({"hidden": 48, "layers": 2, "ffn": 256}, 400)
+        network, steps = ({}, 640) if size == "large" else ({"hidden": 32, "layers": 2, "ffn": 128}, 300)
     source = {"kind": "mixed", "categories": categories, "megabytes": 3.0}
-    few = {"test_rows": 8, "validation_rows": 8} if size == "quick" else {"test_rows": 256, "validation_rows": 64}
+    few = {"test_rows": 8, "validation_rows": 8} if size == "quick" else {"test_rows": 128, "validation_rows": 64}
     return shipped_recipe(
         "text",
         data={"source": source} | ({} if size == "large" else {"length": 64}),
