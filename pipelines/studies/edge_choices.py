@@ -49,7 +49,7 @@ def arms(size: Size) -> tuple[Arm, ...]:
 
 
 def _recipe(size: Size, **changes: Any) -> RunConfig:
-    small = {"model": {"hidden": 32, "ffn": 128}, "training": {"steps": 250}, "rounds": [_UNCUT]}
+    small = {"model": {"hidden": 32, "ffn": 128}, "training": {"steps": 200}, "rounds": [_UNCUT]}
     return text_recipe(size, **(small if size == "full" else {}), **changes)
 
 

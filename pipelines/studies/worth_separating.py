@@ -41,7 +41,7 @@ def arms(size: Size) -> tuple[Arm, ...]:
 
 
 def _digits(size: Size) -> RunConfig:
-    base = {"quick": 20, "full": 1000, "large": 4000}[size]
+    base = {"quick": 20, "full": 700, "large": 4000}[size]
     return shipped_recipe("digits", training={"steps": base}, rounds=[_ROUND], controls=())
 
 
