@@ -20,14 +20,12 @@ from moeify.recipe.config import RunConfig
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
 from moeify.splitting.tree import ExpertTree
-from pipelines.studies.recipes import CATEGORIES, text_recipe
+from pipelines.studies.recipes import CATEGORIES, UNCUT, text_recipe
 from pipelines.studies.study import Arm, Bench, Column, Measures, Size, Study
 from pipelines.studies.training import mean_of, test_losses, trained, without_rows
 
 _SHARE = 3 / 16
 """Of each site, for each category."""
-_UNCUT = {"train": 0, "recover": 0, "separation": 0.5}
-"""A recipe has a round, of which nothing is made here."""
 
 
 def arms(size: Size) -> tuple[Arm, ...]:
@@ -49,7 +47,7 @@ def arms(size: Size) -> tuple[Arm, ...]:
 
 
 def _recipe(size: Size, **changes: Any) -> RunConfig:
-    small = {"model": {"hidden": 32, "ffn": 128}, "training": {"steps": 200}, "rounds": [_UNCUT]}
+    small = {"model": {"hidden": 32, "ffn": 128}, "training": {"steps": 200}, "rounds": UNCUT}
     return text_recipe(size, **(small if size == "full" else {}), **changes)
 
 

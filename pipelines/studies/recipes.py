@@ -8,6 +8,8 @@ from pipelines.studies.study import Size, changed, shipped_recipe
 
 CATEGORIES = ("python", "prose", "c", "web")
 """Of the recipe ``text``."""
+UNCUT = ({"train": 0, "recover": 0, "separation": 0.5},)
+"""The rounds of a recipe whose arm makes no cut, or its own: a recipe has one at least."""
 _NETWORKS: Mapping[Size, Mapping[str, Any]] = {
     "quick": {"hidden": 16, "layers": 1, "heads": 2, "ffn": 128},
     "full": {"hidden": 48, "layers": 2, "heads": 4, "ffn": 256},

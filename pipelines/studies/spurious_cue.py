@@ -26,6 +26,7 @@ from moeify.recipe.model import AutoencoderModel
 from moeify.routed.split_model import SplitModel
 from moeify.task import Batch
 from moeify.tasks.tensors import TensorTask
+from pipelines.studies.recipes import UNCUT
 from pipelines.studies.study import Arm, Bench, Column, Measures, Size, Study, shipped_recipe
 from pipelines.studies.training import Redrawn, trained
 
@@ -51,7 +52,8 @@ def arms(size: Size) -> tuple[Arm, ...]:
     def arm(name: str, work: Any, **routing: Any) -> Arm:
         steps = {"quick": 30, "full": 600, "large": 4000}[size]
         training = {"steps": steps, "rows": 100, "learning_rate": 2e-3, "weight_decay": 0.01, "explosion": 1e9}
-        return Arm(name, shipped_recipe("digits", training=training, controls=(), routing=routing), work)
+        recipe = shipped_recipe("digits", training=training, rounds=UNCUT, controls=(), routing=routing)
+        return Arm(name, recipe, work)
 
     return (
         arm("as it comes", plain),
