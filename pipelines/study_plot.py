@@ -1,4 +1,7 @@
-"""The picture of a study: a panel for each measure with every arm's interval, or the scatter that it asks for."""
+"""The picture of a study: a panel for each measure with every arm's interval, or the scatter that it asks for.
+
+Measures that are not held against the reference arm, such as costs, are left to the table.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,7 +28,8 @@ def draw(study: Study, found: Mapping[ArmJob, Measures], name: str, question: st
         figure = figure_of(6.4, 5.2)
         _scatter(figure.subplots(), study.scatter, found)
     else:
-        shown = [column for column in study.columns if any(column.measure in row.cells for row in rows)]
+        asked = [column for column in study.columns if column.against or not study.reference]
+        shown = [column for column in asked if any(column.measure in row.cells for row in rows)]
         across = min(_ACROSS, len(shown))
         down = math.ceil(len(shown) / across)
         longest = max(len(row.arm) for row in rows)

@@ -29,13 +29,12 @@ def command_of(progress: Progress) -> str:
     return f"moeify study {progress.name}{size} --seeds {seeds}"
 
 
-def summary(progress: Progress, folder: StudyFolder) -> Summary:
+def summary(progress: Progress) -> Summary:
     """Return the study as JSON-ready data; null for what is not known, and for numbers that are not finite."""
     known: Summary = {
         "study": progress.name,
         "question": QUESTIONS[progress.name],
         "command": command_of(progress),
-        "path": str(folder.path),
         "reference": progress.study.reference,
         "seeds": list(dict.fromkeys(job.seed for job in progress.jobs)),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -47,7 +46,7 @@ def summary(progress: Progress, folder: StudyFolder) -> Summary:
 
 def write(progress: Progress, folder: StudyFolder) -> None:
     """Leave the summary, and the picture where there is anything to draw, in the study's folder."""
-    write_atomically(folder.summary, (to_json(summary(progress, folder)) + "\n").encode())
+    write_atomically(folder.summary, (to_json(summary(progress)) + "\n").encode())
     if progress.measures:
         draw(progress.study, progress.measures, progress.name, QUESTIONS[progress.name], folder.picture)
     else:

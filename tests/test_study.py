@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from click.testing import CliRunner
 from filelock import FileLock
 
 from moeify.comparison import mean_interval
+from moeify.models.build import build_llama
+from moeify.recipe.model import LlamaModel
 from moeify.routed.gradients import GradientRouter
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
@@ -21,7 +24,7 @@ from pipelines import study, study_report, study_tracking
 from pipelines.cli import main
 from pipelines.pool import Broken, Payload
 from pipelines.runs import RunBusyError
-from pipelines.studies import access_control, edge_choices
+from pipelines.studies import access_control, edge_choices, whole_blocks
 from pipelines.studies.catalogue import QUESTIONS, find_study
 from pipelines.studies.study import Arm, ArmJob, Column, Measures, Size, Study, changed, jobs, shipped_recipe, table
 from pipelines.studies.subsets import Subset
@@ -346,3 +349,39 @@ def test_a_subset_numbers_its_categories_anew_and_goes_on_with_the_trained_netwo
     built = pair.build()
     assert built is not network
     assert all(torch.equal(a, b) for a, b in zip(built.parameters(), network.parameters(), strict=True))
+
+
+# --- documents --------------------------------------------------------------------------------------------
+
+
+def test_the_document_names_every_study_and_its_example_is_one() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "studies.md").read_text(encoding="utf-8")
+    assert [name for name in QUESTIONS if f"| `{name}` |" not in text] == []
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    made: dict[str, Any] = {}
+    exec(compile(code, "docs/studies.md", "exec"), made)
+    assert [arm.name for arm in made["STUDY"].arms("full")] == ["by attribution", "at random"]
+
+
+def test_kept_results_are_those_that_the_results_page_speaks_of() -> None:
+    folder = Path(__file__).parent.parent / "benchmarks"
+    page = (folder / "RESULTS.md").read_text(encoding="utf-8")
+    for path in (folder / "results").glob("*.json"):
+        known = json.loads(path.read_text(encoding="utf-8"))
+        assert known["study"] == path.stem
+        assert known["question"] == QUESTIONS[path.stem]
+        assert f"`{known['command']}`" in page
+        assert "path" not in known
+
+
+def test_blocks_by_hand_are_one_for_each_category_and_run_with_the_shared_one() -> None:
+    recipe = whole_blocks.arms("quick")[1].config
+    assert isinstance(recipe.model, LlamaModel)
+    model = SplitModel(build_llama(recipe.model, vocabulary=300, length=8, end=0, seed=0), edge_choices.CATEGORIES)
+    partition = whole_blocks.by_hand(model)
+    first, *others = model.space.readers
+    for place, category in enumerate(edge_choices.CATEGORIES):
+        assert partition.active(first.name, category).all()
+        active = [int(partition.active(site.name, category).sum()) for site in others]
+        assert active == [128 if place == here else 8 for here in range(4)]
+    assert {round(each, 4) for each in partition.active_fraction.values()} == {0.4375}

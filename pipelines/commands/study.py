@@ -55,7 +55,7 @@ def command(ctx: click.Context, name: str | None, seeds: int | None, size: "Size
         tracker.stop()
         ctx.exit(130)
     if as_json:
-        click.echo(show.to_json(study_report.summary(progress, folder)))
+        click.echo(show.to_json(study_report.summary(progress)))
     else:
         click.echo()
         study_report.print_study(progress, folder, sys.stdout)
