@@ -110,17 +110,18 @@ def _empty(subject: Subject, moments: Moments | None) -> AttributionTable:
     if moments and moments.sites is not None:
         for name in moments.sites:
             subject.site(name)
-    number = len(subject.categories)
-    sums = {}
-    for site in subject.sites:
-        reader = subject.reader(site)
-        device = next(reader.parameters(), torch.empty(0)).device
-        pair = None
-        if moments and (moments.sites is None or site.name in moments.sites):
-            inputs, dim = output_weight(reader, site).shape
-            pair = moments.zeros(number, inputs, device), moments.zeros(number, dim, device)
-        sums[site.name] = SiteSums.zeros(site.units, site.features, number, device, pair)
+    sums = {site.name: unmeasured(subject, site, moments) for site in subject.sites}
     return AttributionTable.empty(subject.categories, sums)
+
+
+def unmeasured(subject: Subject, site: Site, moments: Moments | None = None) -> SiteSums:
+    """Return a site's sums before the first row, where its reader is."""
+    number, reader, pair = len(subject.categories), subject.reader(site), None
+    device = next(reader.parameters(), torch.empty(0)).device
+    if moments and (moments.sites is None or site.name in moments.sites):
+        inputs, dim = output_weight(reader, site).shape
+        pair = moments.zeros(number, inputs, device), moments.zeros(number, dim, device)
+    return SiteSums.zeros(site.units, site.features, number, device, pair)
 
 
 class _Watch:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import assert_never
 
+from moeify.evaluation import mean_error
 from moeify.events import RoundEnded, Stop
 from moeify.recipe.rounds import Budget
 from moeify.result import MEAN
@@ -72,6 +73,23 @@ def budget_used(budget: Budget | None, taxes: Mapping[str, float], twin: Mapping
             return max(taxes[category] / budget.limit(loss) for category, loss in twin.items())
         case _:
             assert_never(budget.per)
+
+
+def budget_error(
+    budget: Budget | None, taxes: Mapping[str, float], twin: Mapping[str, float], errors: Mapping[str, float]
+) -> float | None:
+    """Return the standard error of ``budget_used``, of ``errors``: category -> that of its tax, where it is known."""
+    if budget is None:
+        return None
+    match budget.per:
+        case "mean":
+            error, limit = mean_error(errors, twin), budget.limit(fmean(twin.values()))
+        case "category":
+            worst = max(twin, key=lambda category: taxes[category] / budget.limit(twin[category]))
+            error, limit = errors.get(worst), budget.limit(twin[worst])
+        case _:
+            assert_never(budget.per)
+    return None if error is None else error / limit
 
 
 def check_step(budget: Budget, step: float, now: Standing) -> None:

@@ -1,7 +1,7 @@
 """Losses on held-out data, and what every expert's removal costs every category."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,17 +79,25 @@ def held_out_loss(
     return row_losses(model, task, world, evaluation, split).by_category(task)
 
 
-def tax_error(mine: RowLosses, twin: RowLosses, task: Task) -> float | None:
-    """Return the standard error of the mean tax, nats per unit, from the rows' differences: both read the same rows.
+def tax_errors(mine: RowLosses, twin: RowLosses, task: Task) -> dict[str, float]:
+    """Return category -> standard error of its tax, nats per unit, from the rows' differences: both read the same rows.
 
-    Rows count as independent draws of their category. None where it is not known: one row alone, or infinite losses.
+    Rows count as independent draws of their category. Left out is what is not known: of one row, or infinite losses.
     """
     rise_R = (mine.nats_R - twin.nats_R) / task.units_per_row
-    each = [rise_R[mine.categories_R == category] for category in mine.categories_R.unique()]
-    if any(len(rises) < 2 for rises in each):
-        return None
-    error = torch.stack([rises.var() / len(rises) for rises in each]).sum().sqrt().item() / len(each)
-    return error if math.isfinite(error) else None
+    each = {c: rise_R[mine.categories_R == i] for i, c in enumerate(task.categories)}
+    errors = {c: (rises.var() / len(rises)).sqrt().item() for c, rises in each.items() if len(rises) > 1}
+    return {category: error for category, error in errors.items() if math.isfinite(error)}
+
+
+def tax_error(mine: RowLosses, twin: RowLosses, task: Task) -> float | None:
+    """Return the standard error of the mean tax, nats per unit; None where that of a category is not known."""
+    return mean_error(tax_errors(mine, twin, task), task.categories)
+
+
+def mean_error(errors: Mapping[str, float], categories: Collection[str]) -> float | None:
+    """Return the standard error of a mean over categories from theirs; None where one of them is not known."""
+    return math.hypot(*errors.values()) / len(errors) if errors.keys() >= {*categories} else None
 
 
 def losses_without(model: SplitModel, task: Task, world: World, evaluation: Evaluation) -> dict[str, RowLosses]:
@@ -147,6 +155,7 @@ def summarize(
         modules=modules,
         tax=tax(losses["split"], losses["dense"]),
         tax_error=tax_error(tested["split"], tested["dense"], task),
+        tax_error_by_category=tax_errors(tested["split"], tested["dense"], task),
         tax_random=tax(losses["random"], losses["dense"]) if "random" in losses else None,
         tax_told=tax(losses["split"], losses["told"]) if "told" in losses else None,
         error_over=_errors_over_controls(task, tested),

@@ -137,6 +137,8 @@ class RoundEnded(_Event):
     tax_error: float | None = None
     """Standard error of ``tax`` over the validation rows, which both models read; None where it is not known."""
     tax_by_category: dict[str, float]
+    tax_error_by_category: dict[str, float] = {}
+    """The standard error of each category's tax; categories it is not known of are left out."""
     tax_before: float | None = None
     """Mean tax right before the cut; None where nothing was cut, or in journals from before it was kept."""
     tax_cut: float | None = None
@@ -145,6 +147,8 @@ class RoundEnded(_Event):
     """The tax that was foreseen from the rise at the cut and from what earlier recoveries have left of it."""
     budget_used: float | None = None
     """The part of the budget that the tax takes, 1 = all; None without a budget."""
+    budget_error: float | None = None
+    """Standard error of ``budget_used`` over the validation rows; None where it is not known."""
     budget_used_before: float | None = None
     """The same right before the cut."""
     budget_used_cut: float | None = None
@@ -157,6 +161,9 @@ class RoundEnded(_Event):
     """J of the cut: nats per unit that the kept units cannot make up for, before retraining."""
     predicted_random: float | None
     """J of a random cut of equal sizes on the same network; None without the random control."""
+    gap: float | None = None
+    """What the dual bound leaves open of the worst assignment of units to experts, as a share of its value: 0 up to
+    rounding proves that all are best. None where owners are not assigned by value."""
     accepted: bool
     seconds: float
     tree: NestedTree

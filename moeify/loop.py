@@ -22,6 +22,7 @@ from moeify.clean_modules import module_tests
 from moeify.control import (
     NoStepLeftError,
     Standing,
+    budget_error,
     budget_used,
     check_step,
     deepest,
@@ -31,7 +32,7 @@ from moeify.control import (
 )
 from moeify.distillation import Teacher
 from moeify.divergence import DivergedError, memory
-from moeify.evaluation import RowLosses, losses_without, own_other, row_losses, summarize, tax, tax_error
+from moeify.evaluation import RowLosses, losses_without, own_other, row_losses, summarize, tax, tax_errors
 from moeify.events import MemoryTracker, Tracker
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
@@ -205,7 +206,7 @@ class _Loop:
         budget, got = self.config.budget, self._separation(proposal.partition)
         asked = got if budget and asked - got >= budget.least_step else asked  # all that the budget let it go for
         self.state.undo = before
-        self.state.cut = Cut(asked, proposal.predicted, blind, now, then, expected)
+        self.state.cut = Cut(asked, proposal.predicted, blind, now, then, expected, proposal.gap)
         return None
 
     def _propose(
@@ -303,9 +304,10 @@ class _Loop:
             arm: tax(losses[arm], losses["dense"]) for arm in self.config.arms if arm != "dense"
         }
         used = budget_used(self.config.budget, taxes["split"], losses["dense"])
-        error = tax_error(rows["split"], rows["dense"], self.task)
+        errors = tax_errors(rows["split"], rows["dense"], self.task)
         accepted = self.state.cut is None or used is None or used <= 1.0
-        record = self.say.judged(phase, self.state, taxes, error, used, accepted)
+        unsure = budget_error(self.config.budget, taxes["split"], losses["dense"], errors)
+        record = self.say.judged(phase, self.state, taxes, errors, (used, unsure), accepted)
         self.state.rounds.append(record)
         if not accepted:
             self.state.roll_back(self.store, self.config)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from attribution.table import AttributionTable
+from moeify.evaluation import mean_error
 from moeify.events import Artifact, Evaluated, Mishap, Phase, RoundEnded, Started, Step, Tracker
 from moeify.models.units import unit_parameters
 from moeify.recipe.arms import Arm
@@ -152,15 +153,17 @@ class Reporter:
         phase: PlannedPhase,
         state: State,
         taxes: Mapping[Arm, Mapping[str, float]],
-        error: float | None,
-        used: float | None,
+        errors: Mapping[str, float],
+        used: tuple[float | None, float | None],
         accepted: bool,
     ) -> RoundEnded:
         """Say how a round ended, and return its record.
 
-        ``taxes`` are above the dense twin, ``error`` and ``used``, the part of the budget, are the split arm's.
+        ``taxes`` are above the dense twin; the split arm's are ``errors`` (category -> standard error) and ``used``:
+        the part of the budget, and its standard error.
         """
         partition, cut = state.arms["split"].model.partition, state.cut
+        by_category = {c: nats for c, nats in taxes["split"].items() if c != "mean"}
         record = RoundEnded(
             id=f"round/{phase.round}",
             time=time.time(),
@@ -170,18 +173,21 @@ class Reporter:
             asked=cut.asked if cut else self.config.rounds[phase.round - 1].separation,
             uncut=state.uncut,
             tax=taxes["split"]["mean"],
-            tax_error=error,
-            tax_by_category={c: nats for c, nats in taxes["split"].items() if c != "mean"},
+            tax_error=mean_error(errors, by_category),
+            tax_error_by_category=dict(errors),
+            tax_by_category=by_category,
             tax_before=cut.before.tax if cut else None,
             tax_cut=cut.after.tax if cut else None,
             expected=cut.expected if cut else None,
-            budget_used=used,
+            budget_used=used[0],
+            budget_error=used[1],
             budget_used_before=cut.before.used if cut else None,
             budget_used_cut=cut.after.used if cut else None,
             tax_random=taxes["random"]["mean"] if "random" in taxes else None,
             tax_told=taxes["split"]["mean"] - taxes["told"]["mean"] if "told" in taxes else None,
             predicted=cut.predicted if cut else 0.0,
             predicted_random=cut.predicted_random if cut else None,
+            gap=cut.gap if cut else None,
             accepted=accepted,
             seconds=time.time() - self._round_began,
             tree=partition.nested(),

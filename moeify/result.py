@@ -96,6 +96,8 @@ class Result(BaseModel):
     """Category -> nats per unit of the split model above the dense twin on test data; and ``mean``."""
     tax_error: float | None = None
     """Standard error of the mean tax over the test rows, which both models read; None where it is not known."""
+    tax_error_by_category: dict[str, float] = {}
+    """The same of each category's tax; categories it is not known of are left out."""
     tax_random: dict[str, float] | None
     """The same of the random split; None without that control."""
     tax_told: dict[str, float] | None = None

@@ -42,6 +42,8 @@ class Cut:
     """And right after it."""
     expected: float
     """The mean tax in nats that is foreseen after recovery."""
+    gap: float | None = None
+    """What the dual bound of the assignment leaves open; None where it is not known."""
 
 
 @dataclass

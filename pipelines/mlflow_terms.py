@@ -54,10 +54,14 @@ def points_of(event: Event, unit: str) -> Iterable[Point]:
                 yield "tax_error/mean", event.tax_error, event.step
             for category, tax in event.tax_by_category.items():
                 yield _key("tax", category), tax, event.step
+            for category, error in event.tax_error_by_category.items():
+                yield _key("tax_error", category), error, event.step
             if event.expected is not None:
                 yield "tax_expected/mean", event.expected, event.step
             if event.budget_used is not None:
                 yield "budget_used", event.budget_used, event.step
+            if event.budget_error is not None:
+                yield "budget_used/error", event.budget_error, event.step
             if event.tax_random is not None:
                 yield "tax_random/mean", event.tax_random, event.step
             if event.tax_told is not None:

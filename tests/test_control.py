@@ -7,6 +7,7 @@ import pytest
 from moeify.control import (
     NoStepLeftError,
     Standing,
+    budget_error,
     budget_used,
     check_step,
     deepest,
@@ -58,6 +59,24 @@ def test_the_part_of_the_budget_that_a_tax_takes(
 ) -> None:
     taxes = {**taxes, "mean": sum(taxes.values()) / 2}
     assert budget_used(Budget.model_validate(budget), taxes, TWIN) == pytest.approx(used)
+
+
+@pytest.mark.parametrize(
+    ("budget", "error"),
+    [
+        ({"tax": 0.1}, 0.25),  # of the mean: .05 / 2 of .1
+        ({"tax": 0.1, "per": "category"}, 0.4),  # of b, which uses most
+        ({"tax": "1 %", "per": "category"}, 1.0),  # .04 of .01 x 4
+    ],
+)
+def test_the_budget_that_is_used_is_as_sure_as_the_tax(budget: dict[str, object], error: float) -> None:
+    taxes, errors = {"a": 0.01, "b": 0.05, "mean": 0.03}, {"a": 0.03, "b": 0.04}
+    found = budget_error(Budget.model_validate(budget), taxes, TWIN, errors)
+    assert found == pytest.approx(error)
+    assert budget_error(None, taxes, TWIN, errors) is None
+    known = {"b": 0.04}
+    some = budget_error(Budget.model_validate(budget), taxes, TWIN, known)
+    assert some == (found if "per" in budget else None)
 
 
 def test_all_of_the_rise_at_a_cut_is_expected_to_stay_until_a_round_was_judged() -> None:

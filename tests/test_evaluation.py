@@ -1,19 +1,33 @@
 """Held-out losses row by row, and how sure a tax is."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 
-from moeify.evaluation import RowLosses, held_out_loss, row_losses, tax_error
+from moeify.evaluation import RowLosses, held_out_loss, row_losses, tax_error, tax_errors
 from moeify.loop import run
 from moeify.routed.split_model import SplitModel
 from moeify.task import Batch, HeldOut
 from moeify.world import Solo, T
 from tests.toy import TEXT_CONFIG, ToyTask, ToyTextTask, toy_config
 
-TASK = ToyTask(toy_config())
+
+class Pair(ToyTask):
+    """Two categories of examples."""
+
+    categories = ("a", "b")
+
+
+class TextPair(ToyTextTask):
+    """Two categories of rows of tokens."""
+
+    categories = ("a", "b")
+
+
+TASK = Pair(toy_config())
 
 
 def losses(*values: float) -> RowLosses:
@@ -41,6 +55,8 @@ def test_the_error_of_a_tax_is_that_of_paired_rows() -> None:
     assert tax_error(same_rise, twin, TASK) == pytest.approx(0.0, abs=1e-12)
     # Rises of the first category .0 .3 .6 (variance .09), of the second all .1: sqrt(.09 / 3 + 0) / 2.
     assert tax_error(losses(5.0, 1.1, 2.3, 9.1, 4.6, 3.1), twin, TASK) == pytest.approx((0.09 / 3) ** 0.5 / 2)
+    errors = tax_errors(losses(5.0, 1.1, 2.3, 9.1, 4.6, 3.1), twin, TASK)
+    assert errors == pytest.approx({"a": (0.09 / 3) ** 0.5, "b": 0.0}, abs=1e-12)
 
 
 def test_draws_of_rows_scatter_as_the_error_says() -> None:
@@ -59,7 +75,7 @@ def test_draws_of_rows_scatter_as_the_error_says() -> None:
 
 def test_the_error_is_per_unit_and_unknown_for_single_rows_and_infinite_losses() -> None:
     twin, mine = losses(1.0, 1.0, 2.0, 2.0), losses(1.0, 1.0, 2.6, 2.2)
-    by_example, by_token = tax_error(mine, twin, TASK), tax_error(mine, twin, ToyTextTask(toy_config(**TEXT_CONFIG)))
+    by_example, by_token = tax_error(mine, twin, TASK), tax_error(mine, twin, TextPair(toy_config(**TEXT_CONFIG)))
     assert by_example is not None
     assert by_token == pytest.approx(by_example / ToyTextTask.units_per_row)
     assert tax_error(losses(1.0, 2.0, 3.0), losses(1.0, 1.0, 1.0), TASK) is None
@@ -101,7 +117,11 @@ def test_every_round_and_the_result_say_how_sure_their_tax_is() -> None:
     result = run(toy_config(), ToyTask(toy_config()))
     assert result.tax_error is not None
     assert 0 < result.tax_error < 1
-    assert all(ended.tax_error is not None for ended in result.rounds)
+    for told in (result, *result.rounds):
+        assert told.tax_error is not None
+        assert told.tax_error == pytest.approx(math.hypot(*told.tax_error_by_category.values()) / 4)
+    gaps = [ended.gap for ended in result.rounds]
+    assert all(gap is not None and gap < 1e-12 for gap in gaps)
 
 
 def test_the_result_says_how_sure_the_split_models_place_among_its_controls_is() -> None:

@@ -63,10 +63,10 @@ def test_capacities_are_met_and_the_answer_is_always_the_same(kind: str, data: s
     parts = [[f"c{i}", f"d{i}"][: 1 + i % 2] for i in range(children)]
     units = random_units(int(capacity.sum()), parts, data.draw(st.integers(0, 99)), width=width)
     deal = owners(way(kind), units)
-    found = deal(capacity)
+    found = deal(capacity).owner_L
     assert np.bincount(found, minlength=len(capacity)).tolist() == capacity.tolist()
     deal(np.array([*[0] * children, units.number]))
-    assert found.tolist() == deal(capacity).tolist() == owners(way(kind), units)(capacity).tolist()
+    assert found.tolist() == deal(capacity).owner_L.tolist() == owners(way(kind), units)(capacity).owner_L.tolist()
 
 
 def test_attribution_is_the_exact_assignment_of_the_score() -> None:
@@ -74,7 +74,11 @@ def test_attribution_is_the_exact_assignment_of_the_score() -> None:
     score = (units.table.score("s", "fisher") * units.table.shares)[2:22]
     value = torch.stack([score[:, 0], score[:, 1:].sum(1), score.sum(1)], dim=1).numpy()
     capacity = np.array([5, 5, 10])
-    assert owners(way("attribution"), units)(capacity).tolist() == assign(value, capacity).owner.tolist()
+    found = owners(way("attribution"), units)(capacity)
+    assert found.owner_L.tolist() == assign(value, capacity).owner.tolist()
+    assert found.gap is not None
+    assert 0 <= found.gap < 1e-12
+    assert owners(way("random"), units)(capacity).gap is None
 
 
 PLANTED = [0] * 6 + [1] * 6 + [2] * 12
@@ -110,7 +114,7 @@ def planted(seed: int) -> tuple[LeafUnits, np.ndarray]:
 @pytest.mark.parametrize("kind", sorted({*KINDS} - {"random", "magnitude"}))
 def test_a_planted_division_is_found(kind: str, seed: int) -> None:
     units, owner = planted(seed)
-    assert owners(way(kind), units)(np.array([6, 6, 12])).tolist() == owner.tolist()
+    assert owners(way(kind), units)(np.array([6, 6, 12])).owner_L.tolist() == owner.tolist()
 
 
 def widened(units: LeafUnits, width: int) -> LeafUnits:
@@ -134,20 +138,21 @@ def widened(units: LeafUnits, width: int) -> LeafUnits:
 def test_a_unit_of_several_features_is_dealt_out_as_one(kind: str) -> None:
     units, _ = planted(1)
     capacity = np.array([6, 6, 12])
-    found = owners(way(kind), widened(units, 3))(capacity)
-    assert found.tolist() == owners(way(kind), units)(capacity).tolist()
+    found = owners(way(kind), widened(units, 3))(capacity).owner_L
+    assert found.tolist() == owners(way(kind), units)(capacity).owner_L.tolist()
 
 
 def test_magnitude_keeps_the_largest_and_deals_the_others_blindly() -> None:
     units, owner = planted(0)
-    found = owners(way("magnitude"), units)(np.array([6, 6, 12]))
+    found = owners(way("magnitude"), units)(np.array([6, 6, 12])).owner_L
     assert (found == 2).tolist() == (owner == 2).tolist()
     assert found.tolist() != owner.tolist()
 
 
 def test_random_owners_are_those_of_the_seed() -> None:
     draws = [
-        owners(way("random"), random_units(30, [["a"], ["b"]], seed))(np.array([8, 8, 14])).tolist() for seed in (0, 1)
+        owners(way("random"), random_units(30, [["a"], ["b"]], seed))(np.array([8, 8, 14])).owner_L.tolist()
+        for seed in (0, 1)
     ]
     assert draws[0] != draws[1]
 

@@ -239,13 +239,14 @@ def test_an_unfinished_run_has_a_page_of_what_is_there(tmp_path: Path, count: in
 
 
 def test_what_was_foreseen_stands_beside_what_was_measured(tmp_path: Path) -> None:
-    foreseen = {"expected": 0.015, "budget_used": 0.5}
+    foreseen = {"expected": 0.015, "budget_used": 0.5, "budget_error": 0.05, "gap": 3e-16}
     judged = [e.model_copy(update=foreseen) if isinstance(e, RoundEnded) else e for e in story()]
     folder = full_run(tmp_path, judged)
     page = Page(build(folder))
     assert "Expected and measured tax" in page.text
     assert "round 2, rolled back: expected +0.0150, measured +0.0400" in page.text
-    assert page.texts.count("50.0%") >= 2
+    assert page.texts.count("50.0% ± 9.8%") >= 2
+    assert "the dual bound of the assignments leaves at most 3.0e-16 of their value open" in page.text
 
 
 def test_a_run_without_its_rounds_files_has_a_page_without_maps(tmp_path: Path) -> None:

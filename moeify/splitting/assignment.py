@@ -41,6 +41,11 @@ class Assignment:
     bound: float
     """No assignment within the capacities is worth more (up to rounding); equal to ``value`` up to rounding."""
 
+    @property
+    def gap(self) -> float:
+        """What the bound leaves open, as a share of the value: 0 up to rounding, which proves the value best."""
+        return abs(self.bound - self.value) / max(abs(self.bound), abs(self.value), np.finfo(np.float64).tiny)
+
 
 def assign(value: Float64[np.ndarray, "units bins"], capacity: Int[np.ndarray, " bins"]) -> Assignment:
     """Give each unit to one bin, exactly ``capacity`` units to each, so that the sum of ``value`` is the largest.

@@ -10,7 +10,7 @@ coordinates of a unit. A part without an expert, of unrouted categories, is a bi
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 import numpy as np
 import torch
@@ -36,8 +36,19 @@ Capacity = Int[np.ndarray, " bins"]
 Owner = Int[np.ndarray, " leaf_units"]
 _STARTS = 4
 """Starts of k-means, of which the best is taken."""
-Deal = Callable[[Capacity], Owner]
-"""Returns the bin of each of the leaf's units, as many in each bin as its capacity says."""
+
+
+class Dealt(NamedTuple):
+    """Who owns the leaf's units at some widths."""
+
+    owner_L: Owner
+    """Bin of each unit, as many units in each bin as its capacity says."""
+    gap: float | None = None
+    """What the dual bound leaves open (``Assignment.gap``); None where no value is maximized."""
+
+
+Deal = Callable[[Capacity], Dealt]
+"""Finds the owners for given capacities."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +112,14 @@ class LeafUnits:
 def owners(way: Owners, units: LeafUnits) -> Deal:
     """Return what finds the owners of a leaf's units in one site, the recipe's way."""
     if units.number == 0:
-        return lambda _: np.zeros(0, dtype=np.int64)
+        return lambda _: Dealt(np.zeros(0, dtype=np.int64))
     match way:
         case AttributionOwners():
             value_LB = units.mass(units.score)
-            return lambda capacity_B: assign(value_LB, capacity_B).owner
+            return lambda capacity_B: _assigned(value_LB, capacity_B)
         case RandomOwners():
             drawn_L = units.random().permutation(units.number)
-            return lambda capacity_B: _in_turn(drawn_L, capacity_B)
+            return lambda capacity_B: Dealt(_in_turn(drawn_L, capacity_B))
         case MagnitudeOwners():
             return _magnitude(units)
         case MoeficationOwners():
@@ -121,6 +132,11 @@ def owners(way: Owners, units: LeafUnits) -> Deal:
             return _llama_moe(units)
         case _:
             assert_never(way)
+
+
+def _assigned(value_LB: Float64[np.ndarray, "leaf_units bins"], capacity_B: Capacity) -> Dealt:
+    found = assign(value_LB, capacity_B)
+    return Dealt(found.owner, found.gap)
 
 
 def _in_turn(order_L: Int[np.ndarray, " leaf_units"], capacity_B: Capacity) -> Owner:
@@ -138,9 +154,9 @@ def _magnitude(units: LeafUnits) -> Deal:
     falling_L = np.argsort(-square_L, kind="stable")
     drawn_L = units.random().permutation(units.number)
 
-    def deal(capacity_B: Capacity) -> Owner:
+    def deal(capacity_B: Capacity) -> Dealt:
         strongest = falling_L[: capacity_B[-1]]
-        return _in_turn(np.concatenate([strongest, drawn_L[~np.isin(drawn_L, strongest)]]), capacity_B)
+        return Dealt(_in_turn(np.concatenate([strongest, drawn_L[~np.isin(drawn_L, strongest)]]), capacity_B))
 
     return deal
 
@@ -161,9 +177,9 @@ def _clustered(units: LeafUnits, point_LX: Float64[np.ndarray, "leaf_units x"]) 
             mean_KB[k] = value_LB[nearest_L == k][:, bins].mean(0)
         return centre_KX[np.argsort(assign(mean_KB, np.ones(len(bins), dtype=np.int64)).owner)]
 
-    def deal(capacity_B: Capacity) -> Owner:
+    def deal(capacity_B: Capacity) -> Dealt:
         bins = np.flatnonzero(capacity_B)
-        return bins[filled(point_LX, centres(tuple(bins.tolist())), capacity_B[bins])]
+        return Dealt(bins[filled(point_LX, centres(tuple(bins.tolist())), capacity_B[bins])])
 
     return deal
 
@@ -190,11 +206,11 @@ def _cmoe(units: LeafUnits) -> Deal:
     falling_L = np.argsort(-activity_LK.sum(1), kind="stable")
     profile_LK = activity_LK / np.maximum(activity_LK.sum(1, keepdims=True), np.finfo(np.float64).tiny)
 
-    def deal(capacity_B: Capacity) -> Owner:
+    def deal(capacity_B: Capacity) -> Dealt:
         owner_L = np.full(units.number, len(capacity_B) - 1)
         routed = falling_L[capacity_B[-1] :]
         owner_L[routed] = assign(profile_LK[routed], capacity_B[:-1]).owner
-        return owner_L
+        return Dealt(owner_L)
 
     return deal
 
@@ -209,7 +225,7 @@ def _llama_moe(units: LeafUnits) -> Deal:
     rank_LK = np.argsort(falling_LK, axis=0, kind="stable")
     importance_L = (mass_LK / np.maximum(mass_LK.sum(0), np.finfo(np.float64).tiny)).sum(1)
 
-    def deal(capacity_B: Capacity) -> Owner:
+    def deal(capacity_B: Capacity) -> Dealt:
         own = capacity_B[-1]
         chosen_L = (rank_LK < capacity_B[:-1] + own).sum(1)
         owner_L = np.full(units.number, -1)
@@ -218,6 +234,6 @@ def _llama_moe(units: LeafUnits) -> Deal:
         for turn in range(capacity_B[:-1].max()):
             for k in np.flatnonzero(capacity_B[:-1] > turn):
                 owner_L[next(unit for unit in wishes[k] if owner_L[unit] < 0)] = k
-        return owner_L
+        return Dealt(owner_L)
 
     return deal

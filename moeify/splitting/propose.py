@@ -10,7 +10,7 @@ Unrouted categories are a child without units.
 
 import bisect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ class Proposal:
     groups: Groups
     predicted: float
     """J of the cut, nats per unit (token or example) averaged over categories by their share of the data."""
+    gap: float | None = None
+    """The most that a dual bound leaves open in any site and leaf, as a share of its value; None where owners are not
+    assigned by value, or have changed places since."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class _Choice:
     owner_L: Int[np.ndarray, " leaf_units"]
     """Bin of each unit the leaf owned: child k, or K for the leaf itself."""
     predicted: float
+    gap: float | None
+    """What the dual bound of the assignment leaves open; see ``Proposal.gap``."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,11 @@ class Menu:
         chosen = _spend(self.partition, self.config, self.terms, separation, self.groups, self.choices)
         for key, exchange in self.exchanges.items():
             owner_L = exchange.settle(chosen[key].owner_L)
-            chosen[key] = replace(chosen[key], owner_L=owner_L, predicted=exchange.residual(owner_L))
+            chosen[key] = _Choice(chosen[key].width, owner_L, exchange.residual(owner_L), gap=None)
         owned = {key: choice.owner_L for key, choice in chosen.items()}
-        return _proposal(self.partition, self.groups, owned, sum(choice.predicted for choice in chosen.values()))
+        predicted, gaps = (sum(c.predicted for c in chosen.values()), [c.gap for c in chosen.values()])
+        known = [gap for gap in gaps if gap is not None]
+        return _proposal(self.partition, self.groups, owned, predicted, max(known) if len(known) == len(gaps) else None)
 
 
 def menu(
@@ -166,8 +173,8 @@ def _choices(
     found = []
     for each in sorted({need, *range(max(need, terms.multiple), widest + 1, terms.multiple)}):
         capacity = np.array([*[each * is_routed(part, config) for part in parts], width - each * children])
-        owner_L = deal(capacity)
-        found.append(_Choice(each, owner_L, _residual(partition, table, weight_DU, site, leaf, parts, owner_L)))
+        owner_L, gap = deal(capacity)
+        found.append(_Choice(each, owner_L, _residual(partition, table, weight_DU, site, leaf, parts, owner_L), gap))
     return found
 
 
@@ -252,7 +259,11 @@ def _same_share(
 
 
 def _proposal(
-    partition: Partition, groups: Groups, owned: Mapping[tuple[str, int], np.ndarray], predicted: float
+    partition: Partition,
+    groups: Groups,
+    owned: Mapping[tuple[str, int], np.ndarray],
+    predicted: float,
+    gap: float | None = None,
 ) -> Proposal:
     """Put the units of every split leaf into tree order: those it keeps, then each child's, each in present order."""
     widths, order = {}, {}
@@ -267,4 +278,4 @@ def _proposal(
                 places.append(present)
         widths[site] = tuple(len(place) for place in places)
         order[site] = torch.from_numpy(np.concatenate(places))
-    return Proposal(Partition(partition.tree.split(groups), widths), order, groups, predicted)
+    return Proposal(Partition(partition.tree.split(groups), widths), order, groups, predicted, gap)

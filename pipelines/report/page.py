@@ -27,7 +27,7 @@ from pipelines.report.router import routing
 from pipelines.report.verdict import headline
 from pipelines.runs import RunFolder, Status, package_version
 from pipelines.show import of_arm
-from pipelines.wording import clock, interval, nats, percent, two_digits
+from pipelines.wording import STANDARD_ERRORS, clock, interval, nats, percent, two_digits
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -107,7 +107,7 @@ def _template() -> "Template":
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"nats": nats, "signed": _signed, "percent": percent, "digits": two_digits}
-    environment.filters |= {"clock": clock, "large": in_words, "interval": interval}
+    environment.filters |= {"clock": clock, "large": in_words, "interval": interval, "reach": _reach}
     return environment.from_string(_asset("report.html"))
 
 
@@ -118,6 +118,11 @@ def _asset(name: str) -> str:
 
 def _signed(value: float | None) -> str:
     return nats(value, signed=True)
+
+
+def _reach(error: float) -> str:
+    """Return half of a 95 % interval for the standard error of a share."""
+    return percent(STANDARD_ERRORS * error)
 
 
 def _facts(run: Recorded) -> list[tuple[str, str, str]]:

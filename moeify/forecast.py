@@ -1,0 +1,377 @@
+"""What a recipe asks of a machine, known before any of it runs: operations phase by phase, and memory of a worker.
+
+The recipe's own network is built and run once on tensors that have shapes and hold no numbers (torch's fake tensors),
+so a network of seven billion parameters is counted in seconds on a laptop, by the code that will train it. What a
+split spares follows from the separation that each round asks for.
+
+Not foreseen: what finding the partition takes (assignment, J, compensation), which runs on the CPU between phases, data
+preparation, and rounds that a budget cuts short or rolls back.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, assert_never, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from attribution.measure import Moments, unmeasured
+from attribution.subject import Subject
+from attribution.table import SiteSums
+from moeify.models.build import build_autoencoder, build_llama, logits
+from moeify.models.families import outside_flops, unit_space
+from moeify.models.pretrained import look
+from moeify.models.resnet import build_resnet
+from moeify.models.units import ConvUnits, UnitSite, UnitSpace, flops
+from moeify.recipe.arms import Arm
+from moeify.recipe.config import RunConfig
+from moeify.recipe.data import CLASSES, DigitsData, ImageData, TextData
+from moeify.recipe.model import AutoencoderModel, LlamaModel, PretrainedModel, ResnetModel
+from moeify.recipe.partition import UnitKind
+from moeify.tasks.language import token_nats
+from moeify.tasks.pixels import pixel_nats
+
+FLOAT = 4
+"""Bytes of a number that is trained, of its gradient, and of each of AdamW's two moments."""
+Kind = Literal["train", "attribute", "null test", "evaluate", "test"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the dense network costs, in floating-point operations and bytes."""
+
+    parameters: int
+    units: dict[str, int]
+    """Site -> units, of what the recipe splits."""
+    split: float
+    """Share of a forward pass's operations that belong to those units, 0..1."""
+    forward: int
+    """Operations of one row's forward pass."""
+    backward: int
+    """Operations of one row's backward pass, weight gradients and all."""
+    kept: int
+    """Bytes that a worker's rows of one training step keep for the backward pass."""
+    kept_measuring: int
+    """Bytes that a worker's rows of one attribution batch keep."""
+    table: int
+    """Bytes of the attribution table, second moments among them."""
+    moments: int
+    """Operations of one row's second moments."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A part of a run."""
+
+    kind: Kind
+    round: int
+    """From 1; 0: none in particular."""
+    arm: Arm | None
+    """None: several."""
+    rows: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What lies on one worker's device at the worst moment; bytes."""
+
+    parameters: int
+    """Of every arm, and of the teacher where there is one: all stay on the device."""
+    optimizer: int
+    gradients: int
+    """Of the arm that trains."""
+    training: int
+    """Kept for the backward pass of a training step."""
+    attribution: int
+    """The table, and what is kept while it is measured; not at the same time as the two above."""
+
+    @property
+    def peak(self) -> int:
+        """Return the bytes at the worst moment."""
+        return self.parameters + self.optimizer + max(self.gradients + self.training, self.attribution)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run takes."""
+
+    sizes: Sizes
+    work: tuple[Work, ...]
+    memory: Memory
+    checkpoint: int
+    """Bytes of one checkpoint, with every arm in it."""
+    units_per_row: int
+    """Tokens of a row; 1 where a row is an example."""
+
+    @property
+    def flops(self) -> float:
+        """Return the operations of the whole run."""
+        return sum(each.flops for each in self.work)
+
+
+# --- the dense network ------------------------------------------------------------------------------------
+
+
+def sizes(config: RunConfig, base: Path, workers: int, categories: int) -> Sizes:
+    """Run the recipe's network on tensors without numbers; ``base``: where its relative paths start.
+
+    ValueError where ``workers`` cannot share the rows equally, and for a pretrained model that cannot be read.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    rows, measured = config.training.rows, config.attribution.rows_at_once
+    for path, each in (("training.rows", rows), ("attribution.rows_at_once", measured)):
+        if each % workers:
+            raise ValueError(f"{path}: got {each}, which {workers} workers cannot share equally, wanted a multiple")
+    with FakeTensorMode():
+        network = unmasked(build(config, base))
+        space = unit_space(network, config.partition.units)
+        own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+        forward, backward, kept = _step(config, network, rows // workers, own)
+        kept_measuring = kept if measured == rows else _step(config, network, measured // workers, own)[2]
+        subject = Subject(network, space.readers, tuple(map(str, range(categories))), lambda outputs, _: outputs)
+        moments = Moments(config.attribution.columns)
+        tables = {site.name: unmeasured(subject, site, moments) for site in subject.sites}
+        return Sizes(
+            parameters=sum(parameter.numel() for parameter in network.parameters()),
+            units={site.name: site.units for site in space.sites},
+            split=_split_share(network, space, units_per_row(config)),
+            forward=forward // (rows // workers),
+            backward=backward // (rows // workers),
+            kept=kept,
+            kept_measuring=kept_measuring,
+            table=sum(tensor.nbytes for sums in tables.values() for tensor in sums.tensors()),
+            moments=units_per_row(config) * sum(_moments(tables[site.name], site) for site in space.sites),
+        )
+
+
+def build(config: RunConfig, base: Path) -> nn.Module:
+    """Return the recipe's network without reading data; a pretrained one with the shapes of its weights alone."""
+    match config.model:
+        case LlamaModel() as model:
+            assert isinstance(config.data, TextData)
+            return build_llama(model, vocabulary=config.data.vocabulary, length=config.data.length, end=0, seed=0)
+        case PretrainedModel(path=path):
+            checkpoint = look(base / path)
+            return checkpoint.decoder.build(checkpoint.config().to_dict())
+        case AutoencoderModel() as model:
+            return build_autoencoder(model, inputs=math.prod(_image(config)), seed=0)
+        case ResnetModel() as model:
+            sizes = {"width": model.width, "blocks": model.blocks, "stages": model.stages}
+            return build_resnet(_image(config), classes=CLASSES, **sizes, seed=0)
+        case _ as never:
+            assert_never(never)
+
+
+def unmasked(network: nn.Module) -> nn.Module:
+    """Let a network of ``transformers`` attend without a mask, as it does in training: without numbers it cannot tell
+    that a mask says no more than "causal", and would make one."""
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if isinstance(network, PreTrainedModel):
+        AttentionInterface.register("unmasked", sdpa_attention_forward)
+        AttentionMaskInterface.register("unmasked", lambda *_, **__: None)
+        network.set_attn_implementation("unmasked")
+    return network
+
+
+def units_per_row(config: RunConfig) -> int:
+    """Return the tokens of a row; 1 where a row is an example."""
+    return config.data.length if isinstance(config.data, TextData) else 1
+
+
+def _image(config: RunConfig) -> tuple[int, int, int]:
+    match config.data:
+        case DigitsData():
+            return 1, 8, 8
+        case ImageData(source=source):
+            return (1, 28, 28) if source == "mnist" else (3, 32, 32)
+        case _:
+            raise AssertionError(config.data)
+
+
+def _rows(config: RunConfig, rows: int) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets of the recipe's shape, all zero."""
+    match config.data:
+        case TextData(length=length):
+            tokens = torch.zeros(rows, length, dtype=torch.long)
+            return tokens, tokens
+        case _ if isinstance(config.model, AutoencoderModel):
+            pixels = torch.zeros(rows, math.prod(_image(config)))
+            return pixels, pixels
+        case _:
+            return torch.zeros(rows, *_image(config)), torch.zeros(rows, dtype=torch.long)
+
+
+def _nats(config: RunConfig, outputs: Tensor, targets: Tensor) -> Tensor:
+    match config.data:
+        case TextData():
+            return token_nats(outputs, targets)
+        case _ if isinstance(config.model, AutoencoderModel):
+            return pixel_nats(outputs, targets)
+        case _:
+            return F.cross_entropy(outputs, targets, reduction="none")
+
+
+def _step(config: RunConfig, network: nn.Module, rows: int, own: set[int]) -> tuple[int, int, int]:
+    """Return operations forward and backward, and the bytes kept between them, of a training step's rows."""
+    kept: dict[int, tuple[int, Any]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes(), storage  # held, so that no other takes its place in memory
+        return tensor
+
+    network.train()
+    inputs, targets = _rows(config, rows)
+    with FlopCounter() as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = _nats(config, logits(network, inputs), targets).sum()
+    with FlopCounter() as backward:
+        loss.backward()
+    network.zero_grad(set_to_none=True)
+    return forward.flops, backward.flops, sum(size for size, _ in kept.values())
+
+
+class FlopCounter(TorchDispatchMode):
+    """Adds up the operations of matrix products and convolutions while the context lasts, by torch's own formulas.
+
+    Also counts what those leave out: causal attention on the CPU (half of all pairs), and products that are added in
+    place, as routed blocks do. (torch's ``FlopCounterMode`` takes every other operation apart as well, which is slow.)
+    """
+
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count it."""
+        out = func(*args, **(kwargs or {}))
+        packet, aten = func._overloadpacket, torch.ops.aten
+        if packet is aten.addmm_:
+            self.flops += 2 * args[1].numel() * args[2].shape[1]
+        elif packet is aten._scaled_dot_product_flash_attention_for_cpu:
+            causal = args[4] if len(args) > 4 else False
+            self.flops += sdpa_flop_count(*(each.shape for each in args[:3])) // (2 if causal else 1)
+        elif packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            self.flops += sdpa_backward_flop_count(*(each.shape for each in args[:4])) // (2 if args[7] else 1)
+        elif packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def _moments(sums: SiteSums, site: UnitSite) -> int:
+    """Return the operations of a token's second moments (or an example's) in one site."""
+    places = site.places if isinstance(site, ConvUnits) else 1
+    columns = [(each.features, each.tensors()[0].shape[-1]) for each in sums.moments]
+    return places * sum(2 * x * (x if s == x else 2 * s) for x, s in columns)
+
+
+def _split_share(network: nn.Module, space: UnitSpace, length: int) -> float:
+    sites = unit_space(network, get_args(UnitKind)).sites
+    costs = {site.name: site.units * flops(network, site, length) for site in sites}
+    return sum(costs[site.name] for site in space.sites) / (sum(outside_flops(network).values()) + sum(costs.values()))
+
+
+def speed(config: RunConfig, base: Path, known: Sizes, steps: int = 3) -> float:
+    """Return the operations a second that this machine reaches in training steps of the dense network; a median.
+
+    Runs one worker's rows of numbers that mean nothing, after one step that warms up.
+    """
+    network, rows = build(config, base).train(), config.training.rows // config.cluster.workers
+    inputs, targets = _rows(config, rows)
+    seconds = []
+    for _ in range(steps + 1):
+        began = time.perf_counter()
+        _nats(config, logits(network, inputs), targets).sum().backward()
+        network.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - began)
+    return rows * (known.forward + known.backward) / statistics.median(seconds[1:])
+
+
+# --- the run ----------------------------------------------------------------------------------------------
+
+
+def forecast(config: RunConfig, known: Sizes, categories: int) -> Forecast:
+    """Return what a run takes whose rounds are all kept and go as deep as they ask."""
+    arms = len(config.arms)
+    teacher = int(config.distillation is not None)
+    return Forecast(
+        sizes=known,
+        work=tuple(_work(config, known, categories)),
+        memory=Memory(
+            parameters=(arms + teacher) * known.parameters * FLOAT,
+            optimizer=arms * 2 * known.parameters * FLOAT,
+            gradients=known.parameters * FLOAT,
+            training=known.kept,
+            attribution=known.table + known.kept_measuring,
+        ),
+        checkpoint=arms * 3 * known.parameters * FLOAT,
+        units_per_row=units_per_row(config),
+    )
+
+
+def _work(config: RunConfig, known: Sizes, categories: int) -> Iterator[Work]:
+    step = known.forward + known.backward
+    taught = known.forward if config.distillation else 0
+    active, steps = 1.0, 0
+    ends = [*((r.train, r.recover) for r in config.rounds), (config.training.steps - _spent(config), 0)]
+    for number, (train, recover) in enumerate(ends, start=1):
+        last = number == len(ends)
+        for cut, more in ((False, train), (True, recover)):
+            if cut and not last:
+                yield from _cut(config, known, categories, number, active)
+                active = 1.0 - config.rounds[number - 1].separation * known.split
+            for arm in config.arms if steps or cut else config.early_arms:
+                rows = more * config.training.rows
+                share = active if arm in config.cut_arms else 1.0
+                if rows:
+                    yield Work("train", min(number, len(config.rounds)), arm, rows, rows * (step * share + taught))
+            steps += more
+        if not last:
+            yield _read(config, known, "evaluate", number, config.evaluation.validation_rows * categories, active)
+    experts = sum(_experts(config, categories))
+    rows = config.evaluation.test_rows * categories
+    passes = experts * (1 + config.evaluation.null_draws)
+    yield _read(config, known, "test", 0, rows, active)
+    yield Work("test", 0, "split", passes * rows, passes * rows * known.forward * active)
+
+
+def _cut(config: RunConfig, known: Sizes, categories: int, number: int, active: float) -> Iterator[Work]:
+    """Yield what a cut takes: attribution of every arm that is cut, the null test's, and losses before and after."""
+    rows, cut = config.attribution.rows * categories, len(config.cut_arms)
+    one = rows * (known.forward + known.backward + known.moments)  # two backward passes, no weight's gradient
+    yield Work("attribute", number, None, cut * rows, cut * one)
+    if config.partition.null_test:
+        times = config.partition.null_test.permutations
+        yield Work("null test", number, "split", times * rows, times * one)
+    held_out = config.evaluation.validation_rows * categories
+    yield Work("evaluate", number, None, (1 + 2 * cut) * held_out, held_out * known.forward * (1 + 2 * cut * active))
+
+
+def _read(config: RunConfig, known: Sizes, kind: Kind, number: int, rows: int, active: float) -> Work:
+    """Return what it takes to read held-out rows with every arm."""
+    cut = len(config.cut_arms)
+    passes = len(config.arms) - cut + cut * active
+    return Work(kind, number, None, len(config.arms) * rows, passes * rows * known.forward)
+
+
+def _spent(config: RunConfig) -> int:
+    return sum(r.train + r.recover for r in config.rounds)
+
+
+def _experts(config: RunConfig, categories: int) -> Iterator[int]:
+    """Yield how many experts each round adds below the core, at most."""
+    leaves = 1
+    for round_ in config.rounds:
+        before, leaves = leaves, min(categories, leaves * round_.branching)
+        yield leaves if leaves > before else 0

@@ -1,0 +1,160 @@
+"""What a recipe asks of a machine, for people and as JSON: operations and hours phase by phase, memory of a worker."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from moeify.forecast import FLOAT, Forecast, Work, forecast, sizes, speed
+from moeify.recipe.config import RunConfig
+from pipelines.accelerators import Gpu
+from pipelines.tables import console_for, table_for
+from pipelines.wording import clock, percent
+
+Summary = dict[str, Any]
+_ARMS = {"dense": "dense twin", "told": "told twin", "split": "split model", "random": "random split"}
+_KINDS = {
+    "train": "train",
+    "attribute": "attribution",
+    "null test": "null test",
+    "evaluate": "validation",
+    "test": "test and removals",
+}
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is planned for."""
+
+    workers: int
+    name: str | None = None
+    """Of its GPUs; None: this machine's CPU."""
+    memory: float | None = None
+    """Bytes of one worker's device; None where it is not asked for."""
+    flops: float | None = None
+    """Operations a second that one worker is expected to reach; None where it is not known."""
+
+
+def on_gpus(number: int, name: str, gpu: Gpu, utilization: float) -> Machine:
+    """Return GPUs, one worker each, at a share of their peak in float32, the precision that recipes train in."""
+    return Machine(number, name, gpu.memory, utilization * gpu.single)
+
+
+def planned(config: RunConfig, base: Path, categories: int, machine: Machine, *, here: bool = False) -> Summary:
+    """Return the plan as JSON-ready data; ``here``: after measuring how fast this machine is."""
+    known = sizes(config, base, machine.workers, categories)
+    flops = speed(config, base, known) if here else machine.flops
+    found = forecast(config, known, categories)
+    rate = flops * machine.workers if flops else None
+    memory = found.memory
+    return {
+        "recipe": config.name,
+        "categories": categories,
+        "steps": config.training.steps,
+        "units_per_step": config.training.rows * found.units_per_row,
+        "unit": "token" if found.units_per_row > 1 else "example",
+        "parameters": known.parameters,
+        "split_share": known.split,
+        "workers": machine.workers,
+        "device": machine.name,
+        "flops": found.flops,
+        "flops_per_second": rate,
+        "seconds": found.flops / rate if rate else None,
+        "work": [_work(label, parts, found, rate) for label, parts in _groups(found)],
+        "memory": {
+            "parameters": memory.parameters,
+            "optimizer": memory.optimizer,
+            "gradients": memory.gradients,
+            "training": memory.training,
+            "attribution": memory.attribution,
+            "peak": memory.peak,
+            "device": machine.memory,
+        },
+        "arms": list(config.arms),
+        "checkpoint": found.checkpoint,
+        "checkpoints": config.checkpoints.keep + 1,  # and the one that an open round may go back to
+    }
+
+
+def _groups(found: Forecast) -> Iterator[tuple[str, list[Work]]]:
+    """Yield what the work is called and its parts: training arm by arm, everything else by kind."""
+    grouped: dict[str, list[Work]] = {}
+    for each in found.work:
+        label = f"train the {_ARMS[each.arm]}" if each.kind == "train" and each.arm else _KINDS[each.kind]
+        grouped.setdefault(label, []).append(each)
+    yield from grouped.items()
+
+
+def _work(label: str, parts: list[Work], found: Forecast, rate: float | None) -> Summary:
+    flops = sum(each.flops for each in parts)
+    rows = sum(each.rows for each in parts)
+    return {
+        "what": label,
+        "units": rows * found.units_per_row,
+        "flops": flops,
+        "share": flops / found.flops,
+        "seconds": flops / rate if rate else None,
+    }
+
+
+# --- for people -------------------------------------------------------------------------------------------
+
+
+def print_plan(plan: Summary, stream: TextIO) -> None:
+    """Print the plan; at most 80 columns wide on an 80-column terminal."""
+    console = console_for(stream)
+    facts = [
+        plan["recipe"],
+        f"{short(plan['parameters'])} parameters",
+        f"{plan['categories']} categories",
+        f"{plan['steps']:,} steps of {plan['units_per_step']:,} {plan['unit']}s",
+    ]
+    console.print(" · ".join(facts), style="bold")
+    where = f"{plan['workers']} x {plan['device']}" if plan["device"] else f"{plan['workers']} worker(s), CPU"
+    if rate := plan["flops_per_second"]:
+        where += f", {short(rate)}FLOP/s in all"
+    console.print(where)
+    console.print()
+    timed = plan["seconds"] is not None
+    table = table_for(console, "work", f"{plan['unit']}s", "FLOPs", "share", *["time"] * timed)
+    for row in plan["work"]:
+        times = [clock(row["seconds"])] if timed else []
+        table.add_row(row["what"], short(row["units"]), short(row["flops"]), percent(row["share"]), *times)
+    table.add_row("all", "", short(plan["flops"]), "", *([clock(plan["seconds"])] if timed else []), style="bold")
+    console.print(table)
+    console.print("Not foreseen: finding the partition, data preparation, rolled-back rounds.", style="dim")
+    console.print()
+    memory = plan["memory"]
+    table = table_for(console, "memory of a worker", "bytes")
+    table.add_row(f"parameters of {len(plan['arms'])} arms", short(memory["parameters"]))
+    table.add_row("AdamW's moments", short(memory["optimizer"]))
+    table.add_row("gradients of one arm, and a step's activations", short(memory["gradients"] + memory["training"]))
+    table.add_row("or attribution: its table, and activations", short(memory["attribution"]))
+    table.add_row("peak", short(memory["peak"]), style="bold")
+    console.print(table)
+    console.print(f"Checkpoints: {plan['checkpoints']} of {short(plan['checkpoint'])}B are kept.", style="dim")
+    if memory["device"]:
+        console.print(verdict(plan))
+
+
+def verdict(plan: Summary) -> str:
+    """Return whether a worker's part fits its device, and what takes room where it does not."""
+    memory, room = plan["memory"], plan["memory"]["device"]
+    if memory["peak"] <= room:
+        return f"Fits: {short(memory['peak'])}B of {short(room)}B."
+    arm = 3 * FLOAT * plan["parameters"]
+    return (
+        f"Does not fit: {short(memory['peak'])}B wanted, one {plan['device']} has {short(room)}B.\n"
+        f"An arm takes {short(arm)}B with its optimizer: fewer controls spare one each.\n"
+        f"A step's rows take {short(memory['training'])}B: fewer training.rows, or more workers, spare some."
+    )
+
+
+def short(number: float) -> str:
+    """Return three digits and a prefix: ``1.23 T``."""
+    place = 0
+    while abs(number) >= 999.5 and place < len(_PREFIXES) - 1:
+        number, place = number / 1000, place + 1
+    digits = f"{number:.3g}" if place else f"{number:g}"
+    return f"{digits} {_PREFIXES[place]}"

@@ -1,0 +1,89 @@
+"""What a run takes, foreseen without numbers, against what runs with numbers take."""
+
+from pathlib import Path
+
+import pytest
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moeify.events import MemoryTracker
+from moeify.forecast import FlopCounter, Forecast, _step, build, forecast, sizes, unmasked
+from moeify.loop import _Loop, run
+from moeify.recipe.config import RunConfig
+from moeify.store import MemoryStore
+from moeify.world import Solo
+from tests.toy import TEXT_CONFIG, ToyTextTask, toy_config
+
+TEXT = toy_config(**TEXT_CONFIG)
+RESNET = toy_config(
+    data={"kind": "images", "source": "cifar10-jpeg", "categories": {"a": [0, 1], "b": [2, 3], "c": [4, 5]}},
+    model={"kind": "resnet", "width": 4, "blocks": 1},
+)
+BASE = Path()
+
+
+def foreseen(config: RunConfig, categories: int = 4) -> Forecast:
+    return forecast(config, sizes(config, BASE, 1, categories), categories)
+
+
+@pytest.mark.parametrize("config", [toy_config(), TEXT, RESNET], ids=["autoencoder", "llama", "resnet"])
+def test_tensors_without_numbers_take_what_real_ones_take(config: RunConfig) -> None:
+    def step(network: nn.Module) -> tuple[int, int, int]:
+        return _step(config, network, 6, {p.untyped_storage()._cdata for p in network.parameters()})
+
+    real = step(build(config, BASE))
+    with FakeTensorMode():
+        assert step(unmasked(build(config, BASE))) == real
+    assert min(real) > 0
+
+
+def test_a_llama_of_seven_billion_parameters_is_counted_on_the_spot() -> None:
+    config = toy_config(
+        data={**TEXT_CONFIG["data"], "vocabulary": 32_000, "length": 2048},
+        model={"kind": "llama", "hidden": 4096, "layers": 32, "heads": 32, "ffn": 11_008, "tie_embeddings": False},
+        training={"steps": 100, "rows": 8},
+        attribution={"rows": 32, "rows_at_once": 8},
+    )
+    known = sizes(config, BASE, 8, 4)
+    assert known.parameters == 6_738_415_616  # of Llama 2 7B (Touvron et al. 2023)
+    weights, attended = known.parameters - 32_000 * 4096 - 65 * 4096, 32 * 2 * 2048 * 4096  # a token looks at half
+    assert known.forward == 2048 * (2 * weights + attended)
+    assert known.backward == pytest.approx(2 * known.forward, rel=0.01)
+
+
+def test_a_whole_run_takes_the_operations_foreseen() -> None:
+    rounds = [{"train": 4, "recover": 2, "separation": 0.3}, {"train": 2, "recover": 2, "separation": 0.45}]
+    short = {"training": {"steps": 14, "rows": 16}, "rounds": rounds, "controls": ["random", "told"]}
+    config = toy_config(**{**TEXT_CONFIG, **short})
+    with FlopCounter() as counter:
+        run(config, ToyTextTask(config))
+    assert foreseen(config).flops == pytest.approx(counter.flops, rel=0.12)
+
+
+def test_memory_is_that_of_the_tensors_that_there_are() -> None:
+    task, store = ToyTextTask(TEXT), MemoryStore()
+    loop = _Loop(TEXT, task, Solo(), store, MemoryTracker(), None)
+    loop.run()
+    held = [tensor for arm in loop.state.arms.values() for tensor in arm.tensors().values() if tensor.numel() > 1]
+    known = foreseen(TEXT)
+    assert sum(tensor.nbytes for tensor in held) == known.memory.parameters + known.memory.optimizer
+    assert known.checkpoint == known.memory.parameters + known.memory.optimizer
+    table = loop._measure(loop.state.arms["split"].model, 1)
+    sums = [tensor for site in table.sites.values() for tensor in site.tensors()]
+    assert sum(tensor.nbytes for tensor in sums) == known.sizes.table
+
+
+def test_more_workers_keep_less_each_and_sharing_unequally_is_refused() -> None:
+    one, two = (sizes(TEXT, BASE, workers, 4) for workers in (1, 2))
+    assert two.kept < one.kept
+    assert (two.forward, two.parameters, two.table) == (one.forward, one.parameters, one.table)
+    with pytest.raises(ValueError, match=r"training\.rows: got 16, which 3 workers cannot share equally"):
+        sizes(TEXT, BASE, 3, 4)
+
+
+def test_deeper_rounds_and_fewer_controls_take_less() -> None:
+    deep = TEXT.model_copy(update={"rounds": tuple(r.model_copy(update={"separation": 0.7}) for r in TEXT.rounds)})
+    assert foreseen(deep).flops < foreseen(TEXT).flops
+    bare = TEXT.model_copy(update={"controls": ()})
+    assert foreseen(bare).flops < foreseen(TEXT).flops
+    assert foreseen(bare).memory.peak < foreseen(TEXT).memory.peak

@@ -1,0 +1,93 @@
+"""``moeify plan``: what a person sees, and what programs read."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from pipelines import accelerators
+from pipelines.cli import main
+from pipelines.planned import short
+
+JSONL = """
+name: mine
+data: {kind: text, source: {kind: jsonl, path: none.jsonl, category: label}, vocabulary: 300, length: 16}
+model: {kind: llama, hidden: 16, layers: 1, heads: 2, ffn: 32}
+training: {steps: 10, rows: 4}
+attribution: {rows: 4, rows_at_once: 4}
+rounds: [{train: 2, recover: 2, separation: 0.3}]
+evaluation: {validation_rows: 2, test_rows: 2, rows_at_once: 2}
+"""
+
+
+def asked(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(main, ["plan", *arguments])
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(JSONL)
+    return str(path)
+
+
+def test_a_plan_needs_no_data_and_its_parts_add_up(recipe: str) -> None:
+    code, text = asked(recipe, "--categories", "3", "--gpus", "2xL4", "--utilization", "0.5", "--json")
+    assert code == 0
+    plan = json.loads(text)
+    assert plan["categories"] == 3
+    assert sum(row["flops"] for row in plan["work"]) == pytest.approx(plan["flops"])
+    assert sum(row["share"] for row in plan["work"]) == pytest.approx(1.0)
+    assert plan["flops_per_second"] == 2 * 0.5 * accelerators.GPUS["L4"].single
+    assert plan["seconds"] == pytest.approx(plan["flops"] / plan["flops_per_second"])
+    memory = plan["memory"]
+    held = memory["parameters"] + memory["optimizer"]
+    assert memory["peak"] == held + max(memory["gradients"] + memory["training"], memory["attribution"])
+    assert plan["work"][0]["what"] == "train the dense twin"
+
+
+def test_a_plan_for_people_fits_80_columns_and_says_whether_a_device_does(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, text = asked(recipe, "--categories", "2", "--gpus", "H100")
+    assert code == 0
+    assert "1 x H100, 26.8 TFLOP/s in all" in text
+    assert "Fits: " in text
+    monkeypatch.setitem(accelerators.GPUS, "H100", accelerators.Gpu(1000.0, 1e12, 1e12))
+    code, tight = asked(recipe, "--categories", "2", "--gpus", "H100")
+    assert code == 0
+    assert "one H100 has 1 kB" in tight
+    assert max(map(len, (text + tight).splitlines())) <= 80
+
+
+def test_this_machine_is_measured_when_asked(recipe: str) -> None:
+    code, text = asked(recipe, "--categories", "2", "--here", "--json")
+    assert code == 0
+    assert 0 < json.loads(text)["seconds"] < 3600
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "say how many with --categories"),
+        (("--gpus", "8xB1"), "--gpus: got '8xB1', wanted a number and a GPU such as 8xH100; known: A10"),
+        (("--gpus", "0xH100"), "--gpus: got '0xH100'"),
+        (("--categories", "2", "--gpus", "3xH100"), "training.rows: got 4, which 3 workers cannot share equally"),
+        (("--gpus", "H100", "--here"), "wanted one of the two"),
+        (("--utilization", "0.5"), "--utilization: got it without --gpus"),
+    ],
+)
+def test_what_cannot_be_planned_is_told_in_a_line(recipe: str, arguments: tuple[str, ...], told: str) -> None:
+    code, text = asked(recipe, *arguments)
+    assert code == 2
+    assert told in text
+    assert len(text.splitlines()) == 1
+
+
+def test_large_numbers_have_three_digits_and_a_prefix() -> None:
+    assert [short(n) for n in (0, 7, 999, 1000, 999_600, 6.738e9, 5.13e18)] == [
+        *("0 ", "7 ", "999 ", "1 k", "1 M", "6.74 G", "5.13 E")
+    ]
