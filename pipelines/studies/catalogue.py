@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 QUESTIONS: Mapping[str, str] = {
     "access_control": "Does one run replace a model trained for every set of permitted categories?",
+    "class_imbalance": "Where few classes are routed and the rest train as ever, is regularisation still needed?",
     "edge_choices": "Which gradients must be kept from other units for a category to be removable, and at what tax?",
     "spurious_cue": "Does separating categories in training help where a cue that was learned turns round?",
     "whole_blocks": "Do whole layers for categories, by hand, do as well as a split of every layer?",
