@@ -68,6 +68,20 @@ def run_pool(
                 ray.cancel(each, force=True)
 
 
+def run_here(
+    work: Callable[[Payload], Payload],
+    queues: Iterable[Sequence[Job]],
+    order: Callable[[Job], Payload],
+    ended: Callable[[Job, Payload | Broken, int], None],
+    *,
+    traces: Path,
+) -> None:
+    """Do every job in this process, queue by queue, without Ray; otherwise as ``run_pool``."""
+    with stoppable():
+        for job in (job for queue in queues for job in queue):
+            ended(job, _told(work(order(job)), traces / f"{job}.txt"), 1)
+
+
 def guarded(work: Callable[[], Payload]) -> Payload:
     """Do a job in a Ray worker; what fails is returned as a ``Failure``: it would fail again."""
     try:
@@ -77,14 +91,20 @@ def guarded(work: Callable[[], Payload]) -> Payload:
 
 
 def _answer(ready: Any, trace: Path) -> Payload | Broken:
-    """Return what a task gave; a traceback is kept."""
+    """Return what a task gave."""
     import ray
 
-    trace.unlink(missing_ok=True)
     try:
         answer: Payload = ray.get(ready)
     except ray.exceptions.RayError as error:
+        trace.unlink(missing_ok=True)
         return Broken(f"its worker died, on each retry too: killed, or out of memory ({type(error).__name__})")
+    return _told(answer, trace)
+
+
+def _told(answer: Payload, trace: Path) -> Payload | Broken:
+    """Return what a job gave; a traceback is kept."""
+    trace.unlink(missing_ok=True)
     if "failure" not in answer:
         return answer
     failure = Failure.model_validate(answer["failure"])

@@ -21,7 +21,7 @@ from moeify.tasks.build import build_task
 from moeify.twin_cache import fingerprint
 from moeify.world import Solo
 from pipelines import studies
-from pipelines.pool import Broken, Payload, guarded, run_pool
+from pipelines.pool import Broken, Payload, guarded, run_here, run_pool
 from pipelines.runs import cache, hold_lock
 from pipelines.studies import study
 from pipelines.studies.catalogue import find_study
@@ -141,11 +141,18 @@ def open_folder(name: str, size: Size, home: Path) -> StudyFolder:
 
 
 def run_study(
-    name: str, size: Size, jobs: Sequence[ArmJob], folder: StudyFolder, heard: Heard = lambda *_: None
+    name: str,
+    size: Size,
+    jobs: Sequence[ArmJob],
+    folder: StudyFolder,
+    heard: Heard = lambda *_: None,
+    *,
+    local: bool = False,
 ) -> Progress:
     """Run the jobs that have no measures yet, and return how all of them ended; a job that fails stops no other.
 
-    Raises ``RunBusyError`` where another process drives the study.
+    ``local``: in this process, one after another, seed by seed, without Ray. Raises ``RunBusyError`` where another
+    process drives the study.
     """
     progress = Progress(name, size, find_study(name), tuple(jobs))
     queues = [[job for job in jobs if job.seed == seed] for seed in dict.fromkeys(job.seed for job in jobs)]
@@ -163,7 +170,10 @@ def run_study(
         heard(progress, job, cores)
 
     with hold_lock(folder.lock, f"study {folder.id}"):
-        run_pool(work, queues, order, ended, traces=folder.traces, retries=2)
+        if local:
+            run_here(work, queues, order, ended, traces=folder.traces)
+        else:
+            run_pool(work, queues, order, ended, traces=folder.traces, retries=2)
     return progress
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from moeify.splitting.tree import ExpertTree
 from moeify.tasks.digits import DigitsTask
 from pipelines import study, study_report, study_tracking
 from pipelines.cli import main
-from pipelines.pool import Broken, Payload
+from pipelines.pool import Broken
 from pipelines.runs import RunBusyError
 from pipelines.studies import access_control, edge_choices, whole_blocks
 from pipelines.studies.catalogue import QUESTIONS, find_study
@@ -173,29 +172,14 @@ def test_a_line_says_how_an_arm_ended_and_what_remains(fake: Progress) -> None:
 # --- how they are run -------------------------------------------------------------------------------------
 
 
-def in_this_process(
-    work: Callable[[Payload], Payload],
-    queues: Iterable[Sequence[ArmJob]],
-    order: Callable[[ArmJob], Payload],
-    ended: Callable[[ArmJob, Payload | Broken, int], None],
-    **_: Any,
-) -> None:
-    """Stand in for the pool: what travels is JSON."""
-    for queue in queues:
-        for job in queue:
-            answer = work(json.loads(json.dumps(order(job))))
-            ended(job, Broken(answer["failure"]["message"]) if "failure" in answer else answer, 1)
-
-
 def test_what_was_run_before_is_taken_and_what_is_damaged_is_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "run_pool", in_this_process)
     monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path / "cache"))
     folder = study.open_folder("spurious_cue", "quick", tmp_path)
     assert folder.path == tmp_path / "studies" / "spurious_cue-quick"
     asked = jobs(find_study("spurious_cue").arms("quick"), [3])
-    first = study.run_study("spurious_cue", "quick", asked, folder)
+    first = study.run_study("spurious_cue", "quick", asked, folder, local=True)
     assert not first.broken
     assert all(0.0 <= each["turned"] <= 1.0 for each in first.measures.values())
     files = {path: path.stat().st_mtime_ns for path in folder.results.iterdir()}
@@ -203,7 +187,7 @@ def test_what_was_run_before_is_taken_and_what_is_damaged_is_run_again(
     damaged = first.ended[asked[0]]
     assert isinstance(damaged, EndedArm)
     damaged.path.write_text("{")
-    again = study.run_study("spurious_cue", "quick", asked, folder)
+    again = study.run_study("spurious_cue", "quick", asked, folder, local=True)
     assert again.measures == first.measures
     assert {path for path in folder.results.iterdir() if path.stat().st_mtime_ns != files[path]} == {damaged.path}
 
@@ -241,7 +225,9 @@ def test_the_command_asks_for_the_studys_own_seeds_and_ends_with_its_table(
 ) -> None:
     asked: list[tuple[str, Size, tuple[ArmJob, ...]]] = []
 
-    def run(name: str, size: Size, jobs: tuple[ArmJob, ...], folder: StudyFolder, heard: study.Heard) -> Progress:
+    def run(
+        name: str, size: Size, jobs: tuple[ArmJob, ...], folder: StudyFolder, heard: study.Heard, *, local: bool
+    ) -> Progress:
         asked.append((name, size, jobs))
         heard(fake, fake.jobs[0], 2)
         return fake
@@ -273,7 +259,7 @@ def test_the_command_asks_for_the_studys_own_seeds_and_ends_with_its_table(
         ("full", {0}),
     ]
 
-    def stop(*_: object) -> Progress:
+    def stop(*_: object, local: bool) -> Progress:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(study, "run_study", stop)

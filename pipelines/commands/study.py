@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 @click.option("--seeds", type=click.IntRange(min=1), help="How many, from 0 on; the study's own number if not given.")
 @click.option("--quick", "size", flag_value="quick", help="Seconds, to see that it runs: its figures mean nothing.")
 @click.option("--large", "size", flag_value="large", help="The shipped recipe's own network and length: hours.")
+@click.option("--local", is_flag=True, help="In this process, one arm after another, without Ray.")
 @JSON
 @click.pass_context
-def command(ctx: click.Context, name: str | None, seeds: int | None, size: "Size | None", as_json: bool) -> None:
+def command(
+    ctx: click.Context, name: str | None, seeds: int | None, size: "Size | None", local: bool, as_json: bool
+) -> None:
     """Answer a question by experiment: run study NAME's arms on several seeds, side by side.
 
     Without NAME: list the studies with what each asks. The same command goes on where it was stopped; more seeds add to
@@ -48,7 +51,7 @@ def command(ctx: click.Context, name: str | None, seeds: int | None, size: "Size
         tracker.tell(progress)
 
     try:
-        progress = run_study(name, size, asked, folder, heard)
+        progress = run_study(name, size, asked, folder, heard, local=local)
         study_report.write(progress, folder)
     except KeyboardInterrupt:
         click.echo("moeify: stopped; go on with the same command", err=True)
