@@ -18,8 +18,8 @@ from moeify.jobs import Ended, Places, code, run_job
 from moeify.recipe.config import RunConfig
 from moeify.recipe.load import to_yaml
 from moeify.result import MEAN, Result
-from pipelines.pool import Broken, Payload, guarded, run_pool
-from pipelines.runs import cache, hold_lock
+from pipelines.pool import Broken, Payload, answered, run_pool
+from pipelines.runs import cache, cache_url, hold_lock
 from pipelines.wording import clock, nats
 
 
@@ -126,7 +126,8 @@ def compare(
 
     Raises ``RunBusyError`` where another process drives the comparison.
     """
-    places = Places(base=base.absolute(), cache=cache(), results=folder.results, twins=cache() / "twins")
+    twins_url = f"{url}/twins" if (url := cache_url()) else None
+    places = Places(base.absolute(), cache(), results=folder.results, twins=cache() / "twins", twins_url=twins_url)
     with hold_lock(folder.lock, f"comparison {folder.id}"):
         return run_jobs(config, jobs, places, folder.traces, heard)
 
@@ -164,7 +165,7 @@ def work(payload: Payload) -> Payload:
         ended = run_job(order.config, order.job, order.places)
         return {"result": ended.result.model_dump_json(), "path": str(ended.path), "before": ended.before}
 
-    return guarded(done)
+    return answered(done)
 
 
 def progress_line(comparison: Comparison, job: Job, cores: int) -> str:

@@ -35,7 +35,7 @@ def run_pool(
     """Have workers do every job, and call ``ended`` after each with what it gave and how many run at a time.
 
     A queue's first job makes what its others share (twins), so those wait for it; where it fails, the next one is the
-    first. ``work``: a function of a module, whose body is ``guarded``. ``traces``: the folder of the tracebacks of
+    first. ``work``: a function of a module, whose body is ``answered``. ``traces``: the folder of the tracebacks of
     jobs that fail.
     """
     one = Cluster(workers=1, threads=1)
@@ -82,7 +82,7 @@ def run_here(
             ended(job, _told(work(order(job)), traces / f"{job}.txt"), 1)
 
 
-def guarded(work: Callable[[], Payload]) -> Payload:
+def answered(work: Callable[[], Payload]) -> Payload:
     """Do a job in a Ray worker; what fails is returned as a ``Failure``: it would fail again."""
     try:
         return work()

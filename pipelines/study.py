@@ -21,7 +21,7 @@ from moeify.tasks.build import build_task
 from moeify.twin_cache import fingerprint
 from moeify.world import Solo
 from pipelines import studies
-from pipelines.pool import Broken, Payload, guarded, run_here, run_pool
+from pipelines.pool import Broken, Payload, answered, run_here, run_pool
 from pipelines.runs import cache, hold_lock
 from pipelines.studies import study
 from pipelines.studies.catalogue import find_study
@@ -186,7 +186,7 @@ def work(payload: Payload) -> Payload:
         ended = run_arm(order)
         return {"done": ended.done.model_dump_json(), "path": str(ended.path), "before": ended.before}
 
-    return guarded(done)
+    return answered(done)
 
 
 def run_arm(order: ArmOrder) -> EndedArm:

@@ -13,6 +13,7 @@ from pipelines.find_recipe import find_recipe
 if TYPE_CHECKING:
     from moeify.recipe.config import RunConfig
     from moeify.subjects import Probed
+    from pipelines.runs import RunFolder
 
 
 @click.command("attribute")
@@ -31,14 +32,16 @@ def command(
     MODEL is a folder that transformers' save_pretrained wrote. Leaves the table (safetensors and Parquet), a picture
     and the categories' affinity graph (GraphML) in DIR, or in the run's folder under 'attribution'.
     """
-    from pipelines import attribute, show
+    from pipelines import attribute, copies, show
 
-    name, probed, config, place, removed = _probed(target, arm, data, rows)
+    name, probed, config, place, removed, folder = _probed(target, arm, data, rows)
     say = (lambda _: None) if as_json else (lambda text: click.echo(f"{text} ...", err=True))
     score, place = config.attribution.score, out or place
     found = attribute.attribute(
         probed, place, score=score, seed=config.seed, agreement=agreement, removed=removed, say=say
     )
+    if folder and not out:
+        copies.publish(folder, place)
     if as_json:
         click.echo(show.to_json(show.finite(attribute.summary(found))))
         return
@@ -48,13 +51,13 @@ def command(
 
 def _probed(
     target: str, arm: Arm | None, data: str | None, rows: int | None
-) -> tuple[str, "Probed", "RunConfig", Path, float]:
-    """Return what to call the model, what to measure, the recipe, the folder of files and the share a cut removes."""
+) -> tuple[str, "Probed", "RunConfig", Path, float, "RunFolder | None"]:
+    """Return what to call the model, what to measure, the recipe, the folder of files, the share cut off, the run."""
     from moeify.recipe.data import TextData
     from moeify.recipe.load import load_recipe, parse_recipe
     from moeify.split_folder import arms_of_run
     from moeify.subjects import of_checkpoint, of_run
-    from pipelines import runs
+    from pipelines import copies, runs
 
     model = Path(target)
     if model.is_dir() and (model / "config.json").is_file():
@@ -72,15 +75,16 @@ def _probed(
             rows_at_once=config.attribution.rows_at_once,
             seed=config.seed,
         )
-        return model.name, probed, config, Path.cwd() / f"{model.absolute().name}-attribution", 0.5
+        return model.name, probed, config, Path.cwd() / f"{model.absolute().name}-attribution", 0.5, None
     if data is not None:
         raise click.UsageError(f"--data is for a MODEL, and {target!r} is no folder with a config.json")
     folder = runs.find(target, runs.home())
     config = load_recipe(folder.resolved)
+    copies.fetch_checkpoint(folder)
     there = arms_of_run(folder.path)
     arm = arm or ("split" if "split" in there else "dense")
     probed = of_run(
         folder.path, config, arm, cache=runs.cache(), base=folder.base, rows=rows or config.attribution.rows
     )
     removed = config.rounds[-1].separation
-    return f"{folder.id} ({arm})", probed, config, folder.path / "attribution" / arm, removed
+    return f"{folder.id} ({arm})", probed, config, folder.path / "attribution" / arm, removed, folder

@@ -38,10 +38,14 @@ def command(
 
     study, size = find_study(name), size or "full"
     asked = jobs(study.arms(size), range(seeds or study.seeds))
-    from pipelines import runs, show, study_report
+    from pipelines import homes, runs, show, study_report
     from pipelines.study import open_folder, progress_line, run_study
     from pipelines.study_tracking import StudyTracker
 
+    if homes.home_of(runs.home()):
+        raise ValueError(
+            "study keeps its results in a folder that its workers share; set MOEIFY_HOME to one, not to a URL"
+        )
     folder = open_folder(name, size, runs.home())
     click.echo(f"{len(asked)} runs, kept in {folder.path}", err=True)
     tracker = StudyTracker(folder, name)
