@@ -40,8 +40,9 @@ def draw(study: Study, found: Mapping[ArmJob, Measures], name: str, question: st
         for spare in axes[len(shown) :]:
             spare.set_visible(False)
     seeds = max(row.seeds for row in rows)
-    bars = f"means of {seeds} seeds, bars: 95 % intervals" if seeds > 1 else "one seed"
-    figure.suptitle(f"{question}\n{name}; {bars if not study.scatter else f'means of {seeds} seeds'}", fontsize=8.5)
+    shown_as = "one seed" if seeds == 1 else f"means of {seeds} seeds"
+    bars = ", bars: 95 % intervals" if seeds > 1 and not study.scatter else ""
+    figure.suptitle(f"{question}\n{name}; {shown_as}{bars}", fontsize=8.5)
     return save_png(figure, path)
 
 
