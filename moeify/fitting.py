@@ -11,10 +11,12 @@ from moeify.evaluation import row_losses
 from moeify.events import MemoryTracker
 from moeify.examples import Portraits
 from moeify.loop import run
+from moeify.models.families import DETECTED, detected
 from moeify.portraits import portraits
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
 from moeify.result import Result
+from moeify.routed.proof import prove
 from moeify.routed.split_model import SplitModel
 from moeify.state import State
 from moeify.store import MemoryStore
@@ -69,8 +71,9 @@ def fit(
 ) -> Fit:
     """Train a network and split it, round by round, into experts for the categories of its data.
 
-    ``network``: an autoencoder of ``moeify.models.build``, or a decoder of ``transformers`` (Llama, GPT-2, ...),
-    trained or not; it is copied and stays as it is. ``data``: category -> rows, see ``moeify.tasks.tensors``.
+    ``network``: an autoencoder of ``moeify.models.build``, a network of ``transformers`` (Llama, GPT-2, ViT, ...), or
+    any other whose feed-forward blocks are modules by themselves (``moeify.models.detect``), trained or not; it is
+    copied and stays as it is. ``data``: category -> rows, see ``moeify.tasks.tensors``.
     ``steps``: of the optimizer, of each model, in all. ``separation``: that the last round asks for. ``rounds``: as
     many as it takes to divide the categories by ``branching`` down to one, where not given. ``sections``: of a recipe,
     as a recipe has them (``partition={"min_units": 2}``, ``tree=[["a", "b"], "c"]``, ``training={"learning_rate":
@@ -88,6 +91,9 @@ def fit(
     True
     """
     task = TensorTask(network, data, loss, rows=rows, seed=seed)
+    if detected(network):
+        DETECTED.remember(network)
+        prove(network, task.train_batch(0).inputs[:4])
     rounds = max(1, math.ceil(math.log(len(task.categories), branching))) if rounds is None else rounds
     config = _config(loss, steps, _plan(steps, separation, rounds, branching), rows, seed, controls, sections)
     store, events = MemoryStore(), MemoryTracker()

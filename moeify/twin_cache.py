@@ -112,7 +112,7 @@ class TwinCache:
 def fingerprint(config: RunConfig, task: Task, world: World) -> str:
     """Return the hash of all that a twin's bits depend on, and of the steps that are reported."""
     whole = {"seed": True, "data": True, "model": True, "training": True, "distillation": True}
-    parts = {"partition": {"units"}, "checkpoints": {"every"}, "tracking": {"every"}}
+    parts = {"partition": {"units"}, "checkpoints": {"every"}, "tracking": {"every"}, "cluster": {"parallel"}}
     settings = config.model_dump(mode="json", include={**whole, **parts})
     machine = [
         torch.__version__,

@@ -107,7 +107,7 @@ def work(payload: dict[str, Any]) -> None:
     """Run one worker's part of an ``Order``, alone or in torch.distributed's group; write the result on rank 0."""
     order = Order.model_validate(payload)
     torch.set_num_threads(order.config.cluster.threads)
-    world = Group() if dist.is_initialized() else Solo()
+    world = Group(order.config.cluster.parallel) if dist.is_initialized() else Solo()
     if order.url:
         homes.note(order.folder.parent, order.url.rpartition("/")[0])
     folder = RunFolder(order.folder)

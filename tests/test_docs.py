@@ -1,18 +1,27 @@
 """What the documents say, run."""
 
+import contextlib
+import io
 import os
 import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from moeify.models import families
 from moeify.recipe.config import RunConfig
 from moeify.recipe.load import load_recipe, to_yaml
+from moeify.routed.proof import prove
 from pipelines.cli import main
+from tests.networks import tiny_decoder
+from tests.test_owners import random_units
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -126,3 +135,34 @@ def test_the_notebook_runs_as_a_script(tmp_path: Path):
     assert len(kept) == 9
     assert all(one == other for _, one, other in kept)
     assert float(re.search(r"differs from the whole by (\S+) at most", said)[1]) < 1e-5
+
+
+# --- extending ----------------------------------------------------------------------------------------
+
+
+def test_the_adapter_and_the_method_of_the_document_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    found, adapter, proof, method = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for name in ("TRANSFORMERS", "ADAPTERS"):
+        monkeypatch.setattr(families, name, getattr(families, name))
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(found, {})
+    assert said.getvalue().strip() == "[('1.hidden', 12)]"
+    made: dict[str, Any] = {}
+    exec(adapter + proof, made)
+    assert [site.kind for site in families.unit_space(made["network"], ("ffn", "heads")).sites] == ["heads", "ffn"] * 2
+    exec(method, made)
+    capacity = np.array([3, 4, 5])
+    owner = made["loudest"](random_units(12, [["a", "b"], ["c"]]))(capacity).owner_L
+    assert np.bincount(owner).tolist() == capacity.tolist()
+
+
+@pytest.mark.parametrize("wrong", [{"up": "gate_proj"}, {"gate": None}])
+def test_an_adapter_that_is_wrong_is_told_by_its_proof(wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TRANSFORMERS", "ADAPTERS"):
+        changed = [replace(a, **wrong) if a.family == "llama" else a for a in getattr(families, name)]
+        monkeypatch.setattr(families, name, tuple(changed))
+    network = tiny_decoder("llama")
+    with pytest.raises(ValueError, match=r"^site 'layers\.0\.ffn': another order of its units changes what comes out"):
+        prove(network, families.example_inputs(network, rows=2, seed=0))

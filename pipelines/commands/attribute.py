@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 @click.command("attribute")
 @click.argument("target", metavar="RUN_OR_MODEL")
 @click.option("--arm", type=click.Choice(get_args(Arm)), help="Of a run; split where it has been split.")
-@click.option("--data", metavar="RECIPE", help="For a MODEL: the recipe whose data section gives text in categories.")
+@click.option(
+    "--data", metavar="RECIPE", help="For a MODEL: the recipe whose data section gives text or images in categories."
+)
 @click.option("--rows", type=click.IntRange(min=2), help="Rows of each category (16, or as the recipe says).")
 @click.option("--agreement", is_flag=True, help="Hold every method against exact ablation, too (minutes).")
 @click.option("--out", "-o", metavar="DIR", type=click.Path(path_type=Path), help="Where the files go.")
@@ -53,10 +55,10 @@ def _probed(
     target: str, arm: Arm | None, data: str | None, rows: int | None
 ) -> tuple[str, "Probed", "RunConfig", Path, float, "RunFolder | None"]:
     """Return what to call the model, what to measure, the recipe, the folder of files, the share cut off, the run."""
-    from moeify.recipe.data import TextData
+    from moeify.recipe.data import ImageData, TextData
     from moeify.recipe.load import load_recipe, parse_recipe
     from moeify.split_folder import arms_of_run
-    from moeify.subjects import of_checkpoint, of_run
+    from moeify.subjects import of_checkpoint, of_classifier, of_run
     from pipelines import copies, runs
 
     model = Path(target)
@@ -65,8 +67,11 @@ def _probed(
             raise click.UsageError("a MODEL needs --data RECIPE and has no --arm")
         text, where, base = find_recipe(data)
         config = parse_recipe(text, where=where)
+        called, place = model.name, Path.cwd() / f"{model.absolute().name}-attribution"
+        if isinstance(config.data, ImageData):
+            return called, of_classifier(model, config, base=base, rows=rows or 16), config, place, 0.5, None
         if not isinstance(config.data, TextData):
-            raise ValueError(f"{where} has data.kind {config.data.kind!r}; a language model needs 'text'")
+            raise ValueError(f"{where} has data.kind {config.data.kind!r}; a MODEL needs 'text' or 'images'")
         probed = of_checkpoint(
             model,
             config.data,
@@ -75,7 +80,7 @@ def _probed(
             rows_at_once=config.attribution.rows_at_once,
             seed=config.seed,
         )
-        return model.name, probed, config, Path.cwd() / f"{model.absolute().name}-attribution", 0.5, None
+        return called, probed, config, place, 0.5, None
     if data is not None:
         raise click.UsageError(f"--data is for a MODEL, and {target!r} is no folder with a config.json")
     folder = runs.find(target, runs.home())
