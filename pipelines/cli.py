@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 COMMANDS = (
-    *("init", "plan", "run", "split", "resume", "compare"),
+    *("init", "plan", "run", "split", "resume", "compare", "study"),
     *("runs", "show", "report", "status", "logs", "stop", "submit", "cluster"),
     *("attribute", "export", "route", "generate", "ui", "sync", "schema", "doctor", "completion"),
 )

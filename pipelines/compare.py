@@ -5,25 +5,22 @@ methods, seeds or separations adds to what is there.
 """
 
 import hashlib
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from moeify.comparison import Job
 from moeify.jobs import Ended, Places, code, run_job
-from moeify.recipe.config import Cluster, RunConfig
+from moeify.recipe.config import RunConfig
 from moeify.recipe.load import to_yaml
 from moeify.result import MEAN, Result
-from pipelines.launch import cluster, stoppable
+from pipelines.pool import Broken, Payload, answered, run_pool
 from pipelines.runs import cache, cache_url, hold_lock
 from pipelines.wording import clock, nats
-from pipelines.worker import Failure
 
 
 @dataclass(frozen=True)
@@ -81,14 +78,6 @@ class JobOrder(BaseModel):
     config: RunConfig
     job: Job
     places: Places
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A job that failed."""
-
-    reason: str
-    """One line."""
 
 
 @dataclass
@@ -150,65 +139,33 @@ def run_jobs(config: RunConfig, jobs: Sequence[Job], places: Places, traces: Pat
     it fails, the next one is the first. ``traces``: the folder of the tracebacks of jobs that fail.
     """
     comparison = Comparison(config, tuple(jobs))
-    waiting = {seed: deque(job for job in jobs if job.seed == seed) for seed in dict.fromkeys(j.seed for j in jobs)}
-    one = Cluster(workers=1, threads=1)
-    with stoppable(), cluster(one, keep_logs=traces / "ray-logs"), stoppable():  # Ray sets handlers of its own
-        import ray
+    queues = [[job for job in jobs if job.seed == seed] for seed in dict.fromkeys(job.seed for job in jobs)]
 
-        task = ray.remote(num_cpus=1, max_retries=config.cluster.retries)(work)
-        running: dict[Any, Job] = {}
+    def order(job: Job) -> Payload:
+        return JobOrder(config=config, job=job, places=places).model_dump(mode="json")
 
-        def start(job: Job) -> None:
-            order = JobOrder(config=config, job=job, places=places)
-            running[task.remote(order.model_dump(mode="json"))] = job
+    def ended(job: Job, answer: Payload | Broken, cores: int) -> None:
+        if isinstance(answer, Broken):
+            comparison.ended[job] = answer
+        else:
+            result = Result.model_validate_json(answer["result"])
+            comparison.ended[job] = Ended(result, Path(answer["path"]), answer["before"])
+        heard(comparison, job, cores)
 
-        for queue in waiting.values():
-            start(queue.popleft())
-        cores = int(ray.cluster_resources().get("CPU", 1))
-        try:
-            while running:
-                (ready,), _ = ray.wait(list(running), num_returns=1)
-                job = running.pop(ready)
-                ended = comparison.ended[job] = _outcome(ready, job, traces)
-                queue = waiting[job.seed]
-                while queue:
-                    start(queue.popleft())
-                    if isinstance(ended, Broken):
-                        break
-                heard(comparison, job, cores)
-        finally:
-            for each in running:  # stopped in the middle: on a cluster that lives on, too
-                ray.cancel(each, force=True)
+    run_pool(work, queues, order, ended, traces=traces, retries=config.cluster.retries)
     return comparison
 
 
-def work(payload: dict[str, Any]) -> dict[str, Any]:
+def work(payload: Payload) -> Payload:
     """Do a ``JobOrder`` in a Ray worker; what fails is returned as a ``Failure``: it would fail again."""
-    order = JobOrder.model_validate(payload)
-    torch.set_num_threads(1)
-    try:
+
+    def done() -> Payload:
+        order = JobOrder.model_validate(payload)
+        torch.set_num_threads(1)
         ended = run_job(order.config, order.job, order.places)
-    except Exception as error:
-        return {"failure": Failure.of(error).model_dump(mode="json")}
-    return {"result": ended.result.model_dump_json(), "path": str(ended.path), "before": ended.before}
+        return {"result": ended.result.model_dump_json(), "path": str(ended.path), "before": ended.before}
 
-
-def _outcome(ready: Any, job: Job, traces: Path) -> Ended | Broken:
-    """Return how a task ended; a traceback is kept beside the results."""
-    import ray
-
-    trace = traces / f"{job}.txt"
-    trace.unlink(missing_ok=True)
-    try:
-        told = ray.get(ready)
-    except ray.exceptions.RayError as error:
-        return Broken(f"its worker died, on each retry too: killed, or out of memory ({type(error).__name__})")
-    if "failure" not in told:
-        return Ended(Result.model_validate_json(told["result"]), Path(told["path"]), told["before"])
-    failure = Failure.model_validate(told["failure"])
-    traces.mkdir(parents=True, exist_ok=True)
-    trace.write_text(failure.trace, encoding="utf-8")
-    return Broken(failure.told())
+    return answered(done)
 
 
 def progress_line(comparison: Comparison, job: Job, cores: int) -> str:

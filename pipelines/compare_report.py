@@ -10,8 +10,9 @@ from moeify.comparison import Interval, Job, Row, losses, rows
 from moeify.jobs import Ended
 from moeify.result import MEAN, Result
 from moeify.store import write_atomically
-from pipelines.compare import Broken, Comparison, ComparisonFolder
+from pipelines.compare import Comparison, ComparisonFolder
 from pipelines.frontier_plot import frontier
+from pipelines.pool import Broken
 from pipelines.show import finite, to_json
 from pipelines.tables import console_for, table_for
 from pipelines.wording import nats, percent

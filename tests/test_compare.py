@@ -21,7 +21,8 @@ from moeify.jobs import Ended
 from moeify.recipe.variants import methods
 from pipelines import compare, compare_report, compare_tracking
 from pipelines.cli import main
-from pipelines.compare import Broken, Comparison, ComparisonFolder, Heard, open_folder, progress_line
+from pipelines.compare import Comparison, ComparisonFolder, Heard, open_folder, progress_line
+from pipelines.pool import Broken
 from pipelines.runs import RunBusyError, every
 
 ASKED = jobs(["random"], [0.5], range(3))

@@ -9,9 +9,10 @@ from fake_results import CONFIG, results
 from moeify.comparison import Job, jobs
 from moeify.jobs import Ended
 from pipelines import compare_report
-from pipelines.compare import Broken, Comparison, ComparisonFolder, open_folder
+from pipelines.compare import Comparison, ComparisonFolder, open_folder
 from pipelines.compare_tracking import ComparisonTracker
 from pipelines.mlflow_store import DeliveryError, open_mlflow
+from pipelines.pool import Broken
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -142,6 +143,6 @@ def test_an_interrupted_comparison_is_told_so(folder: ComparisonFolder) -> None:
     tracker = ComparisonTracker(folder, CONFIG)
     tracker.stop()  # before the first job: MLflow has heard of nothing
     tracker = ComparisonTracker(folder, CONFIG)
-    tracker._deliver(ended(folder))
+    tracker.tell(ended(folder))
     tracker.stop()
     assert runs(folder)[folder.id].info.status == "KILLED"

@@ -1,10 +1,11 @@
 """``moeify compare``: which way to split is the better one, over several seeds."""
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from pipelines.commands.delivering import delivered
 from pipelines.commands.options import JSON
 from pipelines.find_recipe import find_recipe
 
@@ -97,11 +98,11 @@ def command(
     else:
         click.echo()
         compare_report.print_comparison(comparison, folder, sys.stdout)
-    missed = _delivered(tracker, comparison)
+    there = delivered(lambda: tracker.finish(comparison))
     if not as_json:
         picture = folder.picture if folder.picture.is_file() else "none, since no run ended well"
         click.echo(f"\npicture: {picture}\nfiles:   {folder.path}")
-        if not missed:
+        if there:
             click.echo(f"curves:  {tracker.where_to_look}")
     ctx.exit(1 if comparison.broken else 0)
 
@@ -114,15 +115,3 @@ def _announce(config: "RunConfig", jobs: "tuple[Job, ...]", where: str) -> None:
         click.echo(
             f"each run has one worker of one thread, not the recipe's {asked.workers} of {asked.threads}", err=True
         )
-
-
-def _delivered(tracker: Any, comparison: "Comparison") -> bool:
-    """Deliver to MLflow; where it does not take it, say so and return True."""
-    from pipelines.mlflow_store import DeliveryError
-
-    try:
-        tracker.finish(comparison)
-    except DeliveryError as error:
-        click.echo(f"moeify: warning: {error}", err=True)
-        return True
-    return False

@@ -1,0 +1,91 @@
+"""``moeify study``: the experiments that the idea came from, each with its question, on several seeds."""
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from pipelines.commands.delivering import delivered
+from pipelines.commands.options import JSON
+from pipelines.studies.catalogue import QUESTIONS
+
+if TYPE_CHECKING:
+    from pipelines.studies.study import ArmJob, Size
+    from pipelines.study import Progress
+
+
+@click.command("study")
+@click.argument("name", required=False)
+@click.option("--seeds", type=click.IntRange(min=1), help="How many, from 0 on; the study's own number if not given.")
+@click.option("--quick", "size", flag_value="quick", help="Seconds, to see that it runs: its figures mean nothing.")
+@click.option("--large", "size", flag_value="large", help="The shipped recipe's own network and length: hours.")
+@click.option("--local", is_flag=True, help="In this process, one arm after another, without Ray.")
+@JSON
+@click.pass_context
+def command(
+    ctx: click.Context, name: str | None, seeds: int | None, size: "Size | None", local: bool, as_json: bool
+) -> None:
+    """Answer a question by experiment: run study NAME's arms on several seeds, side by side.
+
+    Without NAME: list the studies with what each asks. The same command goes on where it was stopped; more seeds add to
+    what is there.
+    """
+    if name is None:
+        _list(as_json)
+        return
+    from pipelines.studies.catalogue import find_study
+    from pipelines.studies.study import jobs
+
+    study, size = find_study(name), size or "full"
+    asked = jobs(study.arms(size), range(seeds or study.seeds))
+    from pipelines import homes, runs, show, study_report
+    from pipelines.study import open_folder, progress_line, run_study
+    from pipelines.study_tracking import StudyTracker
+
+    if homes.home_of(runs.home()):
+        raise ValueError(
+            "study keeps its results in a folder that its workers share; set MOEIFY_HOME to one, not to a URL"
+        )
+    folder = open_folder(name, size, runs.home())
+    click.echo(f"{len(asked)} runs, kept in {folder.path}", err=True)
+    tracker = StudyTracker(folder, name)
+
+    def heard(progress: "Progress", job: "ArmJob", cores: int) -> None:
+        click.echo(progress_line(progress, job, cores), err=True)
+        tracker.tell(progress)
+
+    try:
+        progress = run_study(name, size, asked, folder, heard, local=local)
+        study_report.write(progress, folder)
+    except KeyboardInterrupt:
+        click.echo("moeify: stopped; go on with the same command", err=True)
+        tracker.stop()
+        ctx.exit(130)
+    if as_json:
+        click.echo(show.to_json(study_report.summary(progress)))
+    else:
+        click.echo()
+        study_report.print_study(progress, folder, sys.stdout)
+    there = delivered(lambda: tracker.finish(progress))
+    if not as_json:
+        picture = folder.picture if folder.picture.is_file() else "none, since no run ended well"
+        click.echo(f"\npicture: {picture}\nfiles:   {folder.path}")
+        if there:
+            click.echo(f"curves:  {tracker.where_to_look}")
+    ctx.exit(1 if progress.broken else 0)
+
+
+def _list(as_json: bool) -> None:
+    """Print every study with its question."""
+    if as_json:
+        from pipelines.show import to_json
+
+        click.echo(to_json(dict(QUESTIONS)))
+        return
+    from pipelines.tables import console_for, table_for
+
+    console = console_for(sys.stdout)
+    table = table_for(console, "study", "question", text=(0, 1))
+    for name, question in QUESTIONS.items():
+        table.add_row(name, question)
+    console.print(table)

@@ -1,0 +1,1 @@
+"""Studies that come with moeify: one question each, asked of several arms on several seeds."""

@@ -1,0 +1,29 @@
+"""Which studies there are, and what each asks. Imports nothing heavy: a study's own module says how it is answered."""
+
+import difflib
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipelines.studies.study import Study
+
+QUESTIONS: Mapping[str, str] = {
+    "access_control": "Does one run replace a model trained for every set of permitted categories?",
+    "class_imbalance": "Where few classes are routed and the rest train as ever, is regularisation still needed?",
+    "edge_choices": "Which gradients must be kept from other units for a category to be removable, and at what tax?",
+    "spurious_cue": "Does separating categories in training help where a cue that was learned turns round?",
+    "whole_blocks": "Do whole layers for categories, by hand, do as well as a split of every layer?",
+    "worth_separating": "Does the affinity of two categories foresee what separating them costs?",
+}
+"""Name, of its module too, to what is asked."""
+
+
+def find_study(name: str) -> "Study":
+    """Return a study. ValueError for one that there is not."""
+    if name not in QUESTIONS:
+        close = difflib.get_close_matches(name, QUESTIONS, 1)
+        nearest = f"; nearest: {close[0]}" if close else ""
+        raise ValueError(f"study: got {name!r}, wanted one of {', '.join(QUESTIONS)}{nearest}")
+    found: Study = import_module(f"pipelines.studies.{name}").STUDY
+    return found

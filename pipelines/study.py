@@ -1,0 +1,237 @@
+"""Run a study's arms side by side on Ray, and keep what they end with in one folder.
+
+An arm's measures are a function of its recipe, its data and the code; these are hashed into the name of their file. So
+the same command goes on where it was stopped, one with more seeds adds to what is there, and nothing is out of date.
+"""
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moeify.jobs import code
+from moeify.store import write_atomically
+from moeify.tasks.build import build_task
+from moeify.twin_cache import fingerprint
+from moeify.world import Solo
+from pipelines import studies
+from pipelines.pool import Broken, Payload, answered, run_here, run_pool
+from pipelines.runs import cache, hold_lock
+from pipelines.studies import study
+from pipelines.studies.catalogue import find_study
+from pipelines.studies.study import Arm, ArmJob, Bench, Measures, Size, Study, changed
+from pipelines.wording import clock
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """The files of one study."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        """The study's name, and its size where that is not the usual one."""
+        return self.path.name
+
+    @property
+    def home(self) -> Path:
+        """The folder of all runs and studies."""
+        return self.path.parent.parent
+
+    @property
+    def results(self) -> Path:
+        """Folder of measures, one file a job, named by what they depend on too."""
+        return self.path / "results"
+
+    @property
+    def traces(self) -> Path:
+        """Folder of the tracebacks of jobs that failed."""
+        return self.path / "failed"
+
+    @property
+    def summary(self) -> Path:
+        """JSON of the table and of every job; see ``pipelines.study_report.summary``."""
+        return self.path / "study.json"
+
+    @property
+    def picture(self) -> Path:
+        """The table, or what the study draws instead."""
+        return self.path / "study.png"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that drives the study."""
+        return self.path / "lock"
+
+
+class Done(BaseModel):
+    """What a job ended with: the file that is kept."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="constants")
+
+    arm: str
+    seed: int
+    seconds: float
+    """Wall time of the job."""
+    measures: Measures
+
+
+class ArmOrder(BaseModel):
+    """One job as a worker is told of it; travels as JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    study: str
+    size: Size
+    job: ArmJob
+    results: Path
+    cache: Path
+
+
+@dataclass(frozen=True)
+class EndedArm:
+    """A job that ended well."""
+
+    done: Done
+    path: Path
+    """Its file."""
+    before: bool
+    """Whether it was there already."""
+
+
+@dataclass
+class Progress:
+    """How far a study has come."""
+
+    name: str
+    size: Size
+    study: Study
+    jobs: tuple[ArmJob, ...]
+    ended: dict[ArmJob, EndedArm | Broken] = field(default_factory=dict)
+
+    @property
+    def measures(self) -> dict[ArmJob, Measures]:
+        """The measures there are, in the jobs' order."""
+        ended = ((job, self.ended.get(job)) for job in self.jobs)
+        return {job: each.done.measures for job, each in ended if isinstance(each, EndedArm)}
+
+    @property
+    def broken(self) -> dict[ArmJob, Broken]:
+        """The jobs that failed, in their order."""
+        ended = ((job, self.ended.get(job)) for job in self.jobs)
+        return {job: each for job, each in ended if isinstance(each, Broken)}
+
+
+Heard = Callable[[Progress, ArmJob, int], None]
+"""Called after each job that ended, with how many run at a time."""
+
+
+def open_folder(name: str, size: Size, home: Path) -> StudyFolder:
+    """Return the study's folder, made where there is none."""
+    folder = StudyFolder(home.absolute() / "studies" / (name if size == "full" else f"{name}-{size}"))
+    folder.results.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def run_study(
+    name: str,
+    size: Size,
+    jobs: Sequence[ArmJob],
+    folder: StudyFolder,
+    heard: Heard = lambda *_: None,
+    *,
+    local: bool = False,
+) -> Progress:
+    """Run the jobs that have no measures yet, and return how all of them ended; a job that fails stops no other.
+
+    ``local``: in this process, one after another, seed by seed, without Ray. Raises ``RunBusyError`` where another
+    process drives the study.
+    """
+    progress = Progress(name, size, find_study(name), tuple(jobs))
+    queues = [[job for job in jobs if job.seed == seed] for seed in dict.fromkeys(job.seed for job in jobs)]
+
+    def order(job: ArmJob) -> Payload:
+        known = ArmOrder(study=name, size=size, job=job, results=folder.results, cache=cache())
+        return known.model_dump(mode="json")
+
+    def ended(job: ArmJob, answer: Payload | Broken, cores: int) -> None:
+        if isinstance(answer, Broken):
+            progress.ended[job] = answer
+        else:
+            done = Done.model_validate_json(answer["done"])
+            progress.ended[job] = EndedArm(done, Path(answer["path"]), answer["before"])
+        heard(progress, job, cores)
+
+    with hold_lock(folder.lock, f"study {folder.id}"):
+        if local:
+            run_here(work, queues, order, ended, traces=folder.traces)
+        else:
+            run_pool(work, queues, order, ended, traces=folder.traces, retries=2)
+    return progress
+
+
+def work(payload: Payload) -> Payload:
+    """Do an ``ArmOrder`` in a Ray worker."""
+
+    def done() -> Payload:
+        order = ArmOrder.model_validate(payload)
+        torch.set_num_threads(1)
+        ended = run_arm(order)
+        return {"done": ended.done.model_dump_json(), "path": str(ended.path), "before": ended.before}
+
+    return answered(done)
+
+
+def run_arm(order: ArmOrder) -> EndedArm:
+    """Run a job in this process, unless its measures are there. ValueError where data are at fault."""
+    (arm,) = [each for each in find_study(order.study).arms(order.size) if each.name == order.job.arm]
+    config = changed(arm.config, seed=order.job.seed)
+    task = build_task(config, cache=order.cache, base=Path.cwd())
+    content = f"{config.model_dump_json()} {fingerprint(config, task, Solo())} {code()} {_code_of(arm)}"
+    path = order.results / f"{order.job}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+    if known := _read(path):
+        return EndedArm(known, path, before=True)
+    began = time.perf_counter()
+    measures = arm.work(Bench(config, task, order.cache / "twins"))
+    seconds = time.perf_counter() - began
+    done = Done(arm=arm.name, seed=order.job.seed, seconds=seconds, measures=measures)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (done.model_dump_json(indent=1) + "\n").encode())
+    return EndedArm(done, path, before=False)
+
+
+def _code_of(arm: Arm) -> str:
+    """Return a hash of the studies' modules that an arm's function stands on; this frame has no say in its measures."""
+    own = arm.work.__module__
+    used = {getattr(each, "__module__", None) or "" for each in vars(sys.modules[own]).values()}
+    others = sorted(name for name in used - {own, study.__name__} if name.startswith(f"{studies.__name__}."))
+    paths = [Path(str(sys.modules[name].__file__)) for name in (own, *others)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+def _read(path: Path) -> Done | None:
+    """Return what a job ended with; None where there is nothing, or it is damaged."""
+    try:
+        return Done.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def progress_line(progress: Progress, job: ArmJob, cores: int) -> str:
+    """Say how a job ended and what remains."""
+    ended, count, of = progress.ended[job], len(progress.ended), len(progress.jobs)
+    what = f"{job.arm}, seed {job.seed}"
+    if isinstance(ended, Broken):
+        return f"{what}: failed: {ended.reason[:120]} · {count}/{of}"
+    took = "done before" if ended.before else clock(ended.done.seconds)
+    own = [e.done.seconds for e in progress.ended.values() if isinstance(e, EndedArm) and not e.before]
+    left = fmean(own) * (of - count) / min(cores, of - count) if own and count < of else None
+    rest = "" if left is None else f", about {clock(left)} left"
+    return f"{what}: {took} · {count}/{of}{rest}"
