@@ -1,6 +1,6 @@
 """``python -m pipelines`` is ``moeify``."""
 
-from pipelines.cli import main
+from pipelines.cli import entry
 
 if __name__ == "__main__":
-    main(prog_name="moeify")
+    entry()

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 the run broke down; 2 recipe, data, files or arguments are
 """
 
 import errno
+import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -53,6 +54,23 @@ class _Commands(click.Group):
                 raise
             click.echo(f"moeify: error: {_told(error)}", err=True)
             ctx.exit(code)
+
+
+def entry() -> None:
+    """Be the process of a command.
+
+    Where a follower of a run is still busy with a slow server, leave at once: what it missed is in the journal, and the
+    interpreter, which ends threads wherever they are, may abort inside of a library and spoil the exit code.
+    """
+    try:
+        main(prog_name="moeify")
+    except SystemExit as end:
+        journal = sys.modules.get("pipelines.journal")
+        if not (journal and journal.left_behind()):
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
 
 
 def _exit_code(error: Exception) -> int | None:

@@ -174,6 +174,11 @@ def follow(
                 )
 
 
+def left_behind() -> bool:
+    """Whether a follower is still busy after its run, as the warning said."""
+    return any(isinstance(thread, _Pump) and thread.ended.is_set() for thread in threading.enumerate())
+
+
 class _Pump(threading.Thread):
     def __init__(self, path: Path, follower: Follower, ended: threading.Event, poll_seconds: float) -> None:
         super().__init__(name=f"follow-{type(follower).__name__}", daemon=True)

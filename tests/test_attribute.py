@@ -117,4 +117,4 @@ def test_mistakes_are_told_in_a_line(place: Path, tmp_path: Path) -> None:
     assert "safetensors" in done.output
     done = call(place, "attribute", str(tmp_path), "--data", "digits")
     assert done.exit_code == 2
-    assert "a language model needs 'text'" in done.output
+    assert "a MODEL needs 'text' or 'images'" in done.output

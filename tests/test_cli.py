@@ -420,3 +420,38 @@ def test_quick_commands_import_nothing_heavy(arguments: list[str], code: int, tm
     )
     assert done.returncode == code, done.stderr
     assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_a_follower_that_is_still_busy_spoils_no_exit_code(tmp_path: Path) -> None:
+    program = """
+import atexit, sys, threading
+from pathlib import Path
+from pipelines import cli
+from pipelines.journal import follow
+
+class Busy:
+    offset = 0
+    def take(self, events): threading.Event().wait()
+    def close(self): pass
+
+def command(prog_name):
+    Path("journal.jsonl").write_text('{"kind":"finished","id":"finished","time":0.0,"seconds":1.0}\\n')
+    with follow(Path("journal.jsonl"), [Busy()], poll_seconds=0.01, drain_seconds=0.5):
+        pass
+    print("told")
+    sys.exit(3)
+
+cli.main = command
+atexit.register(print, "torn down")
+cli.entry()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (3, "told\n"), done.stderr
+    assert "is still busy 0.5 s after the run" in done.stderr

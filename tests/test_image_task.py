@@ -129,7 +129,9 @@ def test_a_classifier_may_not_be_routed_by_its_own_classes() -> None:
     assert "got class 1 twice" in refused(categories={"a": [0, 1], "b": [1, 2]})
     assert "less than 10" in refused(categories={"a": [0, 1], "b": [9, 10]})
     assert "wanted 'autoencoder', which data.objective 'reconstruct' needs" in refused(objective="reconstruct")
-    with pytest.raises(ValidationError, match=r"wanted 'resnet', which data\.objective 'classify' needs"):
+    with pytest.raises(
+        ValidationError, match=r"wanted 'resnet' or 'pretrained', which data\.objective 'classify' needs"
+    ):
         pictures_config(model={"kind": "autoencoder"})
     with pytest.raises(ValidationError, match=r"beside model\.kind 'resnet', wanted 'none'; gradients of channels"):
         pictures_config(routing={"gradients": "parameters"})
