@@ -95,14 +95,12 @@ def test_names_of_categories_are_no_markup() -> None:
 def test_a_split_without_training_keeps_what_is_on_a_route_and_says_what_it_cost() -> None:
     network = Autoencoder(6, 16, 3)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    data = {
-        name: (torch.rand(40, 6) < chance).float() for name, chance in zip("abcd", (0.1, 0.3, 0.6, 0.9), strict=True)
-    }
+    data = {name: (torch.rand(40, 6) < 0.1 + 0.2 * place).float() for place, name in enumerate("abcd")}
     tree = [["a", "d"], ["b", "c"]]
     found = moeify.split(network, data, loss="pixels", separation=0.3, tree=tree, partition={"compensation": None})
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
     assert [node.name for node in found.partition.tree.nodes] == ["core", "a+d", "a", "d", "b+c", "b", "c"]
-    assert found.partition.separation == pytest.approx(0.3, abs=0.05)
+    assert found.partition.separation >= 0.3 - 1e-9
     rows, whole = torch.rand(7, 6), torch.zeros(7, dtype=torch.long)
     with found.model.masked():
         torch.testing.assert_close(found.model(rows, whole), found.extract("a")(rows))
