@@ -14,6 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from attribution.sites import Site
 
+IGNORED = -100
+"""A target that stands for none, where a loss does not ask every position; torch's own ``ignore_index``."""
+
 
 @runtime_checkable
 class Probe(Protocol):
@@ -153,6 +156,14 @@ class Subject:
                 module.training = training
             for parameter in trained:
                 parameter.requires_grad_(True)
+
+    def drawn(self, outputs: Tensor, targets: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Return targets drawn from the model's own distribution, where ``targets`` ask for any."""
+        assert self.sample is not None
+        sampled = self.sample(outputs, seeds)
+        if targets.is_floating_point() or targets.shape != sampled.shape:
+            return sampled
+        return torch.where(targets == IGNORED, targets, sampled)
 
     def row_nats(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " rows"]:
         """Return each row's summed loss; ValueError where the loss function does not give one a row."""

@@ -1,11 +1,12 @@
 """What a second worker brings: tokens a second of two gloo workers over those of one, on the shipped text recipe.
 
 Each worker is a process with one thread, pinned to a core of its own, and runs the loop's own training step: the rows
-of a step are shared out, gradients summed. Worker 0 alone and both together take turns in the same processes, on the
-same model and rows; the figure is the median of the ratios of neighbouring turns. The machine must be idle and have two
-cores: with other work on them the figure is theirs.
+of a step are shared out, gradients summed. Worker 0 alone, both together, and both with gradients on the way during the
+backward pass (``cluster.parallel: {kind: ddp}``) take turns in the same processes, on the same rows; the figures are
+medians of the ratios of neighbouring turns. The machine must be idle and have two cores: with other work on them the
+figures are theirs.
 
-The full benchmark takes about four minutes on two cores, --quick a few steps.
+The full benchmark takes about six minutes on two cores, --quick a few steps.
 """
 
 import json
@@ -23,6 +24,7 @@ from benchmarks.gloo import run_together
 from benchmarks.report import Cell, Figure, arguments, report
 from moeify.recipe.config import RunConfig
 from moeify.recipe.load import parse_recipe
+from moeify.recipe.parallel import Ddp
 from moeify.routed.split_model import SplitModel
 from moeify.tasks.build import build_task
 from moeify.training import Contestant, train
@@ -31,6 +33,7 @@ from pipelines.runs import cache
 
 TURNS, STEPS = 9, 24
 QUICK_TURNS, QUICK_STEPS = 3, 2
+_TURNS = ("one", "two", "two, ddp")
 _SECONDS = "seconds.json"
 _NEVER = 10**9
 """Steps between two reports: none comes but the last of each turn."""
@@ -45,22 +48,26 @@ def main() -> None:
     turns, steps = (QUICK_TURNS, QUICK_STEPS) if asked.quick else (TURNS, STEPS)
     seconds = _measured(config, turns, steps)
     tokens = steps * config.training.rows * config.data.length if config.data.kind == "text" else 0
-    ratios = [one / two for one, two in zip(*seconds, strict=True)]
+    one, two, ddp = (seconds[name] for name in _TURNS)
+    ratios = [alone / both for alone, both in zip(one, two, strict=True)]
     rows: list[Mapping[str, Cell]] = [
-        {"workers": workers, "tokens_per_second": round(tokens / statistics.median(each)), "turns": turns}
-        for workers, each in zip((1, 2), seconds, strict=True)
+        {"workers": name, "tokens_per_second": round(tokens / statistics.median(each)), "turns": turns}
+        for name, each in seconds.items()
     ]
     rows += [{"ratio": name, "value": value} for name, value in (("least", min(ratios)), ("most", max(ratios)))]
-    figures = [Figure("two_workers_over_one", statistics.median(ratios), ">= 1.8 on two idle cores")]
+    overlapped = statistics.median(both / during for both, during in zip(two, ddp, strict=True))
+    figures = [
+        Figure("two_workers_over_one", statistics.median(ratios), ">= 1.8 on two idle cores"),
+        Figure("ddp_over_replicate", overlapped, "the default is the faster one where this is below 1"),
+    ]
     report("scaling", rows, figures, asked.json, quick=asked.quick)
 
 
-def _measured(config: RunConfig, turns: int, steps: int) -> tuple[list[float], list[float]]:
-    """Return the seconds of each turn of one worker, and of two."""
+def _measured(config: RunConfig, turns: int, steps: int) -> dict[str, list[float]]:
+    """Return the seconds of each turn, by its name."""
     with tempfile.TemporaryDirectory() as folder:
         run_together(_worker, Path(folder), told=(config.model_dump_json(), turns, steps))
-        one, two = json.loads((Path(folder) / _SECONDS).read_text(encoding="utf-8"))
-        return one, two
+        return json.loads((Path(folder) / _SECONDS).read_text(encoding="utf-8"))
 
 
 def _worker(rank: int, folder: Path, recipe: str, turns: int, steps: int) -> None:
@@ -68,22 +75,24 @@ def _worker(rank: int, folder: Path, recipe: str, turns: int, steps: int) -> Non
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     config = RunConfig.model_validate_json(recipe)
     task = build_task(config, cache=cache(), base=Path())
-    contestant = Contestant(SplitModel(task.build(), task.categories), config.training)
+    worlds: tuple[World, ...] = (Solo(), Group(), Group(Ddp(kind="ddp")))
+    contestants = [Contestant(SplitModel(task.build(), task.categories), config.training) for _ in worlds]
 
-    def turn(world: World) -> float:
+    def turn(contestant: Contestant, world: World) -> float:
         dist.barrier()
         contestant.step = 0  # the same rows each time
         began = time.perf_counter()
         train(contestant, task, world, config.training, steps, _NEVER, lambda *_: None)
         return time.perf_counter() - began
 
-    seconds: tuple[list[float], list[float]] = ([], [])
+    seconds: dict[str, list[float]] = {name: [] for name in _TURNS}
     for number in range(turns + 1):
-        alone = turn(Solo()) if rank == 0 else dist.barrier()
-        together = turn(Group())
-        if number and alone is not None:  # the first turn warms up
-            seconds[0].append(alone)
-            seconds[1].append(together)
+        for name, contestant, world in zip(_TURNS, contestants, worlds, strict=True):
+            if rank < world.size:
+                taken = turn(contestant, world)
+                seconds[name] += [taken] if number else []  # the first turn warms up
+            else:
+                dist.barrier()
     if rank == 0:
         (folder / _SECONDS).write_text(json.dumps(seconds), encoding="utf-8")
 

@@ -46,6 +46,7 @@ def attribute(
     if isinstance(network, SplitModel):
         return table_of(network, task, rows, rows_at_once, seed)
     batches = task.probe_batches(0, rows, rows_at_once)
+    network = task.build() if sites is None else network  # what an architecture fuses is opened into units
     named = readers(network) if sites is None else tuple(sites)
     return measure(Subject(network, named, task.categories, task.nats, task.sample), batches, seed=seed)
 

@@ -8,11 +8,16 @@ from typing import Any
 from moeify.data import given_tokenizer
 from moeify.data.survey import Survey
 from moeify.models.families import unit_space
-from moeify.models.pretrained import look
+from moeify.models.pretrained import Checkpoint, look
 from moeify.recipe import strict_yaml
+from moeify.recipe.config import RunConfig
+from moeify.recipe.data import ImageData
 from moeify.recipe.load import parse_recipe
+from moeify.recipe.model import PretrainedModel
 from moeify.recipe.plan import check_categories
 from moeify.starter import SPEED, Machine, Starter, of_size, rows_a_step, rows_of
+from moeify.tasks.images import ImagesTask
+from moeify.tasks.masked import mask_token
 
 _HEAD = "# Written by moeify split; every field: docs/recipes.md, or moeify schema --markdown.\n"
 _ARMS = 5.0
@@ -47,29 +52,82 @@ class Wish:
     distill: bool = True
 
 
+@dataclass(frozen=True)
+class _Learned:
+    """What a checkpoint is retrained on."""
+
+    data: dict[str, Any]
+    """A recipe's section."""
+    model: dict[str, Any]
+    categories: tuple[str, ...]
+    train: tuple[int, ...]
+    """Tokens, or images, of each category."""
+    length: int
+    """Tokens of a row, or images: one."""
+    tokens: int
+    """That the network runs a row."""
+
+
 def conversion(folder: Path, survey: Survey, name: str, wish: Wish, machine: Machine, cache: Path) -> Starter:
-    """Return a recipe that splits the checkpoint in ``folder`` by the data; all its paths are absolute.
+    """Return a recipe that splits the language model in ``folder`` by texts; all its paths are absolute.
 
     Raises:
         ValueError: The checkpoint cannot be used, the data is too small, or no tree reaches the separation.
     """
-    checkpoint = look(folder.absolute())
+    checkpoint = look(folder.absolute()).text()
     given = given_tokenizer.of_checkpoint(checkpoint)
+    if checkpoint.hides:
+        mask_token(checkpoint, checkpoint.tokenizer())  # raises where there is none
+    data, prepared = rows_of(survey, cache, None, given, checkpoint.positions())
+    learned = _Learned(
+        data.model_dump(mode="json", exclude={"vocabulary"}),
+        {"kind": "pretrained", "path": str(checkpoint.folder)},
+        tuple(prepared.categories),
+        tuple(len(stream) for stream in prepared.streams["train"]),
+        data.length,
+        data.length,
+    )
+    return _conversion(checkpoint, learned, name, wish, machine)
+
+
+def conversion_by_images(
+    folder: Path, given: RunConfig, base: Path, name: str, wish: Wish, machine: Machine
+) -> Starter:
+    """Return a recipe that splits the image classifier in ``folder`` by the images that the recipe ``given`` reads.
+
+    ``base``: where relative paths of that recipe start. Raises ValueError as ``conversion`` does.
+    """
+    checkpoint = look(folder.absolute()).images()
+    model = PretrainedModel(kind="pretrained", path=checkpoint.folder)
+    task = ImagesTask.prepare(given.model_copy(update={"model": model}), base)
+    assert isinstance(given.data, ImageData)
+    root = given.data.root
+    data = given.data if root is None else given.data.model_copy(update={"root": (base / root).absolute()})
     network = checkpoint.network()
-    positions = checkpoint.config().max_position_embeddings
-    data, prepared = rows_of(survey, cache, None, given, positions)
-    train = tuple(len(stream) for stream in prepared.streams["train"])
-    number, rows = len(prepared.categories), rows_a_step(len(prepared.categories))
+    learned = _Learned(
+        data.model_dump(mode="json"),
+        {"kind": "pretrained", "path": str(checkpoint.folder)},
+        task.categories,
+        tuple(task.sizes()["train"].values()),
+        1,
+        unit_space(network).sites[0].places,
+    )
+    return _conversion(checkpoint, learned, name, wish, machine)
+
+
+def _conversion(checkpoint: Checkpoint, learned: _Learned, name: str, wish: Wish, machine: Machine) -> Starter:
+    network = checkpoint.network()
+    number, rows = len(learned.categories), rows_a_step(len(learned.categories))
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    a_minute = 60 * SPEED * machine.cores / (parameters * rows * data.length * _ARMS)
-    fitting = min(_MINUTES * a_minute, _EPOCHS * sum(train) / (rows * data.length))
+    a_minute = 60 * SPEED * machine.cores / (parameters * rows * learned.tokens * _ARMS)
+    fitting = min(_MINUTES * a_minute, _EPOCHS * sum(learned.train) / (rows * learned.length))
     steps = wish.steps or round(min(max(_STEPS[0], fitting), _STEPS[1]) / 20) * 20
     multiple = _multiple(min(site.units for site in unit_space(network).sites))
     workers, threads = machine.workers
     settings: dict[str, Any] = {
         "name": name,
-        "data": data.model_dump(mode="json", exclude={"vocabulary"}),
-        "model": {"kind": "pretrained", "path": str(checkpoint.folder)},
+        "data": learned.data,
+        "model": learned.model,
         "training": {"steps": steps, "rows": rows, "learning_rate": of_size(_RATES, parameters)},
         "attribution": {"rows": 64, "rows_at_once": rows},
         "partition": {"multiple": multiple, "min_units": multiple},
@@ -88,11 +146,11 @@ def conversion(folder: Path, survey: Survey, name: str, wish: Wish, machine: Mac
         text = written(separations)
         try:
             config = parse_recipe(text, where="the new recipe")
-            check_categories(config, prepared.categories)
+            check_categories(config, learned.categories)
         except ValueError as error:
             problem = str(error).split("\n")[-1]
             continue
-        return Starter(text, config, prepared.categories, train, 1.0 + steps / a_minute)
+        return Starter(text, config, learned.categories, learned.train, 1.0 + steps / a_minute)
     raise ValueError(f"{number} categories cannot be split so far apart ({problem}); give a lower --separation")
 
 

@@ -97,24 +97,24 @@ def check_gradient(
     norm: float,
     losses: Callable[[Batch], tuple[Tensor, Tensor]],
     parameters: Sequence[nn.Parameter],
-    batch: Batch,
+    parts: Sequence[Batch],
     task: Task,
     world: World,
     step: int,
 ) -> None:
     """Raise DivergedError where the norm of a step's gradient is not finite; every rank calls it with the same norm.
 
-    ``batch``: this rank's rows; ``losses``: gives their nats and what is learned from. To name categories, the gradient
-    of each is taken again; gradients are left cleared.
+    ``parts``: this rank's rows; ``losses``: gives a part's nats and what is learned from. To name categories, the
+    gradient of each is taken again; gradients are left cleared.
     """
     if math.isfinite(norm):
         return
     bad_C = torch.zeros(len(task.categories), dtype=torch.float64)
-    for index in batch.categories.unique().tolist():
-        _clear(parameters)
-        rows = batch.take((batch.categories == index).nonzero().flatten())
-        losses(rows)[1].sum().backward()
-        bad_C[index] = any(p.grad is not None and not bool(p.grad.isfinite().all()) for p in parameters)
+    for part in parts:
+        for index in part.categories.unique().tolist():
+            _clear(parameters)
+            losses(part.take((part.categories == index).nonzero().flatten()))[1].sum().backward()
+            bad_C[index] += any(p.grad is not None and not bool(p.grad.isfinite().all()) for p in parameters)
     _clear(parameters)
     world.sum([bad_C])
     bad = [category for category, count in zip(task.categories, bad_C.tolist(), strict=True) if count]

@@ -13,7 +13,7 @@ from moeify.recipe.arms import Arm
 from moeify.recipe.config import Evaluation
 from moeify.result import MEAN, ModuleTest, Result
 from moeify.routed.split_model import SplitModel
-from moeify.task import HeldOut, Task
+from moeify.task import HeldOut, Task, tokens_read
 from moeify.training import mean_by_category
 from moeify.world import Solo, World
 
@@ -136,7 +136,7 @@ def summarize(
     seconds: float,
 ) -> Result:
     """Put a run's test figures together; ``tested`` and ``rises`` (of ``own_other``) are on the test split."""
-    partition, flops = split.partition, split.active_flops(task.units_per_row)
+    partition, flops = split.partition, split.active_flops(tokens_read(task))
     losses = {arm: rows.by_category(task) for arm, rows in tested.items()}
     bits = {arm: task.bits_per_byte(loss, "test") for arm, loss in losses.items()}
     accuracies = {arm: rows.accuracy(task) for arm, rows in tested.items()}

@@ -10,15 +10,18 @@ from attribution.measure import Moments
 from moeify.attributing import table_of
 from moeify.events import MemoryTracker
 from moeify.loop import run
+from moeify.models.families import DETECTED, detected
 from moeify.notebook import Split, Trained, loss_of
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
+from moeify.routed.proof import prove
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.propose import menu
 from moeify.splitting.surgery import compensate_sites, permute
 from moeify.splitting.terms import terms_in_reach
 from moeify.state import State
 from moeify.store import MemoryStore
+from moeify.task import tokens_read
 from moeify.tasks.tensors import Data, Loss, TensorTask
 
 _RECOVER = 0.4
@@ -46,8 +49,9 @@ def fit(
 ) -> Split:
     """Train a network and split it, round by round, into experts for the categories of its data.
 
-    ``network``: an autoencoder of ``moeify.models.build``, or a decoder of ``transformers`` (Llama, GPT-2, ...),
-    trained or not; it is copied and stays as it is. ``data``: category -> rows, see ``moeify.tasks.tensors``.
+    ``network``: an autoencoder of ``moeify.models.build``, a network of ``transformers`` (Llama, GPT-2, ViT, ...), or
+    any other whose feed-forward blocks are modules by themselves (``moeify.models.detect``), trained or not; it is
+    copied and stays as it is. ``data``: category -> rows, see ``moeify.tasks.tensors``.
     ``steps``: of the optimizer, of each model, in all. ``separation``: that the last round asks for. ``rounds``: as
     many as it takes to divide the categories by ``branching`` down to one, where not given. ``sections``: of a recipe,
     as a recipe has them (``partition={"min_units": 2}``, ``tree=[["a", "b"], "c"]``, ``training={"learning_rate":
@@ -64,7 +68,7 @@ def fit(
     >>> found.test_loss["split"].keys() == found.test_loss["dense"].keys() == {"dark", "light"}
     True
     """
-    task = TensorTask(network, data, loss, rows=rows, seed=seed)
+    task = _task(network, data, loss, rows, seed)
     planned = _plan(steps, separation, _rounds(task, rounds, branching), branching)
     config = _config(loss, steps, planned, rows, seed, controls, sections)
     store, events = MemoryStore(), MemoryTracker()
@@ -103,10 +107,10 @@ def split(
     """
     if odd := sorted(sections.keys() - set(_UNTRAINED)):
         raise ValueError(f"got {', '.join(odd)}, of which nothing is known where nothing is trained; use moeify.fit")
-    task = TensorTask(network, data, loss, rows=1, seed=seed)
+    task = _task(network, data, loss, 4, seed)
     number = _rounds(task, rounds, branching)
     planned = [{**each, "train": 0, "recover": 0} for each in _plan(1, separation, number, branching)]
-    config = _config(loss, 1, planned, 1, seed, (), sections)
+    config = _config(loss, 1, planned, 4, seed, (), sections)
     if config.partition.null_test or config.partition.told:
         raise ValueError("got partition.null_test or partition.told, which take training; use moeify.fit")
     dense = SplitModel(task.build(), task.categories, kinds=config.partition.units).eval()
@@ -116,10 +120,19 @@ def split(
     return Split(made, dense, task, config, {arm: loss_of(model, task, config) for arm, model in arms.items()})
 
 
+def _task(network: nn.Module, data: Data, loss: Loss, rows: int, seed: int) -> TensorTask:
+    """Return data and network as a task; of a network without an adapter, prove what was found in it."""
+    task = TensorTask(network, data, loss, rows=rows, seed=seed)
+    if detected(network):
+        DETECTED.remember(network)
+        prove(network, task.train_batch(0).inputs[:4])
+    return task
+
+
 def _cut(model: SplitModel, task: TensorTask, config: RunConfig) -> None:
     """Cut a model in every round of a recipe, in place, measured anew each time."""
     asked, partition = config.attribution, config.partition
-    terms = terms_in_reach(config, task.categories, model.network, model.space, task.units_per_row)
+    terms = terms_in_reach(config, task.categories, model.network, model.space, tokens_read(task))
     for number in range(1, len(config.rounds) + 1):
         table = table_of(model, task, asked.rows, asked.rows_at_once, config.seed, Moments(asked.columns), number)
         known = model.partition, table, model.output_weights, partition, config.rounds[number - 1 :], asked.score

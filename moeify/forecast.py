@@ -25,8 +25,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from attribution.measure import Moments, unmeasured
 from attribution.subject import Subject
 from attribution.table import SiteSums
-from moeify.models.build import build_autoencoder, build_llama, logits
-from moeify.models.families import outside_flops, unit_space
+from moeify.models.build import PRECISIONS, build_autoencoder, build_llama, logits
+from moeify.models.families import layers, outside_flops, unit_space
 from moeify.models.pretrained import look
 from moeify.models.resnet import build_resnet
 from moeify.models.units import ConvUnits, UnitSite, UnitSpace, flops
@@ -35,6 +35,9 @@ from moeify.recipe.config import RunConfig
 from moeify.recipe.data import CLASSES, DigitsData, ImageData, TextData
 from moeify.recipe.model import AutoencoderModel, LlamaModel, PretrainedModel, ResnetModel
 from moeify.recipe.partition import UnitKind
+from moeify.routed.ffn import Routes
+from moeify.routed.recompute import recompute_layers
+from moeify.splitting.partition import Partition
 from moeify.tasks.language import token_nats
 from moeify.tasks.pixels import pixel_nats
 
@@ -56,8 +59,11 @@ class Sizes:
     """Operations of one row's forward pass."""
     backward: int
     """Operations of one row's backward pass, weight gradients and all."""
+    again: int
+    """Operations of one row that training does once more, where layers are computed again."""
     kept: int
-    """Bytes that a worker's rows of one training step keep for the backward pass."""
+    """Bytes that a worker's rows of a training step, or of the part of it that is run at a time, keep for the backward
+    pass."""
     kept_measuring: int
     """Bytes that a worker's rows of one attribution batch keep."""
     table: int
@@ -135,17 +141,22 @@ def sizes(config: RunConfig, base: Path, workers: int, categories: int) -> Sizes
         network = unmasked(build(config, base))
         space = unit_space(network, config.partition.units)
         own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-        forward, backward, kept = _step(config, network, rows // workers, own)
-        kept_measuring = kept if measured == rows else _step(config, network, measured // workers, own)[2]
+        share = max(1, rows // workers // config.training.accumulate)
+        forward, backward, kept = _step(config, network, share, own)
+        again, each = 0, measured // workers
+        kept_measuring = kept if each == share else _step(config, network, each, own)[2]
         subject = Subject(network, space.readers, tuple(map(str, range(categories))), lambda outputs, _: outputs)
         moments = Moments(config.attribution.columns)
         tables = {site.name: unmeasured(subject, site, moments) for site in subject.sites}
+        if config.training.checkpoint_activations:
+            again, kept = _recomputing(config, network, share, own, backward, kept)
         return Sizes(
             parameters=sum(parameter.numel() for parameter in network.parameters()),
             units={site.name: site.units for site in space.sites},
             split=_split_share(network, space, units_per_row(config)),
-            forward=forward // (rows // workers),
-            backward=backward // (rows // workers),
+            forward=forward // share,
+            backward=backward // share,
+            again=again // share,
             kept=kept,
             kept_measuring=kept_measuring,
             table=sum(tensor.nbytes for sums in tables.values() for tensor in sums.tensors()),
@@ -161,7 +172,7 @@ def build(config: RunConfig, base: Path) -> nn.Module:
             return build_llama(model, vocabulary=config.data.vocabulary, length=config.data.length, end=0, seed=0)
         case PretrainedModel(path=path):
             checkpoint = look(base / path)
-            return checkpoint.decoder.build(checkpoint.config().to_dict())
+            return checkpoint.family.build({"config": checkpoint.config().to_dict()})
         case AutoencoderModel() as model:
             return build_autoencoder(model, inputs=math.prod(_image(config)), seed=0)
         case ResnetModel() as model:
@@ -235,11 +246,28 @@ def _step(config: RunConfig, network: nn.Module, rows: int, own: set[int]) -> tu
     network.train()
     inputs, targets = _rows(config, rows)
     with FlopCounter() as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = _nats(config, logits(network, inputs), targets).sum()
+        outputs = logits(network, inputs, autocast=PRECISIONS[config.training.autocast])
+        loss = _nats(config, outputs, targets).sum()
     with FlopCounter() as backward:
         loss.backward()
     network.zero_grad(set_to_none=True)
     return forward.flops, backward.flops, sum(size for size, _ in kept.values())
+
+
+def _recomputing(
+    config: RunConfig, network: nn.Module, rows: int, own: set[int], backward: int, kept: int
+) -> tuple[int, int]:
+    """Return the operations that are done again, and the bytes kept, where layers keep their inputs alone.
+
+    While one layer is computed again it keeps what it would have kept, beside all layers' inputs.
+    """
+    inputs: list[int] = []
+    for layer in layers(network):
+        layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0].nbytes))
+    recompute_layers(network, Routes(Partition.undivided(("all",), unit_space(network).readers)))
+    _, more, outside = _step(config, network, rows, own)
+    number = len(layers(network))
+    return more - backward, outside + sum(inputs[:number]) + (kept - outside) // number
 
 
 class FlopCounter(TorchDispatchMode):
@@ -292,7 +320,8 @@ def speed(config: RunConfig, base: Path, known: Sizes, steps: int = 3) -> float:
     seconds = []
     for _ in range(steps + 1):
         began = time.perf_counter()
-        _nats(config, logits(network, inputs), targets).sum().backward()
+        outputs = logits(network, inputs, autocast=PRECISIONS[config.training.autocast])
+        _nats(config, outputs, targets).sum().backward()
         network.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - began)
     return rows * (known.forward + known.backward) / statistics.median(seconds[1:])
@@ -321,7 +350,7 @@ def forecast(config: RunConfig, known: Sizes, categories: int) -> Forecast:
 
 
 def _work(config: RunConfig, known: Sizes, categories: int) -> Iterator[Work]:
-    step = known.forward + known.backward
+    step = known.forward + known.backward + known.again
     taught = known.forward if config.distillation else 0
     active, steps = 1.0, 0
     ends = [*((r.train, r.recover) for r in config.rounds), (config.training.steps - _spent(config), 0)]

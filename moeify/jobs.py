@@ -30,6 +30,8 @@ class Places:
     results: Path
     twins: Path
     """Of ``moeify.twin_cache``."""
+    twins_url: str | None = None
+    """Where machines share them."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def run_job(config: RunConfig, job: Job, places: Places) -> Ended:
     path = places.results / f"{job}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
     if known := _read(path):
         return Ended(known, path, before=True)
-    result = run(recipe, task, twins=places.twins)
+    result = run(recipe, task, twins=places.twins, twins_url=places.twins_url)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")

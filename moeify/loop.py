@@ -34,9 +34,9 @@ from moeify.distillation import Teacher
 from moeify.divergence import DivergedError, memory
 from moeify.evaluation import RowLosses, losses_without, own_other, row_losses, summarize, tax, tax_errors
 from moeify.events import MemoryTracker, Tracker
+from moeify.mishaps import get_over
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
-from moeify.recipe.divergence import LowerRate, SkipBatch, StopRun
 from moeify.recipe.plan import PlannedPhase, check_categories, plan
 from moeify.recipe.rounds import Round
 from moeify.report import Reporter
@@ -50,7 +50,7 @@ from moeify.splitting.surgery import compensate_sites, permute
 from moeify.splitting.terms import costs, terms_in_reach
 from moeify.state import Cut, State
 from moeify.store import MemoryStore, Store
-from moeify.task import HeldOut, Task
+from moeify.task import HeldOut, Task, tokens_read
 from moeify.training import Contestant, Report, train
 from moeify.twin_cache import TwinCache
 from moeify.world import Solo, World
@@ -66,14 +66,16 @@ def run(
     store: Store | None = None,
     tracker: Tracker | None = None,
     twins: Path | None = None,
+    twins_url: str | None = None,
 ) -> Result:
     """Run the recipe, from the store's newest checkpoint where there is one, and return what came out.
 
-    ``twins``: a folder of twins that runs which differ in their cuts share (``moeify.twin_cache``). Raises ValueError,
-    before any training, for categories that the data lacks and separations out of reach.
+    ``twins``: a folder of twins that runs which differ in their cuts share (``moeify.twin_cache``);
+    ``twins_url``: where machines share theirs. Raises ValueError, before any training, for categories that the data
+    lacks and separations out of reach.
     """
     world = world or Solo()
-    known = TwinCache(twins, config, task, world) if twins else None
+    known = TwinCache(twins, config, task, world, twins_url) if twins else None
     return _Loop(config, task, world, store or MemoryStore(), tracker or MemoryTracker(), known).run()
 
 
@@ -89,7 +91,7 @@ class _Loop:
         self.world = world
         self.store = store
         self.twins = twins
-        self.teacher = Teacher(task.build(), config.distillation) if config.distillation else None
+        self.teacher = Teacher.of(config, task)
         self.say = Reporter(config, store, tracker, speaks=world.rank == 0)
         self.state = self._begin()
         self.began = time.time() - self.state.seconds
@@ -116,7 +118,7 @@ class _Loop:
             self.teacher.check(state.began)
         model = state.arms["dense"].model
         self.terms = terms_in_reach(
-            self.config, self.task.categories, model.network, model.space, self.task.units_per_row
+            self.config, self.task.categories, model.network, model.space, tokens_read(self.task)
         )
         self.say.started(self.task, model)
         if found:
@@ -150,34 +152,10 @@ class _Loop:
             with memory(lambda: f"{arm}, step {contestant.step + 1}, worker {self.world.rank}"):
                 train(contestant, self.task, self.world, settings, stop, every, report, self.teacher)
         except DivergedError as trouble:
-            done = self._go_on(arm, trouble)
+            done = get_over(trouble, arm, self.state, self.config, self.task, self.world, self.store)
             contestant = self.state.arms[arm]
             self.say.mishap(arm, phase.round, contestant, trouble.what, done)
         return contestant
-
-    def _go_on(self, arm: Arm, trouble: DivergedError) -> str:
-        """Do what the recipe says where an arm's numbers went wrong, and say what; raise where it says to stop."""
-        policy, health = self.config.training.on_divergence, self.state.arms[arm].health
-        if isinstance(policy, StopRun) or health.mishaps >= policy.most:
-            used_up = "" if isinstance(policy, StopRun) else f", after {policy.most} that were got over"
-            raise DivergedError(f"{arm}, {trouble.what}{used_up}") from trouble
-        health.mishaps += 1
-        match policy:
-            case SkipBatch():
-                step, done = self.state.arms[arm].step, "the batch is skipped"
-                if trouble.exploded:
-                    done = f"{done}, weights are those of {self._give_back(arm)}"
-                self.state.arms[arm].step = step + 1
-                return done
-            case LowerRate():
-                health.rate *= policy.factor
-                return f"from {self._give_back(arm)} on with {health.rate:g} of the learning rate"
-
-    def _give_back(self, arm: Arm) -> str:
-        """Return an arm to its last good checkpoint; say which that is."""
-        found = self.world.share(self.store.newest() if self.world.rank == 0 else None)
-        self.state.give_back(arm, self.store, found.name if found else None, self.config, self.task)
-        return f"checkpoint {found.name}" if found else "the beginning"
 
     def _cut(self, phase: PlannedPhase) -> None:
         """Attribute, partition, prune and compensate: the split arm the recipe's way, its control at random."""

@@ -20,6 +20,7 @@ from moeify.export.model_card import About, Checked
 from moeify.export.pruning import prune, without
 from moeify.export.publish import Dtype, How, Origin, export_dense, export_moe, export_split
 from moeify.export.stock import Form, to_dense
+from moeify.models.fused import closed
 from moeify.portraits import portraits
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
@@ -116,7 +117,7 @@ class Split:
         12
         """
         stock = hasattr(self.model.network, "save_pretrained")
-        return to_dense(self.model, categories, padded=stock).network
+        return closed(to_dense(self.model, categories, padded=stock).network)
 
     def export(self, out: str | Path, *categories: str, moe: Form | None = None, dtype: Dtype = "float32") -> Checked:
         """Write it to a new folder, with a model card, and return what checking it against the split model said.
@@ -186,7 +187,8 @@ class Split:
 
     def plot_removals(self) -> "Figure":
         """Draw ``removals()``: what the removal of each expert costs each category."""
-        return pictures.removals(self.removals(), self.task.unit)
+        rises = self.removals()
+        return pictures.removals({each: rises[each] for each in self.partition.tree.categories}, self.task.unit)
 
     def plot_curves(self) -> "Figure":
         """Draw the training loss of every arm; ValueError where nothing was trained."""

@@ -149,7 +149,7 @@ def removals(rises: Mapping[str, Mapping[str, float]], unit: str) -> "Figure":
     if rise_EC.size <= _NUMBERS:
         for (row, column), rise in np.ndenumerate(rise_EC):
             colour = "white" if abs(rise) > 0.6 * most else "black"
-            axis.text(column, row, f"{rise:+.2f}", ha="center", va="center", fontsize=7, color=colour)
+            axis.text(column, row, f"{rise:+.2g}" if rise else "·", ha="center", va="center", fontsize=7, color=colour)
     bar = made.colorbar(image, ax=axis, pad=0.02)
     bar.set_label(f"rise of the test loss, nats per {unit}", fontsize=8)
     bar.ax.tick_params(labelsize=7)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from attribution import sites as sites_of
 from attribution.sites import Site
+from attribution.subject import IGNORED
 from moeify.data.pieces import pieces, tokenizer_in
 from moeify.evaluation import position_nats
 from moeify.examples import MissedToken, Picture, Portrait, Portraits, Text
@@ -146,6 +147,8 @@ class _Texts:
     def tokens(self, node: int, rows_R: Int[Tensor, " some"]) -> Iterator[MissedToken]:
         """Yield the kinds of token whose loss rises most, rare ones held back."""
         targets_N, rise_N = self.looked.targets[rows_R].flatten(), self.looked.rise_RPE[rows_R, :, node].flatten()
+        asked_N = targets_N != IGNORED
+        targets_N, rise_N = targets_N[asked_N], rise_N[asked_N]
         kinds_T, place_N, count_T = targets_N.unique(return_inverse=True, return_counts=True)
         total_T = rise_N.new_zeros(len(kinds_T)).index_add_(0, place_N, rise_N)
         mean_T = total_T / count_T

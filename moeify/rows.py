@@ -6,8 +6,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
-Purpose = Literal["train", "probe", "split", "permute", "null", "resample"]
-_PURPOSES: dict[Purpose, int] = {"train": 1, "probe": 2, "split": 3, "permute": 4, "null": 5, "resample": 6}
+Purpose = Literal["train", "probe", "split", "permute", "null", "resample", "hide"]
+_PURPOSES: dict[Purpose, int] = {"train": 1, "probe": 2, "split": 3, "permute": 4, "null": 5, "resample": 6, "hide": 7}
 
 
 def generator(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:

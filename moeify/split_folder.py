@@ -8,6 +8,7 @@ of the same ``moeify.store.FORMAT`` stay readable; the model card in the folder 
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from moeify.models.families import describe, example_inputs
 from moeify.models.resizing import shaped
+from moeify.place import Place, checked_url, fetch, is_url
 from moeify.recipe.arms import Arm
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
@@ -46,10 +48,14 @@ def save_split(
 
 
 def load_split(folder: str | Path) -> SplitModel:
-    """Return the split model that ``moeify export RUN --split`` wrote, in eval mode.
+    """Return the split model that ``moeify export RUN --split`` wrote to a folder or a URL, in eval mode.
 
     Raises CorruptCheckpointError (a ValueError) when a file is missing or is not what was written.
     """
+    if isinstance(folder, str) and is_url(folder):
+        with TemporaryDirectory(prefix="moeify-split-") as copy:
+            fetch(Place(checked_url(folder)), Path(copy))
+            return load_split(copy)
     folder = Path(folder)
     facts = read_manifest(folder)["facts"]
     tensors = read_part(folder, "model")

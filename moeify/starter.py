@@ -71,7 +71,7 @@ class Starter:
     config: RunConfig
     categories: tuple[str, ...]
     train_tokens: tuple[int, ...]
-    """Of each category."""
+    """Of each category; images, where the data is images."""
     minutes: float
     """What a run may take, roughly."""
 

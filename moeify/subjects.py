@@ -14,16 +14,18 @@ from attribution.subject import Rows, Subject
 from moeify import rows as rows_of
 from moeify.data import tokens as tokens_of
 from moeify.data.documents import Document
-from moeify.models.decoders import config_of
 from moeify.models.families import readers
 from moeify.models.pretrained import look
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
 from moeify.recipe.data import TextData
+from moeify.recipe.model import PretrainedModel
 from moeify.routed.split_model import SplitModel
 from moeify.split_folder import load_from_run
 from moeify.tasks.build import build_task
+from moeify.tasks.images import ImagesTask
 from moeify.tasks.language import sample_tokens, token_nats
+from moeify.tasks.masked import hidden_tokens, hide, mask_token, masked_nats
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,18 @@ def of_run(folder: Path, config: RunConfig, arm: Arm, *, cache: Path, base: Path
     return Probed(subject, batches, task.unit, experts, {site: partition.owners(site) for site in partition.widths})
 
 
-def of_checkpoint(folder: Path, data: TextData, *, base: Path, rows: int, rows_at_once: int, seed: int) -> Probed:
-    """Return a causal language model that ``transformers`` saved, with ``rows`` windows of each category's text.
+def of_checkpoint(
+    folder: Path, data: TextData, *, base: Path, rows: int, rows_at_once: int, seed: int, hidden: float = 0.15
+) -> Probed:
+    """Return a language model that ``transformers`` saved, with ``rows`` windows of each category's text.
 
-    Tokens are those of the checkpoint's own tokenizer, ``data.length`` a row, documents drawn at random. No code of the
-    checkpoint is run and no pickle is read. ValueError for folders and texts that cannot be used, by name.
+    Tokens are those of the checkpoint's own tokenizer, ``data.length`` a row, documents drawn at random; of a masked
+    model ``hidden`` of them are hidden. No code of the checkpoint is run and no pickle is read. ValueError for folders
+    and texts that cannot be used, by name.
     """
-    checkpoint = look(folder)
+    checkpoint = look(folder).text()
     network, tokenizer = checkpoint.network(), checkpoint.tokenizer()
-    most = config_of(network).max_position_embeddings
+    most = checkpoint.positions()
     if data.length > most:
         raise ValueError(f"data.length is {data.length}, and {folder} takes {most} tokens at most; lower data.length")
     found = {
@@ -80,10 +85,37 @@ def of_checkpoint(folder: Path, data: TextData, *, base: Path, rows: int, rows_a
         categories = torch.tensor([category for category, _ in picks])
         batches.append(Rows(tokens[:, :-1], tokens[:, 1:], categories, torch.arange(first, first + len(picks))))
         first += len(picks)
+    nats = token_nats
+    if checkpoint.hides:
+        mask, nats = mask_token(checkpoint, tokenizer), masked_nats
+        batches = [_hidden(batch, mask, hidden_tokens(data.length, hidden), seed) for batch in batches]
     model = SplitModel(network, tuple(found)).eval()
     batches = [batch.take(model.order(batch.categories)) for batch in batches]
-    subject = Subject(network, readers(network), tuple(found), token_nats, sample_tokens, _masked(model))
+    subject = Subject(network, readers(network), tuple(found), nats, sample_tokens, _masked(model))
     return Probed(subject, batches, "token")
+
+
+def of_classifier(folder: Path, config: RunConfig, *, base: Path, rows: int) -> Probed:
+    """Return an image classifier that ``transformers`` saved, with ``rows`` train images of each category.
+
+    ``config``: a recipe whose data section gives the images; what it says of a model does not count.
+    """
+    pretrained = PretrainedModel(kind="pretrained", path=folder.absolute())
+    task = ImagesTask.prepare(config.model_copy(update={"model": pretrained}), base)
+    network = task.build()
+    model = SplitModel(network, task.categories).eval()
+    batches = [
+        Rows(batch.inputs, batch.targets, batch.categories, batch.ids)
+        for batch in task.probe_batches(0, rows, config.attribution.rows_at_once)
+    ]
+    batches = [batch.take(model.order(batch.categories)) for batch in batches]
+    subject = Subject(network, readers(network), task.categories, task.nats, task.sample, _masked(model))
+    return Probed(subject, batches, task.unit)
+
+
+def _hidden(batch: Rows, mask: int, count: int, seed: int) -> Rows:
+    inputs, targets = hide(batch.inputs, batch.ids, mask, count, seed, 0)
+    return Rows(inputs, targets, batch.categories, batch.ids)
 
 
 def _masked(model: SplitModel) -> Callable[[Tensor, Tensor], Tensor]:

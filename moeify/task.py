@@ -107,6 +107,19 @@ class Counted(Protocol):
         ...
 
 
+@runtime_checkable
+class Partial(Protocol):
+    """A task that asks for a part of each row's tokens."""
+
+    length: int
+    """Tokens a row, all of which the network reads."""
+
+
+def tokens_read(task: Task) -> int:
+    """Return how many tokens (or examples) of a row the network reads."""
+    return task.length if isinstance(task, Partial) else task.units_per_row
+
+
 def data_hash(task: Task, config: RunConfig) -> str:
     """Return SHA-256, in hex, over data of a run: the train rows that its first cut is decided on, and all test rows.
 

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from moeify.distillation import Teacher
 from moeify.divergence import DivergedError, Health, check_gradient, check_loss, sums_by_category
+from moeify.exchange import Exchange, exchange
+from moeify.models.build import PRECISIONS
 from moeify.recipe.training import Training
 from moeify.routed.gradients import GradientRouter
+from moeify.routed.recompute import recompute
 from moeify.routed.split_model import SplitModel
 from moeify.task import Batch, Task
 from moeify.world import World
@@ -29,6 +32,10 @@ class Contestant:
         self.router = router
         self.step = 0
         self.health = Health()
+        self._exchange: tuple[World, Exchange] | None = None
+        model.autocast = PRECISIONS[training.autocast]
+        if training.checkpoint_activations:
+            recompute(model)
         told = {id(p) for p in model.told}  # biases, one vector a category
         matrices = [p for p in model.parameters() if p.dim() > 1 and id(p) not in told]
         vectors = [p for p in model.parameters() if p.dim() <= 1 or id(p) in told]
@@ -63,13 +70,22 @@ class Contestant:
         places = self.model.positions(rows.categories)
         return rows.take(torch.argsort(places * 2 + ~self._labelled(rows), stable=True))
 
-    def outputs(self, batch: Batch) -> Tensor:
-        """Return what the network gives for rows that are ``arranged``, gradients routed."""
+    def outputs(self, batch: Batch, run: nn.Module | None = None) -> Tensor:
+        """Return what the network gives for rows that are ``arranged``, gradients routed.
+
+        ``run``: what wraps the model, where gradients are exchanged.
+        """
         learning = None
         if self.router:
             learning = self.router.learning(self.model.partition, batch.categories, self._labelled(batch))
         with self.model.learns(learning):
-            return self.model(batch.inputs, batch.categories)
+            return (run or self.model)(batch.inputs, batch.categories)
+
+    def exchange(self, world: World) -> Exchange:
+        """Return how gradients are exchanged with a world, the same one as long as it is the same world."""
+        if self._exchange is None or self._exchange[0] is not world:
+            self._exchange = world, exchange(self.model, world)
+        return self._exchange[1]
 
     def _labelled(self, batch: Batch) -> Bool[Tensor, " rows"]:
         if self.router is None:
@@ -134,28 +150,33 @@ def train(
     and leaves the contestant as it was before that step.
     """
 
-    def losses(batch: Batch) -> tuple[Tensor, Tensor]:
+    def losses(batch: Batch, run: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         """Return each row's nats, and its loss with what the teacher adds."""
-        outputs = contestant.outputs(batch)
+        outputs = contestant.outputs(batch, run)
         nats_R = task.nats(outputs, batch.targets)
-        return nats_R, teacher.loss(batch.inputs, outputs, nats_R) if teacher else nats_R
+        return nats_R, teacher.loss(batch.inputs, outputs, nats_R, batch.targets) if teacher else nats_R
 
     parameters = [p for p in contestant.model.parameters() if p.requires_grad]
-    gathered = list(contestant.buffers().values())
+    gathered, exchanged = list(contestant.buffers().values()), contestant.exchange(world)
     contestant.model.train()
     since, units = time.perf_counter(), 0
     while contestant.step < until:
         rows = task.train_batch(contestant.step)
-        batch = contestant.arranged(rows).shard(world.rank, world.size)
+        mine = contestant.arranged(rows).shard(world.rank, world.size)
+        parts = [mine.shard(number, training.accumulate) for number in range(training.accumulate)]
         before = [buffer.clone() for buffer in gathered]
-        nats_R, loss_R = losses(batch)
-        (loss_R.sum() / (len(rows.categories) * task.units_per_row)).backward()
-        sums_C = sums_by_category(nats_R, batch.categories, len(task.categories))
-        world.sum([*(p.grad for p in parameters if p.grad is not None), sums_C])
+        nats = []
+        for number, part in enumerate(parts, 1):
+            with exchanged.passing(last=number == len(parts)):
+                nats_R, loss_R = losses(part, exchanged.run)
+                (loss_R.sum() / (len(rows.categories) * task.units_per_row)).backward()
+            nats.append((nats_R.detach(), part.categories))
+        sums_C = torch.stack([sums_by_category(*each, len(task.categories)) for each in nats]).sum(0)
+        exchanged.finish([sums_C])
         norm = nn.utils.clip_grad_norm_(parameters, training.clip).item()
         try:
             check_loss(sums_C, rows.categories, task, contestant.health, training, contestant.step + 1)
-            check_gradient(norm, losses, parameters, batch, task, world, contestant.step + 1)
+            check_gradient(norm, losses, parameters, parts, task, world, contestant.step + 1)
         except DivergedError:
             contestant.optimizer.zero_grad(set_to_none=True)
             for buffer, was in zip(gathered, before, strict=True):
@@ -166,7 +187,7 @@ def train(
         units += len(rows.categories) * task.units_per_row
         if contestant.step % every == 0 or contestant.step == until:
             now = time.perf_counter()
-            loss = mean_by_category([(nats_R.detach(), batch.categories)], task, world)
+            loss = mean_by_category(nats, task, world)
             report(contestant, Progress(loss, rate, units / (now - since)))
             since, units = time.perf_counter(), 0
 

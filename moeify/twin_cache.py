@@ -9,6 +9,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -18,23 +19,28 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from moeify.models.families import describe
+from moeify.place import Place
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
 from moeify.store import CorruptCheckpointError, read_manifest, read_part, verify_folder, write_folder
 from moeify.task import Task, content
 from moeify.training import Contestant, Progress, Report
+from moeify.url_store import fetched, publish
 from moeify.world import World
 
 
 class TwinCache:
     """The twins of one recipe, task and world below ``folder``, one entry for each arm and step that a phase ended at.
 
-    An entry is as large as a checkpoint of the arm; nothing is ever dropped, the folder is the caller's.
+    An entry is as large as a checkpoint of the arm; nothing is ever dropped, the folder is the caller's. With a ``url``
+    machines share their entries: what is kept is also put there, and what is not in the folder is fetched from there.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, task: Task, world: World) -> None:
+    def __init__(self, folder: Path, config: RunConfig, task: Task, world: World, url: str | None = None) -> None:
         self._world = world
-        self._folder = folder / fingerprint(config, task, world)
+        known_by = fingerprint(config, task, world)
+        self._folder = folder / known_by
+        self._far = Place(f"{url}/{known_by}") if url else None
         self._told: dict[Arm, list[tuple[int, Progress]]] = {}
 
     def recording(self, arm: Arm, contestant: Contestant, report: Report) -> Report:
@@ -55,6 +61,8 @@ class TwinCache:
         if not there:
             return False
         entry = self._entry(arm, until)
+        if self._far and self._world.rank:  # perhaps another machine than rank 0's
+            fetched(self._far.at(entry.name), entry)
         known = read_manifest(entry)["facts"]
         for step, progress in known["reports"]:
             if contestant.step < step:
@@ -75,17 +83,23 @@ class TwinCache:
             "loss_began": contestant.health.began,
             "reports": [[step, asdict(progress)] for step, progress in self._told[arm]],
         }
+        entry = self._entry(arm, contestant.step)
         with self._lock():
-            write_folder(self._entry(arm, contestant.step), facts, {"twin": contestant.tensors()})
+            write_folder(entry, facts, {"twin": contestant.tensors()})
+            if self._far:
+                publish(self._far.at(entry.name), entry)
 
     def _is_good(self, arm: Arm, step: int) -> bool:
         entry = self._entry(arm, step)
         with self._lock():
-            try:
+            with suppress(CorruptCheckpointError):
                 verify_folder(entry)
-            except CorruptCheckpointError:
-                return False  # there is none, or it is damaged: trained again, and replaced
-        return True
+                return True
+            with suppress(CorruptCheckpointError):
+                if self._far:
+                    fetched(self._far.at(entry.name), entry)
+                    return True
+        return False  # there is none, or it is damaged: trained again, and replaced
 
     def _entry(self, arm: Arm, step: int) -> Path:
         return self._folder / f"{arm}-{step:09d}"
@@ -98,7 +112,7 @@ class TwinCache:
 def fingerprint(config: RunConfig, task: Task, world: World) -> str:
     """Return the hash of all that a twin's bits depend on, and of the steps that are reported."""
     whole = {"seed": True, "data": True, "model": True, "training": True, "distillation": True}
-    parts = {"partition": {"units"}, "checkpoints": {"every"}, "tracking": {"every"}}
+    parts = {"partition": {"units"}, "checkpoints": {"every"}, "tracking": {"every"}, "cluster": {"parallel"}}
     settings = config.model_dump(mode="json", include={**whole, **parts})
     machine = [
         torch.__version__,

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moeify.recipe.parallel import Parallel, Replicate
+
 T = TypeVar("T")
 
 
@@ -16,6 +18,8 @@ class World(Protocol):
 
     rank: int
     size: int
+    parallel: Parallel
+    """How training is shared; see ``moeify.exchange``."""
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor, in place, by its sum over ranks."""
@@ -31,6 +35,7 @@ class Solo:
 
     rank = 0
     size = 1
+    parallel: Parallel = Replicate()
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Leave the tensors as they are."""
@@ -47,7 +52,8 @@ class Group:
     on nothing else, so that a resumed run adds up the same way as an undisturbed one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parallel: Parallel | None = None) -> None:
+        self.parallel = parallel or Replicate()
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
 

@@ -96,5 +96,6 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 def main(debug: bool) -> None:
     """Split a network into experts, one for each kind of data, while it trains.
 
-    RUN is a run's id, a unique start of it, or 'last'. Runs are kept in $MOEIFY_HOME, or in ./runs.
+    RUN is a run's id, a unique start of it, or 'last'. Runs are kept in $MOEIFY_HOME, a
+    folder or an s3:// or gs:// URL, or in ./runs.
     """

@@ -23,6 +23,8 @@ import psutil
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipelines.runs import told_home
+
 LOOPBACK = "127.0.0.1"
 _START_SECONDS = 180.0
 """Time to answer that each process is given."""
@@ -92,7 +94,7 @@ class LocalCluster(BaseModel):
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token),
             "MLFLOW_TRACKING_URI": self.mlflow,
-            "MOEIFY_HOME": str(self.home),
+            "MOEIFY_HOME": told_home(self.home),
         }
 
 

@@ -21,7 +21,7 @@ from moeify.recipe.config import Cluster, RunConfig
 from moeify.recipe.load import to_yaml
 from moeify.result import MEAN, Result
 from pipelines.launch import cluster, stoppable
-from pipelines.runs import cache, hold_lock
+from pipelines.runs import cache, cache_url, hold_lock
 from pipelines.wording import clock, nats
 from pipelines.worker import Failure
 
@@ -137,7 +137,8 @@ def compare(
 
     Raises ``RunBusyError`` where another process drives the comparison.
     """
-    places = Places(base=base.absolute(), cache=cache(), results=folder.results, twins=cache() / "twins")
+    twins_url = f"{url}/twins" if (url := cache_url()) else None
+    places = Places(base.absolute(), cache(), results=folder.results, twins=cache() / "twins", twins_url=twins_url)
     with hold_lock(folder.lock, f"comparison {folder.id}"):
         return run_jobs(config, jobs, places, folder.traces, heard)
 

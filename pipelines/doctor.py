@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import platform
+import secrets
 import shutil
 import socket
 import sqlite3
@@ -19,7 +20,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines import machine, runs
+from moeify.place import Place
+from pipelines import homes, machine, runs
 
 State = Literal["ok", "warning", "problem"]
 
@@ -35,6 +37,8 @@ _WRITTEN = 1 << 20
 """Bytes that are written to see whether that works."""
 _EXTRAS = {
     "gguf": (("gguf", "xllamacpp"), "moeify export --gguf"),
+    "s3": (("s3fs",), "s3:// in MOEIFY_HOME, MOEIFY_CACHE and exports"),
+    "gs": (("gcsfs",), "gs:// in the same places"),
     "service": (("boto3", "psycopg2", "flask_wtf"), "the servers of docker/"),
 }
 """Optional parts: the modules of each, and what needs them."""
@@ -65,7 +69,7 @@ def examine() -> Iterator[Check]:
         "torch": _torch,
         "cores": _cores,
         "memory": _memory,
-        "runs": lambda: _folder("runs", runs.home(), "MOEIFY_HOME"),
+        "runs": lambda: _home("runs"),
         "cache": lambda: _folder("cache", runs.cache(), "MOEIFY_CACHE"),
         "ray": _ray,
         "cluster": _cluster,
@@ -170,6 +174,27 @@ def _memory() -> Check:
     if free < enough:
         return Check("memory", "warning", said, f"wanted {enough:g} GB; run with --local and cluster.workers: 1")
     return Check("memory", "ok", said)
+
+
+def _home(name: str) -> Check:
+    """Look at where runs are kept; behind a URL an object is written, read back, listed and removed."""
+    try:
+        known = homes.home_of(runs.home())
+    except (ValueError, OSError) as error:
+        return Check(name, "problem", " ".join(str(error).split()), "set MOEIFY_HOME to a folder, or to a URL of one")
+    if known is None:
+        return _folder(name, runs.home(), "MOEIFY_HOME")
+    probe, content = f".moeify-doctor-{secrets.token_hex(4)}", secrets.token_bytes(64)
+    try:
+        place = Place(known.url)
+        place.create(probe, content)
+        whole = place.read(probe) == content and probe in place.names()
+        place.remove([probe])
+    except (ValueError, OSError) as error:
+        return Check(name, "problem", " ".join(str(error).split()), "see docs/storage.md")
+    if not whole:
+        return Check(name, "problem", f"{known.url}: what was written reads differently", "use another store")
+    return Check(name, "ok", f"{known.url}: can be listed, read and written")
 
 
 def _folder(name: str, folder: Path, variable: str) -> Check:

@@ -71,9 +71,7 @@ class JournalTracker:
         """Append one event; an ``id`` that the journal holds is ignored."""
         if event.id in self._seen:
             return
-        line = (
-            json.dumps(event.model_dump(), ensure_ascii=False, separators=(",", ":")).encode(errors="replace") + b"\n"
-        )
+        line = line_of(event)
         start = os.fstat(self._fd).st_size
         with storing(self._path):
             try:
@@ -96,6 +94,11 @@ class JournalTracker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def line_of(event: Event) -> bytes:
+    """Return an event as a journal holds it."""
+    return json.dumps(event.model_dump(), ensure_ascii=False, separators=(",", ":")).encode(errors="replace") + b"\n"
 
 
 def read_events(path: Path, offset: int, most: int | None = None) -> tuple[list[Event], int]:

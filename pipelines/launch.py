@@ -22,9 +22,10 @@ from filelock import FileLock, Timeout
 
 from moeify.events import Failed
 from moeify.recipe.config import Cluster, RunConfig
-from pipelines.journal import Follower, JournalTracker, follow
+from pipelines.journal import Follower, JournalError, follow
 from pipelines.runs import RunFolder, cache, hold
 from pipelines.tracking import MlflowFollower
+from pipelines.url_journal import journal_of
 
 if TYPE_CHECKING:
     from pipelines.worker import Failure
@@ -113,11 +114,12 @@ def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, A
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    from pipelines.worker import Failure, failure_path, guarded
+    from pipelines.worker import failure_of, failure_path, guarded
 
     def entry(payload: dict[str, Any]) -> None:
         guarded(worker, payload)
 
+    payload = {**payload, "attempt": secrets.token_hex(4)} if folder.remote else payload
     failure_path(folder.path).unlink(missing_ok=True)
     scratch = folder.path / "ray"
     trainer = TorchTrainer(
@@ -141,8 +143,7 @@ def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, A
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    if failure_path(folder.path).exists():
-        failure = Failure.model_validate_json(failure_path(folder.path).read_text(encoding="utf-8"))
+    if failure := failure_of(payload):
         raise _raised(failure)
 
 
@@ -231,15 +232,20 @@ def _driven(folder: RunFolder, config: RunConfig, followers: Sequence[Follower])
             yield
         except Exception as error:
             now = time.time()
-            with suppress(OSError), JournalTracker(folder.journal) as journal:
+            with suppress(OSError, JournalError), journal_of(folder) as journal:
                 journal.emit(Failed(id=f"failed/{now:.3f}", time=now, reason=_one_line(error)))
             raise
+        finally:
+            if folder.remote:  # what workers wrote last, before followers are told that it was all
+                with suppress(OSError):
+                    folder.remote.catch_up()
 
 
 def _order(folder: RunFolder, config: RunConfig, base: Path) -> dict[str, Any]:
     from pipelines.worker import Order
 
-    order = Order(folder=folder.path.absolute(), base=base.absolute(), cache=cache(), config=config)
+    url = folder.remote.place.url if folder.remote else None
+    order = Order(folder=folder.path.absolute(), base=base.absolute(), cache=cache(), config=config, url=url)
     return order.model_dump(mode="json")
 
 

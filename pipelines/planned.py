@@ -36,9 +36,10 @@ class Machine:
     """Operations a second that one worker is expected to reach; None where it is not known."""
 
 
-def on_gpus(number: int, name: str, gpu: Gpu, utilization: float) -> Machine:
-    """Return GPUs, one worker each, at a share of their peak in float32, the precision that recipes train in."""
-    return Machine(number, name, gpu.memory, utilization * gpu.single)
+def on_gpus(number: int, name: str, gpu: Gpu, config: RunConfig, utilization: float) -> Machine:
+    """Return GPUs, one worker each, at a share of their peak in the precision that the recipe trains in."""
+    peak = gpu.half if config.training.autocast == "bfloat16" else gpu.single
+    return Machine(number, name, gpu.memory, utilization * peak)
 
 
 def planned(config: RunConfig, base: Path, categories: int, machine: Machine, *, here: bool = False) -> Summary:
@@ -147,7 +148,8 @@ def verdict(plan: Summary) -> str:
     return (
         f"Does not fit: {short(memory['peak'])}B wanted, one {plan['device']} has {short(room)}B.\n"
         f"An arm takes {short(arm)}B with its optimizer: fewer controls spare one each.\n"
-        f"A step's rows take {short(memory['training'])}B: fewer training.rows, or more workers, spare some."
+        f"What a step keeps takes {short(memory['training'])}B: training.accumulate, .checkpoint_activations\n"
+        f"and .autocast make it less."
     )
 
 

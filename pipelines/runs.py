@@ -1,6 +1,7 @@
 """Run folders: where a run keeps everything, how it is found again, who drives it.
 
-A run is a folder and nothing else: no database knows more about it than its files do.
+A run is a folder and nothing else: no database knows more about it than its files do. Where ``MOEIFY_HOME`` is a URL, a
+run's folder is a copy of what is there, fetched when the run is looked up.
 """
 
 import json
@@ -11,7 +12,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -20,9 +21,13 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
+from moeify.place import checked_url, is_url
 from moeify.recipe.config import RunConfig
 from moeify.recipe.load import to_yaml
 from moeify.storing import storing
+from pipelines import copies, homes, lease
+from pipelines.lease import RunBusyError as RunBusyError
+from pipelines.remote_run import RemoteRun
 
 Status = Literal["running", "finished", "failed", "interrupted"]
 
@@ -32,10 +37,6 @@ _LONGEST_ID = 90
 """Characters: a name, which has 64 at most, and what follows it."""
 _TAIL = 1 << 16
 """Bytes of the journal's end that are read to tell how an attempt ended."""
-
-
-class RunBusyError(ValueError):
-    """Another process drives the run."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,21 @@ class RunFolder:
         return self.path / "origin.json"
 
     @property
+    def remote(self) -> RemoteRun | None:
+        """What the folder is a copy of; None where it is the truth itself."""
+        home = homes.home_of(self.path.parent)
+        return RemoteRun(home.place(self.id), self.path) if home else None
+
+    @property
+    def address(self) -> str:
+        """Where the run is, for people: a path, or a URL."""
+        return self.remote.place.url if self.remote else str(self.path)
+
+    @property
     def base(self) -> Path:
         """The folder that relative paths of the recipe start at."""
+        if self.inputs.is_dir():
+            return self.inputs
         return Path(json.loads(self.origin.read_text(encoding="utf-8"))["base"])
 
     @property
@@ -132,13 +146,33 @@ class RunFolder:
 
 
 def home() -> Path:
-    """Return the folder of all runs: ``MOEIFY_HOME``, or ``runs`` in the working directory."""
-    return Path(os.environ.get("MOEIFY_HOME") or "runs").absolute()
+    """Return the folder of all runs: ``MOEIFY_HOME``, or ``runs`` in the working directory.
+
+    Where ``MOEIFY_HOME`` is a URL, it is the folder of the copies of its runs.
+    """
+    return homes.folder_of(os.environ.get("MOEIFY_HOME") or "runs", cache())
+
+
+def told_home(home: Path) -> str:
+    """Return where all runs are, for people: a path, or a URL."""
+    known = homes.home_of(home)
+    return known.url if known else str(home)
 
 
 def cache() -> Path:
-    """Return the folder of what can be made again: ``MOEIFY_CACHE``, or ``~/.cache/moeify``."""
-    return Path(os.environ.get("MOEIFY_CACHE") or "~/.cache/moeify").expanduser().absolute()
+    """Return the folder of what can be made again: ``MOEIFY_CACHE``, or ``~/.cache/moeify``.
+
+    Where ``MOEIFY_CACHE`` is a URL, that is for what machines can share; prepared data is read in place, row by row,
+    and stays on each of them.
+    """
+    asked = os.environ.get("MOEIFY_CACHE") or ""
+    return Path("~/.cache/moeify" if not asked or is_url(asked) else asked).expanduser().absolute()
+
+
+def cache_url() -> str | None:
+    """Return the URL that ``MOEIFY_CACHE`` is, where it is one."""
+    asked = os.environ.get("MOEIFY_CACHE") or ""
+    return checked_url(asked) if is_url(asked) else None
 
 
 def _versions() -> dict[str, str]:
@@ -208,6 +242,7 @@ def create(
                     start = RunFolder(path).inputs if fill else (base or Path()).absolute()
                     origin = {"base": str(start), "moeify": package_version(), "versions": _versions()}
                     folder.origin.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+                    _send_new(draft, RunFolder(path))
                     return RunFolder(draft.rename(path))
                 if run:
                     raise FileExistsError(f"run {run} is there already")
@@ -216,8 +251,22 @@ def create(
             raise
 
 
+def _send_new(draft: Path, folder: RunFolder) -> None:
+    """Send the files of a new run to where it will be; it is there once its last file, the resolved recipe, is."""
+    if (remote := folder.remote) is None:
+        return
+    last = folder.resolved.name
+    RemoteRun(remote.place, draft).push(*(path for path in draft.iterdir() if path.name != last))
+    try:
+        remote.place.create(last, (draft / last).read_bytes())
+    except FileExistsError:
+        raise FileExistsError(f"run {folder.id} is there already") from None
+
+
 def every(home: Path) -> list[RunFolder]:
     """Return all runs, oldest first."""
+    if known := homes.home_of(home):
+        copies.look_at(known, home, _ID)
     if not home.is_dir():
         return []
     found = [
@@ -228,21 +277,38 @@ def every(home: Path) -> list[RunFolder]:
     return [RunFolder(home / name) for *_, name in sorted(found)]
 
 
+def there(run: str, home: Path) -> RunFolder | None:
+    """Return the run with that id, its files fetched; None where there is none."""
+    folder = RunFolder(home / check_id(run))
+    if (remote := folder.remote) and folder.resolved.name not in remote.place.names():
+        shutil.rmtree(folder.path, ignore_errors=True)  # a copy of what is gone
+        return None
+    copies.refresh([folder])
+    return folder if folder.resolved.exists() else None
+
+
 def find(reference: str, home: Path) -> RunFolder:
     """Return the run with that id, the only one whose id starts so, or the newest one for ``last``."""
     if not reference or "/" in reference or "\\" in reference or ".." in reference:
         raise ValueError(f"{reference!r} is not a run; give its id, a unique start of it, or 'last', not a path")
     runs = every(home)
     if not runs:
-        raise ValueError(f"no runs in {home}; start one with 'moeify run RECIPE', or set MOEIFY_HOME to their folder")
+        raise ValueError(
+            f"no runs in {told_home(home)}; start one with 'moeify run RECIPE', or set MOEIFY_HOME to their folder"
+        )
     if reference == "last":
-        return runs[-1]
+        return _fetched(runs[-1])
     matches = [run for run in runs if run.id == reference] or [run for run in runs if run.id.startswith(reference)]
     if len(matches) == 1:
-        return matches[0]
+        return _fetched(matches[0])
     if matches:
         raise ValueError(f"{reference!r} fits {len(matches)} runs: {_listed(matches)}; give more of the id")
-    raise ValueError(f"no run {reference!r} in {home}; there are {_listed(runs)}")
+    raise ValueError(f"no run {reference!r} in {told_home(home)}; there are {_listed(runs)}")
+
+
+def _fetched(folder: RunFolder) -> RunFolder:
+    copies.refresh([folder])
+    return folder
 
 
 def find_finished(reference: str, home: Path) -> RunFolder:
@@ -261,7 +327,9 @@ def _listed(runs: list[RunFolder], most: int = 5) -> str:
 @contextmanager
 def hold(folder: RunFolder) -> Iterator[None]:
     """Drive the run: hold its lock; raise ``RunBusyError`` when another process does."""
-    with hold_lock(folder.lock, f"run {folder.id}"):
+    with hold_lock(folder.lock, f"run {folder.id}"), ExitStack() as stack:
+        if (remote := folder.remote) and (home := homes.home_of(folder.path.parent)):
+            stack.enter_context(lease.held(remote, home.copy, folder.id, lambda: copies.made_by_driver(folder)))
         driver = {"host": socket.gethostname(), "pid": os.getpid()}
         with storing(folder.driver):
             folder.driver.write_text(json.dumps(driver) + "\n", encoding="utf-8")
@@ -296,6 +364,13 @@ def status(folder: RunFolder) -> Status:
 
 
 def _held(folder: RunFolder) -> bool:
+    if _locked(folder):
+        return True
+    remote, home = folder.remote, homes.home_of(folder.path.parent)
+    return bool(remote and home and lease.holder(remote.place, home.copy))
+
+
+def _locked(folder: RunFolder) -> bool:
     if not folder.lock.exists():
         return False
     try:

@@ -210,7 +210,7 @@ def listing(folders: Sequence[RunFolder]) -> list[Summary]:
     """Return a line's worth about each run; a run whose files are damaged is listed with nulls."""
     rows = []
     for folder in folders:
-        row: Summary = {"run": folder.id, "status": status(folder), "path": str(folder.path)}
+        row: Summary = {"run": folder.id, "status": status(folder), "path": folder.address}
         try:
             known = summary(folder)
         except ValueError as error:

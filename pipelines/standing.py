@@ -12,12 +12,14 @@ from typing import Any
 import psutil
 
 from moeify.events import Failed
+from pipelines.copies import refresh
 from pipelines.display import JsonDisplay, PlainDisplay, RunState
 from pipelines.journal import read_events
 from pipelines.runs import RunFolder, status
 
 _STOP_SECONDS = 60.0
 _POLL_SECONDS = 0.25
+_REMOTE_POLL_SECONDS = 2.0
 
 
 def standing(folder: RunFolder) -> dict[str, Any]:
@@ -36,7 +38,7 @@ def standing(folder: RunFolder) -> dict[str, Any]:
         "step": state.step_line() if now == "running" else "",
         "rounds": state.rounds,
         "reason": reason,
-        "folder": str(folder.path),
+        "folder": folder.address,
     }
 
 
@@ -54,11 +56,12 @@ def tell(folder: RunFolder, display: PlainDisplay | JsonDisplay, *, follow: bool
     """Tell a run's journal; with ``follow`` until nobody drives the run any more."""
     while True:
         driven = follow and status(folder) == "running"  # before reading: what was written until then is told
+        refresh([folder] if follow else [])
         events, display.offset = read_events(folder.journal, display.offset)
         display.take(events)
         if not driven:
             return
-        time.sleep(_POLL_SECONDS)
+        time.sleep(_REMOTE_POLL_SECONDS if folder.remote else _POLL_SECONDS)
 
 
 def stop(folder: RunFolder) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Self
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 from pydantic import BaseModel, ConfigDict
 
 from moeify.events import Artifact, Event, Exported, Failed, Finished, RoundEnded, Started
+from moeify.place import Place, checked_url, fetch, is_url
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
 from moeify.result import Result
@@ -290,7 +292,13 @@ class MlflowFollower:
             return
         from moeify.split_folder import bytes_in_run, copy_from_run
         from moeify.store import CorruptCheckpointError
+        from pipelines.copies import fetch_checkpoint
 
+        try:
+            fetch_checkpoint(self._folder)
+        except CorruptCheckpointError as error:
+            sys.stderr.write(f"moeify: warning: no model was logged ({' '.join(str(error).split())[:300]})\n")
+            return
         for arm in _REGISTERED:
             try:
                 if bytes_in_run(self._folder.path, arm) > self._config.tracking.models * 10**6:
@@ -306,11 +314,16 @@ class MlflowFollower:
 
     def _deliver_export(self, client: "MlflowClient", event: Exported) -> None:
         """Log and register what was exported, if it is still where it was written."""
-        folder = Path(event.folder)
-        if loader_of(folder) is None:
-            sys.stderr.write(f"moeify: warning: {folder} holds no model any more and was not registered\n")
-            return
-        log_model(client, self._origin(), event.alias, folder, self._config.training.steps)
+        with TemporaryDirectory(prefix="moeify-export-") as place:
+            folder = Path(event.folder)
+            if is_url(event.folder):
+                folder = Path(place)
+                with suppress(FileNotFoundError):
+                    fetch(Place(checked_url(event.folder)), folder)
+            if loader_of(folder) is None:
+                sys.stderr.write(f"moeify: warning: {event.folder} holds no model any more and was not registered\n")
+                return
+            log_model(client, self._origin(), event.alias, folder, self._config.training.steps)
 
     def _origin(self) -> Origin:
         tags = {"moeify.run": self._folder.id, **recipe_tags(self._config)}

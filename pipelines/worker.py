@@ -8,7 +8,8 @@ as a ``Failure`` and the worker returns; the process that drives the run raises 
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,11 +19,16 @@ from pydantic import BaseModel, ConfigDict
 
 from moeify.divergence import OutOfMemoryError
 from moeify.events import Artifact, Event, Finished, Phase
+from moeify.place import Place
 from moeify.recipe.config import RunConfig
+from moeify.store import FolderStore, Store
+from moeify.storing import StorageError
 from moeify.task import Task
 from moeify.world import Group, Solo, World
-from pipelines.journal import JournalTracker
+from pipelines import homes
+from pipelines.copies import publish
 from pipelines.runs import RunFolder
+from pipelines.url_journal import Journal, UrlJournal, journal_of
 
 _PEER_SECONDS = 3.0
 """How long a worker that lost a peer waits for the peer's word on why."""
@@ -34,12 +40,16 @@ class Order(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     folder: Path
-    """The run's folder, the same on every node."""
+    """The run's folder, the same on every node; where the run has a URL, each node's copy."""
     base: Path
     """Where relative paths of the recipe start."""
     cache: Path
     """Of prepared data; a node fills its own."""
     config: RunConfig
+    url: str | None = None
+    """Of the run, where its folder is a copy. What opens it is in each node's environment."""
+    attempt: str = ""
+    """Tells this group of workers from those of other attempts at a run with a URL."""
 
 
 class Failure(BaseModel):
@@ -82,67 +92,110 @@ def failure_path(folder: Path) -> Path:
     return folder / "failure.json"
 
 
+def failure_of(payload: Mapping[str, Any]) -> Failure | None:
+    """Return the ``Failure`` that a worker of this order left, if one did."""
+    with suppress(FileNotFoundError):
+        if url := payload.get("url"):
+            content = Place(url).read(_failure_name(payload))
+        else:
+            content = failure_path(Path(payload["folder"])).read_bytes()
+        return Failure.model_validate_json(content)
+    return None
+
+
 def work(payload: dict[str, Any]) -> None:
     """Run one worker's part of an ``Order``, alone or in torch.distributed's group; write the result on rank 0."""
     order = Order.model_validate(payload)
     torch.set_num_threads(order.config.cluster.threads)
-    world = Group() if dist.is_initialized() else Solo()
+    world = Group(order.config.cluster.parallel) if dist.is_initialized() else Solo()
+    if order.url:
+        homes.note(order.folder.parent, order.url.rpartition("/")[0])
     folder = RunFolder(order.folder)
+    if folder.remote:
+        folder.remote.pull()
     if world.rank:
         _loop(order, folder, world, _Silent())
     else:
-        with JournalTracker(folder.journal) as journal:
+        with journal_of(folder) as journal:
             _loop(order, folder, world, journal)
 
 
 def guarded(worker: Callable[[dict[str, Any]], None], payload: dict[str, Any]) -> None:
     """Call ``worker(payload)``; raise only what another attempt may mend: a peer that is gone, no memory left.
 
-    Any other error is left in ``payload["folder"]`` as a ``Failure``.
+    Any other error is left in ``payload["folder"]``, or behind the run's URL, as a ``Failure``; where it cannot be left
+    because the storage is away, it is raised too.
     """
-    folder = Path(payload["folder"])
     try:
         worker(payload)
     except Exception as error:
         if _peer_is_gone(error):
-            if _peer_said_why(folder):
+            if _peer_said_why(payload):
                 return
             raise
-        if not isinstance(error, OutOfMemoryError):
-            leave(folder, error)
+        left = not isinstance(error, OutOfMemoryError) and _left(payload, error)
         if dist.is_initialized():
             dist.destroy_process_group()  # closes the connections: nobody waits for this rank in a collective
-        if isinstance(error, OutOfMemoryError):
+        if not left:
             raise
 
 
-def leave(folder: Path, error: Exception) -> None:
-    """Lay the error down in the run's folder; the first worker to do so is the one that is heard."""
-    failure = Failure.of(error)
-    path = failure_path(folder)
+def _left(payload: Mapping[str, Any], error: Exception) -> bool:
+    try:
+        leave(payload, error)
+    except StorageError:
+        return False
+    return True
+
+
+def leave(payload: Mapping[str, Any], error: Exception) -> None:
+    """Lay the error down where the run is kept; the first worker to do so is the one that is heard."""
+    content = Failure.of(error).model_dump_json(indent=2)
+    if url := payload.get("url"):
+        with suppress(FileExistsError):
+            Place(url).create(_failure_name(payload), content.encode())
+        return
+    path = failure_path(Path(payload["folder"]))
     draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.write_text(failure.model_dump_json(indent=2), encoding="utf-8")
+    draft.write_text(content, encoding="utf-8")
     if path.exists():
         draft.unlink()
     else:
         draft.replace(path)
 
 
-def _loop(order: Order, folder: RunFolder, world: World, tracker: JournalTracker | _Silent) -> None:
+def _failure_name(payload: Mapping[str, Any]) -> str:
+    return f"failures/{payload.get('attempt') or 'alone'}.json"
+
+
+def _loop(order: Order, folder: RunFolder, world: World, tracker: Journal | _Silent) -> None:
     from moeify.loop import run  # here, since the driver reads this module too and needs none of this
-    from moeify.store import FolderStore
     from pipelines.examples import keep_or_warn
 
     tracker.emit(Phase(id="phase/prepare", time=time.time(), phase="prepare", round=0))
     task = _prepare(order, world)
-    store = FolderStore(folder.path, order.config.checkpoints.keep)
+    store = _store(folder, order.config.checkpoints.keep, tracker)
     result = run(order.config, task, world=world, store=store, tracker=tracker)
     if world.rank == 0:
         store.put(folder.result.name, (result.model_dump_json(indent=2) + "\n").encode())
         if keep_or_warn(folder, order.config, task):
             path = folder.portraits.name
+            publish(folder, folder.portraits)
             tracker.emit(Artifact(id=f"artifact/{path}", time=time.time(), path=path))
         tracker.emit(Finished(id="finished", time=time.time(), seconds=result.seconds))
+
+
+def _store(folder: RunFolder, keep: int, tracker: Journal | _Silent) -> Store:
+    """Return where checkpoints go; behind a URL they wait for the journal, and for its word that the run is ours."""
+    if (remote := folder.remote) is None:
+        return FolderStore(folder.path, keep)
+    from moeify.url_store import UrlStore
+
+    return UrlStore(remote.place, folder.path, keep, tracker.flush if isinstance(tracker, UrlJournal) else _refused)
+
+
+def _refused() -> None:
+    raise AssertionError("only rank 0 publishes checkpoints")
 
 
 def _prepare(order: Order, world: World) -> Task:
@@ -164,9 +217,9 @@ def _peer_is_gone(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))
 
 
-def _peer_said_why(folder: Path) -> bool:
+def _peer_said_why(payload: Mapping[str, Any]) -> bool:
     deadline = time.monotonic() + _PEER_SECONDS
-    while not failure_path(folder).exists():
+    while failure_of(payload) is None:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from moeify.models.build import build_autoencoder, build_llama
-from moeify.models.decoders import decoder_named
+from moeify.models.families import transformer_named, transformer_of
 from moeify.models.resnet import ResNet, build_resnet
 from moeify.recipe.model import AutoencoderModel, LlamaModel
 
@@ -20,9 +20,14 @@ DECODER_CONFIGS: dict[str, dict[str, Any]] = {
     "gemma": {"num_key_value_heads": 3, "head_dim": 6},
     "gemma2": {"num_key_value_heads": 3, "head_dim": 6, "sliding_window": 6, "query_pre_attn_scalar": 6},
     "gemma3_text": {"num_key_value_heads": 3, "head_dim": 6, "sliding_window": 6, "query_pre_attn_scalar": 6},
+    "phi3": {"num_key_value_heads": 3},
     "gpt_neox": {},
     "gpt2": {"n_inner": 20, "resid_pdrop": 0.0},
     "opt": {"ffn_dim": 20, "word_embed_proj_dim": 24},
+    "bert": {},
+    "roberta": {"max_position_embeddings": 13, "pad_token_id": 0},
+    "distilbert": {"dim": 24, "hidden_dim": 20, "n_layers": 2, "n_heads": 6},
+    "vit": {"image_size": [4, 6], "patch_size": 2, "num_channels": 2, "num_labels": 5},
 }
 """Family -> what its configuration says besides the sizes."""
 
@@ -43,7 +48,9 @@ def rows_for(network: nn.Module, rows: int, seed: int = 0) -> torch.Tensor:
         return torch.rand(rows, 10, generator=generator, dtype=torch.float64)
     if isinstance(network, ResNet):
         return torch.randn(rows, *network.image, generator=generator, dtype=torch.float64)
-    return torch.randint(40, (rows, 12), generator=generator)
+    if (family := transformer_of(network)) and family.learns == "class of an image":
+        return family.inputs(network, rows, generator).to(next(network.parameters()).dtype)
+    return torch.randint(1, 40, (rows, 12), generator=generator)
 
 
 def grouped_llama(seed: int = 0, *, heads: int = 6, groups: int = 6, bias: bool = False) -> nn.Module:
@@ -64,7 +71,7 @@ def grouped_llama(seed: int = 0, *, heads: int = 6, groups: int = 6, bias: bool 
 
 def tiny_decoder(family: str, **changes: Any) -> nn.Module:
     """A tiny random network of a family; norms and biases random too, so that none is forgotten unseen. In float32."""
-    found = decoder_named(family)
+    found = transformer_named(family)
     assert found is not None
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, "use_cache": False}
     config = {
@@ -77,7 +84,7 @@ def tiny_decoder(family: str, **changes: Any) -> nn.Module:
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = found.build(config)
+        network = found.build({"config": config})
         for parameter in network.parameters():
             nn.init.normal_(parameter, std=0.3)
     return network.eval()

@@ -107,7 +107,7 @@ def test_mistakes_are_told_in_a_line(place: Path, tmp_path: Path) -> None:
     assert "needs --data RECIPE" in done.output
     done = call(place, "attribute", str(tmp_path), "--data", str(place / "tiny.yaml"))
     assert done.exit_code == 2
-    assert "cannot be read as a causal language model" in done.output
+    assert "cannot be read: model_type None" in done.output
     assert call(place, "export", "last", "--category", "code", "--out", str(tmp_path / "pickled")).exit_code == 0
     weights = tmp_path / "pickled" / "model.safetensors"
     torch.save(load_file(weights), tmp_path / "pickled" / "pytorch_model.bin")

@@ -51,7 +51,14 @@ def test_the_scripts_pass_shellcheck() -> None:
 
 
 def test_the_manifests_pass_yamllint() -> None:
-    lint("yamllint", "--strict", "-c", DOCKER / ".yamllint.yaml", DOCKER / "compose.yaml", DOCKER / "kuberay")
+    lint(
+        "yamllint",
+        "--strict",
+        "-c",
+        DOCKER / ".yamllint.yaml",
+        *sorted(DOCKER.glob("compose*.yaml")),
+        DOCKER / "kuberay",
+    )
 
 
 def closed(schema: Any) -> Any:
@@ -126,6 +133,18 @@ def test_compose_publishes_to_this_machine_alone_and_takes_secrets_from_files() 
         assert services[name]["read_only"]
         assert services[name]["environment"]["MOEIFY_ROLE"] == name
         assert (BIN / services[name]["command"][0]).is_file()
+
+
+def test_runs_in_the_store_give_every_node_the_url_and_its_keys_as_files() -> None:
+    compose, more = read(DOCKER / "compose.yaml"), read(DOCKER / "compose.s3.yaml")
+    assert set(more["services"]["store"]["networks"]) <= set(compose["networks"])
+    for name in ("head", "worker"):
+        part = more["services"][name]
+        assert part["environment"]["MOEIFY_HOME"] == "${RUNS_URL:-s3://moeify/runs}"
+        assert part["secrets"] == ["s3_access_key", "s3_secret_key"]
+        assert set(part["secrets"]) <= set(compose["secrets"])
+        for key in ("S3_ACCESS_KEY_FILE", "S3_SECRET_KEY_FILE"):
+            assert part["environment"][key].removeprefix("/run/secrets/") in part["secrets"]
 
 
 def test_the_image_is_pinned_and_not_roots() -> None:
@@ -205,6 +224,20 @@ def test_the_head_starts_with_a_token_and_not_without(stand_ins: dict[str, str],
     assert arguments[-1] == "--resources={}"
     assert (seen["RAY_AUTH_MODE"], seen["MLFLOW_TRACKING_PASSWORD"]) == ("token", SECRET)
     assert SECRET not in " ".join(arguments)
+
+
+def test_nodes_of_a_url_get_the_keys_that_their_files_hold(stand_ins: dict[str, str], tmp_path: Path) -> None:
+    for name in ("S3_ACCESS_KEY", "S3_SECRET_KEY"):
+        (tmp_path / name).write_text(f"{name}-{SECRET}")
+    environment = stand_ins | {"MOEIFY_HOME": "s3://moeify/runs", "RAY_AUTH_TOKEN": "t", "RAY_HEAD": "head:6379"}
+    environment |= {f"{name}_FILE": str(tmp_path / name) for name in ("S3_ACCESS_KEY", "S3_SECRET_KEY")}
+    for node in ("ray_head.sh", "ray_worker.sh"):
+        assert script(node, environment).returncode == 0
+        arguments, seen = noted(tmp_path, "ray")
+        assert seen["AWS_ACCESS_KEY_ID"] == f"S3_ACCESS_KEY-{SECRET}"
+        assert seen["AWS_SECRET_ACCESS_KEY"] == f"S3_SECRET_KEY-{SECRET}"
+        assert SECRET not in " ".join(arguments)
+    assert noted(tmp_path, "python")[0] == [f"{BIN}/make_bucket.py", "s3://moeify/runs"]
 
 
 def test_a_worker_names_what_it_lacks(stand_ins: dict[str, str], tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """What the documents say, run."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import random
@@ -8,17 +10,24 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from moeify.models import families
 from moeify.recipe.config import RunConfig
 from moeify.recipe.load import load_recipe, to_yaml
+from moeify.routed.proof import prove
 from pipelines.cli import main
 from tests.finished_runs import TINY, environment, finish
+from tests.networks import tiny_decoder
+from tests.test_owners import random_units
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -156,18 +165,15 @@ def test_the_notebook_runs_as_a_script(tmp_path: Path):
 def test_every_command_of_the_other_documents_runs(tmp_path: Path):
     """In the order of the text, on a small run; those that lack an argument are names and no commands."""
     asked = []
-    for document in DOCS:
-        if document.stem not in ELSEWHERE:
-            asked += [
-                words for name, rest in named(document.read_text(encoding="utf-8")) if (words := tried(name, rest))
-            ]
+    for document in ("concepts", "routing", "report", "faq"):
+        text = (ROOT / "docs" / f"{document}.md").read_text(encoding="utf-8")
+        asked += [words for name, rest in named(text) if (words := tried(name, rest))]
     assert len(asked) > 8
+    asked = [[f"out-{place}" if word == "out" else word for word in words] for place, words in enumerate(asked)]
     finish(tmp_path, {"tiny": TINY})
     done = subprocess.run(
         [sys.executable, "-c", TRIED],
-        input=json.dumps(
-            [[word if word != "out" else f"out-{place}" for word in words] for place, words in enumerate(asked)]
-        ),
+        input=json.dumps(asked),
         cwd=tmp_path,
         env={**os.environ, **environment(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -218,3 +224,34 @@ def test_the_figures_of_the_concepts_are_those_of_the_run():
     text = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
     for figure in (*facts["loss"].values(), *(facts["nodes"][place]["name"] for place in (1, 4))):
         assert str(figure) in text, figure
+
+
+# --- extending ----------------------------------------------------------------------------------------
+
+
+def test_the_adapter_and_the_method_of_the_document_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    found, adapter, proof, method = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for name in ("TRANSFORMERS", "ADAPTERS"):
+        monkeypatch.setattr(families, name, getattr(families, name))
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(found, {})
+    assert said.getvalue().strip() == "[('1.hidden', 12)]"
+    made: dict[str, Any] = {}
+    exec(adapter + proof, made)
+    assert [site.kind for site in families.unit_space(made["network"], ("ffn", "heads")).sites] == ["heads", "ffn"] * 2
+    exec(method, made)
+    capacity = np.array([3, 4, 5])
+    owner = made["loudest"](random_units(12, [["a", "b"], ["c"]]))(capacity).owner_L
+    assert np.bincount(owner).tolist() == capacity.tolist()
+
+
+@pytest.mark.parametrize("wrong", [{"up": "gate_proj"}, {"gate": None}])
+def test_an_adapter_that_is_wrong_is_told_by_its_proof(wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TRANSFORMERS", "ADAPTERS"):
+        changed = [replace(a, **wrong) if a.family == "llama" else a for a in getattr(families, name)]
+        monkeypatch.setattr(families, name, tuple(changed))
+    network = tiny_decoder("llama")
+    with pytest.raises(ValueError, match=r"^site 'layers\.0\.ffn': another order of its units changes what comes out"):
+        prove(network, families.example_inputs(network, rows=2, seed=0))

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -17,7 +18,6 @@ from transformers import (
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
-    Phi3Config,
     PreTrainedTokenizerFast,
 )
 
@@ -27,8 +27,18 @@ from attribution.subject import Rows, Subject
 from moeify.export.pruning import only, prune
 from moeify.export.stock import extract
 from moeify.models.build import Autoencoder, logits
-from moeify.models.decoders import DECODERS, decoder_of
-from moeify.models.families import describe, entries, example_inputs, readers, rebuild, unit_space
+from moeify.models.families import (
+    TRANSFORMERS,
+    describe,
+    entries,
+    example_inputs,
+    opened,
+    readers,
+    rebuild,
+    transformer_of,
+    unit_space,
+)
+from moeify.models.fused import closed
 from moeify.models.units import input_weight, output_weight, unit_parameters
 from moeify.recipe.data import TextData
 from moeify.recipe.partition import UnitKind
@@ -39,7 +49,7 @@ from moeify.splitting.surgery import permute
 from moeify.splitting.tree import ExpertTree
 from moeify.subjects import of_checkpoint
 from moeify.tasks.language import sample_tokens, token_nats
-from tests.networks import CATEGORIES, DECODER_CONFIGS, DECODER_SIZES, rows_for, tiny_decoder
+from tests.networks import CATEGORIES, DECODER_CONFIGS, rows_for, tiny_decoder
 
 
 def llama(groups: int) -> LlamaForCausalLM:
@@ -85,7 +95,8 @@ def test_a_network_without_an_adapter_is_named() -> None:
             ask(nn.Linear(2, 2))
 
 
-WITH_HEADS = {"llama", "mistral", "qwen2", "qwen3"}
+WITH_HEADS = {"llama", "mistral", "qwen2", "qwen3", "phi3", "bert", "roberta", "distilbert", "vit"}
+IMAGES = {"vit"}
 TREE = ExpertTree.undivided(CATEGORIES).split({0: [("a", "b"), ("c", "d")]}).split({1: [("a",), ("b",)]})
 BOTH = get_args(UnitKind)
 
@@ -102,14 +113,14 @@ def save_tokenizer(folder: Path) -> None:
     """Write a tokenizer with a token a letter."""
     letters = Tokenizer(WordLevel({letter: number for number, letter in enumerate(string.ascii_lowercase)}, "a"))
     letters.pre_tokenizer = Split(Regex("."), "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=letters, mask_token="z").save_pretrained(folder)
 
 
-EVERY = pytest.mark.parametrize("family", [decoder.family for decoder in DECODERS])
+EVERY = pytest.mark.parametrize("family", [each.family for each in TRANSFORMERS])
 
 
 def test_every_family_is_tested() -> None:
-    assert list(DECODER_CONFIGS) == [decoder.family for decoder in DECODERS]
+    assert list(DECODER_CONFIGS) == [each.family for each in TRANSFORMERS]
 
 
 @EVERY
@@ -118,7 +129,8 @@ def test_sites_of_a_family(family: str) -> None:
     space = unit_space(tiny_decoder(family), BOTH)
     assert [site.name for site in space.sites] == [f"layers.{i}.{kind}" for i in (0, 1) for kind in kinds]
     assert {site.units for site in space.sites if site.kind == "ffn"} == {20}
-    assert {site.units for site in space.sites if site.kind == "heads"} <= {3}
+    groups = getattr(tiny_decoder(family).config, "num_key_value_heads", 6)
+    assert {site.units for site in space.sites if site.kind == "heads"} <= {groups}
 
 
 @EVERY
@@ -178,9 +190,10 @@ def test_what_is_extracted_for_a_category_loads_in_transformers_and_gives_its_ro
     inputs = rows_for(model.network, 3)
     for number, category in enumerate(CATEGORIES):
         extract(model, category).save_pretrained(tmp_path / category)
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / category, dtype=torch.float32)
+        auto = getattr(transformers, transformer_of(model.network).auto)
+        loaded = auto.from_pretrained(tmp_path / category, dtype=torch.float32)
         assert type(loaded) is type(model.network)
-        assert all(site.units < 20 for site in unit_space(loaded).sites)
+        assert all(site.units < 20 for site in unit_space(opened(copy.deepcopy(loaded))).sites)
         with torch.no_grad():
             wanted = model(inputs, torch.full((3,), number))
             torch.testing.assert_close(loaded(inputs).logits, wanted, rtol=1e-4, atol=1e-4)
@@ -211,7 +224,7 @@ def test_a_family_is_rebuilt_from_plain_data(family: str) -> None:
     assert {name: tensor.shape for name, tensor in again.state_dict().items()} == shapes
     again.load_state_dict(network.state_dict())
     inputs = example_inputs(network, rows=2, seed=0)
-    assert inputs.shape == (2, 12)
+    assert inputs.shape == ((2, 2, 4, 6) if family in IMAGES else (2, 12))
     torch.testing.assert_close(logits(again.eval(), inputs), logits(network, inputs), rtol=0, atol=0)
 
 
@@ -235,6 +248,10 @@ def test_tokens_of_a_row_have_routes_of_their_own_in_a_family(family: str) -> No
     """Routed equals masked; with one category a row, both equal routes of whole rows."""
     model = split_of(tiny_decoder(family).double(), ("ffn",))
     inputs = rows_for(model.network, 4)
+    if family in IMAGES:
+        with pytest.raises(ValueError, match="other inputs take one category a row"):
+            model(inputs, torch.zeros(4, 7, dtype=torch.long))
+        return
     categories = torch.randint(4, inputs.shape, generator=torch.Generator().manual_seed(1))
     routed = model(inputs, categories)
     with model.masked():
@@ -260,13 +277,13 @@ def test_a_family_can_be_told_the_category(family: str, tmp_path: Path) -> None:
         torch.testing.assert_close(after, model(inputs, categories), rtol=1e-4, atol=1e-4)
     save_split(model.eval(), tmp_path / "split", {})
     torch.testing.assert_close(load_split(tmp_path / "split")(inputs, categories), after, rtol=0, atol=0)
-    if family in {"llama", "gpt_neox", "gpt2", "opt"}:
+    if transformer_of(model.network).biases:
         dense = extract(model, "c")
         torch.testing.assert_close(logits(dense, inputs[2:3]), after[2:3], rtol=1e-4, atol=1e-4)
     else:
         with pytest.raises(ValueError, match=f"blocks of family '{family}' have no biases, .* export it with --split"):
             extract(model, "c")
-    assert model.input_weight("layers.0.ffn").shape == (20, 24 * (2 if decoder_of(model.network).gate else 1))
+    assert model.input_weight("layers.0.ffn").shape == (20, 24 * (2 if transformer_of(model.network).gate else 1))
 
 
 @EVERY
@@ -323,24 +340,35 @@ def test_weights_that_lie_the_other_way_round_are_read_the_right_way() -> None:
 
 @EVERY
 def test_a_familys_share_of_operations_counts_every_matrix(family: str) -> None:
-    """All that multiplies a token: matrices but the embeddings (the tied head is one, positions and input are not)."""
+    """All that multiplies a token: matrices but the embeddings (the tied head is one, positions and input are not); of
+    an image, every token it becomes."""
     model = split_of(tiny_decoder(family), ("ffn",))
     looked_up = {"model.embed_tokens.weight", "gpt_neox.embed_in.weight", "model.decoder.embed_tokens.weight"}
     looked_up |= {"model.decoder.embed_positions.weight", "transformer.wte.weight", "transformer.wpe.weight"}
     named = dict(model.network.named_parameters(remove_duplicate=True)).items()
-    matrices = sum(tensor.numel() for name, tensor in named if tensor.ndim == 2 and name not in looked_up)
-    matrices += 0 if "lm_head.weight" in dict(named) or "embed_out.weight" in dict(named) else 40 * 24
-    of_a_unit = 24 * (3 if decoder_of(model.network).gate else 2)
-    seen = 2 * 6 * getattr(model.network.config, "head_dim", 4) * 12 if family in WITH_HEADS else 0
-    # Of 20 units a layer, a's route runs 8 + 2 + 2.
-    share = 1 - 2 * 2 * 8 * of_a_unit / (2 * matrices + 2 * seen)
+    matrices = sum(
+        tensor.numel()
+        for name, tensor in named
+        if tensor.ndim == 2 and name not in looked_up and "embeddings" not in name and name != "classifier.weight"
+    )
+    untied = {"lm_head.weight", "embed_out.weight", "classifier.weight"}
+    matrices += 0 if untied & dict(named).keys() else 40 * 24
+    of_a_unit = 24 * (3 if transformer_of(model.network).gate else 2)
+    size, length = getattr(model.network.config, "head_dim", 4), 7 if family in IMAGES else 12
+    both_ways = 1 if transformer_of(model.network).learns == "next token" else 2
+    seen = both_ways * 2 * 6 * size * length if family in WITH_HEADS else 0
+    # Of 20 units a layer, a's route runs 8 + 2 + 2. An image is 6 patches, which a convolution makes, and the class's.
+    tokens, outside = (7, 2 * (6 * 24 * 2 * 2 * 2 + 24 * 5)) if family in IMAGES else (1, 0)
+    share = 1 - tokens * 2 * 2 * 8 * of_a_unit / (tokens * (2 * matrices + 2 * seen) + outside)
     assert model.active_flops(12)["a"] == pytest.approx(share)
 
 
 @EVERY
 def test_a_checkpoint_of_a_family_is_measured(family: str, tmp_path: Path) -> None:
+    if family in IMAGES:
+        return  # tests/test_encoders.py does
     checkpoint, texts = tmp_path / "checkpoint", tmp_path / "texts"
-    tiny_decoder(family).save_pretrained(checkpoint)
+    closed(tiny_decoder(family)).save_pretrained(checkpoint)
     save_tokenizer(checkpoint)
     for name, letters in (("one", "abcdef"), ("two", "uvwxyz")):
         (texts / name).mkdir(parents=True)
@@ -358,7 +386,7 @@ def test_a_checkpoint_of_a_family_is_measured(family: str, tmp_path: Path) -> No
         edges = measure_edges(probed.subject, probed.batches, ways)
         assert all(bool(edge.taylor.any()) and bool(edge.taylor.isfinite().all()) for edge in edges.pairs.values())
     else:
-        assert family in {"gemma2", "gemma3_text", "opt"}
+        assert family in {"gemma2", "gemma3_text", "opt", "bert", "roberta", "distilbert"}
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2"])
@@ -391,21 +419,77 @@ def test_an_activation_that_routed_blocks_do_not_compute_is_refused() -> None:
         unit_space(tiny_decoder("qwen3", hidden_act="mish"))
 
 
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (Phi3Config(**DECODER_SIZES, vocab_size=9, pad_token_id=None), "Phi3ForCausalLM: gate and up are one module"),
-        (
-            BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9),
-            "BloomForCausalLM: moeify.models.decoders names the",
-        ),
-    ],
-)
-def test_an_architecture_without_an_adapter_is_refused_in_one_line(config: Any, reason: str) -> None:
-    network = AutoModelForCausalLM.from_config(config)
+def test_an_architecture_without_an_adapter_is_refused_in_one_line() -> None:
+    network = AutoModelForCausalLM.from_config(BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9))
     for ask in (unit_space, entries, describe):
-        with pytest.raises(ValueError, match=f"^no adapter for {reason}[^\n]*$"):
+        with pytest.raises(ValueError, match=r"^no adapter for BloomForCausalLM[^\n]* docs/extending.md [^\n]*$"):
             ask(network)
+
+
+# --- maps that a stock architecture keeps as one ------------------------------------------------------
+
+
+def test_fused_maps_are_opened_before_units_are_named_and_closed_before_a_network_leaves() -> None:
+    network = closed(tiny_decoder("phi3").double())
+    inputs = rows_for(network, 3)
+    stock, before = {name: tensor.clone() for name, tensor in network.state_dict().items()}, logits(network, inputs)
+    with pytest.raises(ValueError, match=r"gate_up_proj' of Phi3ForCausalLM holds several maps as one; give .*opened"):
+        unit_space(network)
+    units = unit_space(opened(network), BOTH)
+    assert units["layers.0.ffn"].ways_in[0].parameter == "model.layers.0.mlp.gate_up_proj.up.weight"
+    assert not stock.keys() >= network.state_dict().keys()
+    torch.testing.assert_close(logits(network, inputs), before, rtol=1e-9, atol=1e-10)
+    again = closed(network).state_dict()
+    assert list(again) == list(stock)
+    assert all(torch.equal(again[name], tensor) for name, tensor in stock.items())
+
+
+@pytest.mark.parametrize("changes", [{"partial_rotary_factor": 0.5}, {"sliding_window": 4}, {"num_key_value_heads": 6}])
+def test_variants_of_phi3(changes: dict[str, Any]) -> None:
+    """As in Phi-4-mini, positions turn a part of each head; as in Phi-3-mini, windows slide."""
+    network = tiny_decoder("phi3", **changes).double()
+    inputs, categories = rows_for(network, 4), torch.tensor([0, 1, 2, 3])
+    stock = logits(closed(copy.deepcopy(network)), inputs)
+    assert (stock - logits(tiny_decoder("phi3").double(), inputs)).abs().max() > 1e-3
+    model = SplitModel(copy.deepcopy(network), CATEGORIES, kinds=BOTH)
+    torch.testing.assert_close(model(inputs, categories), stock, rtol=1e-9, atol=1e-10)
+    routed = split_of(network)
+    with routed.masked():
+        masked = routed(inputs, categories)
+    torch.testing.assert_close(routed(inputs, categories), masked, rtol=1e-9, atol=1e-10)
+
+
+def test_heads_of_phi3_whose_positions_have_long_factors_all_stay() -> None:
+    long = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [2.0, 2.0]}
+    network = tiny_decoder("phi3", rope_parameters={**long, "rope_theta": 1e4}, original_max_position_embeddings=12)
+    model = split_of(network).eval()
+    inputs = rows_for(network, 3)
+    dense = extract(model, "c")
+    assert dense.config.num_attention_heads == 6
+    torch.testing.assert_close(logits(dense, inputs), model(inputs, torch.full((3,), 2)), rtol=1e-4, atol=1e-4)
+
+
+# --- tokens that see both ways ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "vit"])
+def test_split_heads_of_an_encoder_see_tokens_that_come_later(family: str) -> None:
+    model = split_of(tiny_decoder(family).double()).eval()
+    inputs, categories = rows_for(model.network, 2), torch.tensor([0, 2])
+    changed = inputs.clone()
+    changed[..., -1] = (changed[..., -1] + 1) % 40
+    assert (model(changed, categories) - model(inputs, categories))[:, 0].abs().max() > 1e-6
+
+
+def test_dropout_of_an_encoder_stays() -> None:
+    network = tiny_decoder("bert", attention_probs_dropout_prob=0.3, hidden_dropout_prob=0.3).double().train()
+    model = SplitModel(copy.deepcopy(network), CATEGORIES, kinds=BOTH)
+    inputs, categories = rows_for(network, 4), torch.tensor([0, 1, 2, 3])
+    with model.masked():
+        for run in (model, lambda rows, _: logits(network, rows)):
+            one, other = run(inputs, categories), run(inputs, categories)
+            assert (one - other).abs().max() > 1e-3
+    assert not SplitModel(tiny_decoder("bert"), CATEGORIES).network.bert.encoder.layer[0].attention.self.training
 
 
 def test_a_family_that_is_not_known_is_refused_with_those_that_are() -> None:

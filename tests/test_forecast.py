@@ -7,7 +7,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moeify.events import MemoryTracker
-from moeify.forecast import FlopCounter, Forecast, _step, build, forecast, sizes, unmasked
+from moeify.forecast import FlopCounter, Forecast, Sizes, _step, build, forecast, sizes, unmasked
 from moeify.loop import _Loop, run
 from moeify.recipe.config import RunConfig
 from moeify.store import MemoryStore
@@ -79,6 +79,23 @@ def test_more_workers_keep_less_each_and_sharing_unequally_is_refused() -> None:
     assert (two.forward, two.parameters, two.table) == (one.forward, one.parameters, one.table)
     with pytest.raises(ValueError, match=r"training\.rows: got 16, which 3 workers cannot share equally"):
         sizes(TEXT, BASE, 3, 4)
+
+
+def test_what_saves_memory_in_training_is_foreseen() -> None:
+    def with_training(**changes: object) -> Sizes:
+        data = {**TEXT_CONFIG["data"], "length": 64}
+        model = {**TEXT_CONFIG["model"], "layers": 6, "hidden": 32, "ffn": 128}
+        training = {"steps": 60, "rows": 16, **changes}
+        return sizes(toy_config(**{**TEXT_CONFIG, "data": data, "model": model, "training": training}), BASE, 1, 4)
+
+    plain, parts = with_training(), with_training(accumulate=4)
+    again, low = with_training(checkpoint_activations=True), with_training(autocast="bfloat16")
+    assert parts.kept == pytest.approx(plain.kept / 4, rel=0.02)
+    assert (parts.forward, parts.backward, parts.again) == (plain.forward, plain.backward, 0)
+    assert again.kept < plain.kept / 2
+    assert 0.5 * plain.forward < again.again < plain.forward
+    assert (again.forward, again.backward, again.kept_measuring) == (plain.forward, plain.backward, plain.kept)
+    assert 0.5 * plain.kept < low.kept < plain.kept
 
 
 def test_deeper_rounds_and_fewer_controls_take_less() -> None:

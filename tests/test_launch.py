@@ -129,8 +129,8 @@ def test_a_run_that_another_process_drives_is_refused(folder: RunFolder) -> None
 def test_the_first_failure_of_a_group_is_the_one_that_is_heard(folder: RunFolder) -> None:
     from pipelines.worker import Failure, failure_path, leave
 
-    leave(folder.path, ValueError("first"))
-    leave(folder.path, KeyError("second"))
+    leave({"folder": folder.path}, ValueError("first"))
+    leave({"folder": folder.path}, KeyError("second"))
     failure = Failure.model_validate_json(failure_path(folder.path).read_text())
     assert (failure.family, failure.kind, failure.message) == ("value", "ValueError", "first")
     assert "ValueError: first" in failure.trace
@@ -149,7 +149,7 @@ def test_a_lost_peer_is_raised_and_other_errors_are_left(folder: RunFolder, monk
     with pytest.raises(RuntimeError, match="closed by peer"):
         worker.guarded(bereaved, payload)
     assert not worker.failure_path(folder.path).exists()
-    worker.leave(folder.path, ValueError("the peer's own error"))
+    worker.leave({"folder": folder.path}, ValueError("the peer's own error"))
     worker.guarded(bereaved, payload)  # the peer has said why it left: another attempt would not help
 
 

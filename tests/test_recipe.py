@@ -60,7 +60,10 @@ training: {stepz: 100, rows: "16", learning_rate: -1, warmup: true}
 partition: {budget: knapsak, compensation: {ridge: 0}}
 rounds: [{train: 1.5, recover: 3, separation: 1.0}, 7]
 """)
-    training = "steps, rows, learning_rate, final_learning_rate, warmup, weight_decay, clip, explosion, on_divergence"
+    training = (
+        "steps, rows, accumulate, autocast, checkpoint_activations, learning_rate, final_learning_rate, warmup, "
+        "weight_decay, clip, explosion, on_divergence"
+    )
     for line in (
         "name: got 'my run', wanted a name that matches ^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
         "data.source.sources[1]: got 'pythn', wanted one of 'python', 'prose', 'c', 'web'; nearest: 'python'",

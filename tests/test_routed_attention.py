@@ -163,7 +163,9 @@ def test_an_attention_of_split_heads_passes_gradcheck() -> None:
     x = torch.randn(3, 4, 24, dtype=torch.float64, requires_grad=True)
     angles = torch.rand(1, 4, 2, dtype=torch.float64).repeat(1, 1, 2)
     rotary = (angles.cos(), angles.sin())
-    assert torch.autograd.gradcheck(lambda x, *_: attention(x, rotary)[0], (x, *attention.parameters()), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda x, *_: attention(x, position_embeddings=rotary)[0], (x, *attention.parameters()), fast_mode=True
+    )
 
 
 def test_rows_without_a_route_are_refused() -> None:

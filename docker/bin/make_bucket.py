@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """``make_bucket.py s3://BUCKET``: make it where it is not there.
 
-Address and keys come from the environment, as for every client of S3: MLFLOW_S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY.
+Address and keys come from the environment, as for every client of S3: MLFLOW_S3_ENDPOINT_URL or AWS_ENDPOINT_URL,
+AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY.
 """
 
 import os

@@ -1,9 +1,9 @@
 """A program of its own, which knows nothing of moeify: load a stock checkpoint and compare its logits with wanted ones.
 
 ``python fresh_check.py FOLDER CASES`` prints one line of JSON: the largest difference of each case. CASES is a
-safetensors file: ``inputs`` [rows positions], ``wanted/<name>`` [rows positions vocabulary], and in its header
-``form``, the format of a mixture, and ``cases``, a list of [name, expert]: the expert to send all tokens to before they
-are compared; null: as loaded.
+safetensors file: ``inputs`` [rows positions] or images, ``wanted/<name>`` of the logits' shape, and in its header
+``auto``, the class of transformers that loads the checkpoint, ``form``, the format of a mixture, and ``cases``, a list
+of [name, expert]: the expert to send all tokens to before they are compared; null: as loaded.
 
 The functions that choose a mixture's expert are what model cards quote.
 """
@@ -39,15 +39,14 @@ ROUTE = {"glm4_moe": route_glm4_moe, "granitemoeshared": route_granitemoeshared}
 @torch.no_grad()
 def main(folder: str, cases: str) -> None:
     """Print the differences."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    ).eval()
     found = []
     with safe_open(cases, framework="pt") as file:
         inputs = file.get_tensor("inputs")
         header = file.metadata()
+        auto = getattr(transformers, header["auto"])
+        model = auto.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).eval()
         for name, expert in json.loads(header["cases"]):
             if expert is not None:
                 ROUTE[header["form"]](model, expert)

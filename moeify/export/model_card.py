@@ -5,14 +5,14 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import assert_never
+from typing import Any, assert_never
 
 from moeify.data.images import NORMS
 from moeify.export import fresh_check
 from moeify.export.stock import Form, Stock, ffn_sites
 from moeify.export.verification import Source
-from moeify.models.decoders import config_of, decoder_of
-from moeify.models.families import describe
+from moeify.models.families import describe, transformer_of
+from moeify.models.transformer import Transformer, config_of, image_size
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
 from moeify.recipe.data import DigitsData, ImageData, TextData
@@ -120,9 +120,12 @@ def _loading(part: SplitModel, stock: Stock | None, gguf: bool) -> Iterator[str]
     if gguf:
         yield from ("```bash", 'llama-completion -m FOLDER/model.gguf -p "TEXT"  # or any other llama.cpp', "```")
     else:
-        yield from ("```python", "from transformers import AutoModelForCausalLM, AutoTokenizer")
-        yield from ("", 'model = AutoModelForCausalLM.from_pretrained("FOLDER")')
-        yield from ('tokenizer = AutoTokenizer.from_pretrained("FOLDER")', "```")
+        family = transformer_of(stock.network)
+        auto = family.auto if family else "AutoModelForCausalLM"
+        reads = ["AutoTokenizer"] if family is None or family.learns != "class of an image" else []
+        yield from ("```python", f"from transformers import {', '.join([auto, *reads])}")
+        yield from ("", f'model = {auto}.from_pretrained("FOLDER")')
+        yield from (*(f'tokenizer = {each}.from_pretrained("FOLDER")' for each in reads), "```")
     if stock.form is not None:
         yield from ("", *_routing(stock, stock.form, gguf))
 
@@ -147,13 +150,12 @@ def _routing(stock: Stock, form: Form, gguf: bool) -> Iterator[str]:
 def _origin(about: About, whole: SplitModel) -> Iterator[str]:
     """Say where the weights come from; no path of the recipe is told."""
     yield from ("## Where it comes from", "")
-    if decoder_of(whole.network):
+    if family := transformer_of(whole.network):
         config, ffn = config_of(whole.network), max(site.units for site in ffn_sites(whole))
-        name = type(whole.network).__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        name = family.config.removesuffix("Config").removesuffix("Text")
         yield (
             f"- network: {name}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
-            f"FFN {ffn}, {config.num_attention_heads} heads, "
-            f"vocabulary {config.vocab_size:,}, up to {config.max_position_embeddings:,} positions"
+            f"FFN {ffn}, {config.num_attention_heads} heads, {_takes(family, config)}"
         )
     else:
         description = describe(whole.network)
@@ -162,6 +164,13 @@ def _origin(about: About, whole: SplitModel) -> Iterator[str]:
     yield f"- categories: {', '.join(whole.categories)}"
     if about.recipe is not None:
         yield from _recipe(about.recipe)
+
+
+def _takes(family: Transformer, config: Any) -> str:
+    if family.learns == "class of an image":
+        height, width = image_size(config)
+        return f"images of {height} x {width}, {config.num_labels} classes"
+    return f"vocabulary {config.vocab_size:,}, up to {family.positions(config):,} positions"
 
 
 def _recipe(recipe: RunConfig) -> Iterator[str]:

@@ -21,7 +21,7 @@ from moeify.export.model_card import NOTHING, About, Checked, card
 from moeify.export.stock import Form, Stock, ffn_sites, to_dense
 from moeify.export.stock_moe import to_moe
 from moeify.export.verification import Source
-from moeify.models.decoders import decoder_of
+from moeify.models.families import transformer_of
 from moeify.routed.split_model import SplitModel
 from moeify.split_folder import load_from_run, load_split, save_split
 
@@ -65,7 +65,7 @@ class Origin:
 def export_dense(run: Path | Origin, categories: Sequence[str], out: Path, how: How = PLAIN) -> Checked:
     """Write the one route that these categories share as a smaller dense model of the same family.
 
-    For a language model this is a directory that ``transformers.AutoModelForCausalLM.from_pretrained`` loads; for other
+    For a model of ``transformers`` this is a directory that ``from_pretrained`` of its auto class loads; for other
     networks, which have no stock format, an undivided split folder for ``moeify.load_split``.
     """
     _refuse_occupied(out)
@@ -73,7 +73,7 @@ def export_dense(run: Path | Origin, categories: Sequence[str], out: Path, how: 
     source = Source.of(_split_of(run), how.torch_dtype, keep=categories)
     heads_too = len(ffn_sites(source.whole)) < len(source.whole.space.sites)
     stock = to_dense(source.whole, categories, padded=not how.gguf or heads_too)
-    if decoder_of(stock.network) is None:
+    if transformer_of(stock.network) is None:
         return export_split(run, out, how, keep=categories)
     return _export_stock(run, source, stock, out, how)
 
@@ -143,8 +143,9 @@ def _save_pretrained(stock: nn.Module, folder: Path) -> None:
     from transformers.utils import logging
 
     network: Any = stock
-    network.config.use_cache = True
-    network.generation_config.use_cache = True
+    if hasattr(network, "generation_config"):  # of models that write text
+        network.config.use_cache = True
+        network.generation_config.use_cache = True
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -9,6 +9,7 @@ from torch import nn
 
 from moeify.export.untold import untold
 from moeify.models.families import describe, rebuild, with_units
+from moeify.models.fused import closed
 from moeify.models.resizing import copy_units, shaped
 from moeify.models.units import ConvUnits, FfnUnits
 from moeify.recipe.partition import UnitKind
@@ -91,7 +92,10 @@ def ffn_sites(split: SplitModel) -> list[FfnUnits]:
 
 
 def extract(split: SplitModel, category: str) -> nn.Module:
-    """Return a dense network of the units on one category's route; narrower sites are zero-padded to the widest."""
+    """Return a dense network of the units on one category's route; narrower sites are zero-padded to the widest.
+
+    Its modules are those of the stock architecture.
+    """
     if category not in split.categories:
         raise ValueError(f"no category {category!r}; the model has {', '.join(split.categories)}")
     split = untold(split, category) if split.told else split
@@ -102,7 +106,7 @@ def extract(split: SplitModel, category: str) -> nn.Module:
         widest[site.kind] = max(widest.get(site.kind, 0), len(active[site.name]))
     dense = rebuild(with_units(describe(split.network), widest["ffn"], widest.get("heads")))
     copy_units(split.network, split.space, active, dense)
-    return dense.eval()
+    return closed(dense).eval()
 
 
 def _narrow(split: SplitModel, category: str) -> nn.Module:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moeify.export import gguf_file
 from moeify.export.pruning import only, prune, without
 from moeify.export.stock import Stock
-from moeify.models.families import example_inputs
+from moeify.models.families import example_inputs, transformer_of
 from moeify.routed.split_model import SplitModel
 
 TOLERANCE = 1e-4
@@ -128,7 +128,9 @@ class Source(NamedTuple):
         tensors = {name: tensor.contiguous() for name, tensor in {"inputs": self.inputs, **named, **more}.items()}
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "cases.safetensors"
-            save_file(tensors, path, {"form": stock.form or "", "cases": json.dumps(cases), **header})
+            family = transformer_of(self.whole.network)
+            asked = {"auto": family.auto if family else "", "form": stock.form or "", "cases": json.dumps(cases)}
+            save_file(tensors, path, {**asked, **header})
             found = _answer([sys.executable, "-P", str(program), str(weights.absolute()), str(path)], place)
         differences: dict[str, float] = {}
         for (category, _), difference in zip(cases, found, strict=True):

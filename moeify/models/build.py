@@ -1,6 +1,6 @@
 """The networks that recipes can build, freshly initialised from a seed that touches no global state."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeify.recipe.model import AutoencoderModel, LlamaModel
+
+PRECISIONS: dict[Literal["none", "bfloat16"], torch.dtype | None] = {"none": None, "bfloat16": torch.bfloat16}
+"""What a recipe's ``training.autocast`` may say -> what ``logits`` takes."""
 
 
 class FeedForward(nn.Module):
@@ -69,7 +72,15 @@ def build_llama(config: LlamaModel, *, vocabulary: int, length: int, end: int, s
         return network
 
 
-def logits(network: nn.Module, inputs: Tensor, **more: Any) -> Tensor:
-    """Return the network's logits, whether it gives them bare or inside a model output; it is given ``more`` as is."""
-    outputs = network(inputs, **more)
-    return outputs if isinstance(outputs, Tensor) else outputs.logits
+def logits(network: nn.Module, inputs: Tensor, *, autocast: torch.dtype | None = None, **more: Any) -> Tensor:
+    """Return the network's logits, whether it gives them bare or inside a model output; it is given ``more`` as is.
+
+    ``autocast``: of products and convolutions; what they are made of stays in the network's own precision, and so do
+    the logits, as a loss in nats needs. Casts are not kept: weights are used once a pass, their copies would pile up.
+    """
+    if autocast is None:
+        outputs = network(inputs, **more)
+        return outputs if isinstance(outputs, Tensor) else outputs.logits
+    with torch.autocast(inputs.device.type, autocast, cache_enabled=False):
+        low = logits(network, inputs, **more)
+    return low.to(next(network.parameters()).dtype)

@@ -1,4 +1,4 @@
-"""A causal language model from a folder that ``save_pretrained`` wrote: looked at first, so that errors are one line.
+"""A transformer from a folder that ``save_pretrained`` wrote: looked at first, so that errors are one line.
 
 Local folders and safetensors alone; no code of the checkpoint is run and no pickle is read.
 """
@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from moeify.models.decoders import DECODERS, WITHOUT, Decoder, decoder_named
+from moeify.models.families import TRANSFORMERS, transformer_named
+from moeify.models.transformer import Transformer, image_size
 
 _SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+_PREPROCESSING = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -23,18 +26,19 @@ class Checkpoint:
     """A folder that holds a model of a known family in safetensors; nothing of it is loaded yet."""
 
     folder: Path
-    decoder: Decoder
+    family: Transformer
 
     def config(self) -> Any:
         """Return the configuration, with no dropout and no cache: training must make the same bits each time."""
         import transformers
 
         with _one_line(self.folder):
-            config = getattr(transformers, self.decoder.config).from_pretrained(self.folder, **_SAFE)
+            config = getattr(transformers, self.family.config).from_pretrained(self.folder, **_SAFE)
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)
-        config.use_cache = False
+        if self.family.learns == "next token":
+            config.use_cache = False
         return config
 
     def network(self) -> nn.Module:
@@ -45,7 +49,7 @@ class Checkpoint:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         with _one_line(self.folder):
-            network, told = getattr(transformers, self.decoder.network).from_pretrained(
+            network, told = getattr(transformers, self.family.network).from_pretrained(
                 self.folder,
                 config=self.config(),
                 use_safetensors=True,
@@ -57,8 +61,52 @@ class Checkpoint:
         if lost := sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}):
             few = f"{self.folder} lacks {len(lost)} of its network's tensors, or has them in another shape"
             raise ValueError(f"{few}, such as {lost[0]}; save it anew")
-        loaded: nn.Module = network
-        return loaded
+        return self.family.opened(network)
+
+    @property
+    def hides(self) -> bool:
+        """Whether it predicts tokens that are hidden from it."""
+        return self.family.learns == "masked token"
+
+    def text(self) -> Self:
+        """Return the checkpoint of a language model; ValueError for one of images."""
+        if self.family.learns == "class of an image":
+            raise ValueError(f"{self.folder} classifies images, and the data is text; give data of kind 'images'")
+        return self
+
+    def images(self) -> Self:
+        """Return the checkpoint of an image classifier; ValueError for another."""
+        if self.family.learns != "class of an image":
+            raise ValueError(f"{self.folder} is a language model, and the data is images; give data of kind 'text'")
+        return self
+
+    def classifies(self, channels: int, classes: int) -> tuple[int, int]:
+        """Return height and width of the images it takes; ValueError where its channels or classes are others."""
+        config = self.config()
+        for what, got, wanted in (("channels", config.num_channels, channels), ("classes", config.num_labels, classes)):
+            if got != wanted:
+                raise ValueError(f"{self.folder} takes images of {got} {what}, and the data has {wanted}")
+        return image_size(config)
+
+    def norms(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Return mean and standard deviation of each channel that its images are normed by; None where it says none."""
+        if not (said := self.preprocessing()):
+            return None
+        with _one_line(self.folder, f"has a {_PREPROCESSING} that cannot be read"):
+            settings = json.loads(said[_PREPROCESSING])
+            found = tuple(tuple(float(value) for value in settings[f"image_{what}"]) for what in ("mean", "std"))
+            if any(len(each) != channels for each in found) or min(found[1]) <= 0:
+                raise ValueError(f"got image_mean and image_std {found}, wanted a number a channel, {channels}")
+        return found[0], found[1]
+
+    def preprocessing(self) -> dict[str, bytes]:
+        """Return the file that says how images become inputs, by name; nothing where there is none."""
+        path = self.folder / _PREPROCESSING
+        return {path.name: path.read_bytes()} if path.is_file() else {}
+
+    def positions(self) -> int:
+        """Return how many tokens a row may have."""
+        return self.family.positions(self.config())
 
     def tokenizer(self) -> Any:
         """Return the tokenizer of ``transformers``; ValueError where there is none."""
@@ -77,23 +125,22 @@ def look(folder: Path) -> Checkpoint:
         family, classes = config.get("model_type"), config.get("architectures") or []
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'} is no JSON object ({error}); save the model again") from error
-    decoder = decoder_named(family)
-    if decoder is None or (classes and decoder.network not in classes):
+    found = transformer_named(family)
+    if found is None or (classes and found.network not in classes):
         named = ", ".join(map(str, classes)) or "nothing"
-        reason = "; ".join(WITHOUT[name] for name in classes if name in WITHOUT) or "wanted one of"
         raise ValueError(
-            f"{folder} cannot be read as a causal language model: model_type {family!r}, architectures {named}; "
-            f"{reason} {', '.join(each.network for each in DECODERS)}"
+            f"{folder} cannot be read: model_type {family!r}, architectures {named}; "
+            f"wanted one of {', '.join(each.network for each in TRANSFORMERS)}"
         )
     if not any(folder.glob("*.safetensors")):
         pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
         got = f"its weights as a pickle, {pickles[0]}, which is never read" if pickles else "no weights"
         raise ValueError(f"{folder} holds {got}; wanted safetensors, which save_pretrained of transformers writes")
-    return Checkpoint(folder, decoder)
+    return Checkpoint(folder, found)
 
 
 @contextmanager
-def _one_line(folder: Path, what: str = "cannot be read as a causal language model") -> Iterator[None]:
+def _one_line(folder: Path, what: str = "cannot be read") -> Iterator[None]:
     """Turn what ``transformers`` raises about a folder into a ValueError that names it."""
     try:
         yield

@@ -49,14 +49,16 @@ class FfnUnits:
     gate_bias: bool = False
     up_bias: bool = False
     inline: str | None = None
-    """Name of the activation's submodule, where ``module`` is a whole layer that runs up, activation and down itself
-    on tokens [rows*positions dim]; None where it is the feed-forward block alone."""
+    """Name of the activation's submodule, where ``module`` is a whole layer that runs up, activation and down itself,
+    on tokens [rows*positions dim] or in rows; None where it is the feed-forward block alone."""
     transposed: bool = False
     """Whether the maps are ``Conv1D`` of ``transformers``, which keeps weights as [inputs outputs]."""
     after: str | None = None
     """Name of the submodule, a dropout, that is given what the block writes."""
     told: bool = False
     """Whether units learn a bias for each category (``moeify.routed.told``)."""
+    places: int = 1
+    """Tokens that an example is to the block, where what it costs is counted by examples."""
 
     @property
     def site(self) -> Site:
@@ -114,6 +116,13 @@ class HeadUnits:
     norms: tuple[str, str] | None = None
     """Names of the modules that norm each head's queries and keys [... size], where there are any; all heads share
     them, so they belong to no unit."""
+    inline: str | None = None
+    """Name of the submodule that holds all but ``out`` and hands it what the heads see; None where ``module`` itself
+    does."""
+    causal: bool = True
+    """Whether a token sees none that come after it."""
+    places: int = 1
+    """Tokens that an example is to the block, where what it costs is counted by examples."""
 
     @property
     def site(self) -> Site:
@@ -265,16 +274,18 @@ def _transposed(site: UnitSite) -> bool:
 def flops(network: nn.Module, site: UnitSite, length: int) -> int:
     """Return the floating-point operations of one unit's forward pass, a token (or example): 2 a weight.
 
-    Heads also compare with, and read from, earlier positions: ``length`` / 2 of them on average in causal rows of
-    ``length`` tokens. A channel's weights are applied at every place of its map.
+    Heads also compare with, and read from, other positions: ``length`` / 2 of them on average in causal rows of
+    ``length`` tokens, all of them in others. Weights are applied at every place of a channel's map, and at every token
+    that an image becomes.
     """
     shapes = [tensor_of(network, part.parameter).shape for part in site.slices]
     own = 2 * sum(shape.numel() for shape in shapes if len(shape) > 1) // site.units
     match site:
         case FfnUnits():
-            return own
+            return own * site.places
         case HeadUnits():
-            return own + 2 * site.queries * site.size * length
+            seen = length if site.causal else 2 * (length if site.places == 1 else site.places)
+            return (own + 2 * site.queries * site.size * seen) * site.places
         case ConvUnits():
             return own * site.places
         case _:

@@ -32,6 +32,7 @@ from moeify.recipe.data import (
 )
 from moeify.recipe.given_tree import Nested, names, read_tree
 from moeify.recipe.model import Model
+from moeify.recipe.parallel import Parallel, Replicate
 from moeify.recipe.partition import PLAIN, Partition
 from moeify.recipe.rounds import Budget, Round
 from moeify.recipe.routing import Routing
@@ -99,6 +100,8 @@ class Cluster(Closed):
     """Training processes; they share each step's rows."""
     threads: PositiveInt = 1
     """CPU cores, and torch threads, of each worker."""
+    parallel: Parallel = Replicate()
+    """How they share each arm's training. Held-out losses and attribution are always shared by rows."""
     retries: Annotated[int, Field(ge=0)] = 2
     """How often Ray restarts the workers from the last checkpoint after one of them died."""
 
@@ -157,6 +160,7 @@ class RunConfig(Closed):
             *self._model_misfits(),
             *self._rounds_misfits(),
             *self._rows_misfits(),
+            *self._training_misfits(),
             *self._unrouted_misfits(),
             *self._units_misfits(),
             *self._null_test_misfits(),
@@ -182,7 +186,7 @@ class RunConfig(Closed):
         wanted: tuple[str, ...]
         match self.data:
             case ImageData(objective="classify"):
-                wanted, needs = ("resnet",), "data.objective 'classify'"
+                wanted, needs = ("resnet", "pretrained"), "data.objective 'classify'"
             case ImageData():
                 wanted, needs = ("autoencoder",), "data.objective 'reconstruct'"
             case DigitsData():
@@ -245,6 +249,24 @@ class RunConfig(Closed):
             yield (
                 f"routing.gradients: got {self.routing.gradients!r} beside model.kind 'resnet', wanted 'none'; "
                 f"gradients of channels are not routed"
+            )
+
+    def _training_misfits(self) -> Iterator[str]:
+        share, parts = self.training.rows // self.cluster.workers, self.training.accumulate
+        if share % parts:
+            yield (
+                f"training.accumulate: got {parts}, wanted a divisor of {share}, the rows of a step that each "
+                f"worker has (training.rows / cluster.workers)"
+            )
+        if parts > 1 and self.model.kind == "resnet":
+            yield (
+                f"training.accumulate: got {parts}, wanted 1 beside model.kind 'resnet', whose batch norm would see "
+                f"each part of a step by itself"
+            )
+        if self.training.checkpoint_activations and self.model.kind not in ("llama", "pretrained"):
+            yield (
+                f"training.checkpoint_activations: got true, wanted false beside model.kind {self.model.kind!r}, which "
+                f"has no decoder layers"
             )
 
     def _rows_misfits(self) -> Iterator[str]:

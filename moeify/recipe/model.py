@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from moeify.recipe.closed import Closed
+from moeify.recipe.closed import Closed, Fraction
 
 
 class LlamaModel(Closed):
@@ -34,14 +34,17 @@ class LlamaModel(Closed):
 
 
 class PretrainedModel(Closed):
-    """A causal language model that ``transformers`` saved, taken as it is: its weights, in float32, and its tokenizer.
+    """A model that ``transformers`` saved, taken as it is: its weights, in float32, and its tokenizer.
 
-    Families: llama, mistral, qwen2, qwen3, gemma to gemma3_text, gpt_neox, gpt2, opt. Safetensors alone are read.
+    Causal language models of the families llama, mistral, qwen2, qwen3, gemma to gemma3_text, phi3, gpt_neox, gpt2,
+    opt; masked ones of bert, roberta, distilbert; image classifiers of vit. Safetensors alone are read.
     """
 
     kind: Literal["pretrained"]
     path: Path
     """Folder with ``config.json``. A relative path starts at the recipe's folder."""
+    hidden: Fraction = 0.15
+    """Share of a row's tokens that are hidden from a masked language model, to be predicted."""
 
 
 class AutoencoderModel(Closed):

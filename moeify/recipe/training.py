@@ -1,6 +1,6 @@
 """What a recipe may say about training: how long, how fast, from whom, and what happens when numbers go wrong."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -15,6 +15,16 @@ class Training(Closed):
     """Optimizer steps of the whole run; the dense twin gets the same."""
     rows: PositiveInt = 16
     """Rows (token windows or examples) a step over all workers, categories in equal shares."""
+    accumulate: PositiveInt = 1
+    """Passes that each worker takes its rows of a step in, every one with rows of all categories: memory for that part
+    of the rows alone. Loss, gradient and schedule stay those of the whole step, but for rounding."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """``bfloat16``: products and convolutions of all passes, held-out losses and attribution's too, are computed in
+    bfloat16 (``torch.autocast``). Weights, optimizer, losses and sums keep their precision, and so does what is made of
+    the run afterwards: exports, examples, routers."""
+    checkpoint_activations: bool = False
+    """Keep each decoder layer's input alone and compute the rest again in the backward pass: the same bits, with less
+    memory, for about a third more arithmetic."""
     learning_rate: PositiveFloat = 3e-3
     """Of AdamW, at the end of the warm-up."""
     final_learning_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moeify.models.units import HeadUnits
-from moeify.routed.ffn import Routes, uncompiled
+from moeify.routed.ffn import Routes, lowered, uncompiled
 from moeify.routed.learning import Rectangle
 
 Rotary = tuple[Float[Tensor, "some positions size"], Float[Tensor, "some positions size"]]
@@ -26,7 +26,7 @@ Heads = tuple[Tensor, Tensor, Tensor]
 
 
 class RoutedAttention(nn.Module):
-    """A causal attention block with rotary positions that runs only the heads on each row's route.
+    """An attention block that runs only the heads on each row's route; positions are rotary, or none of its business.
 
     It takes over the submodules of the dense block under their own names, and what ``transformers`` calls it with:
     positions and mask are the model's own. A cache holds all heads, 0 where a row does not run them; calls that share
@@ -37,24 +37,28 @@ class RoutedAttention(nn.Module):
         super().__init__()
         for name, child in dense.named_children():
             self.add_module(name, child)
+        self.training = dense.training
         self.units = units
         self.routes = routes
         self._layer: int | None = getattr(dense, "layer_idx", None)
         self._scale = cast(float, getattr(dense, "scaling", units.size**-0.5))
-        self._dropout = cast(float, getattr(dense, "attention_dropout", 0.0))
+        dropout = getattr(dense, "dropout", None)
+        self._dropout = dropout.p if isinstance(dropout, nn.Dropout) else float(getattr(dense, "attention_dropout", 0))
 
     def forward(
         self,
         hidden_states: Float[Tensor, "rows positions dim"],
-        position_embeddings: Rotary,
         attention_mask: Tensor | None = None,
+        position_embeddings: Rotary | None = None,
         cache: Any = None,
         **others: Any,
     ) -> tuple[Float[Tensor, "rows positions dim"], None]:
         """Return what the active heads write, and no attention weights."""
         return uncompiled(self._run)(hidden_states, position_embeddings, attention_mask, cache, **others), None
 
-    def _run(self, hidden_states: Tensor, rotary: Rotary, mask: Tensor | None, cache: Any, **others: Any) -> Tensor:
+    def _run(
+        self, hidden_states: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: Any, **others: Any
+    ) -> Tensor:
         if self.routes.bounds[-1:] != (len(hidden_states),):
             raise ValueError(
                 f"site {self.units.name!r}: got {len(hidden_states)} rows, wanted as many as there are routes, "
@@ -67,15 +71,16 @@ class RoutedAttention(nn.Module):
     def _linear(self, name: str) -> nn.Linear:
         return cast(nn.Linear, self.get_submodule(name))
 
-    def _routed(self, x_RTD: Tensor, rotary: Rotary, mask: Tensor | None, cache: Any) -> Tensor:
+    def _routed(self, x_RTD: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: Any) -> Tensor:
         units, out = self.units, self._linear(self.units.out)
         rectangles = self.routes.rectangles(units.name)
         ways_in = [self._linear(name) for name in (units.query, units.key, units.value)]
         parameters = [p for way in ways_in for p in (way.weight, way.bias)]
-        projected = _project(x_RTD, rectangles, self._widths, *parameters) if rectangles else ()
-        angles, turn = _angles(*rotary), _turn if torch.is_grad_enabled() else _turned_at_once
+        low_RTD, out_DF, out_bias_D, *low = lowered(x_RTD, out.weight, out.bias, *parameters)
+        projected = _project(low_RTD, rectangles, self._widths, *low) if rectangles else ()
+        angles, turn = _angles(*rotary) if rotary else None, _turn if torch.is_grad_enabled() else _turned_at_once
         heads = [
-            self._heads(projected[3 * i : 3 * i + 3], _of_rows(angles, rectangle.rows), turn)
+            self._heads(projected[3 * i : 3 * i + 3], angles and _of_rows(angles, rectangle.rows), turn)
             for i, rectangle in enumerate(rectangles)
         ]
         if cache is not None:
@@ -85,9 +90,9 @@ class RoutedAttention(nn.Module):
             for each, rectangle in zip(heads, rectangles, strict=True)
         ]
         width = units.queries * units.size
-        return _write(x_RTD.shape[:-1], out.weight, out.bias, rectangles, width, *written)
+        return _write(x_RTD.shape[:-1], out_DF, out_bias_D, rectangles, width, *written)
 
-    def _masked(self, x_RTD: Tensor, rotary: Rotary, mask: Tensor | None, cache: Any) -> Tensor:
+    def _masked(self, x_RTD: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: Any) -> Tensor:
         units = self.units
         ways_in = (units.query, units.key, units.value)
         query, key, value = self._heads([self._linear(name)(x_RTD) for name in ways_in], rotary, _turned)
@@ -97,20 +102,29 @@ class RoutedAttention(nn.Module):
         for rectangle in self.routes.rectangles(units.name):
             keep_RU[rectangle] = 1.0
         keep_RF = keep_RU.repeat_interleave(units.queries * units.size, 1)
-        return self._linear(units.out)(self._attend((query, key, value), mask) * keep_RF[:, None])
+        return self._written(self._attend((query, key, value), mask) * keep_RF[:, None])
+
+    def _written(self, seen: Tensor) -> Tensor:
+        """Return what the heads write of what they see [R T F], where all of them run."""
+        return self._linear(self.units.out)(seen)
 
     @property
     def _widths(self) -> tuple[int, int, int]:
         """Rows of the query, key and value weights a unit."""
         return self.units.queries * self.units.size, self.units.size, self.units.size
 
-    def _heads(self, projected: Sequence[Tensor], angles: Sequence[Tensor], turn: Callable[..., Tensor]) -> Heads:
+    def _heads(
+        self, projected: Sequence[Tensor], angles: Sequence[Tensor] | None, turn: Callable[..., Tensor]
+    ) -> Heads:
         """Return queries, keys and values of linear maps' outputs [n T f], positions turned in."""
         query, key, value = (each.unflatten(2, (-1, self.units.size)).transpose(1, 2) for each in projected)
         if self.units.norms:
             query, key = (self.get_submodule(n)(x) for n, x in zip(self.units.norms, (query, key), strict=True))
+        if angles is None:
+            return query, key, value
         cos, sin = (part.unsqueeze(1) for part in angles)
-        return turn(query, cos, sin), turn(key, cos, sin), value
+        query, key = query.to(cos.dtype), key.to(cos.dtype)  # turned in the angles' precision, whatever autocast says
+        return _partly(turn, query, cos, sin), _partly(turn, key, cos, sin), value
 
     def _cached(self, heads: list[Heads], rectangles: Sequence[Rectangle], x_RTD: Tensor, cache: Any) -> list[Heads]:
         """Put the keys and values of all rectangles into the cache, and take them with those from before."""
@@ -125,7 +139,7 @@ class RoutedAttention(nn.Module):
     def _attend(self, heads: Heads, mask: Tensor | None) -> Tensor:
         """Return what the heads see [n T f]."""
         query, key, value = heads
-        causal = mask is None and query.shape[2] > 1
+        causal = self.units.causal and mask is None and query.shape[2] > 1
         if causal:  # a cache made for more positions has nothing behind those of the queries yet
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         seen = F.scaled_dot_product_attention(
@@ -144,6 +158,12 @@ class RoutedAttention(nn.Module):
 def _of_rows(tensors: Sequence[Tensor], rows: slice) -> list[Tensor]:
     """Return the rows' part of each tensor; one that has one row serves all."""
     return [each[rows] if len(each) > 1 else each for each in tensors]
+
+
+def _partly(turn: Callable[..., Tensor], heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return vectors turned in their first dimensions, as many as there are angles for; the others stay."""
+    turned, rest = heads.split([cos.shape[-1], heads.shape[-1] - cos.shape[-1]], dim=-1)
+    return torch.cat((turn(turned, cos, sin), rest), dim=-1) if rest.shape[-1] else turn(heads, cos, sin)
 
 
 def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class RoutedBlock(Block):
         return _sum(shape, [each.rows for each in rectangles], *wrote) if wrote else x.new_zeros(shape)
 
     def _masked(self, x: Tensor) -> Tensor:
-        through = self.conv1(x)
+        through = self.conv1(x).to(self.bn1.weight.dtype)  # norms count and add up in their own precision
         mask_RU = through.new_zeros(len(x), self.units.units, 1, 1)
         for rectangle in self.routes.rectangles(self.units.name):
             mask_RU[rectangle] = 1.0

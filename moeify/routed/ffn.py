@@ -9,7 +9,7 @@ Axes: N tokens (rows times positions), D model width, U units; a rectangle has n
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -91,6 +91,20 @@ class Routes:
         finally:
             self.learning = before
 
+    def as_now(self) -> AbstractContextManager[None]:
+        """Return a context in which the routes are what they are at this call, for a pass that is run again later."""
+        names = ("partition", "bounds", "categories", "order", "places", "ablated", "masked", "learning")
+        return self._being({name: getattr(self, name) for name in names})
+
+    @contextmanager
+    def _being(self, kept: dict[str, Any]) -> Iterator[None]:
+        before = {name: getattr(self, name) for name in kept}
+        vars(self).update(kept)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
     @contextmanager
     def ablating(self, nodes: Sequence[int]) -> Iterator[None]:
         """Zero the own units of these nodes while the context lasts."""
@@ -120,6 +134,16 @@ def uncompiled(run: Callable[P, T]) -> Callable[P, T]:
     return torch.compiler.disable(run) if torch.compiler.is_compiling() else run
 
 
+def lowered(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Return the tensors in the precision that autocast gives products here, where it is on; gradients come back in
+    their own. It does so by itself for torch's functions, and not inside of ours."""
+    given = next(tensor for tensor in tensors if tensor is not None).device.type
+    if not torch.is_autocast_enabled(given):
+        return tensors
+    dtype = torch.get_autocast_dtype(given)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
 class RoutedFfn(nn.Module):
     """A feed-forward block that runs only the units on each row's route.
 
@@ -131,6 +155,7 @@ class RoutedFfn(nn.Module):
         super().__init__()
         for name, child in dense.named_children():
             self.add_module(name, child)
+        self.training = dense.training
         self.units = units
         self.routes = routes
         self.told: nn.Embedding | None = None
@@ -166,7 +191,8 @@ class RoutedFfn(nn.Module):
         flat_ND = x.reshape(-1, x.shape[-1])
         positions = flat_ND.shape[0] // max(1, x.shape[0])
         rectangles = self.routes.rectangles(self.units.name, positions)
-        maps = Maps(
+        flat_ND, *maps = lowered(
+            flat_ND,
             gate.weight if gate else None,
             gate.bias if gate else None,
             up_UD,
@@ -179,7 +205,7 @@ class RoutedFfn(nn.Module):
             damped = self.routes.damped(self.units.name, positions)
             out_ND = _rectangles(flat_ND, rectangles, damped, self.units.activation, *maps)
         else:
-            out_ND = _written(flat_ND, maps, rectangles, self.units.activation)
+            out_ND = _written(flat_ND, Maps(*maps), rectangles, self.units.activation)
         return out_ND.view(*x.shape[:-1], -1)
 
     def _masked(self, x: Tensor) -> Tensor:

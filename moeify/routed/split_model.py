@@ -17,7 +17,7 @@ from moeify.recipe.partition import PLAIN, UnitKind
 from moeify.routed.attention import RoutedAttention
 from moeify.routed.conv import RoutedBlock
 from moeify.routed.ffn import RoutedFfn, Routes, uncompiled
-from moeify.routed.inline import InlineFfn
+from moeify.routed.inline import InlineAttention, InlineFfn
 from moeify.routed.learning import Learning
 from moeify.routed.told import tell
 from moeify.splitting.partition import Partition
@@ -60,6 +60,8 @@ class SplitModel(nn.Module):
             )
             self.space = UnitSpace(tuple(sites))
         self.network = network
+        self.autocast: torch.dtype | None = None
+        """What the network's products are computed in, see ``moeify.models.build.logits``; None: its own precision."""
 
     @property
     def partition(self) -> Partition:
@@ -124,7 +126,7 @@ class SplitModel(nn.Module):
         if order is not None:
             inputs, positions, categories = inputs[order], positions[order], categories[order]
         uncompiled(self._set_routes)(positions, categories, None)
-        outputs = logits(self.network, inputs, **more)
+        outputs = logits(self.network, inputs, autocast=self.autocast, **more)
         return outputs if order is None else outputs[torch.argsort(order)]
 
     def _by_token(self, inputs: Tensor, categories: Int[Tensor, "rows positions"], more: Mapping[str, Any]) -> Tensor:
@@ -138,7 +140,7 @@ class SplitModel(nn.Module):
         positions = self.positions(categories).flatten()
         order = torch.argsort(positions, stable=True)
         uncompiled(self._set_routes)(positions[order], categories.flatten()[order], order)
-        return logits(self.network, inputs, **more)
+        return logits(self.network, inputs, autocast=self.autocast, **more)
 
     def _set_routes(self, positions: Tensor, categories: Tensor, order: Tensor | None) -> None:
         counts = torch.bincount(positions, minlength=len(self.categories))
@@ -189,6 +191,9 @@ def _install(network: nn.Module, sites: Sequence[UnitSite], routes: Routes) -> N
                 continue
             case FfnUnits():
                 routed: nn.Module = RoutedFfn(dense, site, routes)
+            case HeadUnits(inline=str()):
+                InlineAttention.install(dense, site, routes)
+                continue
             case HeadUnits():
                 routed = RoutedAttention(dense, site, routes)
             case ConvUnits():

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moeify.data.given_tokenizer import GivenTokenizer, of_folder
+from moeify.models.families import transformer_of
 from moeify.routed.split_model import SplitModel
 from moeify.routers.router import Router, category_of_leaf, early, remember
 
@@ -64,8 +65,11 @@ def generate(
     """
     if not prompt:
         raise ValueError("the prompt holds no token; start it with the end token, as a document starts")
-    if not hasattr(model.network, "get_input_embeddings"):
-        raise ValueError(f"only language models write text, and this network is a {type(model.network).__name__}")
+    family = transformer_of(model.network)
+    if (family and family.learns != "next token") or not hasattr(model.network, "get_input_embeddings"):
+        raise ValueError(
+            f"only causal language models write text, and this network is a {type(model.network).__name__}"
+        )
     decide = _Follower(model, chosen) if isinstance(chosen, Router) else _Fixed(chosen)
     reader = Reader(model)
     decisions = decide(prompt)

@@ -12,7 +12,7 @@ from moeify.routers.readings import Twin, read
 from moeify.routers.report import Choice, RouterReport, judge, report
 from moeify.routers.router import Kind, Router, leaves, train
 from moeify.routers.served import served_texts
-from moeify.task import Task
+from moeify.task import Partial, Task
 
 TRAIN_ROWS = 1024
 """Rows of each category that a router is trained on."""
@@ -35,6 +35,10 @@ def route(
     ``twins``: the dense twin, and the told twin where there is one. No weight of a model changes. ValueError where
     there is one expert alone, or what is given does not fit the task.
     """
+    if isinstance(task, Partial):
+        raise ValueError(
+            "a router reads rows from their first token on; this model predicts hidden tokens of whole rows"
+        )
     tokens = task.unit == "token" and not model.whole_rows
     why = "this model's heads are split, and look over whole rows" if model.whole_rows else "these are single examples"
     if kind == "token" and not tokens:

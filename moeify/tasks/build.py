@@ -5,6 +5,7 @@ from typing import assert_never
 
 from moeify.recipe.config import RunConfig
 from moeify.recipe.data import DigitsData, ImageData, TextData
+from moeify.recipe.model import PretrainedModel
 from moeify.task import Task
 
 
@@ -16,8 +17,12 @@ def build_task(config: RunConfig, *, cache: Path, base: Path) -> Task:
     match config.data:
         case TextData():
             from moeify.tasks.language import LanguageTask
+            from moeify.tasks.masked import MaskedTask
 
-            return LanguageTask.prepare(config, cache, base)
+            task, model = LanguageTask.prepare(config, cache, base), config.model
+            if isinstance(model, PretrainedModel) and (checkpoint := task.checkpoint) and checkpoint.hides:
+                return MaskedTask(task, checkpoint, model.hidden)
+            return task
         case DigitsData():
             from moeify.tasks.digits import DigitsTask
 

@@ -20,10 +20,11 @@ from moeify.data.documents import Split
 from moeify.data.images import NORMS, Images, load
 from moeify.data.root import data_root
 from moeify.models.build import build_autoencoder
+from moeify.models.pretrained import Checkpoint, look
 from moeify.models.resnet import build_resnet
 from moeify.recipe.config import RunConfig
 from moeify.recipe.data import CLASSES, ImageData
-from moeify.recipe.model import AutoencoderModel, ResnetModel
+from moeify.recipe.model import AutoencoderModel, PretrainedModel, ResnetModel
 from moeify.task import Batch, HeldOut
 from moeify.tasks.language import sample_tokens
 from moeify.tasks.pixels import pixel_nats, sample_pixels
@@ -43,10 +44,21 @@ class ImagesTask:
     unit: Literal["token", "example"] = "example"
     units_per_row = 1
 
-    def __init__(self, config: RunConfig, train: Images, test: Images) -> None:
-        if not isinstance(config.data, ImageData) or not isinstance(config.model, ResnetModel | AutoencoderModel):
-            raise ValueError(f"images need a resnet or an autoencoder, got model.kind {config.model.kind!r}")
+    def __init__(self, config: RunConfig, train: Images, test: Images, checkpoint: Checkpoint | None = None) -> None:
+        if not isinstance(config.data, ImageData) or not isinstance(
+            config.model, ResnetModel | AutoencoderModel | PretrainedModel
+        ):
+            raise ValueError(
+                f"images need a resnet, an autoencoder or a pretrained classifier, got model.kind {config.model.kind!r}"
+            )
         self.config = config
+        self._checkpoint = checkpoint
+        """Of a pretrained model."""
+        self._norms, self._size = NORMS[config.data.source], train.pixels.shape[2:]
+        if checkpoint is not None:
+            channels = train.pixels.shape[1]
+            self._size = checkpoint.classifies(channels, CLASSES)
+            self._norms = checkpoint.norms(channels) or self._norms
         self._data = config.data
         self._model = config.model
         self.categories = tuple(config.data.categories)
@@ -78,7 +90,10 @@ class ImagesTask:
         """Read the recipe's images; ``base`` is the folder that a relative ``data.root`` starts at."""
         if not isinstance(config.data, ImageData):
             raise ValueError(f"an image task needs data.kind 'images', got {config.data.kind!r}")
-        return cls(config, *load(config.data.source, data_root(config.data.root, base)))
+        checkpoint = None
+        if isinstance(config.model, PretrainedModel):
+            checkpoint = look(base / config.model.path).images()
+        return cls(config, *load(config.data.source, data_root(config.data.root, base)), checkpoint)
 
     def build(self) -> nn.Module:
         """Return a freshly initialised network, the same bits each time."""
@@ -89,6 +104,9 @@ class ImagesTask:
             case ResnetModel() as model:
                 sizes = {"width": model.width, "blocks": model.blocks, "stages": model.stages}
                 return build_resnet((channels, height, width), classes=CLASSES, **sizes, seed=self.config.seed)
+            case PretrainedModel():
+                assert self._checkpoint is not None
+                return self._checkpoint.network()
 
     def train_batch(self, step: int) -> Batch:
         """Return the images of one optimizer step, categories in equal shares, drawn with replacement."""
@@ -139,8 +157,8 @@ class ImagesTask:
         return {split: dict(zip(self.categories, map(len, each), strict=True)) for split, each in self._places.items()}
 
     def assets(self) -> dict[str, bytes]:
-        """Return nothing: the network is all there is to export."""
-        return {}
+        """Return what a pretrained model's folder says of how images become its inputs, if it does."""
+        return {} if self._checkpoint is None else self._checkpoint.preprocessing()
 
     def _batches(self, split: Split, orders: Sequence[np.ndarray], rows_at_once: int) -> Iterator[Batch]:
         first = 0
@@ -163,12 +181,14 @@ class ImagesTask:
         if self._data.objective == "reconstruct":
             flat = images.flatten(1)
             return Batch(flat, flat, categories, ids, examples)
-        mean, deviation = (torch.tensor(values)[:, None, None] for values in NORMS[self._data.source])
+        mean, deviation = (torch.tensor(values)[:, None, None] for values in self._norms)
         images = (images - mean) / deviation
         if shifts is not None:
             images = _shifted(images, shifts)
         if mirrored is not None:
             images = torch.where(torch.from_numpy(mirrored)[:, None, None, None], images.flip(3), images)
+        if images.shape[2:] != self._size:
+            images = F.interpolate(images, self._size, mode="bilinear", align_corners=False, antialias=True)
         return Batch(images, torch.from_numpy(self._sets[split].labels[places]), categories, ids, examples)
 
 

@@ -36,7 +36,7 @@ class LanguageTask:
         if not isinstance(config.data, TextData) or not isinstance(config.model, LlamaModel | PretrainedModel):
             raise ValueError(f"text needs data.kind 'text' and a language model, got model.kind {config.model.kind!r}")
         self.config = config
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
         """Of a pretrained model."""
         self._tokens = tokens
         self.categories = tokens.categories
@@ -59,8 +59,8 @@ class LanguageTask:
             raise ValueError(f"a language task needs data.kind 'text', got {config.data.kind!r}")
         if not isinstance(config.model, PretrainedModel):
             return cls(config, prepare(config.data, cache, base))
-        checkpoint, length = look(base / config.model.path), config.data.length
-        if length > (most := checkpoint.config().max_position_embeddings):
+        checkpoint, length = look(base / config.model.path).text(), config.data.length
+        if length > (most := checkpoint.positions()):
             raise ValueError(
                 f"data.length: got {length}, wanted at most {most}, the positions of {checkpoint.folder}; lower it"
             )
@@ -68,8 +68,8 @@ class LanguageTask:
 
     def build(self) -> nn.Module:
         """Return a freshly initialised Llama, or the pretrained model, the same bits each time."""
-        if self._checkpoint is not None:
-            return self._checkpoint.network()
+        if self.checkpoint is not None:
+            return self.checkpoint.network()
         assert isinstance(self.config.model, LlamaModel), self.config.model
         return build_llama(
             self.config.model,

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moeify import rows as rows_of
+from moeify.models.families import opened
 from moeify.task import Batch, HeldOut
 from moeify.tasks.language import sample_tokens, token_nats
 from moeify.tasks.pixels import pixel_nats, sample_pixels
@@ -51,7 +52,7 @@ class TensorTask:
 
     def build(self) -> nn.Module:
         """Return a copy of the network as it was given."""
-        return copy.deepcopy(self._network)
+        return opened(copy.deepcopy(self._network))
 
     def train_batch(self, step: int) -> Batch:
         """Return the rows of one optimizer step, categories in equal shares, drawn with replacement."""

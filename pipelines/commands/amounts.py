@@ -24,18 +24,18 @@ def amounts(found: "Survey", made: "Starter") -> dict[str, Any]:
     return {"categories": categories, "steps": made.config.training.steps, "minutes": round(made.minutes, 1)}
 
 
-def print_amounts(found: "Survey", made: "Starter") -> None:
-    """Print documents and tokens of each category."""
+def print_amounts(found: "Survey | None", made: "Starter") -> None:
+    """Print documents and tokens of each category; images, where no texts were looked at."""
     from pipelines.tables import console_for, table_for
 
     console = console_for(sys.stdout)
-    if found.labelled:
+    if found and found.labelled:
         table = table_for(console, "category", "documents", "MB", "tokens to train on")
         for category, tokens in zip(made.categories, made.train_tokens, strict=True):
             amount = found.amounts[category]
             table.add_row(category, f"{amount.documents:,}", f"{amount.size / 1e6:.2f}", f"{tokens:,}")
     else:
-        table = table_for(console, "category", "tokens to train on")
+        table = table_for(console, "category", f"{'tokens' if found else 'images'} to train on")
         for category, tokens in zip(made.categories, made.train_tokens, strict=True):
             table.add_row(category, f"{tokens:,}")
     click.echo()

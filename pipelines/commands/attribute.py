@@ -14,6 +14,7 @@ from pipelines.find_recipe import find_recipe
 if TYPE_CHECKING:
     from moeify.recipe.config import RunConfig
     from moeify.subjects import Probed
+    from pipelines.runs import RunFolder
 
 
 @click.command(
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     "--data",
     metavar="RECIPE",
     shell_complete=recipes,
-    help="For a MODEL: the recipe whose data section gives text in categories.",
+    help="For a MODEL: the recipe whose data section gives text or images in categories.",
 )
 @click.option("--rows", type=click.IntRange(min=2), help="Rows of each category (16, or as the recipe says).")
 @click.option("--agreement", is_flag=True, help="Hold every method against exact ablation, too (minutes).")
@@ -44,14 +45,16 @@ def command(
     MODEL is a folder that transformers' save_pretrained wrote. Leaves the table (safetensors and Parquet), a picture
     and the categories' affinity graph (GraphML) in DIR, or in the run's folder under 'attribution'.
     """
-    from pipelines import attribute, show
+    from pipelines import attribute, copies, show
 
-    name, probed, config, place, removed = _probed(target, arm, data, rows)
+    name, probed, config, place, removed, folder = _probed(target, arm, data, rows)
     say = (lambda _: None) if as_json else (lambda text: click.echo(f"{text} ...", err=True))
     score, place = config.attribution.score, out or place
     found = attribute.attribute(
         probed, place, score=score, seed=config.seed, agreement=agreement, removed=removed, say=say
     )
+    if folder and not out:
+        copies.publish(folder, place)
     if as_json:
         click.echo(show.to_json(show.finite(attribute.summary(found))))
         return
@@ -61,13 +64,13 @@ def command(
 
 def _probed(
     target: str, arm: Arm | None, data: str | None, rows: int | None
-) -> tuple[str, "Probed", "RunConfig", Path, float]:
-    """Return what to call the model, what to measure, the recipe, the folder of files and the share a cut removes."""
-    from moeify.recipe.data import TextData
+) -> tuple[str, "Probed", "RunConfig", Path, float, "RunFolder | None"]:
+    """Return what to call the model, what to measure, the recipe, the folder of files, the share cut off, the run."""
+    from moeify.recipe.data import ImageData, TextData
     from moeify.recipe.load import load_recipe, parse_recipe
     from moeify.split_folder import arms_of_run
-    from moeify.subjects import of_checkpoint, of_run
-    from pipelines import runs
+    from moeify.subjects import of_checkpoint, of_classifier, of_run
+    from pipelines import copies, runs
 
     model = Path(target)
     if model.is_dir() and (model / "config.json").is_file():
@@ -75,8 +78,11 @@ def _probed(
             raise click.UsageError("a MODEL needs --data RECIPE and has no --arm")
         text, where, base = find_recipe(data)
         config = parse_recipe(text, where=where)
+        called, place = model.name, Path.cwd() / f"{model.absolute().name}-attribution"
+        if isinstance(config.data, ImageData):
+            return called, of_classifier(model, config, base=base, rows=rows or 16), config, place, 0.5, None
         if not isinstance(config.data, TextData):
-            raise ValueError(f"{where} has data.kind {config.data.kind!r}; a language model needs 'text'")
+            raise ValueError(f"{where} has data.kind {config.data.kind!r}; a MODEL needs 'text' or 'images'")
         probed = of_checkpoint(
             model,
             config.data,
@@ -85,15 +91,16 @@ def _probed(
             rows_at_once=config.attribution.rows_at_once,
             seed=config.seed,
         )
-        return model.name, probed, config, Path.cwd() / f"{model.absolute().name}-attribution", 0.5
+        return called, probed, config, place, 0.5, None
     if data is not None:
         raise click.UsageError(f"--data is for a MODEL, and {target!r} is no folder with a config.json")
     folder = runs.find(target, runs.home())
     config = load_recipe(folder.resolved)
+    copies.fetch_checkpoint(folder)
     there = arms_of_run(folder.path)
     arm = arm or ("split" if "split" in there else "dense")
     probed = of_run(
         folder.path, config, arm, cache=runs.cache(), base=folder.base, rows=rows or config.attribution.rows
     )
     removed = config.rounds[-1].separation
-    return f"{folder.id} ({arm})", probed, config, folder.path / "attribution" / arm, removed
+    return f"{folder.id} ({arm})", probed, config, folder.path / "attribution" / arm, removed, folder

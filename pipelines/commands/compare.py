@@ -78,9 +78,13 @@ def command(
         separations or (config.rounds[-1].separation,),
         range(config.seed, config.seed + seeds),
     )
-    from pipelines import compare, compare_report, show
+    from pipelines import compare, compare_report, homes, show
     from pipelines.compare_tracking import ComparisonTracker
 
+    if homes.home_of(runs.home()):
+        raise ValueError(
+            "compare keeps its results in a folder that its workers share; set MOEIFY_HOME to one, not to a URL"
+        )
     folder = compare.open_folder(config, base, runs.home())
     _announce(config, asked, str(folder.path))
     tracker = ComparisonTracker(folder, config)

@@ -10,7 +10,7 @@ _RUN_BY = "_MOEIFY_COMPLETE"
 @click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
 @click.pass_context
 def command(ctx: click.Context, shell: str) -> None:
-    """Print what makes SHELL complete moeify's commands, options, runs and recipes.
+    """Print what makes SHELL complete moeify's commands and runs.
 
     \b
     Examples:

@@ -18,7 +18,7 @@ def drive(folder: "RunFolder", config: "RunConfig", *, local: bool, quiet: bool)
 
     earlier = len(read_events(folder.journal, 0)[0])
     if not quiet:
-        click.echo(f"run {folder.id} in {folder.path}")
+        click.echo(f"run {folder.id} in {folder.address}")
     display = choose_display(quiet, sys.stdout, earlier)
     try:
         from pipelines.launch import in_process, on_ray
@@ -33,7 +33,7 @@ def drive(folder: "RunFolder", config: "RunConfig", *, local: bool, quiet: bool)
 
         click.echo()
         print_run(folder, sys.stdout)
-        click.echo(f"\nagain:   moeify show {folder.id}\nfiles:   {folder.path}")
+        click.echo(f"\nagain:   moeify show {folder.id}\nfiles:   {folder.address}")
         if folder.report.is_file():
             click.echo(f"report:  {folder.report}")
         click.echo(f"curves:  {where_to_look(folder)}")

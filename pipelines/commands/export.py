@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 )
 @click.option("--register", is_flag=True, help="Log it to MLflow and register it, with an alias.")
 @click.option(
-    "--out", "-o", required=True, metavar="DIR", type=click.Path(path_type=Path), help="A folder that is new or empty."
+    "--out", "-o", "target", required=True, metavar="DIR", help="A folder that is new or empty, or a URL of one."
 )
 def command(
     run_: str,
@@ -60,7 +60,7 @@ def command(
     dtype: "Dtype",
     verify: bool,
     register: bool,
-    out: Path,
+    target: str,
 ) -> None:
     """Write RUN's model, or a part of it, to a folder.
 
@@ -79,7 +79,9 @@ def command(
     --register makes it a version of the model that is named as RUN's recipe, with an alias such as 'python-only',
     'moe', 'split' or 'without-web'. Where MLflow is away, 'moeify sync RUN' does so later.
     """
-    from pipelines import runs
+    from moeify.place import is_url
+    from pipelines import copies, runs
+    from pipelines.outlet import outlet
     from pipelines.show import summary
 
     _refuse_odd(keep, drop, split, moe, force, gguf)
@@ -92,20 +94,20 @@ def command(
             close = difflib.get_close_matches(category, known["categories"], 1)
             nearest = f"; nearest: {close[0]}" if close else ""
             raise ValueError(f"no category {category!r}; the run has {', '.join(known['categories'])}{nearest}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already; give a folder that is new or empty")
-    from moeify.export.publish import How, export_dense, export_moe, export_split
+    with outlet(target) as out:
+        from moeify.export.publish import How, export_dense, export_moe, export_split
 
-    how = How(dtype=dtype, gguf=gguf, verify=verify, about=_about(folder))
+        copies.fetch_checkpoint(folder)
+        how = How(dtype=dtype, gguf=gguf, verify=verify, about=_about(folder))
+        if moe:
+            done = export_moe(folder.path, moe, out, how, forced=force, keep=keep, drop=drop)
+        elif split or drop:
+            done = export_split(folder.path, out, how, keep=keep, drop=drop)
+        else:
+            done = export_dense(folder.path, keep, out, how)
+    click.echo(f"wrote {target}")
     if moe:
-        done = export_moe(folder.path, moe, out, how, forced=force, keep=keep, drop=drop)
-    elif split or drop:
-        done = export_split(folder.path, out, how, keep=keep, drop=drop)
-    else:
-        done = export_dense(folder.path, keep, out, how)
-    click.echo(f"wrote {out}")
-    if moe:
-        click.echo(f"every token runs the expert of one category; {out / 'README.md'} says which, and how to change it")
+        click.echo(f"every token runs the expert of one category; {target}/README.md says which, and how to change it")
     if done.rounding is not None:
         click.echo(f"rounding to {dtype} moves outputs by up to {done.rounding:.1e}")
     if done.differences:
@@ -113,7 +115,7 @@ def command(
             f"equal to the split model within {max(done.differences.values()):.1e}: {', '.join(done.differences)}"
         )
     if register:
-        _register(folder, out, _alias(keep, drop, moe, gguf))
+        _register(folder, target if is_url(target) else str(Path(target).absolute()), _alias(keep, drop, moe, gguf))
 
 
 def _alias(keep: Sequence[str], drop: Sequence[str], moe: str | None, gguf: bool) -> str:
@@ -126,19 +128,19 @@ def _alias(keep: Sequence[str], drop: Sequence[str], moe: str | None, gguf: bool
     return alias_of("-".join([*(words or ["split"]), *(["gguf"] if gguf else [])]))
 
 
-def _register(folder: "RunFolder", out: Path, alias: str) -> None:
+def _register(folder: "RunFolder", out: str, alias: str) -> None:
     """Say in the run's journal that the export is to be registered, and deliver that."""
     import time
 
     from moeify.events import Exported
     from moeify.recipe.load import load_recipe
-    from pipelines.journal import JournalTracker
     from pipelines.mlflow_store import DeliveryError
     from pipelines.tracking import deliver
+    from pipelines.url_journal import journal_of
 
     config, now = load_recipe(folder.resolved), time.time()
-    with JournalTracker(folder.journal) as journal:
-        journal.emit(Exported(id=f"exported/{alias}/{now:.3f}", time=now, folder=str(out.absolute()), alias=alias))
+    with journal_of(folder) as journal:
+        journal.emit(Exported(id=f"exported/{alias}/{now:.3f}", time=now, folder=out, alias=alias))
     try:
         deliver(folder, config)
     except DeliveryError as error:

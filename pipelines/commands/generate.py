@@ -37,7 +37,7 @@ def command(
     The router that 'moeify route' trained reads the prompt and chooses the experts, unless --category does. A router
     of kind 'document' decides from the prompt alone, and one of kind 'token' goes on deciding as the text is written.
     """
-    from pipelines import runs, show
+    from pipelines import copies, runs, show
     from pipelines.served import as_json as served_as_json
     from pipelines.served import print_served
 
@@ -47,6 +47,7 @@ def command(
     from moeify.routers.router import leaf_of_category, leaves, load_router
     from moeify.split_folder import load_from_run
 
+    copies.fetch_checkpoint(folder)
     tokenizer = tokenizer_of(folder.path)
     model = load_from_run(folder.path)
     if category is not None and category not in model.categories:

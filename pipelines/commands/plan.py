@@ -49,7 +49,7 @@ def command(
         raise ValueError(f"{where}: its categories are known from its data alone; say how many with --categories")
     machine = planned.Machine(config.cluster.workers)
     if on:
-        machine = planned.on_gpus(*on, utilization or accelerators.UTILIZATION)
+        machine = planned.on_gpus(*on, config, utilization or accelerators.UTILIZATION)
     plan = planned.planned(config, base, number, machine, here=here)
     if as_json:
         click.echo(to_json(plan))

@@ -25,7 +25,7 @@ def command(run_: str, out: Path | None, examples: bool) -> None:
     told where. A run writes it after every round by itself; this makes it anew, for runs that are under way or from an
     earlier version, too.
     """
-    from pipelines import runs
+    from pipelines import copies, runs
     from pipelines.report.page import write
 
     folder = (runs.find_finished if examples else runs.find)(run_, runs.home())
@@ -37,5 +37,8 @@ def command(run_: str, out: Path | None, examples: bool) -> None:
         config = load_recipe(folder.resolved)
         if not config.evaluation.example_rows:
             raise ValueError(f"the recipe of {folder.id} asks for no examples: evaluation.example_rows is 0")
+        copies.fetch_checkpoint(folder)
         keep(folder, config, build_task(config, cache=runs.cache(), base=folder.base))
-    click.echo(f"report:  {write(folder, out)}")
+    written = write(folder, out)
+    copies.publish(folder, folder.plots, folder.report, folder.portraits)
+    click.echo(f"report:  {written}")

@@ -41,7 +41,7 @@ def command(run_: str, kind: "Kind | None", threshold: float | None, as_json: bo
     is used is chosen on validation data, and the figures are of test data. It is kept in the run's folder, where
     'moeify generate' finds it; RUN's report has its section then.
     """
-    from pipelines import runs, show
+    from pipelines import copies, runs, show
     from pipelines.router_tables import print_router
 
     folder = runs.find_finished(run_, runs.home())
@@ -53,6 +53,7 @@ def command(run_: str, kind: "Kind | None", threshold: float | None, as_json: bo
     from pipelines.report.page import write_or_warn
 
     config = load_recipe(folder.resolved)
+    copies.fetch_checkpoint(folder)
     task = build_task(config, cache=runs.cache(), base=folder.base)
     twins: dict[Twin, SplitModel] = {"dense": load_from_run(folder.path, "dense")}
     if "told" in arms_of_run(folder.path):
@@ -62,6 +63,7 @@ def command(run_: str, kind: "Kind | None", threshold: float | None, as_json: bo
     router, report = route(load_from_run(folder.path), twins, task, config, kind, threshold)
     place = save_router(router, folder.path, report.model_dump_json(indent=1).encode())
     write_or_warn(folder)
+    copies.publish(folder, folder.router.parent, folder.plots, folder.report)
     if as_json:
         click.echo(show.to_json({"run": folder.id, **show.finite(report.model_dump(mode="json"))}))
         return

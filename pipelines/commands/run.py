@@ -34,7 +34,7 @@ def command(obj: dict[str, str], recipe: str, local: bool, quiet: bool, run_: st
     a folder of data, 'domains', 'cifar'. A run that was stopped goes on with 'moeify resume'.
     """
     from moeify.recipe.load import load_recipe, parse_recipe
-    from pipelines import package, runs
+    from pipelines import homes, package, runs
 
     if pack and not os.environ.get("MOEIFY_HOME"):
         raise ValueError(
@@ -42,8 +42,7 @@ def command(obj: dict[str, str], recipe: str, local: bool, quiet: bool, run_: st
         )
     text, where, base = find_recipe(recipe)
     config = parse_recipe(text, where=where)
-    known = run_ and runs.RunFolder(runs.home() / runs.check_id(run_))
-    if known and known.resolved.exists():
+    if known := runs.there(run_, runs.home()) if run_ else None:
         folder = known
         if load_recipe(folder.resolved) != config:
             raise ValueError(f"run {folder.id} is there already, of another recipe; give another id")
@@ -51,6 +50,7 @@ def command(obj: dict[str, str], recipe: str, local: bool, quiet: bool, run_: st
             click.echo(f"{folder.id} is finished; see it with: moeify show {folder.id}")
             return
     else:
+        pack = pack or homes.home_of(runs.home()) is not None  # who goes on may have nothing but the URL
         fill = (lambda to: package.pack(config, base, to)) if pack else None
         folder = runs.create(config, text, runs.home(), base, run=run_, fill=fill)
     obj["run"] = folder.id

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     required=True,
     metavar="FOLDER_OR_FILE",
     type=click.Path(path_type=Path),
-    help="Texts in categories, as 'moeify init' takes them.",
+    help="Texts in categories, as 'moeify init' takes them; a recipe (.yaml) whose data section gives images.",
 )
 @click.option("--text", metavar="FIELD", help="Of JSON lines or a table: the document; the longest one if not given.")
 @click.option("--category", metavar="FIELD", help="Of JSON lines or a table: the category; the likeliest if not given.")
@@ -67,14 +67,16 @@ def command(
 ) -> None:
     """Split the checkpoint in PATH, retrained briefly, watched.
 
-    PATH is a folder that transformers' save_pretrained wrote. Nothing is trained from scratch: the checkpoint is
-    measured, cut and retrained for a short while, held against itself retrained on the same rows. Only safetensors are
-    read, and no code of the checkpoint is run. The recipe is kept in the run's folder, for 'moeify run'; 'show',
-    'report', 'export' and 'route' work as on any run.
+    PATH is a folder that transformers' save_pretrained wrote: a language model, causal or masked, or an image
+    classifier. Nothing is trained from scratch: the checkpoint is measured, cut and retrained for a short while, held
+    against itself retrained on the same rows. Only safetensors are read, and no code of the checkpoint is run. The
+    recipe is kept in the run's folder, for 'moeify run'; 'show', 'report', 'export' and 'route' work as on any run.
     """
-    from moeify.conversion import Wish, conversion
+    from moeify.conversion import Wish, conversion, conversion_by_images
     from moeify.data.survey import look
     from moeify.models import pretrained
+    from moeify.recipe.data import ImageData
+    from moeify.recipe.load import load_recipe
     from moeify.starter import Machine
     from pipelines import machine, runs
     from pipelines.commands.amounts import print_amounts
@@ -82,15 +84,24 @@ def command(
     if category and discover:
         raise click.UsageError("give either --category or --discover")
     pretrained.look(checkpoint)  # before the texts are read, which takes longer
-    found = look(data, text, category, discover=discover)
     wish = Wish(separation, read_budget(budget) if budget else None, steps, distill)
     called = re.sub(r"[^A-Za-z0-9_.-]+", "-", name or checkpoint.absolute().name).strip("-._")[:40] or "split"
     here = Machine(machine.cores(), machine.free_memory())
-    made = conversion(checkpoint, found, called, wish, here, runs.cache())
+    found = None
+    if data.suffix in (".yaml", ".yml"):
+        if text or category or discover:
+            raise click.UsageError("--text, --category and --discover are for texts, and --data is a recipe")
+        given = load_recipe(data)
+        if not isinstance(given.data, ImageData) or given.data.objective != "classify":
+            raise ValueError(f"{data} has no images to classify in its data section; give texts as a folder or a file")
+        made = conversion_by_images(checkpoint, given, data.absolute().parent, called, wish, here)
+    else:
+        found = look(data, text, category, discover=discover)
+        made = conversion(checkpoint, found, called, wish, here, runs.cache())
     folder = runs.create(made.config, made.text, runs.home())
     obj["run"] = folder.id
     if not quiet:
-        for note in found.notes:
+        for note in found.notes if found else ():
             click.echo(note)
         print_amounts(found, made)
         _print_plan(made, folder)
