@@ -224,3 +224,9 @@ def test_a_network_of_no_known_family_is_refused_by_name() -> None:
         moeify.fit(
             nn.Linear(4, 3), {c: (torch.rand(20, 4), torch.randint(3, (20,))) for c in "ab"}, loss="classes", steps=8
         )
+
+
+def test_what_type_checkers_are_told_is_what_there_is() -> None:
+    stub = (Path(moeify.__file__).parent / "__init__.pyi").read_text(encoding="utf-8")
+    told = {line.split()[3]: line.split()[1] for line in stub.splitlines() if line.startswith("from ")}
+    assert told == moeify._HOMES  # type: ignore[attr-defined]
