@@ -57,7 +57,7 @@ def test_every_argument_that_names_a_run_or_a_recipe_is_completed() -> None:
     found = 0
     for name in COMMANDS:
         for parameter in main.get_command(click.Context(main), name).params:
-            if parameter.name in ("run_", "recipe", "target") or parameter.metavar == "RECIPE":
+            if parameter.name in ("run_", "recipe") or parameter.metavar in ("RUN_OR_MODEL", "RECIPE"):
                 found += 1
                 assert parameter._custom_shell_complete is not None, f"{name} {parameter.name}"
     assert found >= 16
