@@ -109,6 +109,9 @@ def test_init_looks_at_a_saved_data_set_and_its_recipe_reads_it(
         "Sci-Tech": 18,
         "World": 18,
     }
+    told = json.loads(CliRunner().invoke(main, ["init", "news", "-o", "again.yaml", "--json"]).output)
+    assert {name: each["documents"] for name, each in told["categories"].items()} == {"Sci-Tech": 18, "World": 18}
+    assert told["recipe"] == "again.yaml"
     before = sources.fingerprint(config.data.source, tmp_path)
     package.pack(config, tmp_path, tmp_path / "packed")
     assert sources.fingerprint(config.data.source, tmp_path / "packed") == before
