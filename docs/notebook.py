@@ -92,7 +92,7 @@ print(f"the extracted network differs from the whole by {same:.1e} at most")
 # itself. With no recovery it should not go deep.
 
 # %%
-cut = moeify.split(split.dense.network, data, loss="pixels", separation=0.2, partition={"min_units": 2})
+cut = moeify.split(split.dense, data, loss="pixels", separation=0.2, partition={"min_units": 2})
 print(
     f"{cut.partition.separation:.0%} of the units off: tax {cut.tax['mean']:+.3f} nats an image, without any training"
 )
@@ -104,7 +104,7 @@ print(
 # know where its units are.
 
 # %%
-table = moeify.attribute(split.dense.network, data, loss="pixels")
+table = moeify.attribute(split.dense, data, loss="pixels")
 for site in table.sites:
     strongest = table.score(site, "absolute").argmax(0)
     print(site, "the unit that matters most to each digit:", strongest.tolist())

@@ -9,8 +9,10 @@ from torch import nn
 from attribution.measure import Moments
 from moeify.attributing import table_of
 from moeify.events import MemoryTracker
+from moeify.export.stock import to_dense
 from moeify.loop import run
 from moeify.models.families import DETECTED, detected
+from moeify.models.fused import closed
 from moeify.notebook import Split, Trained, loss_of
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
@@ -86,15 +88,17 @@ def split(
     *,
     loss: Loss,
     separation: float = 0.4,
-    rounds: int | None = None,
-    branching: int = 2,
+    rounds: int = 1,
+    branching: int | None = None,
     seed: int = 0,
     **sections: Any,
 ) -> Split:
-    """Split a trained network as it is: measure, cut and compensate, round by round; nothing is trained.
+    """Split a trained network as it is: measure, cut and compensate; nothing is trained.
 
-    Its tax is what the cuts cost by themselves; ``fit`` trains around them. ``sections`` are those of a recipe that
-    mean something here: ``attribution``, ``evaluation``, ``partition``, ``tree``. All else is as in ``fit``.
+    Its tax is what the cut costs by itself; ``fit`` trains around its cuts. ``network``: as for ``fit``, or the dense
+    twin of a split. ``branching``: children of every expert that is divided in one of ``rounds`` cuts; not given, one
+    for each category, so that one cut is all. ``sections``: those of a recipe that mean something here,
+    ``attribution``, ``evaluation``, ``partition`` and ``tree``. All else is as in ``fit``.
 
     >>> import torch
     >>> from moeify.models.build import Autoencoder
@@ -108,8 +112,8 @@ def split(
     if odd := sorted(sections.keys() - set(_UNTRAINED)):
         raise ValueError(f"got {', '.join(odd)}, of which nothing is known where nothing is trained; use moeify.fit")
     task = _task(network, data, loss, 4, seed)
-    number = _rounds(task, rounds, branching)
-    planned = [{**each, "train": 0, "recover": 0} for each in _plan(1, separation, number, branching)]
+    branching = branching or len(task.categories)
+    planned = [{**each, "train": 0, "recover": 0} for each in _plan(1, separation, rounds, branching)]
     config = _config(loss, 1, planned, 4, seed, (), sections)
     if config.partition.null_test or config.partition.told:
         raise ValueError("got partition.null_test or partition.told, which take training; use moeify.fit")
@@ -122,11 +126,21 @@ def split(
 
 def _task(network: nn.Module, data: Data, loss: Loss, rows: int, seed: int) -> TensorTask:
     """Return data and network as a task; of a network without an adapter, prove what was found in it."""
+    network = _plain(network)
     task = TensorTask(network, data, loss, rows=rows, seed=seed)
     if detected(network):
         DETECTED.remember(network)
         prove(network, task.train_batch(0).inputs[:4])
     return task
+
+
+def _plain(network: nn.Module) -> nn.Module:
+    """Return a network as its architecture has it; of a dense twin a copy of that."""
+    if not isinstance(network, SplitModel):
+        return network
+    if len(network.partition.tree.nodes) > 1:
+        raise ValueError("network: got a model that is split already, wanted a dense one, such as a split's dense twin")
+    return closed(to_dense(network, network.categories, padded=False).network)
 
 
 def _cut(model: SplitModel, task: TensorTask, config: RunConfig) -> None:

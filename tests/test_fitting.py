@@ -97,7 +97,8 @@ def test_a_split_without_training_keeps_what_is_on_a_route_and_says_what_it_cost
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     data = {name: (torch.rand(40, 6) < 0.1 + 0.2 * place).float() for place, name in enumerate("abcd")}
     tree = [["a", "d"], ["b", "c"]]
-    found = moeify.split(network, data, loss="pixels", separation=0.3, tree=tree, partition={"compensation": None})
+    deep = {"rounds": 2, "branching": 2, "separation": 0.3, "tree": tree, "partition": {"compensation": None}}
+    found = moeify.split(network, data, loss="pixels", **deep)
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
     assert [node.name for node in found.partition.tree.nodes] == ["core", "a+d", "a", "d", "b+c", "b", "c"]
     assert found.partition.separation >= 0.3 - 1e-9
@@ -105,6 +106,9 @@ def test_a_split_without_training_keeps_what_is_on_a_route_and_says_what_it_cost
     with found.model.masked():
         torch.testing.assert_close(found.model(rows, whole), found.extract("a")(rows))
     torch.testing.assert_close(found.dense(rows, whole), network(rows))
+    assert moeify.split(found.dense, data, loss="pixels", **deep).test_loss == found.test_loss
+    with pytest.raises(ValueError, match="split already"):
+        moeify.split(found.model, data, loss="pixels")
     assert found.tax["mean"] == pytest.approx(sum(found.tax[c] for c in data) / 4)
 
 
