@@ -4,6 +4,8 @@ matplotlib's object interface alone: no display, no global figure. Axes: units U
 """
 
 import math
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,12 @@ _MOST_ROWS = 400
 
 
 def draw(table: AttributionTable, path: str | Path, kind: Score = "fisher") -> Path:
-    """Draw every site's units x categories as a PNG, and return its path.
+    """Write what ``plot`` draws as a PNG, and return its path."""
+    return save_png(plot(table, kind), Path(path))
+
+
+def plot(table: AttributionTable, kind: Score = "fisher") -> "Figure":
+    """Draw every site's units x categories.
 
     Units stand by the category they matter most to, within it the strongest first. The scale is logarithmic, since
     units differ by orders of magnitude; signed scores have a colour for rising and one for falling losses.
@@ -71,7 +78,7 @@ def draw(table: AttributionTable, path: str | Path, kind: Score = "fisher") -> P
     scale.set_label(f"{kind}, {'fraction of tokens' if kind == 'rate' else 'nats per token'}", fontsize=8)
     scale.ax.tick_params(labelsize=7)
     made.suptitle("How much each unit matters to each category (grey: exactly 0)", fontsize=10)
-    return save_png(made, Path(path))
+    return made
 
 
 def thinned(
@@ -85,13 +92,20 @@ def thinned(
 
 
 def figure(width: float, height: float) -> "Figure":
-    """Return a figure of so many inches that belongs to no window."""
+    """Return a figure of so many inches that belongs to no window; notebooks show it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(made)
+    setattr(made, "_repr_png_", partial(_png, made))  # noqa: B010  IPython asks for it; without it only pyplot is shown
     return made
+
+
+def _png(made: "Figure") -> bytes:
+    drawn = BytesIO()
+    made.savefig(drawn, format="png")
+    return drawn.getvalue()
 
 
 def save_png(made: "Figure", path: Path) -> Path:

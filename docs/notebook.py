@@ -5,16 +5,12 @@
 # it as a script; it takes well under a minute on one core.
 
 # %%
-import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
 
 import moeify
-from attribution.measure import measure
-from attribution.subject import Subject, batched
-from moeify.events import Step
+from attribution import heatmap
 from moeify.models.build import Autoencoder
-from moeify.routed.split_model import SplitModel
 
 images, labels = load_digits(return_X_y=True)
 images, labels = torch.from_numpy(images / 16).float(), torch.from_numpy(labels)
@@ -27,10 +23,10 @@ network = Autoencoder(inputs=64, hidden=96, code=12)
 #
 # The network is trained and split, here in one round with an expert for each digit, beside a dense twin that sees the
 # same rows and is never split. Any section of a recipe may be given as a keyword: the learning rate, and how small an
-# expert may be.
+# expert may be. What comes back shows its tree and its losses, in a notebook as tables.
 
 # %%
-found = moeify.fit(
+split = moeify.fit(
     network,
     data,
     loss="pixels",
@@ -42,76 +38,74 @@ found = moeify.fit(
     training={"learning_rate": 4e-3, "weight_decay": 0.0},
     partition={"min_units": 2},
 )
-split, result = found.split, found.result
-print(f"active: {result.active_fraction['mean']:.0%} of the units")
-for arm, losses in result.test_loss.items():
-    print(f"{arm:7} {sum(losses.values()) / len(losses):.3f} nats an image")
-
-
-# %%
-def show_tree(node: dict, depth: int = 0) -> None:
-    print(f"{'  ' * depth}{node['name']}: {node['units']} units")
-    for child in node["children"]:
-        show_tree(child, depth + 1)
-
-
-show_tree(result.tree)
+print(split)
 
 # %% [markdown]
 # ## Look
 #
-# The curves of both models, and what removing each expert does to each digit.
+# The expert tree; the curves of all models; what removing each expert does to each digit; which unit matters to which
+# digit. Each is a matplotlib figure, shown where it is a cell's last value.
 
 # %%
-steps = [event for event in found.events.events.values() if isinstance(event, Step)]
-figure, (curves, matrix) = plt.subplots(1, 2, figsize=(11, 4))
-for arm in ("dense", "split"):
-    mine = [event for event in steps if event.arm == arm]
-    curves.plot([event.step for event in mine], [sum(e.loss.values()) / len(e.loss) for e in mine], label=arm)
-curves.set(xlabel="step", ylabel="nats an image", yscale="log")
-curves.legend()
-experts = list(result.own_other["0"])
-rises = [[result.own_other[category][expert] for category in found.task.categories] for expert in experts]
-matrix.imshow(rises, aspect="auto", cmap="viridis")
-matrix.set(xticks=range(10), yticks=range(len(experts)), yticklabels=experts, xlabel="digit", title="rise without it")
-plt.show()
+split.plot_tree()
+
+# %%
+split.plot_curves()
+
+# %%
+split.plot_removals()
+
+# %%
+split.plot_attribution()
 
 # %% [markdown]
 # Which images each expert is most active on, and how much worse they are drawn without it:
 
 # %%
-for each in found.portraits().experts[:4]:
+for each in split.portraits().experts[:4]:
     most = ", ".join(f"{example.category} ({example.activity:.0%})" for example in each.active)
     print(f"{each.expert:12} loss {each.rise:+.3f} without it; most active on {most}")
 
 # %% [markdown]
 # ## Take apart
 #
-# `ablate` gives a model without a category's own experts, `extract` one that serves a category alone. Both are models
-# of their own, smaller than the one they come from, and can be saved.
+# `ablate` gives a split without a category's own experts, `extract` a dense network that serves a category alone. Both
+# are smaller than what they come from; `export` writes either to a folder.
 
 # %%
-without = moeify.ablate(split, "3")
-before, after = found.loss(split), found.loss(without)
-for digit in found.task.categories:
+without = split.ablate("3")
+before, after = split.test_loss["split"], without.test_loss["split"]
+for digit in split.categories:
     print(f"{digit}: {before[digit]:.3f} -> {after[digit]:.3f}{'  <- taken out' if digit == '3' else ''}")
-alone = moeify.extract(split, "7")
-print(f"units: {split.space.units} in all, {without.space.units} without 3, {alone.space.units} for 7 alone")
+alone = split.extract("7")
+units = alone.encoder.up.out_features + alone.decoder.up.out_features
+print(f"units: {split.model.space.units} in all, {without.model.space.units} without 3, {units} for 7 alone")
 with torch.no_grad():
     sevens = data["7"][:5]
-    same = (alone(sevens, torch.zeros(5, dtype=torch.long)) - split(sevens, torch.full((5,), 7))).abs().max()
-print(f"the extracted model differs from the whole by {same:.1e} at most")
+    same = (alone(sevens) - split.model(sevens, torch.full((5,), 7))).abs().max()
+print(f"the extracted network differs from the whole by {same:.1e} at most")
+
+# %% [markdown]
+# ## A cut alone
+#
+# `moeify.split` cuts a trained network as it is: no training before or after it, so its tax is what the cut costs by
+# itself. With no recovery it should not go deep.
+
+# %%
+cut = moeify.split(split.dense, data, loss="pixels", separation=0.2, partition={"min_units": 2})
+print(
+    f"{cut.partition.separation:.0%} of the units off: tax {cut.tax['mean']:+.3f} nats an image, without any training"
+)
 
 # %% [markdown]
 # ## Attribution alone
 #
-# No split is needed to ask which unit matters to which digit: any network with named sites and any loss will do.
+# No split is needed to ask which unit matters to which digit. Any module will do, with `sites=` where moeify does not
+# know where its units are.
 
 # %%
-dense: SplitModel = found.dense
-subject = Subject(dense.network, dense.space.readers, found.task.categories, found.task.nats, run=dense)
-with dense.masked():  # run every unit through plain modules, which attribution reads
-    table = measure(subject, batched(images, images, labels, rows_at_once=300))
-for site in dense.space.readers:
-    strongest = table.score(site.name, "absolute").argmax(0)
-    print(site.name, "the unit that matters most to each digit:", strongest.tolist())
+table = moeify.attribute(split.dense, data, loss="pixels")
+for site in table.sites:
+    strongest = table.score(site, "absolute").argmax(0)
+    print(site, "the unit that matters most to each digit:", strongest.tolist())
+heatmap.plot(table)

@@ -7,14 +7,14 @@ from typing import Any
 
 _HOMES = {
     "RunConfig": "moeify.recipe.config",
-    "ablate": "moeify.export.pruning",
+    "attribute": "moeify.attributing",
     "build_task": "moeify.tasks.build",
-    "extract": "moeify.export.pruning",
     "fit": "moeify.fitting",
     "load_recipe": "moeify.recipe.load",
     "load_split": "moeify.split_folder",
     "run": "moeify.loop",
     "save_split": "moeify.split_folder",
+    "split": "moeify.fitting",
 }
 
 

@@ -1,58 +1,38 @@
-"""One call for a notebook: split a network by the categories of its data, beside a dense twin that is not split."""
+"""One call for a notebook: split a network by the categories of its data, with training around the cuts or without."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from moeify.evaluation import row_losses
+from attribution.measure import Moments
+from moeify.attributing import table_of
 from moeify.events import MemoryTracker
-from moeify.examples import Portraits
+from moeify.export.stock import to_dense
 from moeify.loop import run
 from moeify.models.families import DETECTED, detected
-from moeify.portraits import portraits
+from moeify.models.fused import closed
+from moeify.notebook import Split, Trained, loss_of
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
-from moeify.result import Result
 from moeify.routed.proof import prove
 from moeify.routed.split_model import SplitModel
+from moeify.splitting.propose import menu
+from moeify.splitting.surgery import compensate_sites, permute
+from moeify.splitting.terms import terms_in_reach
 from moeify.state import State
 from moeify.store import MemoryStore
+from moeify.task import tokens_read
 from moeify.tasks.tensors import Data, Loss, TensorTask
-from moeify.world import Solo
 
 _RECOVER = 0.4
 """Share of a round's steps that comes after its cut."""
 _FIRST = 0.9
 """Share of the separation that the first of several rounds asks for: later ones divide what its experts own."""
 _WANTED: tuple[Arm, ...] = ("split", "dense")
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What ``fit`` gives: two models trained alike on the same rows, and the run's figures."""
-
-    split: SplitModel
-    dense: SplitModel
-    """The dense twin."""
-    result: Result
-    task: TensorTask
-    config: RunConfig
-    events: MemoryTracker
-    """All that the run said, for curves."""
-
-    def loss(self, model: SplitModel) -> dict[str, float]:
-        """Return category -> a model's loss on the test rows, in nats per token or example.
-
-        ``model`` serves the task's categories: ``split``, ``dense``, or what ``moeify.ablate`` makes of them.
-        """
-        return row_losses(model, self.task, Solo(), self.config.evaluation, "test").by_category(self.task)
-
-    def portraits(self, rows: int = 16) -> Portraits:
-        """Return what each expert does, by example (``moeify.portraits``)."""
-        return portraits(self.split, self.task, rows, self.config.evaluation.rows_at_once)
+_UNTRAINED = ("attribution", "evaluation", "partition", "tree")
+"""Sections of a recipe that mean something where nothing is trained."""
 
 
 def fit(
@@ -68,7 +48,7 @@ def fit(
     seed: int = 0,
     controls: Sequence[str] = (),
     **sections: Any,
-) -> Fit:
+) -> Split:
     """Train a network and split it, round by round, into experts for the categories of its data.
 
     ``network``: an autoencoder of ``moeify.models.build``, a network of ``transformers`` (Llama, GPT-2, ViT, ...), or
@@ -85,24 +65,102 @@ def fit(
     True
     >>> data = {name: (torch.rand(40, 6) < chance).float() for name, chance in (("dark", 0.2), ("light", 0.8))}
     >>> found = fit(Autoencoder(6, 16, 3), data, loss="pixels", steps=30, rounds=1, partition={"min_units": 2})
-    >>> sorted(found.split.partition.tree.categories)
+    >>> sorted(found.partition.tree.categories)
     ['dark', 'light']
-    >>> sorted(found.loss(found.split)) == sorted(found.loss(found.dense)) == ['dark', 'light']
+    >>> found.test_loss["split"].keys() == found.test_loss["dense"].keys() == {"dark", "light"}
     True
     """
-    task = TensorTask(network, data, loss, rows=rows, seed=seed)
-    if detected(network):
-        DETECTED.remember(network)
-        prove(network, task.train_batch(0).inputs[:4])
-    rounds = max(1, math.ceil(math.log(len(task.categories), branching))) if rounds is None else rounds
-    config = _config(loss, steps, _plan(steps, separation, rounds, branching), rows, seed, controls, sections)
+    task = _task(network, data, loss, rows, seed)
+    planned = _plan(steps, separation, _rounds(task, rounds, branching), branching)
+    config = _config(loss, steps, planned, rows, seed, controls, sections)
     store, events = MemoryStore(), MemoryTracker()
     result = run(config, task, store=store, tracker=events)
     newest = store.newest()
     assert newest is not None
     arms = State.load(store, newest.name, config).arms
     split, dense = (arms[arm].model.eval() for arm in _WANTED)
-    return Fit(split, dense, result, task, config, events)
+    return Split(split, dense, task, config, result.test_loss, Trained(result, events))
+
+
+def split(
+    network: nn.Module,
+    data: Data,
+    *,
+    loss: Loss,
+    separation: float = 0.4,
+    rounds: int = 1,
+    branching: int | None = None,
+    seed: int = 0,
+    **sections: Any,
+) -> Split:
+    """Split a trained network as it is: measure, cut and compensate; nothing is trained.
+
+    Its tax is what the cut costs by itself; ``fit`` trains around its cuts. ``network``: as for ``fit``, or the dense
+    twin of a split. ``branching``: children of every expert that is divided in one of ``rounds`` cuts; not given, one
+    for each category, so that one cut is all. ``sections``: those of a recipe that mean something here,
+    ``attribution``, ``evaluation``, ``partition`` and ``tree``. All else is as in ``fit``.
+
+    >>> import torch
+    >>> from moeify.models.build import Autoencoder
+    >>> torch.manual_seed(0) is not None
+    True
+    >>> data = {name: (torch.rand(40, 6) < chance).float() for name, chance in (("dark", 0.2), ("light", 0.8))}
+    >>> found = split(Autoencoder(6, 16, 3), data, loss="pixels", separation=0.3)
+    >>> found.partition.separation >= 0.3, found.tax["mean"] < 0.1
+    (True, True)
+    """
+    if odd := sorted(sections.keys() - set(_UNTRAINED)):
+        raise ValueError(f"got {', '.join(odd)}, of which nothing is known where nothing is trained; use moeify.fit")
+    task = _task(network, data, loss, 4, seed)
+    branching = branching or len(task.categories)
+    planned = [{**each, "train": 0, "recover": 0} for each in _plan(1, separation, rounds, branching)]
+    config = _config(loss, 1, planned, 4, seed, (), sections)
+    if config.partition.null_test or config.partition.told:
+        raise ValueError("got partition.null_test or partition.told, which take training; use moeify.fit")
+    dense = SplitModel(task.build(), task.categories, kinds=config.partition.units).eval()
+    made = SplitModel(task.build(), task.categories, kinds=config.partition.units).eval()
+    _cut(made, task, config)
+    arms: dict[Arm, SplitModel] = {"split": made, "dense": dense}
+    return Split(made, dense, task, config, {arm: loss_of(model, task, config) for arm, model in arms.items()})
+
+
+def _task(network: nn.Module, data: Data, loss: Loss, rows: int, seed: int) -> TensorTask:
+    """Return data and network as a task; of a network without an adapter, prove what was found in it."""
+    network = _plain(network)
+    task = TensorTask(network, data, loss, rows=rows, seed=seed)
+    if detected(network):
+        DETECTED.remember(network)
+        prove(network, task.train_batch(0).inputs[:4])
+    return task
+
+
+def _plain(network: nn.Module) -> nn.Module:
+    """Return a network as its architecture has it; of a dense twin a copy of that."""
+    if not isinstance(network, SplitModel):
+        return network
+    if len(network.partition.tree.nodes) > 1:
+        raise ValueError("network: got a model that is split already, wanted a dense one, such as a split's dense twin")
+    return closed(to_dense(network, network.categories, padded=False).network)
+
+
+def _cut(model: SplitModel, task: TensorTask, config: RunConfig) -> None:
+    """Cut a model in every round of a recipe, in place, measured anew each time."""
+    asked, partition = config.attribution, config.partition
+    terms = terms_in_reach(config, task.categories, model.network, model.space, tokens_read(task))
+    for number in range(1, len(config.rounds) + 1):
+        table = table_of(model, task, asked.rows, asked.rows_at_once, config.seed, Moments(asked.columns), number)
+        known = model.partition, table, model.output_weights, partition, config.rounds[number - 1 :], asked.score
+        choices = menu(*known, config.tree, None, model.input_weight, config.seed, terms)
+        proposal = choices.cut(config.rounds[number - 1].separation)
+        if partition.compensation:
+            compensate_sites(model.network, model.space, table, proposal, partition.compensation.ridge)
+        permute(model.network, None, model.space, proposal.order)
+        model.repartition(proposal.partition)
+
+
+def _rounds(task: TensorTask, rounds: int | None, branching: int) -> int:
+    """Return as many rounds as were asked for, or as it takes to part all categories."""
+    return max(1, math.ceil(math.log(len(task.categories), branching))) if rounds is None else rounds
 
 
 def _plan(steps: int, separation: float, rounds: int, branching: int) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from moeify.data.given_tokenizer import GivenTokenizer
 from moeify.data.survey import Survey
 from moeify.recipe import strict_yaml
 from moeify.recipe.config import RunConfig
-from moeify.recipe.data import Discover, JsonLines, TextData, TextFolders
+from moeify.recipe.data import Discover, JsonLines, Table, TextData, TextFolders
 from moeify.recipe.load import parse_recipe
 from moeify.recipe.plan import check_categories
 
@@ -176,11 +176,11 @@ def of_size(table: Sequence[tuple[int, Any]], size: int) -> Any:
     return next(value for least, value in table if size >= least)
 
 
-def _relative(source: TextFolders | JsonLines, base: Path) -> TextFolders | JsonLines:
+def _relative(source: TextFolders | JsonLines | Table, base: Path) -> TextFolders | JsonLines | Table:
     match source:
         case TextFolders(categories=categories):
             return source.model_copy(update={"categories": {name: _below(p, base) for name, p in categories.items()}})
-        case JsonLines(path=path):
+        case JsonLines(path=path) | Table(path=path):
             return source.model_copy(update={"path": _below(path, base)})
 
 

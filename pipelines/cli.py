@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 
+from pipelines.commands.arguments import examples
+
 COMMANDS = (
     *("init", "plan", "run", "split", "resume", "compare", "study"),
     *("runs", "show", "report", "status", "logs", "stop", "submit", "cluster"),
@@ -100,7 +102,11 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
         ctx.exit()
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=examples("moeify run text", "moeify init texts", "moeify show last", "moeify show --help"),
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of errors.")
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."

@@ -144,6 +144,20 @@ def _counted(count: int, thing: str) -> str:
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
+class JsonDisplay:
+    """The events themselves, one a line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.offset = 0
+        self._stream = stream
+
+    def take(self, events: Sequence[Event]) -> None:
+        """Write every event."""
+        for event in events:
+            self._stream.write(f"{event.model_dump_json()}\n")
+        self._stream.flush()
+
+
 class PlainDisplay:
     """One plain line for each phase, each twentieth of the work, each round; no control codes."""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moeify.recipe.config import RunConfig
-from moeify.recipe.data import ImageData, JsonLines, MixedText, TextData, TextFolders
+from moeify.recipe.data import ImageData, JsonLines, MixedText, Table, TextData, TextFolders
 from moeify.recipe.model import PretrainedModel
 
 RECIPE = "recipe.yaml"
@@ -61,7 +61,7 @@ def _named(config: RunConfig) -> Iterator[tuple[str, Path]]:
         match config.data.source:
             case TextFolders(categories=categories):
                 yield from ((f"data.source.categories.{name}", path) for name, path in categories.items())
-            case JsonLines(path=path):
+            case JsonLines(path=path) | Table(path=path):
                 yield "data.source.path", path
             case MixedText(root=Path() as root, categories=parts):
                 yield "data.source.root", root
@@ -77,6 +77,7 @@ def _named(config: RunConfig) -> Iterator[tuple[str, Path]]:
 def _files(config: RunConfig, base: Path) -> Iterator[tuple[Path, Path]]:
     """Yield every file that relative paths name: its name below ``base``, and where it is."""
     from moeify.data.sources import files_in
+    from moeify.data.tables import parts_of
 
     if isinstance(config.data, TextData):
         match config.data.source:
@@ -86,6 +87,9 @@ def _files(config: RunConfig, base: Path) -> Iterator[tuple[Path, Path]]:
                         yield from ((folder / name, path) for name, path in files_in(base / folder, pattern))
             case JsonLines(path=path) if not path.is_absolute():
                 yield path, base / path
+            case Table(path=path) if not path.is_absolute():
+                whole = base / path
+                yield from ((path / file.relative_to(whole), file) for file in parts_of(whole))
             case MixedText(root=Path() as root, categories=parts):
                 for part in parts.values():
                     if part.kind == "installed" or (root / part.path).is_absolute():

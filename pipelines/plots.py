@@ -6,20 +6,19 @@ Drawn from the run's own files with matplotlib's object interface: no display, n
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Int
 
-from attribution.heatmap import DECADES, NEVER, save_png, thinned
 from attribution.heatmap import figure as figure_of
+from attribution.heatmap import save_png
 from moeify.events import RoundEnded, Started
+from moeify.pictures import ownership_map
 from moeify.recipe import strict_yaml
 from moeify.result import MEAN, Result
 from pipelines.journal import read_events
-from pipelines.round_files import OwningNode, attribution_file, read_map
+from pipelines.round_files import attribution_file, read_map
 from pipelines.runs import RunFolder
 from pipelines.wording import STANDARD_ERRORS
 
@@ -27,16 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Axes of arrays: U units, C categories.
-
 _FAR = 4.0
 """Times the largest tax that a budget may be and still have its line in the picture."""
-_MOST_COLUMNS = 8
-"""Sites side by side."""
-_WIDE_LEGEND = 8.0
-"""Inches of a figure that hold both entries of the map's legend side by side."""
-_LEAST_GAP = 0.031
-"""Fraction of a site's height below which two experts' names would run into each other."""
 SPLIT, RANDOM, DENSE, TOLD, BUDGET = "#0072B2", "#D55E00", "#555555", "#009E73", "#CC79A7"
 """Of the Okabe-Ito palette, which colour-blind readers can tell apart."""
 
@@ -68,44 +59,15 @@ def attribution_map(folder: RunFolder, round_: int) -> Path:
     category still runs what the cut takes away from it, and what earlier cuts took away is grey.
     """
     found = read_map(folder, round_)
-    tables_UC, ownership, leaves = found.tables_UC, found.ownership, found.leaves
-
-    from matplotlib.colors import LogNorm
-    from matplotlib.patches import Patch
-
-    top = max(float(table.max()) for table in tables_UC.values())
-    top = top if top > 0.0 else 1.0
-    norm = LogNorm(vmin=top / 10**DECADES, vmax=top, clip=True)
-    across = min(_MOST_COLUMNS, len(tables_UC))
-    down = math.ceil(len(tables_UC) / across)
-    longest = max(len(node.name) for node in ownership.nodes)
-    wide = 0.3 * len(leaves) + 0.062 * min(longest, 24) + 0.7
-    figure = figure_of(max(6.5, wide * across + 1.2), 3.8 * down + 1.0)
-    grid = figure.subplots(down, across, squeeze=False)
-    axes = list(grid.flat)
-    for spare in axes[len(tables_UC) :]:
-        spare.remove()
-    image: Any = None
-    for axis, (site, owners) in zip(axes, ownership.owners.items(), strict=False):
-        owners_U = np.asarray(owners, dtype=np.int64)
-        image = _site(axis, tables_UC[site], owners_U, ownership.nodes, norm)
-        axis.set_title(f"{site}\n{len(owners_U):,} units", fontsize=9)
-    colours = figure.colorbar(
-        image, ax=axes[: len(tables_UC)], extend="min", shrink=min(1.0, 1.4 / down), aspect=30, pad=0.02
+    ownership = found.ownership
+    figure = ownership_map(
+        found.tables_UC,
+        {site: np.asarray(owners, dtype=np.int64) for site, owners in ownership.owners.items()},
+        ownership.nodes,
+        scale=f"attribution ({found.score}), nats per {_unit(folder)}",
+        frame="an expert after this round's cut; measured before it",
     )
-    colours.set_label(f"attribution ({found.score}), nats per {_unit(folder)}", fontsize=8)
-    colours.ax.tick_params(labelsize=7)
     figure.suptitle(f"How much each unit matters to each category\n{folder.id}, round {round_}", fontsize=10)
-    frame = Patch(facecolor="white", edgecolor="black", label="an expert after this round's cut; measured before it")
-    zero = Patch(facecolor=NEVER, label="exactly 0: the category does not run the unit, or it never fires")
-    zeros = any((table == 0.0).any() for table in tables_UC.values())
-    figure.legend(
-        handles=[frame, zero] if zeros else [frame],
-        loc="outside lower center",
-        ncols=2 if figure.get_figwidth() > _WIDE_LEGEND else 1,
-        fontsize=7.5,
-        frameon=False,
-    )
     return save_png(figure, attribution_path(folder, round_))
 
 
@@ -251,86 +213,3 @@ def _unit(folder: RunFolder) -> str:
     """Return what losses are counted by: token or example."""
     first = (event for event in read_events(folder.journal, 0)[0] if isinstance(event, Started))
     return next((event.unit for event in first), "unit")
-
-
-def _site(
-    axis: "Axes",
-    table_UC: Float[np.ndarray, "U C"],
-    owners_U: Int[np.ndarray, " U"],
-    nodes: tuple[OwningNode, ...],
-    norm: Any,
-) -> Any:
-    """Draw one site: its heat map, and each expert as the rectangle of its units and its categories."""
-    from matplotlib import colormaps
-    from matplotlib.patches import Rectangle
-
-    units, categories = table_UC.shape
-    order_U = np.lexsort((-table_UC.sum(axis=1), owners_U))
-    thin = thinned(table_UC[order_U])
-    image = axis.imshow(
-        np.ma.masked_equal(thin, 0.0),
-        aspect="auto",
-        cmap=colormaps["viridis"].with_extremes(bad=NEVER),
-        norm=norm,
-        interpolation="nearest",
-        extent=(0, categories, units, 0),
-    )
-    bounds = np.searchsorted(owners_U[order_U], np.arange(len(nodes) + 1))
-    leaves = nodes[0].categories
-    labels: list[tuple[int, float, str]] = []
-    for node, (first, behind) in zip(nodes, pairwise(bounds), strict=True):
-        if first == behind:
-            continue
-        left = leaves.index(node.categories[0])
-        box = (left, first), len(node.categories), behind - first
-        axis.add_patch(Rectangle(*box, fill=False, edgecolor="black", linewidth=2.6, clip_on=False))
-        axis.add_patch(Rectangle(*box, fill=False, edgecolor="white", linewidth=1.3, clip_on=False))
-        labels.append((behind - first, (first + behind) / 2, _shortened(node.name)))
-    _name_experts(axis, labels, units)
-    leaning = max(map(len, leaves)) > 2
-    turn: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if leaning else {}
-    axis.set_xticks(np.arange(categories) + 0.5, list(leaves), fontsize=7, **turn)
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    return image
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= 24 else f"{name[:23]}…"
-
-
-def _name_experts(axis: "Axes", labels: Sequence[tuple[int, float, str]], units: int) -> None:
-    """Write (units, middle, name) left of a site; names that were too close stand apart, with a line to their expert.
-
-    Where there are more names than the height holds, those of the smallest experts are left out.
-    """
-    gap = _LEAST_GAP * units
-    kept = sorted(sorted(labels, reverse=True)[: int(units / gap)], key=lambda label: label[1])
-    places = _spread([middle for _, middle, _ in kept], gap, units - gap / 2)
-    moved = [abs(place - middle) > gap / 4 for place, (_, middle, _) in zip(places, kept, strict=True)]
-    axis.set_yticks(places, [name for *_, name in kept], fontsize=7)
-    axis.tick_params(axis="y", pad=11 if any(moved) else 4)
-    for place, (_, middle, _), apart in zip(places, kept, moved, strict=True):
-        if apart:
-            axis.annotate(
-                "",
-                xy=(0, middle),
-                xycoords=("axes fraction", "data"),
-                xytext=(-0.035, place),
-                textcoords=("axes fraction", "data"),
-                arrowprops={"arrowstyle": "-", "linewidth": 0.6, "color": DENSE, "shrinkA": 0, "shrinkB": 2},
-            )
-
-
-def _spread(wanted: Sequence[float], gap: float, most: float) -> list[float]:
-    """Return rising places at least ``gap`` apart, as near to those wanted as that allows; the last at ``most``."""
-    pools: list[tuple[int, float]] = []  # labels that touch, and the middle of them
-    for place in wanted:
-        count, middle = 1, min(place, most)
-        while pools and middle - pools[-1][1] < gap * (count + pools[-1][0]) / 2:
-            before, centre = pools.pop()
-            middle = (count * middle + before * centre) / (count + before)
-            count += before
-            middle = min(middle, most - gap * (count - 1) / 2)
-        pools.append((count, middle))
-    return [middle + gap * (index - (count - 1) / 2) for count, middle in pools for index in range(count)]

@@ -13,7 +13,7 @@ import psutil
 
 from moeify.events import Failed
 from pipelines.copies import refresh
-from pipelines.display import PlainDisplay, RunState
+from pipelines.display import JsonDisplay, PlainDisplay, RunState
 from pipelines.journal import read_events
 from pipelines.runs import RunFolder, status
 
@@ -52,7 +52,7 @@ def lines(stands: dict[str, Any]) -> list[str]:
     return [*told, *[f"files:   {stands['folder']}"] * bool(stands["folder"])]
 
 
-def tell(folder: RunFolder, display: PlainDisplay, *, follow: bool) -> None:
+def tell(folder: RunFolder, display: PlainDisplay | JsonDisplay, *, follow: bool) -> None:
     """Tell a run's journal; with ``follow`` until nobody drives the run any more."""
     while True:
         driven = follow and status(folder) == "running"  # before reading: what was written until then is told

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeify.export.pruning import extract
 from moeify.fitting import fit
 from moeify.models.detect import feed_forward_blocks
 from moeify.models.families import describe, detected, entries, example_inputs, rebuild, unit_space
@@ -165,11 +164,11 @@ def test_a_network_without_an_adapter_is_fitted() -> None:
     data = {"left": (inputs[:40], torch.arange(40) % 2), "right": (inputs[40:], 2 + torch.arange(40) % 2)}
     network = Network(Plain(), Gated())
     found = fit(network, data, loss="classes", steps=30, rounds=1, separation=0.3, partition={"min_units": 1})
-    assert found.split.partition.separation == pytest.approx(0.3, abs=0.1)
+    assert found.partition.separation == pytest.approx(0.3, abs=0.1)
     rows, categories = inputs[38:42], torch.tensor([0, 0, 1, 1])
-    alone = extract(found.split, "left")
-    assert alone.space.units < found.split.space.units
-    torch.testing.assert_close(alone(rows[:2], categories[:2]), found.split(rows, categories)[:2], rtol=1e-4, atol=1e-5)
+    alone = found.extract("left")
+    assert sum(p.numel() for p in alone.parameters()) < sum(p.numel() for p in network.parameters())
+    torch.testing.assert_close(alone(rows[:2]), found.model(rows, categories)[:2], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "opt", "bert", "vit"])

@@ -3,13 +3,18 @@
 import io
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from fake_runs import fake_run, story, tell
+from pydantic import TypeAdapter
 from rich.console import Console
 
 from moeify.events import Evaluated, Event, Failed, Finished, Mishap, Phase, RoundEnded, Started, Step
 from moeify.recipe.arms import Arm
+from pipelines.cli import main
 from pipelines.display import PlainDisplay, RunState, TerminalDisplay, choose_display, milestones
 
 STARTED = Started(
@@ -196,3 +201,12 @@ def test_after_the_end_the_live_line_says_what_is_waited_for() -> None:
 def test_numbers_that_went_wrong_are_told_with_how_the_run_went_on() -> None:
     event = Mishap(id="mishap/split/1", time=0.0, arm="split", round=1, step=8, what="step 9: x", done="it is skipped")
     assert list(milestones(event)) == ["split, step 9: x; it is skipped"]
+
+
+def test_logs_as_json_are_the_events_of_the_journal(tmp_path: Path) -> None:
+    events = story()
+    tell(fake_run(tmp_path), events)
+    said = CliRunner().invoke(main, ["logs", "last", "--json"], env={"MOEIFY_HOME": str(tmp_path)})
+    assert said.exit_code == 0, said.output
+    read: TypeAdapter[Event] = TypeAdapter(Event)
+    assert [read.validate_json(line) for line in said.output.splitlines()] == events

@@ -1,16 +1,21 @@
 """What the documents say, run."""
 
 import contextlib
+import importlib.util
 import io
+import json
 import os
 import random
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -20,6 +25,7 @@ from moeify.recipe.config import RunConfig
 from moeify.recipe.load import load_recipe, to_yaml
 from moeify.routed.proof import prove
 from pipelines.cli import main
+from tests.finished_runs import TINY, environment, finish
 from tests.networks import tiny_decoder
 from tests.test_owners import random_units
 
@@ -33,8 +39,26 @@ WORDS = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", QUICKSTART.read_text(encoding="utf-8"), re.DOTALL)
+ELSEWHERE = {
+    "moeify compare": "trains many runs; the quickstart's test compares",
+    "moeify doctor": "starts Ray; the quickstart's test asks it",
+    "moeify run": "needs data that the project does not carry, or is named without a recipe",
+}
+STAND_INS = {"RUN": "last", "DIR": "out", "FILE": "texts.jsonl", "web": "prose"}
+"""What the documents' placeholders, and their example of a category, are in the run that the commands are tried on."""
+TRIED = """
+import json, sys
+from click.testing import CliRunner
+from pipelines.cli import main
+for words in json.load(sys.stdin):
+    said = CliRunner().invoke(main, words)
+    if said.exit_code:
+        sys.exit(f"{words}: {said.output} {said.exception!r}")
+"""
+
+
+def blocks(language: str, document: Path = QUICKSTART) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
@@ -128,13 +152,79 @@ def test_the_notebook_runs_as_a_script(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     said = done.stdout
-    assert re.search(r"active: \d\d% of the units", said)
+    assert re.search(r"a category runs \d\d\.\d%", said)
     before, after = map(float, re.search(r"3: ([\d.]+) -> ([\d.]+)  <- taken out", said).groups())
     assert after > before
     kept = re.findall(r"^(\d): ([\d.]+) -> ([\d.]+)$", said, re.MULTILINE)
     assert len(kept) == 9
     assert all(one == other for _, one, other in kept)
     assert float(re.search(r"differs from the whole by (\S+) at most", said)[1]) < 1e-5
+
+
+@pytest.mark.slow
+def test_every_command_of_the_other_documents_runs(tmp_path: Path):
+    """In the order of the text, on a small run; those that lack an argument are names and no commands."""
+    asked = []
+    for document in ("concepts", "routing", "report", "faq"):
+        text = (ROOT / "docs" / f"{document}.md").read_text(encoding="utf-8")
+        asked += [words for name, rest in named(text) if (words := tried(name, rest))]
+    assert len(asked) > 8
+    once = list(dict.fromkeys(map(tuple, asked)))
+    asked = [[f"out-{place}" if word == "out" else word for word in words] for place, words in enumerate(once)]
+    finish(tmp_path, {"tiny": TINY})
+    done = subprocess.run(
+        [sys.executable, "-c", TRIED],
+        input=json.dumps(asked),
+        cwd=tmp_path,
+        env={**os.environ, **environment(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def tried(name: str, rest: str) -> list[str]:
+    """Return a command's words as it is tried; none where it is tried elsewhere, or only named."""
+    words = [STAND_INS.get(word, word) for word in shlex.split(rest)]
+    command = main.get_command(click.Context(main), name)
+    if f"moeify {name}" in ELSEWHERE or command is None:
+        return []
+    try:
+        command.make_context(name, list(words))
+    except click.UsageError:
+        return []
+    return [name, *words]
+
+
+def test_the_code_of_the_concepts_runs():
+    code = blocks("python", ROOT / "docs" / "concepts.md")[0].replace("steps=200", "steps=16")
+    made: dict[str, object] = {}
+    exec(code, made)
+    assert set(made["split"].categories) == {"zero", "six", "one", "seven"}
+
+
+def pictures() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("pictures_of_docs", ROOT / "docs" / "pictures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_pictures_are_those_that_the_script_draws_of_its_run():
+    script = pictures()
+    drawn = script.draw(json.loads(script.FACTS.read_text(encoding="utf-8")))
+    for name, picture in drawn.items():
+        assert (ROOT / "docs" / f"{name}.svg").read_text(encoding="utf-8") == picture, name
+    text = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    assert all(f"({name}.svg)" in text for name in drawn)
+    assert len(script.draw(script.run(steps=16))) == len(drawn)
+
+
+def test_the_figures_of_the_concepts_are_those_of_the_run():
+    facts = json.loads((ROOT / "docs" / "pictures.json").read_text(encoding="utf-8"))
+    text = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    for figure in (*facts["loss"].values(), *(facts["nodes"][place]["name"] for place in (1, 4))):
+        assert str(figure) in text, figure
 
 
 # --- extending ----------------------------------------------------------------------------------------

@@ -1,15 +1,18 @@
-"""The way in from a notebook: fit, ablate, extract, and every example in a docstring."""
+"""The way in from a notebook: attribute, split, fit, what comes of it, and every example in a docstring."""
 
 import doctest
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import moeify
+from attribution import heatmap
 from moeify.models.build import Autoencoder
+from moeify.notebook import Split, loss_of
 from moeify.recipe.model import LlamaModel
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
@@ -18,15 +21,29 @@ from moeify.task import Counted, Task
 from moeify.tasks.tensors import TensorTask
 
 
-def small_split() -> SplitModel:
-    tree = ExpertTree.undivided(("a", "b")).split({0: [("a",), ("b",)]})
-    widths = dict.fromkeys(("encoder.hidden", "decoder.hidden"), (2, 3, 3))
-    return SplitModel(Autoencoder(3, 8, 2), ("a", "b"), Partition(tree, widths)).eval()
+def shades() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {name: (torch.rand(60, 6) < chance).float() for name, chance in (("dark", 0.2), ("light", 0.8))}
 
 
-@pytest.mark.parametrize("name", ["moeify.fitting", "moeify.export.pruning"])
+def small_split() -> Split:
+    """A core of 8 units and an expert of 4 for each of two categories, drawn."""
+    tree = ExpertTree.undivided(("dark", "light")).split({0: [("dark",), ("light",)]})
+    widths = dict.fromkeys(("encoder.hidden", "decoder.hidden"), (4, 2, 2))
+    data, network = shades(), Autoencoder(6, 8, 2)
+    task = TensorTask(network, data, "pixels", rows=8, seed=0)
+    model = SplitModel(task.build(), task.categories, Partition(tree, widths)).eval()
+    dense = SplitModel(task.build(), task.categories).eval()
+    config = moeify.split(network, data, loss="pixels", separation=0.2).config
+    return Split(
+        model, dense, task, config, {"split": loss_of(model, task, config), "dense": loss_of(dense, task, config)}
+    )
+
+
+@pytest.mark.parametrize("name", ["moeify.attributing", "moeify.fitting", "moeify.notebook"])
 def test_the_examples_in_docstrings_hold(name: str) -> None:
-    done = doctest.testmod(import_module(name), extraglobs={"split": small_split()})
+    given = {"split": small_split()} if name == "moeify.notebook" else {}
+    done = doctest.testmod(import_module(name), extraglobs=given)
     assert done.attempted > 0
     assert done.failed == 0
 
@@ -34,18 +51,93 @@ def test_the_examples_in_docstrings_hold(name: str) -> None:
 @torch.no_grad()
 def test_what_is_extracted_or_left_gives_the_same_outputs() -> None:
     split = small_split()
-    x = torch.rand(5, 3)
-    of_a, of_b = torch.zeros(5, dtype=torch.long), torch.ones(5, dtype=torch.long)
-    torch.testing.assert_close(moeify.extract(split, "b")(x, of_a), split(x, of_b))
-    rest = moeify.ablate(split, "a")
-    torch.testing.assert_close(rest(x, of_b), split(x, of_b))
-    with split.ablated("a"):
-        torch.testing.assert_close(rest(x, of_a), split(x, of_a))
-    with pytest.raises(ValueError, match="no category 'c'"):
-        moeify.ablate(split, "c")
+    x = torch.rand(5, 6)
+    of_dark, of_light = torch.zeros(5, dtype=torch.long), torch.ones(5, dtype=torch.long)
+    torch.testing.assert_close(split.extract("light")(x), split.model(x, of_light))
+    rest = split.ablate("dark")
+    torch.testing.assert_close(rest.model(x, of_light), split.model(x, of_light))
+    with split.model.ablated("dark"):
+        torch.testing.assert_close(rest.model(x, of_dark), split.model(x, of_dark))
+        assert split.loss(split.model) == pytest.approx(rest.test_loss["split"])
+    assert rest.tax["dark"] - split.tax["dark"] == pytest.approx(split.removals()["dark"]["dark"])
+    for ask in (split.ablate, split.extract):
+        with pytest.raises(ValueError, match="no category 'c'"):
+            ask("c")
+    with pytest.raises(ValueError, match="no expert of its own"):
+        rest.ablate("dark")
 
 
-def test_tokens_are_fitted_and_the_network_that_was_given_stays_as_it_was() -> None:
+def test_a_split_shows_itself_in_words_in_a_page_and_in_pictures() -> None:
+    split = small_split()
+    assert [line.split()[0] for line in repr(split).splitlines()] == ["Split", "core", "dark", "light", "tax,"]
+    page = split._repr_html_()
+    assert page.count("<table>") == page.count("</table>") == 2
+    assert "<td>75.0%</td>" in page
+    tree, attribution, removals = split.plot_tree(), split.plot_attribution(), split.plot_removals()
+    boxes = tree.axes[0].patches
+    assert [box.get_bbox().bounds for box in boxes] == [(0, 0, 2, 8), (0, 8, 1, 4), (1, 8, 1, 4)]
+    assert [axis.get_title().split("\n")[0] for axis in attribution.axes[:2]] == ["encoder.hidden", "decoder.hidden"]
+    assert [label.get_text() for label in removals.axes[0].get_yticklabels()] == ["dark", "light"]
+    for figure in (tree, attribution, removals, heatmap.plot(split.attribute())):
+        assert figure._repr_png_().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="nothing was trained"):
+        split.plot_curves()
+
+
+def test_names_of_categories_are_no_markup() -> None:
+    data = {"<b>": (torch.rand(20, 6) < 0.2).float(), "b": (torch.rand(20, 6) < 0.8).float()}
+    page = moeify.split(Autoencoder(6, 16, 3), data, loss="pixels", separation=0.2)._repr_html_()
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page
+
+
+@torch.no_grad()
+def test_a_split_without_training_keeps_what_is_on_a_route_and_says_what_it_cost() -> None:
+    network = Autoencoder(6, 16, 3)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    data = {name: (torch.rand(40, 6) < 0.1 + 0.2 * place).float() for place, name in enumerate("abcd")}
+    tree = [["a", "d"], ["b", "c"]]
+    deep = {"rounds": 2, "branching": 2, "separation": 0.3, "tree": tree, "partition": {"compensation": None}}
+    found = moeify.split(network, data, loss="pixels", **deep)
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert [node.name for node in found.partition.tree.nodes] == ["core", "a+d", "a", "d", "b+c", "b", "c"]
+    assert found.partition.separation >= 0.3 - 1e-9
+    rows, whole = torch.rand(7, 6), torch.zeros(7, dtype=torch.long)
+    with found.model.masked():
+        torch.testing.assert_close(found.model(rows, whole), found.extract("a")(rows))
+    torch.testing.assert_close(found.dense(rows, whole), network(rows))
+    assert moeify.split(found.dense, data, loss="pixels", **deep).test_loss == found.test_loss
+    with pytest.raises(ValueError, match="split already"):
+        moeify.split(found.model, data, loss="pixels")
+    assert found.tax["mean"] == pytest.approx(sum(found.tax[c] for c in data) / 4)
+
+
+def test_attribution_alone_reads_a_network_and_a_split_of_it() -> None:
+    network, data = Autoencoder(6, 8, 2), shades()
+    table = moeify.attribute(network, data, loss="pixels", rows=40)
+    assert list(table.sites) == ["encoder.hidden", "decoder.hidden"]
+    split = moeify.split(network, data, loss="pixels", separation=0.2)
+    of_split = moeify.attribute(split.model, data, loss="pixels", rows=40)
+    for site in of_split.sites:
+        off = ~split.partition.active(site, "dark")
+        assert off.any()
+        assert not of_split.score(site, "absolute")[off, 0].any()
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"training": {"steps": 3}}, "use moeify.fit"),
+        ({"partition": {"told": True}}, "use moeify.fit"),
+        ({"separation": 0.99}, "separation"),
+    ],
+)
+def test_what_a_split_without_training_cannot_do_is_told(asked: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        moeify.split(Autoencoder(6, 8, 2), shades(), loss="pixels", **asked)
+
+
+def test_tokens_are_fitted_and_the_network_that_was_given_stays_as_it_was(tmp_path: Path) -> None:
     from moeify.models.build import build_llama
 
     network = build_llama(
@@ -60,12 +152,34 @@ def test_tokens_are_fitted_and_the_network_that_was_given_stays_as_it_was() -> N
     }
     found = moeify.fit(network, data, loss="tokens", steps=40, rounds=1, separation=0.3, rows=12, seed=1)
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
-    assert found.loss(found.split) == pytest.approx(found.result.test_loss["split"], rel=1e-6)
-    assert found.loss(found.dense) == pytest.approx(found.result.test_loss["dense"], rel=1e-6)
-    assert found.result.active_fraction["mean"] <= 0.7 + 1e-9
-    assert {each.expert for each in found.portraits(4).experts} <= {n.name for n in found.split.partition.tree.nodes}
+    assert found.loss(found.model) == pytest.approx(found.test_loss["split"], rel=1e-6)
+    assert found.loss(found.dense) == pytest.approx(found.test_loss["dense"], rel=1e-6)
+    assert found.partition.separation >= 0.3 - 1e-9
+    assert {each.expert for each in found.portraits(4).experts} <= {node.name for node in found.partition.tree.nodes}
+    assert [line.get_label() for line in found.plot_curves().axes[0].lines] == ["dense", "split"]
     again = moeify.fit(network, data, loss="tokens", steps=40, rounds=1, separation=0.3, rows=12, seed=1)
-    assert again.result.test_loss == found.result.test_loss
+    assert again.test_loss == found.test_loss
+    take_away(found, tmp_path)
+
+
+def take_away(found: Split, folder: Path) -> None:
+    """A stock model of one category is loaded by transformers alone; the whole comes back in bits."""
+    from transformers import AutoModelForCausalLM
+
+    rows = torch.randint(20, (2, 6))
+    with torch.no_grad():
+        found.export(folder / "up", "up")
+        wanted = found.model(rows, torch.zeros(2, dtype=torch.long))
+        loaded = AutoModelForCausalLM.from_pretrained(folder / "up").eval()
+        torch.testing.assert_close(loaded(rows).logits, wanted)
+        torch.testing.assert_close(found.extract("up")(rows).logits, wanted)
+        found.export(folder / "split", dtype="bfloat16")
+        assert torch.equal(found.model(rows, torch.zeros(2, dtype=torch.long)), wanted)
+    assert moeify.load_split(folder / "split").categories == found.categories
+    with pytest.raises(ValueError, match="exists already"):
+        found.export(folder / "split")
+    with pytest.raises(ValueError, match="categories and moe"):
+        found.export(folder / "other", "up", moe="glm4_moe")
 
 
 def task(loss: Any = "classes", **data: Any) -> TensorTask:
@@ -114,3 +228,9 @@ def test_a_network_of_no_known_family_is_refused_by_name() -> None:
         moeify.fit(
             nn.Linear(4, 3), {c: (torch.rand(20, 4), torch.randint(3, (20,))) for c in "ab"}, loss="classes", steps=8
         )
+
+
+def test_what_type_checkers_are_told_is_what_there_is() -> None:
+    stub = (Path(moeify.__file__).parent / "__init__.pyi").read_text(encoding="utf-8")
+    told = {line.split()[3]: line.split()[1] for line in stub.splitlines() if line.startswith("from ")}
+    assert told == moeify._HOMES  # type: ignore[attr-defined]

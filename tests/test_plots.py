@@ -12,6 +12,7 @@ from matplotlib.patches import Rectangle
 from safetensors.numpy import load_file, save_file
 
 from attribution.heatmap import thinned
+from moeify import pictures
 from moeify.events import RoundEnded
 from pipelines import plots, round_files
 from pipelines.runs import RunFolder
@@ -92,10 +93,10 @@ def test_an_expert_without_units_in_a_site_is_left_out(folder: RunFolder, figure
 
 
 def test_names_that_would_overlap_stand_apart_around_their_experts() -> None:
-    assert plots._spread([10.0, 50.0], 5.0, 100.0) == [10.0, 50.0]
-    assert plots._spread([20.0, 21.0, 22.0], 4.0, 100.0) == pytest.approx([17.0, 21.0, 25.0])
-    assert plots._spread([97.0, 99.0], 6.0, 98.0) == pytest.approx([92.0, 98.0])
-    places = plots._spread([1.0, 1.0, 3.0, 40.0, 41.0], 5.0, 100.0)
+    assert pictures._spread([10.0, 50.0], 5.0, 100.0) == [10.0, 50.0]
+    assert pictures._spread([20.0, 21.0, 22.0], 4.0, 100.0) == pytest.approx([17.0, 21.0, 25.0])
+    assert pictures._spread([97.0, 99.0], 6.0, 98.0) == pytest.approx([92.0, 98.0])
+    places = pictures._spread([1.0, 1.0, 3.0, 40.0, 41.0], 5.0, 100.0)
     assert all(after - before >= 5.0 - 1e-9 for before, after in pairwise(places))
 
 

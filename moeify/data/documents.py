@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +28,18 @@ class Document:
     def size(self) -> int:
         """Bytes of UTF-8."""
         return len(self.text.encode())
+
+
+def named(told: str, taken: Collection[str]) -> str:
+    """Return what something is called as a category: a safe component of a path that is not taken."""
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", told).strip("-._")[:60] or "category"
+    if misnamed(stem):
+        stem += "-1"
+    number = 2
+    name = stem
+    while name in taken:
+        name, number = f"{stem}-{number}", number + 1
+    return name
 
 
 def distinct(documents: Mapping[str, Sequence[Document]]) -> dict[str, list[Document]]:

@@ -1,11 +1,11 @@
-"""From a recipe's source to documents in categories: installed text, the user's folders, the user's JSON lines."""
+"""From a recipe's source to documents in categories: installed text, the user's folders, JSON lines and tables."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import assert_never
 
-from moeify.data import corpora
+from moeify.data import corpora, tables
 from moeify.data.documents import Document, distinct, misnamed
 from moeify.data.lines import UNLABELLED, Fields, existing, read_lines
 from moeify.data.root import data_root
@@ -18,6 +18,7 @@ from moeify.recipe.data import (
     LinesPart,
     MixedText,
     Source,
+    Table,
     TextFolders,
 )
 
@@ -37,6 +38,8 @@ def fingerprint(source: Source, base: Path) -> str:
             return _digest(f"{category}\0{_folder_hash(base / path, source.pattern)}" for category, path in folders)
         case JsonLines():
             return _file_hash(base / source.path, "data.source.path")
+        case Table():
+            return tables.content_hash(base / source.path)
         case MixedText():
             root = _root(source, base)
             return _digest(f"{category}\0{_part_hash(category, part, root)}" for category, part in _parts(source))
@@ -45,9 +48,9 @@ def fingerprint(source: Source, base: Path) -> str:
 
 
 def read(source: Source, base: Path) -> dict[str, list[Document]]:
-    """Return each category's distinct documents, categories in the recipe's order (by name for JSON lines).
+    """Return each category's distinct documents, categories in the recipe's order (by name for JSON lines and tables).
 
-    JSON lines without a category field are all ``UNLABELLED``.
+    JSON lines and tables without a category field are all ``UNLABELLED``.
 
     Raises:
         ValueError: The source cannot be read, says something else than text in at least two well-named categories, or
@@ -66,6 +69,9 @@ def read(source: Source, base: Path) -> dict[str, list[Document]]:
         case JsonLines():
             path = base / source.path
             found = _labelled(path, read_lines(path, Fields(source.text, source.category)), source.category)
+        case Table():
+            path = base / source.path
+            found = _labelled(path, tables.read_table(path, source.text, source.category), source.category)
         case MixedText():
             root = _root(source, base)
             found = {name: _part(name, part, root, source.megabytes) for name, part in _parts(source)}

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeify.data import sources
-from moeify.data.documents import SPLITS, misnamed
+from moeify.data import sources, tables
+from moeify.data.documents import SPLITS, named
 from moeify.data.lines import UNLABELLED, numbered
-from moeify.recipe.data import JsonLines, TextFolders
+from moeify.recipe.data import JsonLines, Table, TextFolders
 
 _PEEK = 2000
 """Lines of a JSON lines file that fields are judged by."""
+_SAMPLE = 200
+"""Rows of a batch of a table that columns are judged by, about."""
 _MOST = 64
 """Values that a field of categories has at most."""
 _SHORT = 64
@@ -42,7 +44,7 @@ class Amount:
 class Survey:
     """What was found, and how a recipe says it."""
 
-    source: TextFolders | JsonLines
+    source: TextFolders | JsonLines | Table
     """Paths are absolute."""
     amounts: Mapping[str, Amount]
     """By category; the one category ``""`` where nothing tells documents apart."""
@@ -56,27 +58,31 @@ class Survey:
 
 
 def look(path: Path, text: str | None = None, category: str | None = None, *, discover: bool = False) -> Survey:
-    """Look at a folder of folders of text files, or at a file of JSON lines.
+    """Look at a folder of folders of text files, a file of JSON lines, or a table (``moeify.data.tables``).
 
     Args:
         path: Where the data is.
-        text: The field of a JSON line that holds the document; None: the one with the longest texts.
+        text: The field of a JSON line, or column, that holds the document; None: the one with the longest texts.
         category: The field that holds the category; None: the likeliest, where there is one.
-        discover: JSON lines are taken as unlabelled, whatever their fields.
+        discover: JSON lines and tables are taken as unlabelled, whatever their fields.
 
     Raises:
         ValueError: No run can use it; one line says why and what to do.
         FileNotFoundError: There is nothing.
     """
-    source: TextFolders | JsonLines
-    if path.is_dir():
+    source: TextFolders | JsonLines | Table
+    if path.exists() and tables.is_table(path):
+        source, notes = _table(path, text, category, discover)
+    elif path.is_dir():
         if text or category or discover:
-            raise ValueError(f"{path} is a folder, whose folders are the categories; fields are for JSON lines")
+            raise ValueError(
+                f"{path} is a folder, whose folders are the categories; fields are for JSON lines and tables"
+            )
         source, notes = _folders(path)
     elif path.is_file():
         source, notes = _lines(path, text, category, discover)
     else:
-        raise ValueError(f"{path} is not there; give a folder of folders of text files, or a file of JSON lines")
+        raise ValueError(f"{path} is not there; give a folder of folders of text files, JSON lines, or a table")
     found = sources.read(source, Path())
     amounts = {name: Amount(len(texts), sum(d.size for d in texts)) for name, texts in found.items()}
     for name, amount in amounts.items():
@@ -102,7 +108,7 @@ def _folders(path: Path) -> tuple[TextFolders, list[str]]:
         except ValueError:
             notes.append(f"left out: {folder.name}, which has no files")
             continue
-        name = _name(folder.name, names)
+        name = named(folder.name, names)
         if name != folder.name:
             notes.append(f"category {name!r} stands for the folder {folder.name!r}")
         names[name], files[name] = folder.absolute(), found
@@ -117,18 +123,6 @@ def _folders(path: Path) -> tuple[TextFolders, list[str]]:
     if left_out:
         notes.append(f"pattern {pattern!r}: leaves out {_files(len(left_out))}, such as {left_out[0].name}")
     return TextFolders(kind="folders", categories=names, pattern=pattern), notes
-
-
-def _name(folder: str, taken: Mapping[str, Path]) -> str:
-    """Return a folder's name as a category's, which is also a safe component of a path."""
-    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", folder).strip("-._")[:60] or "category"
-    if misnamed(stem):
-        stem += "-1"
-    number = 2
-    name = stem
-    while name in taken:
-        name, number = f"{stem}-{number}", number + 1
-    return name
 
 
 def _pattern(files: Mapping[str, Sequence[Path]]) -> tuple[str, list[Path]]:
@@ -180,6 +174,32 @@ def _lines(path: Path, text: str | None, category: str | None, discover: bool) -
         raise ValueError(f"{path} is neither a folder nor one of {', '.join(f'*{s}' for s in _SUFFIXES)}")
     entries = _peeked(path)
     values = {key: [entry.get(key) for entry in entries] for entry in entries for key in entry}
+    chosen, label, notes = _chosen(path, values, text, category, discover)
+    return JsonLines(kind="jsonl", path=path.absolute(), text=chosen, category=label), notes
+
+
+def _table(path: Path, text: str | None, category: str | None, discover: bool) -> tuple[Table, list[str]]:
+    values: dict[str, list[Any]] = defaultdict(list)
+    for columns in tables.batches(path, said=str(path)):
+        for name, some in columns.items():
+            values[name] += some[:: max(1, len(some) // _SAMPLE)]  # of all parts: tables may be sorted by category
+    if not any(values.values()):
+        raise ValueError(f"{path} has no rows, wanted a column of text and one of categories")
+    chosen, label, notes = _chosen(path, values, text, category, discover)
+    if (count := len(tables.files_of(path))) > 1:
+        notes.insert(0, f"{_files(count)}, read as one table; train, validation and test are drawn from all of it")
+    if label is not None:
+        seen: dict[str, str] = {}
+        for value in dict.fromkeys(values[label]):
+            seen[value] = named(value, seen.values())
+            notes += [f"category {seen[value]!r} stands for {value!r}"] * (seen[value] != value)
+    return Table(kind="table", path=path.absolute(), text=chosen, category=label), notes
+
+
+def _chosen(
+    path: Path, values: Mapping[str, Sequence[Any]], text: str | None, category: str | None, discover: bool
+) -> tuple[str, str | None, list[str]]:
+    """Return the fields of text and category, and what to say of them; ``values``: what each field holds, by line."""
     strings = {
         key: [value for value in each if isinstance(value, str)]
         for key, each in values.items()
@@ -205,7 +225,7 @@ def _lines(path: Path, text: str | None, category: str | None, discover: bool) -
     if label is None:
         why = "as asked" if discover else "no field tells them apart"
         notes.append(f"no categories, {why}: data.discover makes clusters of documents the categories")
-    return JsonLines(kind="jsonl", path=path.absolute(), text=chosen, category=label), notes
+    return chosen, label, notes
 
 
 def _peeked(path: Path) -> list[dict[str, Any]]:

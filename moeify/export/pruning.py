@@ -91,36 +91,6 @@ def without(partition: Partition, categories: Sequence[str]) -> Pruning:
     return _pruning(partition, found, removed)
 
 
-def extract(split: SplitModel, *categories: str) -> SplitModel:
-    """Return a model of its own that serves these categories alone, with the units on their routes and no others.
-
-    Its outputs for them are those of ``split``. ValueError for categories that the model has not.
-
-    Of a model with a core of 4 units and an expert of 6 for each of two categories:
-
-    >>> alone = extract(split, "a")
-    >>> alone.categories, alone.space.units, split.space.units
-    (('a',), 10, 16)
-    """
-    return prune(split, only(split.partition, categories))
-
-
-def ablate(split: SplitModel, *categories: str) -> SplitModel:
-    """Return a model of its own without the experts that serve none but these categories.
-
-    It still takes rows of them, which run on what they share with others; all other categories' outputs are those of
-    ``split``. ValueError where a category has no expert of its own. To do the same for a moment, on the model itself:
-    ``with split.ablated(expert): ...``.
-
-    Of the model of ``extract``:
-
-    >>> rest = ablate(split, "a")
-    >>> rest.categories, rest.space.units, rest.partition.active_fraction["b"]
-    (('a', 'b'), 10, 1.0)
-    """
-    return prune(split, without(split.partition, categories))
-
-
 def prune(split: SplitModel, pruning: Pruning) -> SplitModel:
     """Return a split model of its own that holds what the pruning keeps, in eval mode and float32."""
     network = shaped(describe(split.network), {site: len(kept) for site, kept in pruning.kept.items()})

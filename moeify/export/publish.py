@@ -1,14 +1,15 @@
 """What leaves a run: a dense model of one route, a stock mixture of experts, or the split model and parts of it.
 
-Every export is checked before it is published: it must give the split model's own outputs for every category
-(``moeify.export.verification``). A model card stands beside the weights.
+What is exported is named by a run's folder, or is at hand (``Origin``). Every export is checked before it is published:
+it must give the split model's own outputs for every category (``moeify.export.verification``). A model card stands
+beside the weights.
 """
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from moeify.export.stock import Form, Stock, ffn_sites, to_dense
 from moeify.export.stock_moe import to_moe
 from moeify.export.verification import Source
 from moeify.models.families import transformer_of
+from moeify.routed.split_model import SplitModel
 from moeify.split_folder import load_from_run, load_split, save_split
 
 SHARD = "5GB"
@@ -50,7 +52,17 @@ class How:
 PLAIN = How()
 
 
-def export_dense(run: Path, categories: Sequence[str], out: Path, how: How = PLAIN) -> Checked:
+@dataclass(frozen=True)
+class Origin:
+    """A split model that is at hand, and what belongs to it. Its weights become those of the export's dtype."""
+
+    model: SplitModel
+    name: str = "the model"
+    assets: Mapping[str, bytes] = field(default_factory=dict)
+    """The tokenizer's files, by name; none where nothing is known of a tokenizer."""
+
+
+def export_dense(run: Path | Origin, categories: Sequence[str], out: Path, how: How = PLAIN) -> Checked:
     """Write the one route that these categories share as a smaller dense model of the same family.
 
     For a model of ``transformers`` this is a directory that ``from_pretrained`` of its auto class loads; for other
@@ -58,7 +70,7 @@ def export_dense(run: Path, categories: Sequence[str], out: Path, how: How = PLA
     """
     _refuse_occupied(out)
     _refuse_lacking(run, how)
-    source = Source.of(load_from_run(run), how.torch_dtype, keep=categories)
+    source = Source.of(_split_of(run), how.torch_dtype, keep=categories)
     heads_too = len(ffn_sites(source.whole)) < len(source.whole.space.sites)
     stock = to_dense(source.whole, categories, padded=not how.gguf or heads_too)
     if transformer_of(stock.network) is None:
@@ -67,7 +79,7 @@ def export_dense(run: Path, categories: Sequence[str], out: Path, how: How = PLA
 
 
 def export_moe(
-    run: Path,
+    run: Path | Origin,
     form: Form,
     out: Path,
     how: How = PLAIN,
@@ -83,14 +95,14 @@ def export_moe(
     """
     _refuse_occupied(out)
     _refuse_lacking(run, how)
-    source = Source.of(load_from_run(run), how.torch_dtype, keep=keep, drop=drop)
+    source = Source.of(_split_of(run), how.torch_dtype, keep=keep, drop=drop)
     intact = [category for category in source.part.categories if category not in drop]
     stock = to_moe(source.part, form, forced or (intact or source.part.categories)[0])
     return _export_stock(run, source, stock, out, how)
 
 
 def export_split(
-    run: Path, out: Path, how: How = PLAIN, *, keep: Sequence[str] = (), drop: Sequence[str] = ()
+    run: Path | Origin, out: Path, how: How = PLAIN, *, keep: Sequence[str] = (), drop: Sequence[str] = ()
 ) -> Checked:
     """Write the split model as a folder that ``moeify.load_split`` gives back.
 
@@ -98,7 +110,7 @@ def export_split(
     serve none but these; rows of a dropped category run on what is left of their route.
     """
     _refuse_occupied(out)
-    source = Source.of(load_from_run(run), how.torch_dtype, keep=keep, drop=drop)
+    source = Source.of(_split_of(run), how.torch_dtype, keep=keep, drop=drop)
     with _published(out) as draft:
         shutil.rmtree(draft)
         save_split(source.part, draft, _assets(run), dtype=how.torch_dtype)
@@ -107,7 +119,7 @@ def export_split(
     return checked
 
 
-def _export_stock(run: Path, source: Source, stock: Stock, out: Path, how: How) -> Checked:
+def _export_stock(run: Path | Origin, source: Source, stock: Stock, out: Path, how: How) -> Checked:
     with _published(out) as draft:
         differences = None
         if how.gguf:
@@ -147,7 +159,13 @@ def _write_card(folder: Path, text: str) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _assets(run: Path) -> dict[str, bytes]:
+def _split_of(run: Path | Origin) -> SplitModel:
+    return run.model if isinstance(run, Origin) else load_from_run(run)
+
+
+def _assets(run: Path | Origin) -> Mapping[str, bytes]:
+    if isinstance(run, Origin):
+        return run.assets
     folder = run / "assets"
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())} if folder.is_dir() else {}
 
@@ -157,7 +175,7 @@ def _refuse_occupied(out: Path) -> None:
         raise ValueError(f"{out} exists already; name an empty or new folder")
 
 
-def _refuse_lacking(run: Path, how: How) -> None:
+def _refuse_lacking(run: Path | Origin, how: How) -> None:
     if how.gguf:
         gguf_file.require(verify=how.verify)
         if "tokenizer.json" not in _assets(run):

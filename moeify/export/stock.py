@@ -7,11 +7,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from moeify.export.pruning import only, prune
 from moeify.export.untold import untold
 from moeify.models.families import describe, rebuild, with_units
 from moeify.models.fused import closed
-from moeify.models.resizing import copy_units
+from moeify.models.resizing import copy_units, shaped
 from moeify.models.units import ConvUnits, FfnUnits
 from moeify.recipe.partition import UnitKind
 from moeify.routed.split_model import SplitModel
@@ -111,7 +110,11 @@ def extract(split: SplitModel, category: str) -> nn.Module:
 
 
 def _narrow(split: SplitModel, category: str) -> nn.Module:
-    return prune(split, only(split.partition, [category])).network
+    """Return the same with each site as wide as it is."""
+    active = {site.name: split.partition.active(site.name, category).nonzero()[:, 0] for site in split.space.sites}
+    dense = shaped(describe(split.network), {site: len(units) for site, units in active.items()})
+    copy_units(split.network, split.space, active, dense)
+    return dense.eval()
 
 
 def _same_route(split: SplitModel, one: str, other: str) -> bool:

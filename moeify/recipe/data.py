@@ -47,6 +47,20 @@ class JsonLines(Closed):
     """The field that holds the category; ``null``: documents have none, and ``data.discover`` finds them."""
 
 
+class Table(Closed):
+    """Rows of Parquet, Arrow, CSV or TSV files, or of a data set that Hugging Face ``datasets`` saved to disk."""
+
+    kind: Literal["table"]
+    path: Path
+    """The file; or a folder, of which all files are read, the splits of a saved data set too. A relative path starts at
+    the recipe's folder."""
+    text: str = "text"
+    """The column that holds the document."""
+    category: str | None = "label"
+    """The column that holds the category, as text or as a number; ``null``: documents have none, and ``data.discover``
+    finds them."""
+
+
 class InstalledPart(Closed):
     """One of the installed sources."""
 
@@ -95,7 +109,7 @@ class MixedText(Closed):
     """Upper bound on the text taken of each category, in 10^6 bytes."""
 
 
-Source = Annotated[InstalledText | TextFolders | JsonLines | MixedText, Field(discriminator="kind")]
+Source = Annotated[InstalledText | TextFolders | JsonLines | Table | MixedText, Field(discriminator="kind")]
 
 
 class Tfidf(Closed):

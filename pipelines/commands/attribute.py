@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from moeify.recipe.arms import Arm
+from pipelines.commands.arguments import examples, recipes, runs_or_models
 from pipelines.commands.options import JSON
 from pipelines.find_recipe import find_recipe
 
@@ -16,11 +17,21 @@ if TYPE_CHECKING:
     from pipelines.runs import RunFolder
 
 
-@click.command("attribute")
-@click.argument("target", metavar="RUN_OR_MODEL")
+@click.command(
+    "attribute",
+    epilog=examples(
+        "moeify attribute last",
+        "moeify attribute last --arm dense --rows 64 --agreement",
+        "moeify attribute ./my-model --data recipe.yaml -o attribution",
+    ),
+)
+@click.argument("target", metavar="RUN_OR_MODEL", shell_complete=runs_or_models)
 @click.option("--arm", type=click.Choice(get_args(Arm)), help="Of a run; split where it has been split.")
 @click.option(
-    "--data", metavar="RECIPE", help="For a MODEL: the recipe whose data section gives text or images in categories."
+    "--data",
+    metavar="RECIPE",
+    shell_complete=recipes,
+    help="For a MODEL: the recipe whose data section gives text or images in categories.",
 )
 @click.option("--rows", type=click.IntRange(min=2), help="Rows of each category (16, or as the recipe says).")
 @click.option("--agreement", is_flag=True, help="Hold every method against exact ablation, too (minutes).")

@@ -5,8 +5,10 @@ import time
 
 import click
 
+from pipelines.commands.arguments import examples
 
-@click.group("cluster")
+
+@click.group("cluster", epilog=examples('eval "$(moeify cluster up --local 2)"', "moeify cluster down"))
 def command() -> None:
     """Start or end a cluster on this machine.
 
@@ -15,7 +17,9 @@ def command() -> None:
     """
 
 
-@command.command("up")
+@command.command(
+    "up", epilog=examples('eval "$(moeify cluster up --local 2)"', "moeify cluster up --local 1 --cores 2")
+)
 @click.option("--local", "nodes", type=click.IntRange(1, 16), required=True, metavar="N", help="Ray nodes.")
 @click.option("--cores", type=click.IntRange(1), help="That each node counts; with fewer real ones, runs take turns.")
 def up(nodes: int, cores: int | None) -> None:
@@ -41,7 +45,7 @@ def up(nodes: int, cores: int | None) -> None:
         click.echo(f"export {name}={shlex.quote(value)}")
 
 
-@command.command("down")
+@command.command("down", epilog=examples("moeify cluster down"))
 def down() -> None:
     """End the cluster that 'up' started, and nothing else."""
     from pipelines import cluster, runs

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pipelines.commands.arguments import RECIPE, examples
 from pipelines.commands.delivering import delivered
 from pipelines.commands.options import JSON
 from pipelines.find_recipe import find_recipe
@@ -34,8 +35,15 @@ class _Lists(click.Command):
         return super().parse_args(ctx, spelt)
 
 
-@click.command("compare", cls=_Lists)
-@click.argument("recipe")
+@click.command(
+    "compare",
+    cls=_Lists,
+    epilog=examples(
+        "moeify compare digits",
+        "moeify compare recipe.yaml --methods random oneshot --seeds 3",
+    ),
+)
+@RECIPE
 @click.option("--methods", multiple=True, metavar="METHOD ...", help="The loop's rivals; all of them if not given.")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="From the recipe's seed on.")
 @click.option(

@@ -1,4 +1,4 @@
-"""``moeify completion``: what a shell completes commands and options with."""
+"""``moeify completion``: what a shell completes commands, options, runs and recipes with."""
 
 import click
 
@@ -10,12 +10,13 @@ _RUN_BY = "_MOEIFY_COMPLETE"
 @click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
 @click.pass_context
 def command(ctx: click.Context, shell: str) -> None:
-    """Print what makes SHELL complete moeify's commands and options.
+    """Print what makes SHELL complete moeify's commands and runs.
 
     \b
-    bash   eval "$(moeify completion bash)"            in ~/.bashrc
-    zsh    eval "$(moeify completion zsh)"             in ~/.zshrc
-    fish   moeify completion fish | source             in ~/.config/fish/config.fish
+    Examples:
+      bash   eval "$(moeify completion bash)"            in ~/.bashrc
+      zsh    eval "$(moeify completion zsh)"             in ~/.zshrc
+      fish   moeify completion fish | source             in ~/.config/fish/config.fish
     """
     from click.shell_completion import get_completion_class
 

@@ -2,10 +2,17 @@
 
 import click
 
+from pipelines.commands.arguments import examples
 from pipelines.commands.options import JSON
 
 
-@click.command("doctor")
+@click.command(
+    "doctor",
+    epilog=examples(
+        "moeify doctor",
+        "moeify doctor --json",
+    ),
+)
 @JSON
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pipelines.commands.arguments import RUN, examples
+
 if TYPE_CHECKING:
     from moeify.export.model_card import About
     from moeify.export.publish import Dtype
@@ -14,8 +16,15 @@ if TYPE_CHECKING:
     from pipelines.runs import RunFolder
 
 
-@click.command("export")
-@click.argument("run_", metavar="RUN")
+@click.command(
+    "export",
+    epilog=examples(
+        "moeify export last --category law -o law-model",
+        "moeify export last --split --without law -o without-law",
+        "moeify export last --moe glm4_moe --dtype bfloat16 -o mixture",
+    ),
+)
+@RUN
 @click.option("--category", "keep", multiple=True, metavar="NAME", help="This category alone; may be repeated.")
 @click.option(
     "--without", "drop", multiple=True, metavar="NAME", help="Take out this category's own experts; may be repeated."

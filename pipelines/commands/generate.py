@@ -6,14 +6,21 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pipelines.commands.arguments import RUN, examples
 from pipelines.commands.options import JSON
 
 if TYPE_CHECKING:
     from moeify.routers.router import Router
 
 
-@click.command("generate")
-@click.argument("run_", metavar="RUN")
+@click.command(
+    "generate",
+    epilog=examples(
+        'moeify generate last --prompt "The court"',
+        'moeify generate last --prompt "" --category law --temperature 0',
+    ),
+)
+@RUN
 @click.option("--prompt", required=True, metavar="TEXT", help="What the text starts with; may be empty.")
 @click.option("--tokens", type=click.IntRange(min=1), default=100, show_default=True, help="To write at most.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws.")

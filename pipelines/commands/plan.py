@@ -4,11 +4,18 @@ import sys
 
 import click
 
+from pipelines.commands.arguments import RECIPE, examples
 from pipelines.commands.options import JSON
 
 
-@click.command("plan")
-@click.argument("recipe")
+@click.command(
+    "plan",
+    epilog=examples(
+        "moeify plan text --here",
+        "moeify plan big.yaml --gpus 8xH100",
+    ),
+)
+@RECIPE
 @click.option("--gpus", metavar="NxGPU", help="Plan for GPUs, one worker each, such as 8xH100.")
 @click.option("--here", is_flag=True, help="Measure how fast this machine trains, with a few steps on random rows.")
 @click.option("--utilization", type=click.FloatRange(0, 1, min_open=True), help="Share of the GPUs' peak; 0.4.")
@@ -20,8 +27,7 @@ def command(
     """Say what RECIPE takes: hours, memory, operations.
 
     Its data are not read, nothing is trained. The network is run once on tensors that hold no numbers, at its full
-    size, so this takes seconds for billions of parameters. Examples: moeify plan text --here; moeify plan big.yaml
-    --gpus 8xH100.
+    size, so this takes seconds for billions of parameters.
     """
     from moeify.recipe.load import parse_recipe
     from pipelines import accelerators, planned

@@ -4,9 +4,17 @@ from pathlib import Path
 
 import click
 
+from pipelines.commands.arguments import RUN, examples
 
-@click.command("report")
-@click.argument("run_", metavar="RUN")
+
+@click.command(
+    "report",
+    epilog=examples(
+        "moeify report last",
+        "moeify report last -o report.html --examples",
+    ),
+)
+@RUN
 @click.option("--out", "-o", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Where it goes.")
 @click.option("--examples", is_flag=True, help="Pick the examples of what each expert does anew; loads the model.")
 def command(run_: str, out: Path | None, examples: bool) -> None:

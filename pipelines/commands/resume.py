@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pipelines.commands.arguments import RUN, examples
 from pipelines.commands.driving import drive
 from pipelines.commands.options import ADDRESS, LOCAL, QUIET
 
@@ -11,8 +12,14 @@ if TYPE_CHECKING:
     from pipelines.ray_jobs import Jobs
 
 
-@click.command("resume")
-@click.argument("run_", metavar="RUN")
+@click.command(
+    "resume",
+    epilog=examples(
+        "moeify resume last",
+        "moeify resume text --local",
+    ),
+)
+@RUN
 @LOCAL
 @QUIET
 @ADDRESS

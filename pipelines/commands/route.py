@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pipelines.commands.arguments import RUN, examples
 from pipelines.commands.options import JSON
 
 if TYPE_CHECKING:
@@ -13,8 +14,14 @@ if TYPE_CHECKING:
     from moeify.routers.router import Kind
 
 
-@click.command("route")
-@click.argument("run_", metavar="RUN")
+@click.command(
+    "route",
+    epilog=examples(
+        "moeify route last",
+        "moeify route last --kind token --threshold 0.8",
+    ),
+)
+@RUN
 @click.option(
     "--kind",
     type=click.Choice(("document", "token")),

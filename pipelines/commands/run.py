@@ -4,16 +4,27 @@ import os
 
 import click
 
+from pipelines.commands.arguments import RECIPE, examples
+from pipelines.commands.arguments import runs as complete_runs
 from pipelines.commands.driving import drive
 from pipelines.commands.options import LOCAL, QUIET
 from pipelines.find_recipe import find_recipe
 
 
-@click.command("run")
-@click.argument("recipe")
+@click.command(
+    "run",
+    epilog=examples(
+        "moeify run text",
+        "moeify run recipe.yaml --local",
+        "moeify run digits --id digits-again --quiet",
+    ),
+)
+@RECIPE
 @LOCAL
 @QUIET
-@click.option("--id", "run_", metavar="RUN", help="The run's id; one that is there already goes on.")
+@click.option(
+    "--id", "run_", metavar="RUN", shell_complete=complete_runs, help="The run's id; one that is there already goes on."
+)
 @click.option("--pack", is_flag=True, help="Keep the data that RECIPE names by relative paths in the run's folder.")
 @click.pass_obj
 def command(obj: dict[str, str], recipe: str, local: bool, quiet: bool, run_: str | None, pack: bool) -> None:

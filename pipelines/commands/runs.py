@@ -4,10 +4,17 @@ import sys
 
 import click
 
+from pipelines.commands.arguments import examples
 from pipelines.commands.options import ADDRESS, JSON
 
 
-@click.command("runs")
+@click.command(
+    "runs",
+    epilog=examples(
+        "moeify runs",
+        "moeify runs --json",
+    ),
+)
 @ADDRESS
 @JSON
 def command(address: str | None, as_json: bool) -> None:

@@ -4,8 +4,16 @@ import json
 
 import click
 
+from pipelines.commands.arguments import examples
 
-@click.command("schema")
+
+@click.command(
+    "schema",
+    epilog=examples(
+        "moeify schema > recipe.schema.json",
+        "moeify schema --markdown",
+    ),
+)
 @click.option("--markdown", is_flag=True, help="As a page to read: every field, its default and what it is.")
 def command(markdown: bool) -> None:
     """Print the JSON schema of recipes, for editors."""

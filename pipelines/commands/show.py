@@ -4,11 +4,18 @@ import sys
 
 import click
 
+from pipelines.commands.arguments import RUN, examples
 from pipelines.commands.options import ADDRESS, JSON
 
 
-@click.command("show")
-@click.argument("run_", metavar="RUN")
+@click.command(
+    "show",
+    epilog=examples(
+        "moeify show last",
+        "moeify show text --json",
+    ),
+)
+@RUN
 @ADDRESS
 @JSON
 def command(run_: str, address: str | None, as_json: bool) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pipelines.commands.arguments import examples
 from pipelines.commands.driving import drive
 from pipelines.commands.options import LOCAL, QUIET
 
@@ -14,7 +15,13 @@ if TYPE_CHECKING:
     from pipelines.runs import RunFolder
 
 
-@click.command("split")
+@click.command(
+    "split",
+    epilog=examples(
+        "moeify split ./my-model --data texts --budget tax=2%",
+        "moeify split ./my-model --data notes.jsonl --separation 0.5 --steps 400 --local",
+    ),
+)
 @click.argument("checkpoint", metavar="PATH", type=click.Path(path_type=Path))
 @click.option(
     "--data",
@@ -23,9 +30,9 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Texts in categories, as 'moeify init' takes them; a recipe (.yaml) whose data section gives images.",
 )
-@click.option("--text", metavar="FIELD", help="Of a JSON line: the document; the longest one if not given.")
-@click.option("--category", metavar="FIELD", help="Of a JSON line: the category; the likeliest if not given.")
-@click.option("--discover", is_flag=True, help="Take JSON lines as unlabelled: clusters become the categories.")
+@click.option("--text", metavar="FIELD", help="Of JSON lines or a table: the document; the longest one if not given.")
+@click.option("--category", metavar="FIELD", help="Of JSON lines or a table: the category; the likeliest if not given.")
+@click.option("--discover", is_flag=True, help="Take them as unlabelled: clusters become the categories.")
 @click.option("--budget", metavar="tax=2%", help="Cut as deep as this tax allows: nats, or a share of the dense loss.")
 @click.option(
     "--separation",

@@ -4,14 +4,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipelines.commands.arguments import RUN, examples
 from pipelines.commands.options import ADDRESS, JSON
 
 if TYPE_CHECKING:
     from pipelines.ray_jobs import Jobs
 
 
-@click.command("status")
-@click.argument("run_", metavar="RUN")
+@click.command(
+    "status",
+    epilog=examples(
+        "moeify status last",
+        "moeify status last --json",
+    ),
+)
+@RUN
 @ADDRESS
 @JSON
 def command(run_: str, address: str | None, as_json: bool) -> None:

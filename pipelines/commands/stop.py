@@ -2,11 +2,15 @@
 
 import click
 
+from pipelines.commands.arguments import RUN, examples
 from pipelines.commands.options import ADDRESS
 
 
-@click.command("stop")
-@click.argument("run_", metavar="RUN")
+@click.command(
+    "stop",
+    epilog=examples("moeify stop last"),
+)
+@RUN
 @ADDRESS
 def command(run_: str, address: str | None) -> None:
     """Stop RUN as Ctrl-C does.

@@ -4,7 +4,9 @@ import sys
 from typing import TYPE_CHECKING
 
 import click
+from click.shell_completion import CompletionItem
 
+from pipelines.commands.arguments import examples
 from pipelines.commands.delivering import delivered
 from pipelines.commands.options import JSON
 from pipelines.studies.catalogue import QUESTIONS
@@ -14,8 +16,19 @@ if TYPE_CHECKING:
     from pipelines.study import Progress
 
 
-@click.command("study")
-@click.argument("name", required=False)
+def _names(ctx: click.Context | None, parameter: click.Parameter | None, begun: str) -> list[CompletionItem]:
+    return [CompletionItem(name) for name in QUESTIONS if name.startswith(begun)]
+
+
+@click.command(
+    "study",
+    epilog=examples(
+        "moeify study",
+        "moeify study spurious_cue --seeds 10",
+        "moeify study edge_choices --quick --local",
+    ),
+)
+@click.argument("name", required=False, shell_complete=_names)
 @click.option("--seeds", type=click.IntRange(min=1), help="How many, from 0 on; the study's own number if not given.")
 @click.option("--quick", "size", flag_value="quick", help="Seconds, to see that it runs: its figures mean nothing.")
 @click.option("--large", "size", flag_value="large", help="The shipped recipe's own network and length: hours.")

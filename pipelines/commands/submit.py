@@ -2,13 +2,20 @@
 
 import click
 
+from pipelines.commands.arguments import RECIPE, examples
 from pipelines.commands.options import ADDRESS
 from pipelines.commands.watching import job_of, watch
 from pipelines.find_recipe import find_recipe
 
 
-@click.command("submit")
-@click.argument("recipe")
+@click.command(
+    "submit",
+    epilog=examples(
+        "moeify submit text --address http://head:8265",
+        "moeify submit recipe.yaml --wait",
+    ),
+)
+@RECIPE
 @ADDRESS
 @click.option("--wait", is_flag=True, help="Tell what it does until it ends, and exit as it does.")
 @click.pass_context

@@ -2,11 +2,15 @@
 
 import click
 
+from pipelines.commands.arguments import RUN, examples
 from pipelines.commands.options import ADDRESS
 
 
-@click.command("sync")
-@click.argument("run_", metavar="RUN")
+@click.command(
+    "sync",
+    epilog=examples("moeify sync last"),
+)
+@RUN
 @ADDRESS
 def command(run_: str, address: str | None) -> None:
     """Deliver to MLflow what it missed of RUN.

@@ -2,9 +2,18 @@
 
 import click
 
+from pipelines.commands.arguments import RUN_OR_NONE, examples
 
-@click.command("ui")
-@click.argument("run_", metavar="[RUN]", required=False)
+
+@click.command(
+    "ui",
+    epilog=examples(
+        "moeify ui",
+        "moeify ui last --open",
+        "moeify ui --port 5001",
+    ),
+)
+@RUN_OR_NONE
 @click.option("--port", type=click.IntRange(1, 65535), help="On this machine; not given: 5000, or one that is free.")
 @click.option("--open", "open_", is_flag=True, help="Open the page in a browser.")
 def command(run_: str | None, port: int | None, open_: bool) -> None:
