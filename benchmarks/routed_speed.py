@@ -88,10 +88,10 @@ def _block(part: str, dense: nn.Module, split: SplitModel, batch: int) -> tuple[
     blocks = {"dense": dense.get_submodule(name), "split": split.network.get_submodule(name)}
     length, width = 128, dense.get_parameter("model.norm.weight").numel()
     x_RTD = torch.randn(batch, length, width, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    more = (dense.get_submodule("model.rotary_emb")(x_RTD, torch.arange(length)[None]), None)
+    rotary = dense.get_submodule("model.rotary_emb")(x_RTD, torch.arange(length)[None])
 
     def output(block: nn.Module) -> Tensor:
-        return block(x_RTD) if part == "ffn" else block(x_RTD, *more)[0]
+        return block(x_RTD) if part == "ffn" else block(x_RTD, position_embeddings=rotary, attention_mask=None)[0]
 
     def step(block: nn.Module) -> Run:
         def run() -> None:
