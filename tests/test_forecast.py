@@ -53,8 +53,9 @@ def test_a_llama_of_seven_billion_parameters_is_counted_on_the_spot() -> None:
 
 def test_a_whole_run_takes_the_operations_foreseen() -> None:
     rounds = [{"train": 4, "recover": 2, "separation": 0.3}, {"train": 2, "recover": 2, "separation": 0.45}]
+    few = {"validation_rows": 4, "test_rows": 4, "rows_at_once": 16}
     short = {"training": {"steps": 14, "rows": 16}, "rounds": rounds, "controls": ["random", "told"]}
-    config = toy_config(**{**TEXT_CONFIG, **short})
+    config = toy_config(**{**TEXT_CONFIG, **short, "attribution": {"rows": 8, "rows_at_once": 16}, "evaluation": few})
     with FlopCounter() as counter:
         run(config, ToyTextTask(config))
     assert foreseen(config).flops == pytest.approx(counter.flops, rel=0.12)

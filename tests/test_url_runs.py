@@ -326,6 +326,7 @@ def test_the_driver_follows_a_worker_on_another_machine(
     assert not (near / "checkpoints").exists() or not list((near / "checkpoints").glob("0*"))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_under_ray_the_keys_come_from_each_process_and_are_written_nowhere(
     machines: tuple[Machine, Machine], monkeypatch: pytest.MonkeyPatch
