@@ -9,6 +9,7 @@ import torch
 
 from moeify.evaluation import RowLosses, held_out_loss, row_losses, tax_error, tax_errors
 from moeify.loop import run
+from moeify.recipe.parallel import Replicate
 from moeify.routed.split_model import SplitModel
 from moeify.task import Batch, HeldOut
 from moeify.world import Solo, T
@@ -86,6 +87,7 @@ class Rank:
     """One of two ranks, whose sums arrive nowhere: what it alone knows."""
 
     size = 2
+    parallel = Replicate()
 
     def __init__(self, rank: int) -> None:
         self.rank = rank

@@ -38,10 +38,10 @@ def _names(ctx: click.Context | None, parameter: click.Parameter | None, begun: 
 def command(
     ctx: click.Context, name: str | None, seeds: int | None, size: "Size | None", local: bool, as_json: bool
 ) -> None:
-    """Answer a question by experiment: run study NAME's arms on several seeds, side by side.
+    """Run study NAME, which asks one question.
 
-    Without NAME: list the studies with what each asks. The same command goes on where it was stopped; more seeds add to
-    what is there.
+    Its arms run on several seeds, side by side. Without NAME: list the studies with what each asks. The same command
+    goes on where it was stopped; more seeds add to what is there.
     """
     if name is None:
         _list(as_json)
