@@ -160,8 +160,8 @@ def test_fields_that_will_not_do_are_refused(tmp_path: Path, options, words):
 
 
 def test_other_files_and_none_at_all_are_refused(tmp_path: Path):
-    (tmp_path / "d.csv").write_text("a,b\n")
+    (tmp_path / "d.docx").write_text("a,b\n")
     with pytest.raises(ValueError, match="neither a folder nor one of"):
-        look(tmp_path / "d.csv")
+        look(tmp_path / "d.docx")
     with pytest.raises(ValueError, match="is not there"):
         look(tmp_path / "nothing")
