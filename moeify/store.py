@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -127,17 +127,7 @@ class FolderStore:
 
     def newest(self) -> Found | None:
         """Return the newest checkpoint whose every hash holds; None where there is none."""
-        damaged: list[str] = []
-        for name in reversed(self._names()):
-            try:
-                verify_folder(self._checkpoints / name)
-            except CorruptCheckpointError as error:
-                damaged.append(str(error))
-            else:
-                return Found(name, tuple(damaged))
-        if damaged:
-            raise CorruptCheckpointError(f"no good checkpoint is left: {'; '.join(damaged)}")
-        return None
+        return newest_whole(self._names(), lambda name: verify_folder(self._checkpoints / name))
 
     def facts(self, name: str) -> dict[str, Any]:
         """Return a checkpoint's plain data."""
@@ -164,9 +154,7 @@ class FolderStore:
             draft.replace(target)
 
     def _named(self, name: str) -> Path:
-        if not isinstance(name, str) or not _is_plain(name):  # one checkpoint may name another
-            raise CorruptCheckpointError(f"{name!r:.60} is no name of a checkpoint")
-        return self._checkpoints / name
+        return self._checkpoints / checked_name(name)
 
     def _names(self) -> list[str]:
         if not self._checkpoints.is_dir():
@@ -285,9 +273,34 @@ def _lists_files(files: Any) -> bool:
     )
 
 
+def newest_whole(names: Sequence[str], check: Callable[[str], object]) -> Found | None:
+    """Return the last of these checkpoints that ``check`` finds whole; None where there are none.
+
+    ``check`` raises CorruptCheckpointError for one that is damaged, and so does this where all are.
+    """
+    damaged: list[str] = []
+    for name in reversed(names):
+        try:
+            check(name)
+        except CorruptCheckpointError as error:
+            damaged.append(str(error))
+        else:
+            return Found(name, tuple(damaged))
+    if damaged:
+        raise CorruptCheckpointError(f"no good checkpoint is left: {'; '.join(damaged)}")
+    return None
+
+
+def checked_name(name: str) -> str:
+    """Return a checkpoint's name, which another checkpoint may have given; CorruptCheckpointError where it is none."""
+    if not isinstance(name, str) or not _is_plain(name):
+        raise CorruptCheckpointError(f"{name!r:.60} is no name of a checkpoint")
+    return name
+
+
 def _is_plain(name: str) -> bool:
     """Whether a name is one component of a path, and of a file that is not hidden."""
-    return PurePosixPath(name).name == name and not name.startswith(".") and "\0" not in name
+    return bool(name) and PurePosixPath(name).name == name and not name.startswith(".") and not set(name) & {"\0", "\\"}
 
 
 def _verify_file(folder: Path, name: str) -> None:

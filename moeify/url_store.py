@@ -24,6 +24,8 @@ from moeify.store import (
     FolderStore,
     Found,
     Tensors,
+    checked_name,
+    newest_whole,
     read_manifest,
     read_part,
     verify_folder,
@@ -78,17 +80,7 @@ class UrlStore:
         names = sorted(name for name, objects in self._there().items() if MANIFEST in objects)
         for gone in near.difference(names):
             shutil.rmtree(self._copies / gone, ignore_errors=True)
-        damaged: list[str] = []
-        for name in reversed(names):
-            try:
-                self._fetched(name)
-            except CorruptCheckpointError as error:
-                damaged.append(str(error))
-            else:
-                return Found(name, tuple(damaged))
-        if damaged:
-            raise CorruptCheckpointError(f"no good checkpoint is left: {'; '.join(damaged)}")
-        return None
+        return newest_whole(names, self._fetched)
 
     def facts(self, name: str) -> dict[str, Any]:
         """Return a checkpoint's plain data."""
@@ -114,9 +106,8 @@ class UrlStore:
 
     def _fetched(self, name: str) -> Path:
         """Return the folder of a checkpoint's copy, whole; raise CorruptCheckpointError where it is not."""
-        if not isinstance(name, str) or not name or name.startswith(".") or "/" in name or "\\" in name:
-            raise CorruptCheckpointError(f"{name!r:.60} is no name of a checkpoint")  # one may name another
-        self._known[name] = fetched(self.place.at(f"{_FOLDER}/{name}"), self._copies / name, self._known.get(name))
+        there = self.place.at(f"{_FOLDER}/{checked_name(name)}")
+        self._known[name] = fetched(there, self._copies / name, self._known.get(name))
         return self._copies / name
 
     def _near_names(self) -> set[str]:
