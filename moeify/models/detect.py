@@ -17,10 +17,9 @@ from typing import Any, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from attribution.edge_taps import Entry
-from moeify.models.units import Activation, FfnUnits, UnitSite
+from moeify.models.units import Activation, FfnUnits, UnitSite, activate
 
 NEEDS = (
     "an adapter names the network's class, how it is described and rebuilt, and for each site its module, the linear "
@@ -185,7 +184,7 @@ class _Reference(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
         up = self._map(self.site.up)(x)
-        hidden = _activate(up if self.site.gate is None else self._map(self.site.gate)(x), self.site.activation)
+        hidden = activate(up if self.site.gate is None else self._map(self.site.gate)(x), self.site.activation)
         out = self._map(self.site.down)(hidden if self.site.gate is None else hidden * up)
         return self._map(self.site.after)(out) if self.site.after else out
 
@@ -201,18 +200,6 @@ def _drawn(run: nn.Module, x: Tensor) -> Any:
             return run(x)
         except Exception:
             return None
-
-
-def _activate(x: Tensor, activation: Activation) -> Tensor:
-    match activation:
-        case "silu":
-            return F.silu(x)
-        case "relu":
-            return F.relu(x)
-        case "gelu":
-            return F.gelu(x)
-        case "gelu_tanh":
-            return F.gelu(x, approximate="tanh")
 
 
 def _shared(network: nn.Module) -> set[nn.Parameter]:

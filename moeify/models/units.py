@@ -10,11 +10,25 @@ from typing import ClassVar, Literal, assert_never
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from attribution.sites import Site
 from moeify.recipe.partition import UnitKind
 
 Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """Return what a feed-forward block makes of its gate, or of up where it has none."""
+    match activation:
+        case "silu":
+            return F.silu(x)
+        case "relu":
+            return F.relu(x)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moeify.models.units import Activation, FfnUnits
+from moeify.models.units import Activation, FfnUnits, activate
 from moeify.routed.learning import Damped, Learning, Rectangle, scale, within
 from moeify.splitting.partition import Partition
 
@@ -216,7 +216,7 @@ class RoutedFfn(nn.Module):
         """Return the activations [rows *positions units], 0 off each row's route, of what up and gate give."""
         if (told_NU := self._told(up)) is not None:
             up = up + told_NU.view(up.shape)
-        hidden = _activate(up if gate is None else gate, self.units.activation)
+        hidden = activate(up if gate is None else gate, self.units.activation)
         if gate is not None:
             hidden = hidden * up
         mask_RU = hidden.new_zeros(up.shape[0], self.units.units)
@@ -259,11 +259,11 @@ def _written(
             up_nu += told_NU[rows, units]
         read = [up_nu]
         if gate_UD is None:
-            active_nu = _activate(up_nu, activation)
+            active_nu = activate(up_nu, activation)
         else:
             gate_nu = F.linear(x_ND[rows], gate_UD[units], None if gate_bias_U is None else gate_bias_U[units])
             read.append(gate_nu)
-            active_nu = _activate(gate_nu, activation).mul_(up_nu)
+            active_nu = activate(gate_nu, activation).mul_(up_nu)
         if hidden is not None:
             hidden += read
         out_ND[rows].addmm_(active_nu, down_DU[:, units].t())
@@ -318,11 +318,11 @@ class _Rectangles(torch.autograd.Function):
             scale(active_grad_nu, damped, _flow)
             up_nu = next(saved)
             if gate_UD is None:
-                active_nu = _activate(up_nu, ctx.activation)
+                active_nu = activate(up_nu, ctx.activation)
                 up_grad_nu = _activate_backward(active_grad_nu, up_nu, ctx.activation)
             else:
                 gate_nu = next(saved)
-                gated_nu = _activate(gate_nu, ctx.activation)
+                gated_nu = activate(gate_nu, ctx.activation)
                 gate_grad_nu = _activate_backward(active_grad_nu * up_nu, gate_nu, ctx.activation)
                 up_grad_nu = active_grad_nu.mul_(gated_nu)
                 active_nu = gated_nu.mul_(up_nu)
@@ -364,18 +364,6 @@ class _Permute(torch.autograd.Function):
 _permute: Callable[..., Tensor] = _Permute.apply
 _rectangles: Callable[..., Tensor] = _Rectangles.apply
 _flow, _read, _write = attrgetter("flow"), attrgetter("read"), attrgetter("write")
-
-
-def _activate(x: Tensor, activation: Activation) -> Tensor:
-    match activation:
-        case "silu":
-            return F.silu(x)
-        case "relu":
-            return F.relu(x)
-        case "gelu":
-            return F.gelu(x)
-        case "gelu_tanh":
-            return F.gelu(x, approximate="tanh")
 
 
 def _activate_backward(grad: Tensor, x: Tensor, activation: Activation) -> Tensor:
