@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import Cell, Figure, arguments, report
-from moeify.forecast import FlopCounter, forecast, sizes, speed
+from moeify.dry_run import FlopCounter, sizes, speed
+from moeify.forecast import forecast
 from moeify.loop import run
 from moeify.recipe.config import RunConfig
 from moeify.recipe.load import parse_recipe

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from moeify.forecast import FLOAT, Forecast, Work, forecast, sizes, speed
+from moeify.dry_run import sizes, speed
+from moeify.forecast import FLOAT, Forecast, Work, forecast
 from moeify.recipe.config import RunConfig
 from pipelines.accelerators import Gpu
 from pipelines.tables import console_for, table_for

@@ -6,8 +6,9 @@ import pytest
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moeify.dry_run import FlopCounter, Sizes, _step, build, sizes, unmasked
 from moeify.events import MemoryTracker
-from moeify.forecast import FlopCounter, Forecast, Sizes, _step, build, forecast, sizes, unmasked
+from moeify.forecast import Forecast, forecast
 from moeify.loop import _Loop, run
 from moeify.recipe.config import RunConfig
 from moeify.store import MemoryStore
