@@ -75,7 +75,7 @@ def sizes(config: RunConfig, base: Path, workers: int, categories: int) -> Sizes
         if each % workers:
             raise ValueError(f"{path}: got {each}, which {workers} workers cannot share equally, wanted a multiple")
     with FakeTensorMode():
-        network = unmasked(build(config, base))
+        network = without_numbers(config, base)
         space = unit_space(network, config.partition.units)
         own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
         share = max(1, rows // workers // config.training.accumulate)
@@ -119,13 +119,20 @@ def build(config: RunConfig, base: Path) -> nn.Module:
             assert_never(never)
 
 
-def unmasked(network: nn.Module) -> nn.Module:
-    """Let a network of ``transformers`` attend without a mask, as it does in training: without numbers it cannot tell
-    that a mask says no more than "causal", and would make one."""
+def without_numbers(config: RunConfig, base: Path) -> nn.Module:
+    """Return the recipe's network in fake tensors; call it in their mode.
+
+    Weights are not initialised, which for some takes numbers. And a network of ``transformers`` attends without a mask,
+    as it does in training: without numbers it cannot tell that a mask says no more than "causal", and would make one.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers.initialization import no_init_weights
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    with no_init_weights():
+        network = build(config, base)
     if isinstance(network, PreTrainedModel):
+        network.tie_weights()  # which is a part of their initialisation
         AttentionInterface.register("unmasked", sdpa_attention_forward)
         AttentionMaskInterface.register("unmasked", lambda *_, **__: None)
         network.set_attn_implementation("unmasked")

@@ -6,13 +6,16 @@ import pytest
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moeify.dry_run import FlopCounter, Sizes, _step, build, sizes, unmasked
+from moeify.dry_run import FlopCounter, Sizes, _step, build, sizes, without_numbers
 from moeify.events import MemoryTracker
 from moeify.forecast import Forecast, forecast
 from moeify.loop import _Loop, run
+from moeify.models.pretrained import look
 from moeify.recipe.config import RunConfig
+from moeify.recipe.model import PretrainedModel
 from moeify.store import MemoryStore
 from moeify.world import Solo
+from tests.checkpoints import save_checkpoint
 from tests.toy import TEXT_CONFIG, ToyTextTask, toy_config
 
 TEXT = toy_config(**TEXT_CONFIG)
@@ -34,8 +37,19 @@ def test_tensors_without_numbers_take_what_real_ones_take(config: RunConfig) -> 
 
     real = step(build(config, BASE))
     with FakeTensorMode():
-        assert step(unmasked(build(config, BASE))) == real
+        assert step(without_numbers(config, BASE)) == real
     assert min(real) > 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "bert", "vit"])
+def test_a_checkpoint_is_counted_by_its_configuration(family: str, tmp_path: Path) -> None:
+    model = PretrainedModel(kind="pretrained", path=save_checkpoint(tmp_path / family, family))
+    config = (RESNET if family == "vit" else TEXT).model_copy(update={"model": model})
+    known = sizes(config, BASE, 1, 4)
+    network = look(tmp_path / family).network()
+    assert known.parameters == sum(parameter.numel() for parameter in network.parameters())
+    assert 0 < known.split < 1
+    assert known.backward > known.forward > 0
 
 
 def test_a_llama_of_seven_billion_parameters_is_counted_on_the_spot() -> None:
