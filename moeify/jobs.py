@@ -44,6 +44,11 @@ class Ended:
     before: bool
     """Whether it was there already."""
 
+    @property
+    def seconds(self) -> float:
+        """Wall time of the job."""
+        return self.result.seconds
+
 
 def run_job(config: RunConfig, job: Job, places: Places) -> Ended:
     """Run a job of the comparison of ``config`` in this process, unless its result is in ``places.results``.

@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -18,56 +17,13 @@ from moeify.jobs import Ended, Places, code, run_job
 from moeify.recipe.config import RunConfig
 from moeify.recipe.load import to_yaml
 from moeify.result import MEAN, Result
+from pipelines.kept_jobs import JobsFolder, by_seed, failed, told
 from pipelines.pool import Broken, Payload, answered, run_pool
 from pipelines.runs import cache, cache_url, hold_lock
-from pipelines.wording import clock, nats
+from pipelines.wording import nats
 
-
-@dataclass(frozen=True)
-class ComparisonFolder:
-    """The files of one comparison."""
-
-    path: Path
-
-    @property
-    def id(self) -> str:
-        """``<name>-<8 hex>``, the same for the same recipe and code."""
-        return self.path.name
-
-    @property
-    def home(self) -> Path:
-        """The folder of all runs and comparisons."""
-        return self.path.parent.parent
-
-    @property
-    def recipe(self) -> Path:
-        """The recipe with every default filled in."""
-        return self.path / "recipe.yaml"
-
-    @property
-    def results(self) -> Path:
-        """Folder of results, one file a job, named by its content too."""
-        return self.path / "results"
-
-    @property
-    def traces(self) -> Path:
-        """Folder of the tracebacks of jobs that failed."""
-        return self.path / "failed"
-
-    @property
-    def summary(self) -> Path:
-        """JSON of the table and of every job; see ``pipelines.compare_report.summary``."""
-        return self.path / "comparison.json"
-
-    @property
-    def picture(self) -> Path:
-        """Tax against separation, every method."""
-        return self.path / "frontier.png"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the process that drives the comparison."""
-        return self.path / "lock"
+RECIPE = "recipe.yaml"
+"""File of a comparison: its recipe with every default filled in."""
 
 
 class JobOrder(BaseModel):
@@ -98,29 +54,28 @@ class Comparison:
     @property
     def broken(self) -> dict[Job, Broken]:
         """The jobs that failed, in their order."""
-        ended = ((job, self.ended.get(job)) for job in self.jobs)
-        return {job: broken for job, broken in ended if isinstance(broken, Broken)}
+        return failed(self.jobs, self.ended)
 
 
 Heard = Callable[[Comparison, Job, int], None]
 """Called after each job that ended, with how many run at a time."""
 
 
-def open_folder(config: RunConfig, base: Path, home: Path) -> ComparisonFolder:
+def open_folder(config: RunConfig, base: Path, home: Path) -> JobsFolder:
     """Return the folder of the recipe's comparison, made where there is none."""
     known = [config.model_dump_json(), code()]
     ours = config.data.kind == "digits" or (config.data.kind == "text" and config.data.source.kind == "installed")
     if config.model.kind == "pretrained" or not ours:
         known.append(str(base.absolute()))  # two recipes of the same words, each with data beside it
     digest = hashlib.sha256("\n".join(known).encode()).hexdigest()[:8]
-    folder = ComparisonFolder(home.absolute() / "comparisons" / f"{config.name}-{digest}")
+    folder = JobsFolder(home.absolute() / "comparisons" / f"{config.name}-{digest}", "comparison")
     folder.results.mkdir(parents=True, exist_ok=True)
-    folder.recipe.write_text(to_yaml(config), encoding="utf-8")
+    (folder.path / RECIPE).write_text(to_yaml(config), encoding="utf-8")
     return folder
 
 
 def compare(
-    config: RunConfig, jobs: Sequence[Job], base: Path, folder: ComparisonFolder, heard: Heard = lambda *_: None
+    config: RunConfig, jobs: Sequence[Job], base: Path, folder: JobsFolder, heard: Heard = lambda *_: None
 ) -> Comparison:
     """Run the jobs that have no result yet, and return how all of them ended; a job that fails stops no other.
 
@@ -139,7 +94,6 @@ def run_jobs(config: RunConfig, jobs: Sequence[Job], places: Places, traces: Pat
     it fails, the next one is the first. ``traces``: the folder of the tracebacks of jobs that fail.
     """
     comparison = Comparison(config, tuple(jobs))
-    queues = [[job for job in jobs if job.seed == seed] for seed in dict.fromkeys(job.seed for job in jobs)]
 
     def order(job: Job) -> Payload:
         return JobOrder(config=config, job=job, places=places).model_dump(mode="json")
@@ -152,7 +106,7 @@ def run_jobs(config: RunConfig, jobs: Sequence[Job], places: Places, traces: Pat
             comparison.ended[job] = Ended(result, Path(answer["path"]), answer["before"])
         heard(comparison, job, cores)
 
-    run_pool(work, queues, order, ended, traces=traces, retries=config.cluster.retries)
+    run_pool(work, by_seed(jobs), order, ended, traces=traces, retries=config.cluster.retries)
     return comparison
 
 
@@ -170,12 +124,8 @@ def work(payload: Payload) -> Payload:
 
 def progress_line(comparison: Comparison, job: Job, cores: int) -> str:
     """Say how a job ended and what remains, in at most 80 characters unless it failed."""
-    ended, count, of = comparison.ended[job], len(comparison.ended), len(comparison.jobs)
+    ended, how = comparison.ended[job], ""
+    if isinstance(ended, Ended):
+        how = f"tax {nats(ended.result.tax[MEAN], signed=True)} · "
     what = f"{job.method}, seed {job.seed}, {job.separation:.3g}"
-    if isinstance(ended, Broken):
-        return f"{what}: failed: {ended.reason[:120]} · {count}/{of}"
-    took = "done before" if ended.before else clock(ended.result.seconds)
-    own = [e.result.seconds for e in comparison.ended.values() if isinstance(e, Ended) and not e.before]
-    left = fmean(own) * (of - count) / min(cores, of - count) if own and count < of else None
-    rest = "" if left is None else f", about {clock(left)} left"
-    return f"{what}: tax {nats(ended.result.tax[MEAN], signed=True)} · {took} · {count}/{of}{rest}"
+    return told(what, how, job, comparison.ended, len(comparison.jobs), cores)

@@ -10,8 +10,9 @@ from moeify.comparison import Interval, Job, Row, losses, rows
 from moeify.jobs import Ended
 from moeify.result import MEAN, Result
 from moeify.store import write_atomically
-from pipelines.compare import Comparison, ComparisonFolder
+from pipelines.compare import Comparison
 from pipelines.frontier_plot import frontier
+from pipelines.kept_jobs import JobsFolder
 from pipelines.pool import Broken
 from pipelines.show import finite, to_json
 from pipelines.tables import console_for, table_for
@@ -27,7 +28,7 @@ _NOTE = (
 )
 
 
-def summary(comparison: Comparison, folder: ComparisonFolder) -> Summary:
+def summary(comparison: Comparison, folder: JobsFolder) -> Summary:
     """Return the comparison as JSON-ready data; null for what is not known, and for numbers that are not finite."""
     jobs, results = comparison.jobs, comparison.results
     told = losses(results, "told")
@@ -47,7 +48,7 @@ def summary(comparison: Comparison, folder: ComparisonFolder) -> Summary:
     return finite(known)
 
 
-def write(comparison: Comparison, folder: ComparisonFolder) -> None:
+def write(comparison: Comparison, folder: JobsFolder) -> None:
     """Leave the summary, and the picture where there is anything to draw, in the comparison's folder."""
     write_atomically(folder.summary, (to_json(summary(comparison, folder)) + "\n").encode())
     if found := list(rows(comparison.results)):
@@ -104,7 +105,7 @@ def figures(result: Result, told: float | None) -> Summary:
 # --- for people -----------------------------------------------------------------------------------------
 
 
-def print_comparison(comparison: Comparison, folder: ComparisonFolder, stream: TextIO) -> None:
+def print_comparison(comparison: Comparison, folder: JobsFolder, stream: TextIO) -> None:
     """Print a table for each separation, and which jobs failed; 80 columns wide on an 80-column terminal."""
     console = console_for(stream)
     console.print(f"{folder.id} · {_extent(comparison.jobs)}", style="bold")

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from moeify.comparison import Job, losses
 from moeify.jobs import Ended
 from moeify.recipe.config import RunConfig
-from pipelines.compare import Comparison, ComparisonFolder
+from pipelines.compare import RECIPE, Comparison
 from pipelines.compare_report import figures, markdown
 from pipelines.job_tracking import EndedJob, JobTracker, Whole
+from pipelines.kept_jobs import JobsFolder
 from pipelines.mlflow_terms import final_points, flat, loss_points
 from pipelines.pool import Broken
 
@@ -15,7 +16,7 @@ from pipelines.pool import Broken
 class ComparisonTracker:
     """Delivers one comparison; no method but ``finish`` raises."""
 
-    def __init__(self, folder: ComparisonFolder, config: RunConfig) -> None:
+    def __init__(self, folder: JobsFolder, config: RunConfig) -> None:
         self._folder = folder
         self._tracker = JobTracker(
             Whole(
@@ -37,7 +38,7 @@ class ComparisonTracker:
 
     def finish(self, comparison: Comparison) -> None:
         """Deliver what is missing, the table and the picture; raises ``DeliveryError`` where MLflow takes it not."""
-        files = [self._folder.recipe, self._folder.summary, self._folder.picture]
+        files = [self._folder.path / RECIPE, self._folder.summary, self._folder.picture]
         self._tracker.finish(_ended(comparison), markdown(comparison), files)
 
     def stop(self) -> None:

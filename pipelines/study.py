@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,54 +20,12 @@ from moeify.tasks.build import build_task
 from moeify.twin_cache import fingerprint
 from moeify.world import Solo
 from pipelines import studies
+from pipelines.kept_jobs import JobsFolder, by_seed, failed, told
 from pipelines.pool import Broken, Payload, answered, run_here, run_pool
 from pipelines.runs import cache, hold_lock
 from pipelines.studies import study
 from pipelines.studies.catalogue import find_study
 from pipelines.studies.study import Arm, ArmJob, Bench, Measures, Size, Study, changed
-from pipelines.wording import clock
-
-
-@dataclass(frozen=True)
-class StudyFolder:
-    """The files of one study."""
-
-    path: Path
-
-    @property
-    def id(self) -> str:
-        """The study's name, and its size where that is not the usual one."""
-        return self.path.name
-
-    @property
-    def home(self) -> Path:
-        """The folder of all runs and studies."""
-        return self.path.parent.parent
-
-    @property
-    def results(self) -> Path:
-        """Folder of measures, one file a job, named by what they depend on too."""
-        return self.path / "results"
-
-    @property
-    def traces(self) -> Path:
-        """Folder of the tracebacks of jobs that failed."""
-        return self.path / "failed"
-
-    @property
-    def summary(self) -> Path:
-        """JSON of the table and of every job; see ``pipelines.study_report.summary``."""
-        return self.path / "study.json"
-
-    @property
-    def picture(self) -> Path:
-        """The table, or what the study draws instead."""
-        return self.path / "study.png"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the process that drives the study."""
-        return self.path / "lock"
 
 
 class Done(BaseModel):
@@ -105,6 +62,11 @@ class EndedArm:
     before: bool
     """Whether it was there already."""
 
+    @property
+    def seconds(self) -> float:
+        """Wall time of the job."""
+        return self.done.seconds
+
 
 @dataclass
 class Progress:
@@ -125,17 +87,16 @@ class Progress:
     @property
     def broken(self) -> dict[ArmJob, Broken]:
         """The jobs that failed, in their order."""
-        ended = ((job, self.ended.get(job)) for job in self.jobs)
-        return {job: each for job, each in ended if isinstance(each, Broken)}
+        return failed(self.jobs, self.ended)
 
 
 Heard = Callable[[Progress, ArmJob, int], None]
 """Called after each job that ended, with how many run at a time."""
 
 
-def open_folder(name: str, size: Size, home: Path) -> StudyFolder:
+def open_folder(name: str, size: Size, home: Path) -> JobsFolder:
     """Return the study's folder, made where there is none."""
-    folder = StudyFolder(home.absolute() / "studies" / (name if size == "full" else f"{name}-{size}"))
+    folder = JobsFolder(home.absolute() / "studies" / (name if size == "full" else f"{name}-{size}"), "study")
     folder.results.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -144,7 +105,7 @@ def run_study(
     name: str,
     size: Size,
     jobs: Sequence[ArmJob],
-    folder: StudyFolder,
+    folder: JobsFolder,
     heard: Heard = lambda *_: None,
     *,
     local: bool = False,
@@ -155,7 +116,6 @@ def run_study(
     process drives the study.
     """
     progress = Progress(name, size, find_study(name), tuple(jobs))
-    queues = [[job for job in jobs if job.seed == seed] for seed in dict.fromkeys(job.seed for job in jobs)]
 
     def order(job: ArmJob) -> Payload:
         known = ArmOrder(study=name, size=size, job=job, results=folder.results, cache=cache())
@@ -171,9 +131,9 @@ def run_study(
 
     with hold_lock(folder.lock, f"study {folder.id}"):
         if local:
-            run_here(work, queues, order, ended, traces=folder.traces)
+            run_here(work, by_seed(jobs), order, ended, traces=folder.traces)
         else:
-            run_pool(work, queues, order, ended, traces=folder.traces, retries=2)
+            run_pool(work, by_seed(jobs), order, ended, traces=folder.traces, retries=2)
     return progress
 
 
@@ -226,12 +186,4 @@ def _read(path: Path) -> Done | None:
 
 def progress_line(progress: Progress, job: ArmJob, cores: int) -> str:
     """Say how a job ended and what remains."""
-    ended, count, of = progress.ended[job], len(progress.ended), len(progress.jobs)
-    what = f"{job.arm}, seed {job.seed}"
-    if isinstance(ended, Broken):
-        return f"{what}: failed: {ended.reason[:120]} · {count}/{of}"
-    took = "done before" if ended.before else clock(ended.done.seconds)
-    own = [e.done.seconds for e in progress.ended.values() if isinstance(e, EndedArm) and not e.before]
-    left = fmean(own) * (of - count) / min(cores, of - count) if own and count < of else None
-    rest = "" if left is None else f", about {clock(left)} left"
-    return f"{what}: {took} · {count}/{of}{rest}"
+    return told(f"{job.arm}, seed {job.seed}", "", job, progress.ended, len(progress.jobs), cores)

@@ -9,11 +9,12 @@ import torch
 
 from moeify.comparison import Interval
 from moeify.store import write_atomically
+from pipelines.kept_jobs import JobsFolder
 from pipelines.pool import Broken
 from pipelines.show import finite, to_json
 from pipelines.studies.catalogue import QUESTIONS
 from pipelines.studies.study import ArmJob, Cell, Row, table
-from pipelines.study import EndedArm, Progress, StudyFolder
+from pipelines.study import EndedArm, Progress
 from pipelines.study_plot import draw
 from pipelines.tables import console_for, table_for
 
@@ -44,7 +45,7 @@ def summary(progress: Progress) -> Summary:
     return finite(known)
 
 
-def write(progress: Progress, folder: StudyFolder) -> None:
+def write(progress: Progress, folder: JobsFolder) -> None:
     """Leave the summary, and the picture where there is anything to draw, in the study's folder."""
     write_atomically(folder.summary, (to_json(summary(progress)) + "\n").encode())
     if progress.measures:
@@ -75,7 +76,7 @@ def _run(job: ArmJob, ended: EndedArm | Broken | None) -> Summary:
 # --- for people -----------------------------------------------------------------------------------------
 
 
-def print_study(progress: Progress, folder: StudyFolder, stream: TextIO) -> None:
+def print_study(progress: Progress, folder: JobsFolder, stream: TextIO) -> None:
     """Print the question, the arms' measures, how they differ from the reference arm, and which jobs failed."""
     console = console_for(stream)
     console.print(f"{folder.id} · {QUESTIONS[progress.name]}", style="bold")

@@ -3,16 +3,17 @@
 from collections.abc import Iterator
 
 from pipelines.job_tracking import EndedJob, JobTracker, Whole
+from pipelines.kept_jobs import JobsFolder
 from pipelines.pool import Broken
 from pipelines.studies.catalogue import QUESTIONS
-from pipelines.study import EndedArm, Progress, StudyFolder
+from pipelines.study import EndedArm, Progress
 from pipelines.study_report import markdown
 
 
 class StudyTracker:
     """Delivers one study; no method but ``finish`` raises."""
 
-    def __init__(self, folder: StudyFolder, name: str) -> None:
+    def __init__(self, folder: JobsFolder, name: str) -> None:
         self._folder = folder
         self._tracker = JobTracker(
             Whole(

@@ -21,7 +21,8 @@ from moeify.jobs import Ended
 from moeify.recipe.variants import methods
 from pipelines import compare, compare_report, compare_tracking
 from pipelines.cli import main
-from pipelines.compare import Comparison, ComparisonFolder, Heard, open_folder, progress_line
+from pipelines.compare import Comparison, Heard, open_folder, progress_line
+from pipelines.kept_jobs import JobsFolder
 from pipelines.pool import Broken
 from pipelines.runs import RunBusyError, every
 
@@ -44,7 +45,9 @@ def printed(found: Comparison, width: int, *, terminal: bool) -> str:
     console = Console(file=stream, width=width, force_terminal=terminal, no_color=True, highlight=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare_report, "console_for", lambda _: console)
-        compare_report.print_comparison(found, ComparisonFolder(Path("/home/comparisons/fake-12345678")), stream)
+        compare_report.print_comparison(
+            found, JobsFolder(Path("/home/comparisons/fake-12345678"), "comparison"), stream
+        )
     return re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
 
 
@@ -166,7 +169,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Job, ..
     """Put stand-ins in place of Ray and MLflow; return what is asked of them."""
     calls: list[tuple[Job, ...]] = []
 
-    def run(config: object, jobs: tuple[Job, ...], base: Path, folder: ComparisonFolder, heard: Heard) -> Comparison:
+    def run(config: object, jobs: tuple[Job, ...], base: Path, folder: JobsFolder, heard: Heard) -> Comparison:
         calls.append(jobs)
         found = comparison()
         for job in ASKED:

@@ -9,8 +9,9 @@ from fake_results import CONFIG, results
 from moeify.comparison import Job, jobs
 from moeify.jobs import Ended
 from pipelines import compare_report
-from pipelines.compare import Comparison, ComparisonFolder, open_folder
+from pipelines.compare import Comparison, open_folder
 from pipelines.compare_tracking import ComparisonTracker
+from pipelines.kept_jobs import JobsFolder
 from pipelines.mlflow_store import DeliveryError, open_mlflow
 from pipelines.pool import Broken
 
@@ -24,13 +25,13 @@ ASKED = jobs(["random"], [0.5], range(2))
 
 
 @pytest.fixture
-def folder(tmp_path: Path, laid_out: Path, monkeypatch: pytest.MonkeyPatch) -> ComparisonFolder:
+def folder(tmp_path: Path, laid_out: Path, monkeypatch: pytest.MonkeyPatch) -> JobsFolder:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     shutil.copy(laid_out, tmp_path / "mlflow.db")
     return open_folder(CONFIG, tmp_path, tmp_path)
 
 
-def ended(folder: ComparisonFolder, *broken: Job, version: str = "1") -> Comparison:
+def ended(folder: JobsFolder, *broken: Job, version: str = "1") -> Comparison:
     found = Comparison(CONFIG, ASKED)
     known = results()
     for job in ASKED:
@@ -41,11 +42,11 @@ def ended(folder: ComparisonFolder, *broken: Job, version: str = "1") -> Compari
     return found
 
 
-def client(folder: ComparisonFolder) -> "MlflowClient":
+def client(folder: JobsFolder) -> "MlflowClient":
     return open_mlflow().MlflowClient(tracking_uri=f"sqlite:///{folder.home}/mlflow.db")
 
 
-def runs(folder: ComparisonFolder) -> dict[str, "Run"]:
+def runs(folder: JobsFolder) -> dict[str, "Run"]:
     """Name -> run of the comparison's experiment; no name may stand twice."""
     mlflow = client(folder)
     experiment = mlflow.get_experiment_by_name(f"moeify/compare/{folder.id}")
@@ -54,7 +55,7 @@ def runs(folder: ComparisonFolder) -> dict[str, "Run"]:
     return {run.info.run_name: run for run in found}
 
 
-def test_a_comparison_is_one_experiment_with_a_run_for_each_job(folder: ComparisonFolder) -> None:
+def test_a_comparison_is_one_experiment_with_a_run_for_each_job(folder: JobsFolder) -> None:
     found = ended(folder)
     tracker = ComparisonTracker(folder, CONFIG)
     tracker.tell(found)
@@ -79,7 +80,7 @@ def test_a_comparison_is_one_experiment_with_a_run_for_each_job(folder: Comparis
     assert child.info.end_time - child.info.start_time == pytest.approx(30_000, abs=2)
 
 
-def test_what_is_delivered_again_shows_once_and_what_is_new_is_added(folder: ComparisonFolder) -> None:
+def test_what_is_delivered_again_shows_once_and_what_is_new_is_added(folder: JobsFolder) -> None:
     whole = ended(folder)
     part = Comparison(CONFIG, ASKED, dict(list(whole.ended.items())[:1]))
     ComparisonTracker(folder, CONFIG).finish(part)
@@ -92,7 +93,7 @@ def test_what_is_delivered_again_shows_once_and_what_is_new_is_added(folder: Com
     assert len(client(folder).get_metric_history(first.info.run_id, "tax")) == 1
 
 
-def test_a_job_that_failed_says_why_and_ends_well_when_it_is_run_again(folder: ComparisonFolder) -> None:
+def test_a_job_that_failed_says_why_and_ends_well_when_it_is_run_again(folder: JobsFolder) -> None:
     loop = ASKED[0]
     ComparisonTracker(folder, CONFIG).finish(ended(folder, loop))
     told = runs(folder)
@@ -109,7 +110,7 @@ def test_a_job_that_failed_says_why_and_ends_well_when_it_is_run_again(folder: C
     assert again["random, seed 0, 0.5"].data.metrics["tax_told"] == pytest.approx(0.15)  # the loop has the told twin
 
 
-def test_a_result_of_other_data_takes_the_place_of_the_one_before(folder: ComparisonFolder) -> None:
+def test_a_result_of_other_data_takes_the_place_of_the_one_before(folder: JobsFolder) -> None:
     ComparisonTracker(folder, CONFIG).finish(ended(folder))
     before = runs(folder)
     ComparisonTracker(folder, CONFIG).finish(ended(folder, version="2"))
@@ -120,7 +121,7 @@ def test_a_result_of_other_data_takes_the_place_of_the_one_before(folder: Compar
 
 
 def test_a_server_that_is_away_costs_a_line_and_the_same_command_delivers(
-    folder: ComparisonFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: JobsFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -139,7 +140,7 @@ def test_a_server_that_is_away_costs_a_line_and_the_same_command_delivers(
     assert len(runs(folder)) == 1 + len(ASKED)
 
 
-def test_an_interrupted_comparison_is_told_so(folder: ComparisonFolder) -> None:
+def test_an_interrupted_comparison_is_told_so(folder: JobsFolder) -> None:
     tracker = ComparisonTracker(folder, CONFIG)
     tracker.stop()  # before the first job: MLflow has heard of nothing
     tracker = ComparisonTracker(folder, CONFIG)

@@ -21,6 +21,7 @@ from moeify.splitting.tree import ExpertTree
 from moeify.tasks.digits import DigitsTask
 from pipelines import study, study_report, study_tracking
 from pipelines.cli import main
+from pipelines.kept_jobs import JobsFolder
 from pipelines.pool import Broken
 from pipelines.runs import RunBusyError
 from pipelines.studies import access_control, edge_choices, whole_blocks
@@ -28,7 +29,7 @@ from pipelines.studies.catalogue import QUESTIONS, find_study
 from pipelines.studies.study import Arm, ArmJob, Column, Measures, Size, Study, changed, jobs, shipped_recipe, table
 from pipelines.studies.subsets import Subset
 from pipelines.studies.training import without_rows
-from pipelines.study import ArmOrder, Done, EndedArm, Progress, StudyFolder, progress_line, run_arm
+from pipelines.study import ArmOrder, Done, EndedArm, Progress, progress_line, run_arm
 
 DIGITS = shipped_recipe("digits")
 
@@ -117,7 +118,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Progress:
 def test_the_summary_the_table_and_the_picture(fake: Progress, tmp_path: Path) -> None:
     broken = ArmJob("other", 1)
     fake.ended[broken] = Broken("no memory")
-    folder = StudyFolder(tmp_path)
+    folder = JobsFolder(tmp_path, "study")
     study_report.write(fake, folder)
     known = json.loads(folder.summary.read_text())
     assert (known["question"], known["command"], known["seeds"]) == ("Is it so?", "moeify study fake --seeds 2", [0, 1])
@@ -139,12 +140,12 @@ def test_a_study_of_pairs_is_drawn_as_points(fake: Progress, tmp_path: Path) -> 
         assert isinstance(ended, EndedArm)
         done = ended.done.model_copy(update={"measures": measures})
         fake.ended[job] = EndedArm(done, ended.path, before=False)
-    study_report.write(fake, StudyFolder(tmp_path))
-    assert StudyFolder(tmp_path).picture.read_bytes().startswith(b"\x89PNG")
+    study_report.write(fake, JobsFolder(tmp_path, "study"))
+    assert JobsFolder(tmp_path, "study").picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_nothing_is_drawn_of_nothing(fake: Progress, tmp_path: Path) -> None:
-    folder = StudyFolder(tmp_path)
+    folder = JobsFolder(tmp_path, "study")
     folder.picture.touch()  # of an earlier command
     fake.ended.clear()
     study_report.write(fake, folder)
@@ -226,7 +227,7 @@ def test_the_command_asks_for_the_studys_own_seeds_and_ends_with_its_table(
     asked: list[tuple[str, Size, tuple[ArmJob, ...]]] = []
 
     def run(
-        name: str, size: Size, jobs: tuple[ArmJob, ...], folder: StudyFolder, heard: study.Heard, *, local: bool
+        name: str, size: Size, jobs: tuple[ArmJob, ...], folder: JobsFolder, heard: study.Heard, *, local: bool
     ) -> Progress:
         asked.append((name, size, jobs))
         heard(fake, fake.jobs[0], 2)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import click
 
 from pipelines.commands.arguments import RECIPE, examples
-from pipelines.commands.delivering import delivered
 from pipelines.commands.options import JSON
+from pipelines.commands.side_by_side import check_home, drive
 from pipelines.find_recipe import find_recipe
 
 if TYPE_CHECKING:
@@ -79,13 +79,10 @@ def command(
         separations or (config.rounds[-1].separation,),
         range(config.seed, config.seed + seeds),
     )
-    from pipelines import compare, compare_report, homes, show
+    check_home("compare")
+    from pipelines import compare, compare_report
     from pipelines.compare_tracking import ComparisonTracker
 
-    if homes.home_of(runs.home()):
-        raise ValueError(
-            "compare keeps its results in a folder that its workers share; set MOEIFY_HOME to one, not to a URL"
-        )
     folder = compare.open_folder(config, base, runs.home())
     _announce(config, asked, str(folder.path))
     tracker = ComparisonTracker(folder, config)
@@ -94,25 +91,15 @@ def command(
         click.echo(compare.progress_line(comparison, job, cores), err=True)
         tracker.tell(comparison)
 
-    try:
+    def run() -> "Comparison":
         comparison = compare.compare(config, asked, base, folder, heard)
         compare_report.write(comparison, folder)
-    except KeyboardInterrupt:
-        click.echo("moeify: stopped; go on with the same command", err=True)
-        tracker.stop()
-        ctx.exit(130)
-    if as_json:
-        click.echo(show.to_json(compare_report.summary(comparison, folder)))
-    else:
-        click.echo()
+        return comparison
+
+    def show(comparison: "Comparison") -> None:
         compare_report.print_comparison(comparison, folder, sys.stdout)
-    there = delivered(lambda: tracker.finish(comparison))
-    if not as_json:
-        picture = folder.picture if folder.picture.is_file() else "none, since no run ended well"
-        click.echo(f"\npicture: {picture}\nfiles:   {folder.path}")
-        if there:
-            click.echo(f"curves:  {tracker.where_to_look}")
-    ctx.exit(1 if comparison.broken else 0)
+
+    drive(ctx, folder, tracker, run, lambda whole: compare_report.summary(whole, folder), show, as_json=as_json)
 
 
 def _announce(config: "RunConfig", jobs: "tuple[Job, ...]", where: str) -> None:

@@ -7,8 +7,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from pipelines.commands.arguments import examples
-from pipelines.commands.delivering import delivered
 from pipelines.commands.options import JSON
+from pipelines.commands.side_by_side import check_home, drive
 from pipelines.studies.catalogue import QUESTIONS
 
 if TYPE_CHECKING:
@@ -51,14 +51,11 @@ def command(
 
     study, size = find_study(name), size or "full"
     asked = jobs(study.arms(size), range(seeds or study.seeds))
-    from pipelines import homes, runs, show, study_report
+    check_home("study")
+    from pipelines import runs, study_report
     from pipelines.study import open_folder, progress_line, run_study
     from pipelines.study_tracking import StudyTracker
 
-    if homes.home_of(runs.home()):
-        raise ValueError(
-            "study keeps its results in a folder that its workers share; set MOEIFY_HOME to one, not to a URL"
-        )
     folder = open_folder(name, size, runs.home())
     click.echo(f"{len(asked)} runs, kept in {folder.path}", err=True)
     tracker = StudyTracker(folder, name)
@@ -67,25 +64,15 @@ def command(
         click.echo(progress_line(progress, job, cores), err=True)
         tracker.tell(progress)
 
-    try:
+    def run() -> "Progress":
         progress = run_study(name, size, asked, folder, heard, local=local)
         study_report.write(progress, folder)
-    except KeyboardInterrupt:
-        click.echo("moeify: stopped; go on with the same command", err=True)
-        tracker.stop()
-        ctx.exit(130)
-    if as_json:
-        click.echo(show.to_json(study_report.summary(progress)))
-    else:
-        click.echo()
+        return progress
+
+    def show(progress: "Progress") -> None:
         study_report.print_study(progress, folder, sys.stdout)
-    there = delivered(lambda: tracker.finish(progress))
-    if not as_json:
-        picture = folder.picture if folder.picture.is_file() else "none, since no run ended well"
-        click.echo(f"\npicture: {picture}\nfiles:   {folder.path}")
-        if there:
-            click.echo(f"curves:  {tracker.where_to_look}")
-    ctx.exit(1 if progress.broken else 0)
+
+    drive(ctx, folder, tracker, run, study_report.summary, show, as_json=as_json)
 
 
 def _list(as_json: bool) -> None:
