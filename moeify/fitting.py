@@ -19,7 +19,6 @@ from moeify.recipe.config import RunConfig
 from moeify.routed.proof import prove
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.propose import menu
-from moeify.splitting.surgery import compensate_sites, permute
 from moeify.splitting.terms import terms_in_reach
 from moeify.state import State
 from moeify.store import MemoryStore
@@ -152,10 +151,7 @@ def _cut(model: SplitModel, task: TensorTask, config: RunConfig) -> None:
         known = model.partition, table, model.output_weights, partition, config.rounds[number - 1 :], asked.score
         choices = menu(*known, config.tree, None, model.input_weight, config.seed, terms)
         proposal = choices.cut(config.rounds[number - 1].separation)
-        if partition.compensation:
-            compensate_sites(model.network, model.space, table, proposal, partition.compensation.ridge)
-        permute(model.network, None, model.space, proposal.order)
-        model.repartition(proposal.partition)
+        model.cut(proposal, table, partition.compensation)
 
 
 def _rounds(task: TensorTask, rounds: int | None, branching: int) -> int:

@@ -46,7 +46,6 @@ from moeify.splitting.grouping import NothingToSplitError, divisible_leaves
 from moeify.splitting.null_test import Relabel, null_test
 from moeify.splitting.partition import Partition
 from moeify.splitting.propose import Proposal, menu, shuffled
-from moeify.splitting.surgery import compensate_sites, permute
 from moeify.splitting.terms import costs, terms_in_reach
 from moeify.state import Cut, State
 from moeify.store import MemoryStore, Store
@@ -175,8 +174,9 @@ class _Loop:
             blind = shuffled(split.partition, proposal, tables["split"], split.output_weights, seed).predicted
             cuts["random"] = shuffled(random.partition, proposal, tables["random"], random.output_weights, seed)
         for arm in models:
-            self._apply(self.state.arms[arm], cuts[arm], tables[arm])
-            self.state.arms[arm].health.fresh = True
+            contestant = self.state.arms[arm]
+            contestant.model.cut(cuts[arm], tables[arm], self.config.partition.compensation, contestant.optimizer)
+            contestant.health.fresh = True
         self.say.cut(phase.round, proposal, tables["split"])
         cut_rows = self._evaluate(phase, "after_cut", self.config.cut_arms)
         now, then = (self._standing(each["split"], rows["dense"]) for each in (rows, cut_rows))
@@ -222,7 +222,7 @@ class _Loop:
         split = self.state.arms["split"]
         tensors = {name: tensor.clone() for name, tensor in split.tensors().items()}
         partition = split.model.partition
-        self._apply(split, proposal, table)
+        split.model.cut(proposal, table, self.config.partition.compensation, split.optimizer)
         rows = row_losses(split.model, self.task, self.world, self.config.evaluation, "validation")
         split.load(tensors)
         split.model.repartition(partition)
@@ -265,14 +265,6 @@ class _Loop:
         found = null_test(*known, asked.permutations, measure, number, self.terms)
         self.say.phase("attribute", number, "; ".join(map(str, found.values())))
         return {leaf for leaf, verdict in found.items() if verdict.p <= asked.level}
-
-    def _apply(self, contestant: Contestant, proposal: Proposal, table: AttributionTable) -> None:
-        """Correct the kept output weights, put the units into tree order and route by the new partition."""
-        model, compensation = contestant.model, self.config.partition.compensation
-        if compensation:
-            compensate_sites(model.network, model.space, table, proposal, compensation.ridge)
-        permute(model.network, contestant.optimizer, model.space, proposal.order)
-        model.repartition(proposal.partition)
 
     def _judge(self, phase: PlannedPhase) -> None:
         """Hold the round against the dense twin: keep it while the tax is within the budget, else roll back."""

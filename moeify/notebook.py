@@ -31,7 +31,7 @@ from moeify.task import Task
 from moeify.world import Solo
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from moeify.pictures import Figure
 
 
 @dataclass(frozen=True)

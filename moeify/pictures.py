@@ -18,7 +18,7 @@ from moeify.splitting.partition import Partition
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Figure
 
 _MOST_COLUMNS = 8
 """Sites side by side."""

@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from attribution.table import AttributionTable
 from moeify.models.build import logits
 from moeify.models.families import outside_flops, unit_space
 from moeify.models.resnet import Block
 from moeify.models.units import ConvUnits, FfnUnits, HeadUnits, UnitSite, UnitSpace, flops, input_weight, output_weight
-from moeify.recipe.partition import PLAIN, UnitKind
+from moeify.recipe.partition import PLAIN, Compensation, UnitKind
 from moeify.routed.attention import RoutedAttention
 from moeify.routed.conv import RoutedBlock
 from moeify.routed.ffn import RoutedFfn, Routes, uncompiled
@@ -21,6 +22,8 @@ from moeify.routed.inline import InlineAttention, InlineFfn
 from moeify.routed.learning import Learning
 from moeify.routed.told import tell
 from moeify.splitting.partition import Partition
+from moeify.splitting.propose import Proposal
+from moeify.splitting.surgery import compensate_sites, permute
 
 
 class SplitModel(nn.Module):
@@ -93,6 +96,22 @@ class SplitModel(nn.Module):
     def repartition(self, partition: Partition) -> None:
         """Route by another partition. The caller has put the units into its order."""
         self.routes.partition = partition
+
+    def cut(
+        self,
+        proposal: Proposal,
+        table: AttributionTable,
+        compensation: Compensation | None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        """Make a cut, in place: correct the kept output weights, put units into tree order, route by the new partition.
+
+        ``table``: what the proposal was made from; ``optimizer``: whose state follows the units.
+        """
+        if compensation:
+            compensate_sites(self.network, self.space, table, proposal, compensation.ridge)
+        permute(self.network, optimizer, self.space, proposal.order)
+        self.repartition(proposal.partition)
 
     def positions(self, categories: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """Return each row's (or token's) leaf position, the order in which they must lie."""

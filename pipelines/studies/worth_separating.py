@@ -14,8 +14,7 @@ from statistics import fmean
 from scipy.stats import spearmanr
 
 from attribution.affinity import profile_affinity
-from attribution.measure import Moments, measure
-from attribution.subject import Subject
+from moeify.attributing import table_of
 from moeify.loop import run
 from moeify.recipe.config import RunConfig
 from moeify.routed.split_model import SplitModel
@@ -86,10 +85,7 @@ def pairs(bench: Bench) -> Measures:
 
 def _affinity(bench: Bench, model: SplitModel) -> dict[str, float]:
     task, asked = bench.task, bench.config.attribution
-    batches = task.probe_batches(1, asked.rows, asked.rows_at_once)
-    subject = Subject(model.network, model.space.readers, task.categories, task.nats, task.sample, model)
-    with model.masked():
-        table = measure(subject, batches, seed=bench.config.seed, moments=Moments(asked.columns))
+    table = table_of(model, task, asked.rows, asked.rows_at_once, bench.config.seed, round_=1)
     affinity = profile_affinity(table, asked.score)
     places = range(len(task.categories))
     return {f"{task.categories[i]}-{task.categories[j]}": affinity[i, j].item() for i, j in combinations(places, 2)}
