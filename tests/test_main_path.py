@@ -1,9 +1,10 @@
-"""The shipped recipes, in full, through the real command line: local Ray, local MLflow, real data."""
+"""The shipped recipes through the real command line: local Ray, local MLflow, real data."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 import moeify
+from moeify.recipe.load import parse_recipe, to_yaml
+from pipelines.find_recipe import find_recipe
 
 # MLflow's own database layer warns of its own future.
 pytestmark = pytest.mark.filterwarnings(r"ignore::Warning:(mlflow|alembic|sqlalchemy|pydantic|google)\.")
@@ -62,9 +65,34 @@ def test_digits_run_on_ray_and_are_tracked(tmp_path: Path) -> None:
     assert all(run.info.status == "FINISHED" for run in found)
 
 
+def in_full(folder: Path) -> str:
+    return "text"
+
+
+def a_fifth(folder: Path) -> str:
+    """The recipe of README's main job with a fifth of its steps; all else is as shipped."""
+    text, where, _ = find_recipe("text")
+    config = parse_recipe(text, where=where)
+    short = config.model_copy(
+        update={
+            "training": config.training.model_copy(update={"steps": config.training.steps // 5}),
+            "rounds": tuple(
+                each.model_copy(update={"train": each.train // 5, "recover": each.recover // 5})
+                for each in config.rounds
+            ),
+        }
+    )
+    path = folder / "text.yaml"
+    path.write_text(to_yaml(short), encoding="utf-8")
+    return str(path)
+
+
 @pytest.mark.main_path
-def test_text_runs_on_ray_and_exports_what_stock_transformers_load(tmp_path: Path) -> None:
-    done = moeify_command(tmp_path, "run", "text")
+@pytest.mark.parametrize("recipe", [a_fifth, pytest.param(in_full, marks=pytest.mark.slow)])
+def test_text_runs_on_ray_and_exports_what_stock_transformers_load(
+    tmp_path: Path, recipe: Callable[[Path], str]
+) -> None:
+    done = moeify_command(tmp_path, "run", recipe(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     categories = {"python", "prose", "c", "web"}
     summary = shown(tmp_path)

@@ -24,8 +24,8 @@ DRIVER = textwrap.dedent(
     from pipelines.runs import RunFolder, hold
 
     with stoppable(), hold(RunFolder(Path(sys.argv[1]))):
-        print("held", flush=True)
         try:
+            print("held", flush=True)
             time.sleep(60)
         except KeyboardInterrupt:
             print("stopped", flush=True)
