@@ -18,6 +18,7 @@ MARKS = {
     "agreement": [pytest.mark.slow],
     "convert": [pytest.mark.ray, pytest.mark.slow],
     "frontier": [pytest.mark.ray, pytest.mark.slow],
+    "fuzz": [pytest.mark.slow],
     "kill": [pytest.mark.slow],
     "overhead": [pytest.mark.main_path, pytest.mark.ray, pytest.mark.slow],
     "scaling": [pytest.mark.slow],

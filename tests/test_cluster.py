@@ -231,7 +231,8 @@ class TestService:
         assert (shown["run"], shown["status"]) == (run, "finished")
         assert run in moeify(service, "runs")
 
-    @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("killed", [False, True])
     def test_a_run_that_was_stopped_or_whose_driver_was_killed_ends_with_the_same_bits(
         self, service: dict[str, str], tmp_path: Path, killed: bool
     ) -> None:
