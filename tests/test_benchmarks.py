@@ -17,7 +17,6 @@ MARKS = {
     "overhead": [pytest.mark.main_path, pytest.mark.ray, pytest.mark.slow],  # the main path is run elsewhere, too
     "frontier": [pytest.mark.ray],
     "convert": [pytest.mark.ray, pytest.mark.slow],  # so is what it does (test_conversion)
-    "mnist_split": [pytest.mark.skipif(not os.environ.get("MOEIFY_DATA"), reason="reads mnist in MOEIFY_DATA")],
 }
 PARAMETERS = [pytest.param(name, marks=MARKS.get(name, [])) for name in NAMES]
 
