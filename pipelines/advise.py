@@ -24,7 +24,7 @@ PERMUTATIONS = 8
 LEVEL = 0.05
 FORETELLS = (
     "How far affinity foretells what separating costs is not settled: `moeify study worth_separating` asks it, and "
-    "until it has found that it does (docs/studies.md), this is a tree to try first, not one that is known to be best."
+    "until it has found that it does (docs/studies.md), what is recommended is to be tried first, not known to be best."
 )
 UNTRAINED = (
     "This network is untrained: what is measured are the categories' data through random weights. Train the recipe "
@@ -208,7 +208,7 @@ def _recommended(advised: Advised, advice: Advice) -> str:
     found = snippet(advice)
     if found is None:
         return (
-            "Nothing here is worth separating: no division loses less than one by labels that mean nothing.\n"
+            "Nothing here is worth separating: no division loses clearly less than one by labels that mean nothing.\n"
             "More rows, or a network that was trained for longer, may say otherwise."
         )
     lines = [found] if found else []
