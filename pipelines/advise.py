@@ -10,9 +10,11 @@ from rich.console import Console
 from torch import Tensor
 
 from attribution.measure import Moments
+from attribution.table import AttributionTable
 from moeify.attributing import table_of
 from moeify.recipe import strict_yaml
 from moeify.splitting.advice import Advice, Division, advise
+from moeify.splitting.null_test import Relabel
 from moeify.splitting.terms import site_terms
 from moeify.task import tokens_read
 from pipelines.advised import Advised
@@ -57,7 +59,7 @@ def advice_of(
     )
 
 
-def _table(advised: Advised, rows: int, relabel: Any) -> Any:
+def _table(advised: Advised, rows: int, relabel: Relabel) -> AttributionTable:
     asked, seed = advised.config.attribution, advised.config.seed
     known = advised.model, advised.task, rows, asked.rows_at_once, seed
     return table_of(*known, Moments(asked.columns), round_=1, relabel=relabel)
@@ -72,7 +74,7 @@ def snippet(advice: Advice) -> str | None:
         lines.append(f"tree: {strict_yaml.write_flow(_lists(advice.tree))}")
     if advice.together:
         kept = ", ".join("+".join(group) for group in advice.together)
-        lines.append(f"partition: {{null_test: {{}}}}  # keeps {kept} together for as long as nothing tells them apart")
+        lines += [f"# stay whole for as long as nothing tells them apart: {kept}", "partition: {null_test: {}}"]
     return "\n".join(lines)
 
 
@@ -134,7 +136,7 @@ def print_advice(advised: Advised, advice: Advice, stream: TextIO) -> None:
         _print_merges(console, advice, unit)
     _print_divisions(console, advice, unit)
     console.print("\nRecommended", style="bold")
-    console.print(_recommended(advised, advice))
+    console.print(_recommended(advised, advice), soft_wrap=True)  # a line of a recipe must stay one
     for note in [*([] if advised.trained else [UNTRAINED]), FORETELLS]:
         console.print(f"\n{note}", style="dim")
 
@@ -162,7 +164,7 @@ def _print_merges(console: Console, advice: Advice, unit: str) -> None:
     grid = table_for(console, "joins", "groups", "J", "cost", text=(0,))
     grid.add_row("none", str(len(advice.categories)), two_digits(advice.apart), "")
     for merge in advice.merges:
-        joined = " with ".join("+".join(group) for group in merge.joined)
+        joined = " | ".join("+".join(group) for group in merge.joined)
         grid.add_row(joined, str(merge.groups), two_digits(merge.predicted), _signed(merge.cost))
     console.print(grid)
     console.print(

@@ -16,6 +16,7 @@ from moeify.splitting.null_test import Relabel
 from moeify.splitting.partition import Partition
 from moeify.splitting.trials import Trials, even_cut
 from moeify.task import Batch
+from pipelines.advise import snippet
 from tests.checkpoints import save_checkpoint
 from tests.finished_runs import call
 from tests.test_null_test import CATEGORIES, DIM, UNITS, table_of
@@ -121,11 +122,22 @@ def test_a_recipes_network_is_looked_at_and_said_to_be_untrained(tmp_path: Path)
     assert len(told["divisions"][0]["null"]) == 3
     done = call(tmp_path, "advise", str(tmp_path / "small.yaml"), "--permutations", "0")
     assert done.exit_code == 0, done.output
-    assert max(len(line.rstrip()) for line in done.stdout.splitlines() if not line.startswith("tree")) <= 80
+    assert max(len(line.rstrip()) for line in done.stdout.splitlines() if not line.startswith(("tree", "#"))) <= 80
     assert "Merges that the tree makes" in done.stdout
     assert re.search(r"It takes \d rounds, the recipe has 1", done.stdout)
     (tree,) = [line for line in done.stdout.splitlines() if line.startswith("tree: ")]
     assert parse_recipe(DIGITS + tree, where="pasted").tree is not None
+
+
+def test_what_is_recommended_is_part_of_a_recipe_line_by_line() -> None:
+    found = snippet(advice([0, 1, 0, 1]))
+    assert found is not None
+    assert found.splitlines() == [
+        "tree: [[a, c], [b, d]]",
+        "# stay whole for as long as nothing tells them apart: a+c, b+d",
+        "partition: {null_test: {}}",
+    ]
+    assert snippet(advice([9, 9, 9, 9])) is None
 
 
 def test_a_checkpoint_is_looked_at_with_texts_or_a_recipes_data(tmp_path: Path) -> None:
