@@ -10,6 +10,7 @@ from attribution.subject import Subject
 from attribution.table import AttributionTable
 from moeify.models.families import readers
 from moeify.routed.split_model import SplitModel
+from moeify.splitting.null_test import Relabel
 from moeify.task import Task
 from moeify.tasks.tensors import Data, Loss, TensorTask
 
@@ -59,9 +60,10 @@ def table_of(
     seed: int,
     moments: Moments | None = None,
     round_: int = 0,
+    relabel: Relabel = iter,
 ) -> AttributionTable:
     """Measure the units that a split model's experts own, on train rows; those off a row's route are zero for it."""
-    batches = task.probe_batches(round_, rows, rows_at_once)
+    batches = relabel(task.probe_batches(round_, rows, rows_at_once))
     ordered = (batch.take(model.order(batch.categories)) for batch in batches)
     subject = Subject(model.network, model.space.readers, task.categories, task.nats, task.sample, model)
     with model.masked():

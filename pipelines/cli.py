@@ -18,7 +18,7 @@ from pipelines.commands.arguments import examples
 COMMANDS = (
     *("init", "plan", "run", "split", "resume", "compare", "study"),
     *("runs", "show", "report", "status", "logs", "stop", "submit", "cluster"),
-    *("attribute", "export", "route", "generate", "ui", "sync", "schema", "doctor", "completion"),
+    *("attribute", "advise", "export", "route", "generate", "ui", "sync", "schema", "doctor", "completion"),
 )
 """In the order of the help; the module of each holds ``command``."""
 

@@ -91,6 +91,20 @@ def test_a_checkpoint_whose_edges_cannot_be_followed_is_measured_without_them(pl
     assert list(load(tmp_path / "out" / "attribution.safetensors").sites) == ["layers.0.ffn", "layers.1.ffn"]
 
 
+def test_advice_is_given_of_a_runs_dense_twin_by_its_id_or_its_folder(place: Path) -> None:
+    (run,) = [each.parent for each in (place / "runs").glob("*/resolved.yaml")]
+    said = [
+        call(place, "advise", target, "--permutations", "3", "--json") for target in ("last", "last@dense", str(run))
+    ]
+    assert [done.exit_code for done in said] == [0, 0, 0], said[0].output
+    assert len({done.stdout for done in said}) == 1
+    told = json.loads(said[0].stdout)
+    assert told["of"] == f"{run.name} (dense)"
+    assert (told["categories"], told["separation"], told["tree"]) == (["code", "prose"], 0.4, None)
+    assert told["affinity"]["value"][0][1] == pytest.approx(-1.0)  # of two categories, always
+    assert told["trained"]
+
+
 def test_mistakes_are_told_in_a_line(place: Path, tmp_path: Path) -> None:
     cases = {
         ("attribute", "nothing"): "nothing",

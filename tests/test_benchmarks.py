@@ -22,7 +22,6 @@ MARKS = {
     "kill": [pytest.mark.slow],
     "overhead": [pytest.mark.main_path, pytest.mark.ray, pytest.mark.slow],
     "scaling": [pytest.mark.slow],
-    "mnist_split": [pytest.mark.skipif(not os.environ.get("MOEIFY_DATA"), reason="reads mnist in MOEIFY_DATA")],
 }
 PARAMETERS = [pytest.param(name, marks=MARKS.get(name, [])) for name in NAMES]
 

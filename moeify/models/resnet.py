@@ -74,10 +74,14 @@ class ResNet(nn.Module):
 
     def forward(self, x: Float[Tensor, "rows channels height width"]) -> Float[Tensor, "rows classes"]:
         """Return logits of the classes."""
+        return self.linear(self.features(x))
+
+    def features(self, x: Float[Tensor, "rows channels height width"]) -> Float[Tensor, "rows features"]:
+        """Return what the linear layer reads: the means over the last maps."""
         x = F.relu(self.bn1(self.conv1(x)))
         for stage in range(self.stages):
             x = self.get_submodule(_STAGE.format(stage + 1))(x)
-        return self.linear(x.mean((2, 3)))
+        return x.mean((2, 3))
 
     def blocks(self) -> Iterator[tuple[str, Block, int]]:
         """Yield each block's qualified name, the block, and how many places its maps have."""

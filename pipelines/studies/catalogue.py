@@ -10,8 +10,10 @@ if TYPE_CHECKING:
 
 QUESTIONS: Mapping[str, str] = {
     "access_control": "Does one run replace a model trained for every set of permitted categories?",
+    "cifar_split": "Do routed features, or split channels, keep two halves of CIFAR-10 apart, and at what cost?",
     "class_imbalance": "Where few classes are routed and the rest train as ever, is regularisation still needed?",
     "edge_choices": "Which gradients must be kept from other units for a category to be removable, and at what tax?",
+    "mnist_split": "What does a half of a code hold that was routed, by hand or by attribution, regularised or not?",
     "spurious_cue": "Does separating categories in training help where a cue that was learned turns round?",
     "whole_blocks": "Do whole layers for categories, by hand, do as well as a split of every layer?",
     "worth_separating": "Does the affinity of two categories foresee what separating them costs?",
