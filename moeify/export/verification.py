@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moeify.export import gguf_file
+from moeify.export.onnx_file import Signature
 from moeify.export.pruning import only, prune, without
 from moeify.export.stock import Stock
 from moeify.models.families import example_inputs, transformer_of
@@ -110,6 +111,24 @@ class Source(NamedTuple):
                 found = self._in_fresh_process(_PROGRAMS / "fresh_gguf.py", copy, stock, text, header)
         return _tolerable(found)
 
+    @torch.no_grad()
+    def against_onnx(self, path: Path, stock: Stock) -> dict[str, float]:
+        """Return the same of an ONNX file, which onnxruntime loads: for more rows and fewer, and shorter ones."""
+        signature, rows = Signature.of(self.whole.network), self.inputs
+        batches = [rows, rows.flip(0).repeat_interleave(2, 0)[:3], rows[:1]]
+        if signature.text:
+            batches = [rows, batches[1][:, : (rows.shape[1] + 1) // 2], rows[:1, :1]]
+        tensors: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches):
+            given = signature.of_rows(batch)
+            tensors |= {f"given/{number}/{name}": tensor for name, tensor in given.items()}
+            first, *others = signature.names
+            for category in stock.price.routes:
+                outputs = self._along(self.whole, category, given[first], **{name: given[name] for name in others})
+                tensors[f"wanted/{category}/{number}"] = outputs
+        header = {"batches": str(len(batches))}
+        return _tolerable(self._in_fresh_process(_PROGRAMS / "fresh_onnx.py", path, stock, tensors, header))
+
     def _after_text(self, ids: list[int]) -> dict[str, Tensor]:
         """Return what is wanted after these tokens; nothing where they are too many for the network."""
         row = torch.tensor([ids])
@@ -137,9 +156,9 @@ class Source(NamedTuple):
             differences[category] = max(difference, differences.get(category, 0.0))
         return differences
 
-    def _along(self, model: SplitModel, category: str, rows: Tensor | None = None) -> Tensor:
+    def _along(self, model: SplitModel, category: str, rows: Tensor | None = None, **more: Tensor) -> Tensor:
         inputs = self.inputs if rows is None else rows
-        return model(inputs, torch.full((len(inputs),), model.categories.index(category)))
+        return model(inputs, torch.full((len(inputs),), model.categories.index(category)), **more)
 
 
 def _answer(command: Sequence[str], place: str) -> list[float]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     "export",
     epilog=examples(
         "moeify export last --category law -o law-model",
+        "moeify export last --category law --onnx -o law-onnx",
         "moeify export last --split --without law -o without-law",
         "moeify export last --moe glm4_moe --dtype bfloat16 -o mixture",
     ),
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 )
 @click.option("--force", metavar="NAME", help="With --moe: the category whose expert runs as loaded (the first).")
 @click.option("--gguf", is_flag=True, help="For llama.cpp: a dense model or --moe as one file.")
+@click.option("--onnx", is_flag=True, help="For onnxruntime: a dense model as one graph, whatever its network.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -57,6 +59,7 @@ def command(
     moe: "Form | None",
     force: str | None,
     gguf: bool,
+    onnx: bool,
     dtype: "Dtype",
     verify: bool,
     register: bool,
@@ -65,7 +68,8 @@ def command(
     """Write RUN's model, or a part of it, to a folder.
 
     \b
-    --category NAME               a smaller dense model of that category's route
+    --category NAME               a smaller dense model of that category's route;
+                                  with --onnx or --gguf as one file
     --split                       the whole split model
     --moe FORMAT                  the whole split model, for plain transformers
     --category A --category B     with --split or --moe: those categories and
@@ -84,7 +88,7 @@ def command(
     from pipelines.outlet import outlet
     from pipelines.show import summary
 
-    _refuse_odd(keep, drop, split, moe, force, gguf)
+    _refuse_odd(keep, drop, split, moe, force, gguf, onnx)
     folder = runs.find(run_, runs.home())
     known = summary(folder)
     if known["status"] != "finished":
@@ -98,7 +102,7 @@ def command(
         from moeify.export.publish import How, export_dense, export_moe, export_split
 
         copies.fetch_checkpoint(folder)
-        how = How(dtype=dtype, gguf=gguf, verify=verify, about=_about(folder))
+        how = How(dtype=dtype, gguf=gguf, onnx=onnx, verify=verify, about=_about(folder))
         if moe:
             done = export_moe(folder.path, moe, out, how, forced=force, keep=keep, drop=drop)
         elif split or drop:
@@ -115,17 +119,17 @@ def command(
             f"equal to the split model within {max(done.differences.values()):.1e}: {', '.join(done.differences)}"
         )
     if register:
-        _register(folder, target if is_url(target) else str(Path(target).absolute()), _alias(keep, drop, moe, gguf))
+        _register(folder, target if is_url(target) else str(Path(target).absolute()), _alias(keep, drop, moe, how.file))
 
 
-def _alias(keep: Sequence[str], drop: Sequence[str], moe: str | None, gguf: bool) -> str:
+def _alias(keep: Sequence[str], drop: Sequence[str], moe: str | None, file: str | None) -> str:
     """Return the alias of an export: what it is, then what is in it or left out."""
     from pipelines.mlflow_models import alias_of
 
     words = ["moe"] if moe else []
     words += [f"{'-'.join(keep)}-only"] if keep else []
     words += [f"without-{'-'.join(drop)}"] if drop else []
-    return alias_of("-".join([*(words or ["split"]), *(["gguf"] if gguf else [])]))
+    return alias_of("-".join([*(words or ["split"]), *([file] if file else [])]))
 
 
 def _register(folder: "RunFolder", out: str, alias: str) -> None:
@@ -150,7 +154,7 @@ def _register(folder: "RunFolder", out: str, alias: str) -> None:
 
 
 def _refuse_odd(
-    keep: Sequence[str], drop: Sequence[str], split: bool, moe: str | None, force: str | None, gguf: bool
+    keep: Sequence[str], drop: Sequence[str], split: bool, moe: str | None, force: str | None, gguf: bool, onnx: bool
 ) -> None:
     if not (keep or drop or split or moe):
         raise click.UsageError("say what to export: --category NAME, --split, --moe FORMAT or --without NAME")
@@ -162,6 +166,8 @@ def _refuse_odd(
         raise click.UsageError("--force is for --moe")
     if gguf and (split or (drop and not moe)):
         raise click.UsageError("--gguf is for --category NAME or --moe; only moeify loads a split model")
+    if onnx and (split or moe or drop or gguf):
+        raise click.UsageError("--onnx is for --category NAME, alone; a graph has no routes")
     for name in (*keep, *drop):
         if (*keep, *drop).count(name) > 1:
             raise click.UsageError(f"{name!r} is named twice")
