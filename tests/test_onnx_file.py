@@ -52,7 +52,7 @@ def test_a_category_of_any_network_is_a_graph_that_onnxruntime_runs(
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node)  # no path of a source file
     text = (tmp_path / "out" / "README.md").read_text()
-    for said in ("library_name: onnx", 'InferenceSession("FOLDER/model.onnx"', "nothing is padded", "by onnxruntime"):
+    for said in ("library_name: onnx", 'InferenceSession("FOLDER/model.onnx"', "none is padded", "by onnxruntime"):
         assert said in text
     assert "0 (0.0% of the stored)" in text
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

@@ -9,6 +9,7 @@ from typing import Any, Literal, assert_never
 
 from moeify.data.images import NORMS
 from moeify.export import fresh_check, onnx_file
+from moeify.export.recovery import Recovery
 from moeify.export.stock import Form, Stock, counted_sites, ffn_sites
 from moeify.export.verification import Source
 from moeify.models.families import describe, transformer_of
@@ -47,6 +48,8 @@ class Checked:
     """Largest change of an output from rounding the weights to the file's dtype; None in float32."""
     differences: dict[str, float] | None
     """Category -> largest difference of an output in float32, weights equal; None where it was not checked."""
+    recovery: Recovery | None = None
+    """What was learned after experts were taken out."""
 
 
 def card(
@@ -65,6 +68,7 @@ def card(
         _loading(source.part, stock, file),
         _origin(about, source.whole),
         _losses(about.result, source, stock),
+        _recovered(source.recovery, source.part),
         _size(source, stock),
         _format(stock, file),
         _checked(checked, source.removed, stock, file),
@@ -255,6 +259,26 @@ def _losses(result: Result | None, source: Source, stock: Stock | None) -> Itera
         for category in tree.nodes[tree.index(name)].categories
     ]
     yield from ("", *_table(["taken out", "category", "rise"], rows), "", "and that of no other category.")
+    if source.recovery:
+        yield "All this is from before the recovery."
+
+
+def _recovered(recovery: Recovery | None, part: SplitModel) -> Iterator[str]:
+    """Say what a recovery cost, and what it did to all categories."""
+    if recovery is None:
+        return
+    yield from ("## Recovery", "")
+    yield (
+        f"After that all that is left was trained on, for {recovery.steps:,} steps on {recovery.rows:,} train rows "
+        f"({recovery.read:,} {recovery.unit}s) of {', '.join(recovery.retained)}, and of no other category. "
+        f"Validation loss (nats per {recovery.unit}):"
+    )
+    losses = (recovery.intact, recovery.before, recovery.after)
+    rows = [
+        [c, "kept" if c in recovery.retained else "taken out", *(f"{loss[c]:.4f}" for loss in losses)]
+        for c in part.categories
+    ]
+    yield from ("", *_table(["category", "expert", "whole split model", "expert taken out", "recovered"], rows))
 
 
 def _rise(nats: float | None) -> str:
@@ -315,8 +339,8 @@ def _format(stock: Stock | None, file: FileForm | None) -> Iterator[str]:
         )
     elif file == "onnx":
         yield from ("## Format", "")
-        yield "One ONNX graph; weights of a large model are in `model.onnx.data` beside it. Every layer is as wide as"
-        yield "the route is there: nothing is padded. It computes in float32; other weights are cast as it loads."
+        yield "One ONNX graph; weights of a large model are in `model.onnx.data` beside it. Each block has the units of"
+        yield "the route and no more: none is padded. It computes in float32; other weights are cast as it loads."
     elif file == "gguf":
         yield from (
             "## Format",
@@ -341,6 +365,8 @@ def _checked(checked: Checked, removed: Sequence[str], stock: Stock | None, file
     elif file == "onnx":
         how = "by onnxruntime in a process of its own"
     what = f" with {', '.join(removed)} ablated" if removed else ""
+    if checked.recovery:
+        what = f" without {', '.join(removed)} as it was recovered"
     yield f"- Loaded {how}, in float32: largest difference of {output} to the split model{what}, equal weights:"
     yield from ("", *_table(["category", "difference"], [[c, f"{d:.1e}"] for c, d in checked.differences.items()]))
 

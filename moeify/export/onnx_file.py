@@ -1,7 +1,8 @@
 """Dense networks as ONNX files, for onnxruntime and what else reads them.
 
-A graph has no single width for all layers, so every layer stays as wide as it is and nothing is padded. The number of
-rows is free, and for text their length; no row holds keys of earlier calls, so each call reads its rows from the start.
+A graph has no single width for all layers, so every layer stays as wide as it is and nothing is padded, but for heads
+of families whose attention counts on one number of them (Phi-3). The number of rows is free, and for text their length.
+No row holds keys of earlier calls: each call reads its rows from the start.
 
 Needs the ``onnx`` and ``onnxscript`` packages; checking a file needs ``onnxruntime``: all come with ``moeify[onnx]``.
 """

@@ -18,6 +18,7 @@ from torch import nn
 
 from moeify.export import gguf_file, onnx_file
 from moeify.export.model_card import NOTHING, About, Checked, FileForm, card
+from moeify.export.recovery import Recover
 from moeify.export.stock import Form, Stock, ffn_sites, to_dense
 from moeify.export.stock_moe import to_moe
 from moeify.export.verification import Source
@@ -95,34 +96,43 @@ def export_moe(
     forced: str | None = None,
     keep: Sequence[str] = (),
     drop: Sequence[str] = (),
+    recover: Recover | None = None,
 ) -> Checked:
     """Write the split model as a stock ``transformers`` mixture of experts that sends every token along one route.
 
     ``forced``: the category of that route, None for the first that is whole; the model card says how to change it
-    after loading. ``keep``, ``drop``: as in ``export_split``.
+    after loading. ``keep``, ``drop``, ``recover``: as in ``export_split``.
     """
     _refuse_occupied(out)
     _refuse_lacking(run, how)
-    source = Source.of(_split_of(run), how.torch_dtype, keep=keep, drop=drop)
+    source = Source.of(_split_of(run), how.torch_dtype, keep=keep, drop=drop, recover=recover)
     intact = [category for category in source.part.categories if category not in drop]
     stock = to_moe(source.part, form, forced or (intact or source.part.categories)[0])
     return _export_stock(run, source, stock, out, how)
 
 
 def export_split(
-    run: Path | Origin, out: Path, how: How = PLAIN, *, keep: Sequence[str] = (), drop: Sequence[str] = ()
+    run: Path | Origin,
+    out: Path,
+    how: How = PLAIN,
+    *,
+    keep: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    recover: Recover | None = None,
 ) -> Checked:
     """Write the split model as a folder that ``moeify.load_split`` gives back.
 
     ``keep``: only these categories, and the experts that serve them. ``drop``: all categories, without the experts that
-    serve none but these; rows of a dropped category run on what is left of their route.
+    serve none but these; rows of a dropped category run on what is left of their route. ``recover``: how what is left
+    is then trained on.
     """
     _refuse_occupied(out)
-    source = Source.of(_split_of(run), how.torch_dtype, keep=keep, drop=drop)
+    source = Source.of(_split_of(run), how.torch_dtype, keep=keep, drop=drop, recover=recover)
     with _published(out) as draft:
         shutil.rmtree(draft)
         save_split(source.part, draft, _assets(run), dtype=how.torch_dtype)
-        checked = Checked(source.rounding, source.against_split(load_split(draft)) if how.verify else None)
+        differences = source.against_split(load_split(draft)) if how.verify else None
+        checked = Checked(source.rounding, differences, source.recovery)
         _write_card(draft, card(how.about, source, checked, dtype=how.dtype))
     return checked
 
@@ -147,7 +157,7 @@ def _export_stock(run: Path | Origin, source: Source, stock: Stock, out: Path, h
             _write_assets(run, draft)
             if how.verify:
                 differences = source.against_stock(draft, stock)
-        checked = Checked(source.rounding, differences)
+        checked = Checked(source.rounding, differences, source.recovery)
         _write_card(draft, card(how.about, source, checked, dtype=how.dtype, stock=stock, file=how.file))
     return checked
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moeify.export.untold import untold
-from moeify.models.families import describe, rebuild, with_units
+from moeify.models.families import describe, rebuild, transformer_of, with_units
 from moeify.models.fused import closed
 from moeify.models.resizing import copy_units, shaped
 from moeify.models.units import ConvUnits, FfnUnits
@@ -114,9 +114,17 @@ def extract(split: SplitModel, category: str) -> nn.Module:
 
 
 def _narrow(split: SplitModel, category: str) -> nn.Module:
-    """Return the same with each site as wide as it is."""
+    """Return the same with each site as wide as it is; heads of one width where the stock block counts on that."""
     active = {site.name: split.partition.active(site.name, category).nonzero()[:, 0] for site in split.space.sites}
-    dense = shaped(describe(split.network), {site: len(units) for site, units in active.items()})
+    description, widths = describe(split.network), {site: len(units) for site, units in active.items()}
+    family = transformer_of(split.network)
+    heads = [site.name for site in split.space.sites if site.kind == "heads"]
+    if (
+        family and family.fused and heads
+    ):  # what its blocks cut up, they cut by the number of heads in the configuration
+        most = max(widths.pop(name) for name in heads)
+        description = with_units(description, max(widths.values()), most)
+    dense = shaped(description, widths)
     copy_units(split.network, split.space, active, dense)
     return dense.eval()
 

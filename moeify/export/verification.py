@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from moeify.export import gguf_file
 from moeify.export.onnx_file import Signature
 from moeify.export.pruning import only, prune, without
+from moeify.export.recovery import Recover, Recovery
 from moeify.export.stock import Stock
 from moeify.models.families import example_inputs, transformer_of
 from moeify.routed.split_model import SplitModel
@@ -44,10 +46,21 @@ class Source(NamedTuple):
     """Experts that the part lacks though the categories that they served are still there; topmost only."""
     rounding: float | None = None
     """Largest change of an output from rounding the weights; None in float32."""
+    recovery: Recovery | None = None
+    """What the part learned since it was cut out, after which it is held against itself."""
 
     @classmethod
-    def of(cls, split: SplitModel, dtype: torch.dtype, keep: Sequence[str] = (), drop: Sequence[str] = ()) -> "Source":
+    def of(
+        cls,
+        split: SplitModel,
+        dtype: torch.dtype,
+        keep: Sequence[str] = (),
+        drop: Sequence[str] = (),
+        recover: Recover | None = None,
+    ) -> "Source":
         """Round a split model's weights in place, and cut out the part that keeps or drops categories.
+
+        ``recover``: what the part without the dropped ones is trained by before its weights are rounded.
 
         Raises ValueError where the dtype cannot hold a weight, and as ``moeify.export.pruning`` does.
         """
@@ -58,13 +71,19 @@ class Source(NamedTuple):
             pruning = only(split.partition, keep)
         elif drop:
             pruning = without(split.partition, drop)
+        if recover:
+            if not drop or pruning is None:
+                raise ValueError("a recovery is for a model without a category; name one to take out")
+            part = prune(split, pruning)
+            source = source._replace(part=part, recovery=recover(split, part, drop))
         if dtype != torch.float32:
             exact = source.outputs()
-            _round(split.network, dtype)
+            _round(source.part.network, dtype)
             rounded = source.outputs()
             source = source._replace(rounding=max(_difference(exact[c], rounded[c]) for c in exact))
         if pruning:
-            source = source._replace(part=prune(split, pruning), removed=pruning.removed)
+            part = source.part if source.recovery else prune(split, pruning)
+            source = source._replace(part=part, removed=pruning.removed)
         return source
 
     @property
@@ -75,8 +94,17 @@ class Source(NamedTuple):
     @torch.no_grad()
     def outputs(self) -> dict[str, Tensor]:
         """Return category -> what the export must give, of each category that the part serves."""
+        with self._wanted() as model:
+            return {category: self._along(model, category) for category in self.part.categories}
+
+    @contextmanager
+    def _wanted(self) -> Iterator[SplitModel]:
+        """Give the model whose outputs are wanted, as they are while the context lasts."""
+        if self.recovery:
+            yield self.part
+            return
         with self.whole.ablated(*self.removed):
-            return {category: self._along(self.whole, category) for category in self.part.categories}
+            yield self.whole
 
     @torch.no_grad()
     def against_split(self, other: SplitModel) -> dict[str, float]:
@@ -134,8 +162,8 @@ class Source(NamedTuple):
         row = torch.tensor([ids])
         if row.shape[1] > self.inputs.shape[1]:
             return {}
-        with self.whole.ablated(*self.removed):
-            return {f"text/{c}": self._along(self.whole, c, row)[0, -1] for c in self.part.categories}
+        with self._wanted() as model:
+            return {f"text/{c}": self._along(model, c, row)[0, -1] for c in self.part.categories}
 
     def _in_fresh_process(
         self, program: Path, weights: Path, stock: Stock, more: Mapping[str, Tensor], header: Mapping[str, str]
