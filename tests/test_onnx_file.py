@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moeify.export import onnx_file
-from moeify.export.publish import Dtype, How, Origin, export_dense
+from moeify.export.publish import Dtype, How, Origin, export_dense, export_moe
 from moeify.export.stock import to_dense
 from moeify.export.verification import TOLERANCE, Source
 from moeify.models.families import transformer_of, unit_space
@@ -99,6 +99,11 @@ def test_padding_behind_the_mask_changes_nothing_before_it(tmp_path: Path) -> No
     (plain,) = session.run(["logits"], {"input_ids": row, "attention_mask": np.ones_like(row)})
     (behind,) = session.run(["logits"], {"input_ids": padded, "attention_mask": mask})
     assert np.abs(plain - behind[:, :5]).max() <= TOLERANCE
+
+
+def test_a_mixture_is_no_graph(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="an ONNX graph is of one category's route"):
+        export_moe(Origin(split_of(tiny_autoencoder())), "glm4_moe", tmp_path / "none", How(onnx=True))
 
 
 def test_a_missing_package_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

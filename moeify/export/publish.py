@@ -103,6 +103,8 @@ def export_moe(
     ``forced``: the category of that route, None for the first that is whole; the model card says how to change it
     after loading. ``keep``, ``drop``, ``recover``: as in ``export_split``.
     """
+    if how.onnx:
+        raise ValueError("an ONNX graph is of one category's route; export a dense model, or the mixture without onnx")
     _refuse_occupied(out)
     _refuse_lacking(run, how)
     source = Source.of(_split_of(run), how.torch_dtype, keep=keep, drop=drop, recover=recover)
