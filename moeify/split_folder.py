@@ -77,6 +77,11 @@ def load_from_run(folder: Path, arm: Arm = "split") -> SplitModel:
         return _load(facts, facts["arms"][arm]["partition"], own)
 
 
+def began_of_run(folder: Path) -> str:
+    """Return the hash of the network that a run began with, as its newest checkpoint has it; empty: unknown."""
+    return str(_newest(folder)[2].get("began", ""))
+
+
 def bytes_in_run(folder: Path, arm: Arm) -> int:
     """Return how large an arm's model in a run's newest checkpoint is, without reading it; ValueError as above."""
     store, name, facts = _newest(folder)

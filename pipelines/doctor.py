@@ -37,6 +37,7 @@ _WRITTEN = 1 << 20
 """Bytes that are written to see whether that works."""
 _EXTRAS = {
     "gguf": (("gguf", "xllamacpp"), "moeify export --gguf"),
+    "onnx": (("onnx", "onnxscript", "onnxruntime"), "moeify export --onnx"),
     "s3": (("s3fs",), "s3:// in MOEIFY_HOME, MOEIFY_CACHE and exports"),
     "gs": (("gcsfs",), "gs:// in the same places"),
     "service": (("boto3", "psycopg2", "flask_wtf"), "the servers of docker/"),

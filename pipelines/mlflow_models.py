@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _STOCK = "config.json"
-_LOADERS = {"manifest.json": "moeify.load_split", _STOCK: "transformers.{}.from_pretrained", "model.gguf": "llama.cpp"}
+_LOADERS = {
+    "manifest.json": "moeify.load_split",
+    _STOCK: "transformers.{}.from_pretrained",
+    "model.gguf": "llama.cpp",
+    "model.onnx": "onnxruntime.InferenceSession",
+}
 """A file that a folder of a model holds -> what loads the folder."""
 _VERSIONS = "mlflow.modelVersions"
 """Tag of a LoggedModel by which MLflow's pages lead to its registered versions."""
@@ -60,8 +65,8 @@ def alias_of(words: str) -> str:
 def log_model(client: "MlflowClient", origin: Origin, alias: str, folder: Path, step: int) -> str:
     """Log a folder as a model of a run, register it, let the alias point to it, and return the model's id.
 
-    ``folder``: what ``moeify.load_split`` or ``transformers`` loads, or a GGUF file in one; a file ``MLmodel`` is added
-    to it where it has none.
+    ``folder``: what ``moeify.load_split`` or ``transformers`` loads, or a GGUF or ONNX file in one; a file ``MLmodel``
+    is added to it where it has none.
     """
     from mlflow.entities import LoggedModelOutput
 

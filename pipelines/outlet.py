@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from moeify.place import Place, checked_url, is_url, send
 from pipelines.homes import folder_of
 
-_LAST = ("manifest.json", "config.json", "model.gguf")
+_LAST = ("manifest.json", "config.json", "model.gguf", "model.onnx")
 """Files without which nothing loads the folder: sent last, so that half an export is none."""
 
 

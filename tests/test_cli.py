@@ -96,7 +96,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launched:
         def write(run: Path, *what: Any, **part: Any) -> Checked:
             *told, out, how = what
             out.mkdir(exist_ok=True)
-            (out / (f"{kind}.gguf" if how.gguf else kind)).write_text(
+            (out / (f"{kind}.{how.file}" if how.file else kind)).write_text(
                 json.dumps([run.name, *told, how.dtype, how.verify, part])
             )
             return Checked(0.01 if how.dtype != "float32" else None, {"a": 1e-6} if how.verify else None)
@@ -337,15 +337,24 @@ def test_export_writes_a_part_or_the_whole_into_a_new_folder(launched: Launched,
 @pytest.mark.parametrize(
     ("arguments", "kind", "written"),
     [
-        (["--split"], "split", ["float32", True, {"keep": [], "drop": []}]),
-        (["--split", "--category", "a", "--no-verify"], "split", ["float32", False, {"keep": ["a"], "drop": []}]),
-        (["--without", "b", "--dtype", "float16"], "split", ["float16", True, {"keep": [], "drop": ["b"]}]),
+        (["--split"], "split", ["float32", True, {"keep": [], "drop": [], "recover": None}]),
+        (
+            ["--split", "--category", "a", "--no-verify"],
+            "split",
+            ["float32", False, {"keep": ["a"], "drop": [], "recover": None}],
+        ),
+        (
+            ["--without", "b", "--dtype", "float16"],
+            "split",
+            ["float16", True, {"keep": [], "drop": ["b"], "recover": None}],
+        ),
         (["--category", "a", "--category", "b"], "dense", [["a", "b"], "float32", True, {}]),
         (["--category", "a", "--gguf"], "dense.gguf", [["a"], "float32", True, {}]),
+        (["--category", "a", "--onnx"], "dense.onnx", [["a"], "float32", True, {}]),
         (
             ["--moe", "glm4_moe", "--force", "b"],
             "moe",
-            ["glm4_moe", "float32", True, {"forced": "b", "keep": [], "drop": []}],
+            ["glm4_moe", "float32", True, {"forced": "b", "keep": [], "drop": [], "recover": None}],
         ),
     ],
 )
@@ -371,6 +380,10 @@ def test_export_knows_kinds_and_parts(
         (["--split", "--category", "a", "--category", "a"], "'a' is named twice"),
         (["--split", "--gguf"], "--gguf is for --category NAME or --moe; only moeify loads a split model"),
         (["--without", "a", "--gguf"], "--gguf is for --category NAME or --moe"),
+        (["--category", "a", "--onnx", "--gguf"], "--onnx is for --category NAME, alone; a graph has no routes"),
+        (["--split", "--recover", "5"], "--recover is for --without NAME"),
+        (["--without", "a", "--recover", "0"], "0 is not in the range x>=1"),
+        (["--split", "--onnx"], "--onnx is for --category NAME"),
         (["--moe", "mixtral"], "'mixtral' is not one of 'glm4_moe', 'granitemoeshared'"),
     ],
 )

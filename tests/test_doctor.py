@@ -201,4 +201,4 @@ def test_this_machine_is_examined_in_full():
     assert said.exit_code == 0, said.output
     names = [line.split()[1] for line in said.output.splitlines()]
     assert names[:6] == ["python", "packages", "torch", "cores", "memory", "runs"]
-    assert {"ray", "cluster", "mlflow", "texts", "gguf", "service"} <= set(names)
+    assert {"ray", "cluster", "mlflow", "texts", "gguf", "onnx", "service"} <= set(names)

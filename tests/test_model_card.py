@@ -99,7 +99,7 @@ def test_the_code_of_a_mixtures_card_sends_tokens_along_another_route(form: Form
 def test_the_code_of_a_gguf_card_is_that_of_the_check() -> None:
     pytest.importorskip("gguf")
     of = source()
-    text = card(ABOUT, of, Checked(None, None), dtype="float32", stock=to_moe(of.part, "glm4_moe", "c"), gguf=True)
+    text = card(ABOUT, of, Checked(None, None), dtype="float32", stock=to_moe(of.part, "glm4_moe", "c"), file="gguf")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     from moeify.export import fresh_gguf
 

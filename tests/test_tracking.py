@@ -520,6 +520,7 @@ def test_a_folder_without_a_model_is_not_registered(home: Path, capsys: pytest.C
         ({"config.json": '{"model_type": "bert"}'}, "transformers.AutoModelForMaskedLM.from_pretrained"),
         ({"config.json": '{"model_type": "vit"}'}, "transformers.AutoModelForImageClassification.from_pretrained"),
         ({"model.gguf": ""}, "llama.cpp"),
+        ({"model.onnx": ""}, "onnxruntime.InferenceSession"),
         ({}, None),
     ],
 )

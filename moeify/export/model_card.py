@@ -5,11 +5,12 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, assert_never
+from typing import Any, Literal, assert_never
 
 from moeify.data.images import NORMS
-from moeify.export import fresh_check
-from moeify.export.stock import Form, Stock, ffn_sites
+from moeify.export import fresh_check, onnx_file
+from moeify.export.recovery import Recovery
+from moeify.export.stock import Form, Stock, counted_sites, ffn_sites
 from moeify.export.verification import Source
 from moeify.models.families import describe, transformer_of
 from moeify.models.transformer import Transformer, config_of, image_size
@@ -19,6 +20,9 @@ from moeify.recipe.data import DigitsData, ImageData, TextData
 from moeify.result import Result
 from moeify.routed.split_model import SplitModel
 from moeify.store import FORMAT
+
+FileForm = Literal["gguf", "onnx"]
+"""What a model in one file may be."""
 
 
 @dataclass(frozen=True)
@@ -44,32 +48,43 @@ class Checked:
     """Largest change of an output from rounding the weights to the file's dtype; None in float32."""
     differences: dict[str, float] | None
     """Category -> largest difference of an output in float32, weights equal; None where it was not checked."""
+    recovery: Recovery | None = None
+    """What was learned after experts were taken out."""
 
 
 def card(
-    about: About, source: Source, checked: Checked, *, dtype: str, stock: Stock | None = None, gguf: bool = False
+    about: About,
+    source: Source,
+    checked: Checked,
+    *,
+    dtype: str,
+    stock: Stock | None = None,
+    file: FileForm | None = None,
 ) -> str:
-    """Return the model card of a stock export, or without ``stock`` of a split folder."""
+    """Return the model card of a stock export, ``file`` where that is one, or without ``stock`` of a split folder."""
     parts = [
-        _head(stock, gguf),
+        _head(stock, file),
         _what(about, source, dtype, stock),
-        _loading(source.part, stock, gguf),
+        _loading(source.part, stock, file),
         _origin(about, source.whole),
         _losses(about.result, source, stock),
+        _recovered(source.recovery, source.part),
         _size(source, stock),
-        _format(stock, gguf),
-        _checked(checked, source.removed, stock, gguf),
-        _versions(about),
+        _format(stock, file),
+        _checked(checked, source.removed, stock, file),
+        _versions(about, file),
     ]
     return "\n\n".join("\n".join(part) for lines in parts if (part := list(lines))) + "\n"
 
 
-def _head(stock: Stock | None, gguf: bool) -> Iterator[str]:
+def _head(stock: Stock | None, file: FileForm | None) -> Iterator[str]:
     if stock is None:
         yield from ("---", "tags: [moeify]", "---")
-    else:
-        library = "gguf" if gguf else "transformers"
-        yield from ("---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [moeify]", "---")
+        return
+    tasks = {"tokens": "text-generation", "masked tokens": "fill-mask", "images": "image-classification"}
+    task = tasks.get(onnx_file.Signature.of(stock.network).takes)
+    yield from ("---", f"library_name: {file or 'transformers'}", *([f"pipeline_tag: {task}"] if task else []))
+    yield from ("tags: [moeify]", "---")
 
 
 def _what(about: About, source: Source, dtype: str, stock: Stock | None) -> Iterator[str]:
@@ -108,7 +123,7 @@ def _removal(source: Source) -> Iterator[str]:
         )
 
 
-def _loading(part: SplitModel, stock: Stock | None, gguf: bool) -> Iterator[str]:
+def _loading(part: SplitModel, stock: Stock | None, file: FileForm | None) -> Iterator[str]:
     yield from ("## Load", "")
     if stock is None:
         yield from ("```python", "import moeify, torch", "", 'model = moeify.load_split("FOLDER")')
@@ -117,7 +132,9 @@ def _loading(part: SplitModel, stock: Stock | None, gguf: bool) -> Iterator[str]
         yield "outputs = model(inputs, torch.tensor([categories.index(category) for category in rows]))"
         yield "```"
         return
-    if gguf:
+    if file == "onnx":
+        yield from onnx_file.loading(stock.network)
+    elif file == "gguf":
         yield from ("```bash", 'llama-completion -m FOLDER/model.gguf -p "TEXT"  # or any other llama.cpp', "```")
     else:
         family = transformer_of(stock.network)
@@ -127,14 +144,14 @@ def _loading(part: SplitModel, stock: Stock | None, gguf: bool) -> Iterator[str]
         yield from ("", f'model = {auto}.from_pretrained("FOLDER")')
         yield from (*(f'tokenizer = {each}.from_pretrained("FOLDER")' for each in reads), "```")
     if stock.form is not None:
-        yield from ("", *_routing(stock, stock.form, gguf))
+        yield from ("", *_routing(stock, stock.form, file))
 
 
-def _routing(stock: Stock, form: Form, gguf: bool) -> Iterator[str]:
+def _routing(stock: Stock, form: Form, file: FileForm | None) -> Iterator[str]:
     """Say how to send tokens along another category's route, in the very code that the check runs."""
     route: Callable[..., None] = fresh_check.ROUTE[form]
     imports, what = ["import torch"], "model"
-    if gguf:
+    if file == "gguf":
         from moeify.export import fresh_gguf
 
         route = fresh_gguf.ROUTE[form]
@@ -242,6 +259,26 @@ def _losses(result: Result | None, source: Source, stock: Stock | None) -> Itera
         for category in tree.nodes[tree.index(name)].categories
     ]
     yield from ("", *_table(["taken out", "category", "rise"], rows), "", "and that of no other category.")
+    if source.recovery:
+        yield "All this is from before the recovery."
+
+
+def _recovered(recovery: Recovery | None, part: SplitModel) -> Iterator[str]:
+    """Say what a recovery cost, and what it did to all categories."""
+    if recovery is None:
+        return
+    yield from ("## Recovery", "")
+    yield (
+        f"After that all that is left was trained on, for {recovery.steps:,} steps on {recovery.rows:,} train rows "
+        f"({recovery.read:,} {recovery.unit}s) of {', '.join(recovery.retained)}, and of no other category. "
+        f"Validation loss (nats per {recovery.unit}):"
+    )
+    losses = (recovery.intact, recovery.before, recovery.after)
+    rows = [
+        [c, "kept" if c in recovery.retained else "taken out", *(f"{loss[c]:.4f}" for loss in losses)]
+        for c in part.categories
+    ]
+    yield from ("", *_table(["category", "expert", "whole split model", "expert taken out", "recovered"], rows))
 
 
 def _rise(nats: float | None) -> str:
@@ -257,8 +294,9 @@ def _size(source: Source, stock: Stock | None) -> Iterator[str]:
         yield from ("", *_table(["expert", "own units"], _owned(source.part)))
         return
     parameters = sum(parameter.numel() for parameter in stock.network.parameters())
-    whole = sum(site.units for site in ffn_sites(source.whole))
-    yield f"{parameters:,} parameters. FFN units of all layers (the dense twin has and runs {whole:,}):"
+    whole = sum(site.units for site in counted_sites(source.whole))
+    units = "FFN units of all layers" if ffn_sites(source.whole) else "Inner channels of all blocks"
+    yield f"{parameters:,} parameters. {units} (the dense twin has and runs {whole:,}):"
     yield from ("", *_table(["", "units"], _priced(stock, whole)))
     if stock.price.padded:
         yield ""
@@ -286,7 +324,7 @@ def _priced(stock: Stock, whole: int) -> Iterator[list[str]]:
         yield [f"of these on the route of {category}", f"{units:,} (padding costs {price.runs / units - 1:.1%})"]
 
 
-def _format(stock: Stock | None, gguf: bool) -> Iterator[str]:
+def _format(stock: Stock | None, file: FileForm | None) -> Iterator[str]:
     if stock is None:
         yield from (
             f"## Format {FORMAT}",
@@ -299,7 +337,11 @@ def _format(stock: Stock | None, gguf: bool) -> Iterator[str]:
             "- `model.safetensors`: parameters under the stock names, units of a site in the order of nodes, each site",
             "  as wide as its widths add up to. A row runs the units of the nodes that serve its category, no others.",
         )
-    elif gguf:
+    elif file == "onnx":
+        yield from ("## Format", "")
+        yield "One ONNX graph; weights of a large model are in `model.onnx.data` beside it. Each block has the units of"
+        yield "the route and no more: none is padded. It computes in float32; other weights are cast as it loads."
+    elif file == "gguf":
         yield from (
             "## Format",
             "",
@@ -308,7 +350,7 @@ def _format(stock: Stock | None, gguf: bool) -> Iterator[str]:
         yield "widths, its architecture is `deci`, a Llama whose feed-forward length is a list: nothing is padded."
 
 
-def _checked(checked: Checked, removed: Sequence[str], stock: Stock | None, gguf: bool) -> Iterator[str]:
+def _checked(checked: Checked, removed: Sequence[str], stock: Stock | None, file: FileForm | None) -> Iterator[str]:
     yield from ("## Checked", "")
     if checked.rounding is not None:
         yield f"- Rounding the weights moves the split model's outputs by up to {checked.rounding:.2e}."
@@ -318,16 +360,21 @@ def _checked(checked: Checked, removed: Sequence[str], stock: Stock | None, gguf
     how, output = "by moeify", "an output"
     if stock:
         how = "by plain transformers in a process of its own"
-    if gguf:
+    if file == "gguf":
         how, output = "by llama.cpp, with its cache", "a log probability"
+    elif file == "onnx":
+        how = "by onnxruntime in a process of its own"
     what = f" with {', '.join(removed)} ablated" if removed else ""
+    if checked.recovery:
+        what = f" without {', '.join(removed)} as it was recovered"
     yield f"- Loaded {how}, in float32: largest difference of {output} to the split model{what}, equal weights:"
     yield from ("", *_table(["category", "difference"], [[c, f"{d:.1e}"] for c, d in checked.differences.items()]))
 
 
-def _versions(about: About) -> Iterator[str]:
+def _versions(about: About, file: FileForm | None) -> Iterator[str]:
     known = {"moeify": about.moeify or "unknown", "Python": platform.python_version()}
     known |= {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    known |= {name: version(name) for name in ("onnx", "onnxscript")} if file == "onnx" else {}
     yield from ("## Versions", "", ", ".join(f"{name} {number}" for name, number in known.items()))
 
 

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from moeify.export import gguf_file
-from moeify.export.model_card import NOTHING, About, Checked, card
+from moeify.export import gguf_file, onnx_file
+from moeify.export.model_card import NOTHING, About, Checked, FileForm, card
+from moeify.export.recovery import Recover
 from moeify.export.stock import Form, Stock, ffn_sites, to_dense
 from moeify.export.stock_moe import to_moe
 from moeify.export.verification import Source
@@ -39,6 +40,8 @@ class How:
     """Of the weights in the file. Below float32, the check is against the split model with weights rounded the same."""
     gguf: bool = False
     """Write stock forms as one GGUF file, ``model.gguf``, in place of a folder of ``transformers``."""
+    onnx: bool = False
+    """Write a dense model as one ONNX graph, ``model.onnx``, instead; of any network that can be rebuilt."""
     verify: bool = True
     about: About = NOTHING
     """What the model card can say of the run."""
@@ -47,6 +50,11 @@ class How:
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch knows it."""
         return getattr(torch, self.dtype)
+
+    @property
+    def file(self) -> FileForm | None:
+        """What the one file is, where it is one."""
+        return "gguf" if self.gguf else "onnx" if self.onnx else None
 
 
 PLAIN = How()
@@ -66,14 +74,15 @@ def export_dense(run: Path | Origin, categories: Sequence[str], out: Path, how: 
     """Write the one route that these categories share as a smaller dense model of the same family.
 
     For a model of ``transformers`` this is a directory that ``from_pretrained`` of its auto class loads; for other
-    networks, which have no stock format, an undivided split folder for ``moeify.load_split``.
+    networks, which have no stock format, an undivided split folder for ``moeify.load_split``. GGUF and ONNX files keep
+    each layer's own width.
     """
     _refuse_occupied(out)
     _refuse_lacking(run, how)
     source = Source.of(_split_of(run), how.torch_dtype, keep=categories)
     heads_too = len(ffn_sites(source.whole)) < len(source.whole.space.sites)
-    stock = to_dense(source.whole, categories, padded=not how.gguf or heads_too)
-    if transformer_of(stock.network) is None:
+    stock = to_dense(source.whole, categories, padded=not how.onnx and (not how.gguf or heads_too))
+    if transformer_of(stock.network) is None and not how.onnx:
         return export_split(run, out, how, keep=categories)
     return _export_stock(run, source, stock, out, how)
 
@@ -87,34 +96,45 @@ def export_moe(
     forced: str | None = None,
     keep: Sequence[str] = (),
     drop: Sequence[str] = (),
+    recover: Recover | None = None,
 ) -> Checked:
     """Write the split model as a stock ``transformers`` mixture of experts that sends every token along one route.
 
     ``forced``: the category of that route, None for the first that is whole; the model card says how to change it
-    after loading. ``keep``, ``drop``: as in ``export_split``.
+    after loading. ``keep``, ``drop``, ``recover``: as in ``export_split``.
     """
+    if how.onnx:
+        raise ValueError("an ONNX graph is of one category's route; export a dense model, or the mixture without onnx")
     _refuse_occupied(out)
     _refuse_lacking(run, how)
-    source = Source.of(_split_of(run), how.torch_dtype, keep=keep, drop=drop)
+    source = Source.of(_split_of(run), how.torch_dtype, keep=keep, drop=drop, recover=recover)
     intact = [category for category in source.part.categories if category not in drop]
     stock = to_moe(source.part, form, forced or (intact or source.part.categories)[0])
     return _export_stock(run, source, stock, out, how)
 
 
 def export_split(
-    run: Path | Origin, out: Path, how: How = PLAIN, *, keep: Sequence[str] = (), drop: Sequence[str] = ()
+    run: Path | Origin,
+    out: Path,
+    how: How = PLAIN,
+    *,
+    keep: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    recover: Recover | None = None,
 ) -> Checked:
     """Write the split model as a folder that ``moeify.load_split`` gives back.
 
     ``keep``: only these categories, and the experts that serve them. ``drop``: all categories, without the experts that
-    serve none but these; rows of a dropped category run on what is left of their route.
+    serve none but these; rows of a dropped category run on what is left of their route. ``recover``: how what is left
+    is then trained on.
     """
     _refuse_occupied(out)
-    source = Source.of(_split_of(run), how.torch_dtype, keep=keep, drop=drop)
+    source = Source.of(_split_of(run), how.torch_dtype, keep=keep, drop=drop, recover=recover)
     with _published(out) as draft:
         shutil.rmtree(draft)
         save_split(source.part, draft, _assets(run), dtype=how.torch_dtype)
-        checked = Checked(source.rounding, source.against_split(load_split(draft)) if how.verify else None)
+        differences = source.against_split(load_split(draft)) if how.verify else None
+        checked = Checked(source.rounding, differences, source.recovery)
         _write_card(draft, card(how.about, source, checked, dtype=how.dtype))
     return checked
 
@@ -128,14 +148,19 @@ def _export_stock(run: Path | Origin, source: Source, stock: Stock, out: Path, h
             gguf_file.write(stock.network, tokenizer, path, dtype=how.torch_dtype, name=name)
             if how.verify:
                 differences = source.against_gguf(path, stock, tokenizer, how.torch_dtype)
+        elif how.onnx:
+            path = draft / "model.onnx"
+            onnx_file.write(stock.network, path, dtype=how.torch_dtype, name=how.about.run or out.name)
+            _write_assets(run, draft)
+            if how.verify:
+                differences = source.against_onnx(path, stock)
         else:
             _save_pretrained(stock.network.to(how.torch_dtype), draft)
-            for name, content in _assets(run).items():
-                (draft / name).write_bytes(content)
+            _write_assets(run, draft)
             if how.verify:
                 differences = source.against_stock(draft, stock)
-        checked = Checked(source.rounding, differences)
-        _write_card(draft, card(how.about, source, checked, dtype=how.dtype, stock=stock, gguf=how.gguf))
+        checked = Checked(source.rounding, differences, source.recovery)
+        _write_card(draft, card(how.about, source, checked, dtype=how.dtype, stock=stock, file=how.file))
     return checked
 
 
@@ -153,6 +178,11 @@ def _save_pretrained(stock: nn.Module, folder: Path) -> None:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _write_assets(run: Path | Origin, folder: Path) -> None:
+    for name, content in _assets(run).items():
+        (folder / name).write_bytes(content)
 
 
 def _write_card(folder: Path, text: str) -> None:
@@ -180,6 +210,8 @@ def _refuse_lacking(run: Path | Origin, how: How) -> None:
         gguf_file.require(verify=how.verify)
         if "tokenizer.json" not in _assets(run):
             raise ValueError(f"{run.name} has no tokenizer, which a GGUF file must hold; GGUF is for language models")
+    if how.onnx:
+        onnx_file.require(verify=how.verify)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moeify.export.untold import untold
-from moeify.models.families import describe, rebuild, with_units
+from moeify.models.families import describe, rebuild, transformer_of, with_units
 from moeify.models.fused import closed
 from moeify.models.resizing import copy_units, shaped
 from moeify.models.units import ConvUnits, FfnUnits
@@ -21,7 +21,7 @@ Form = Literal["glm4_moe", "granitemoeshared"]
 
 @dataclass(frozen=True)
 class Price:
-    """Units (FFN neurons of all layers) that a stock form stores and runs, held against the split model's."""
+    """Units of all layers (FFN neurons, or inner channels) that a stock form has, held against the split model's."""
 
     own: int
     """Units of the split model that it holds, each counted once."""
@@ -76,8 +76,7 @@ def to_dense(split: SplitModel, categories: Sequence[str], *, padded: bool = Tru
                 f"{first!r} and {other!r} run different units, so no dense model equals the split model for both; "
                 f"export them with --split or --moe, or one at a time"
             )
-    sites = [site for site in split.space.sites if isinstance(site, FfnUnits | ConvUnits)]
-    active = {site.name: int(split.partition.active(site.name, first).sum()) for site in sites}
+    active = {site.name: int(split.partition.active(site.name, first).sum()) for site in counted_sites(split)}
     own = sum(active.values())
     if padded:
         network, stored = extract(split, first), max(active.values()) * len(active)
@@ -87,8 +86,13 @@ def to_dense(split: SplitModel, categories: Sequence[str], *, padded: bool = Tru
 
 
 def ffn_sites(split: SplitModel) -> list[FfnUnits]:
-    """Return the feed-forward sites, whose units a price counts."""
+    """Return the feed-forward sites."""
     return [site for site in split.space.sites if isinstance(site, FfnUnits)]
+
+
+def counted_sites(split: SplitModel) -> list[FfnUnits | ConvUnits]:
+    """Return the sites whose units a price counts: all but attention heads."""
+    return [site for site in split.space.sites if isinstance(site, FfnUnits | ConvUnits)]
 
 
 def extract(split: SplitModel, category: str) -> nn.Module:
@@ -110,9 +114,17 @@ def extract(split: SplitModel, category: str) -> nn.Module:
 
 
 def _narrow(split: SplitModel, category: str) -> nn.Module:
-    """Return the same with each site as wide as it is."""
+    """Return the same with each site as wide as it is; heads of one width where the stock block counts on that."""
     active = {site.name: split.partition.active(site.name, category).nonzero()[:, 0] for site in split.space.sites}
-    dense = shaped(describe(split.network), {site: len(units) for site, units in active.items()})
+    description, widths = describe(split.network), {site: len(units) for site, units in active.items()}
+    family = transformer_of(split.network)
+    heads = [site.name for site in split.space.sites if site.kind == "heads"]
+    if (
+        family and family.fused and heads
+    ):  # what its blocks cut up, they cut by the number of heads in the configuration
+        most = max(widths.pop(name) for name in heads)
+        description = with_units(description, max(widths.values()), most)
+    dense = shaped(description, widths)
     copy_units(split.network, split.space, active, dense)
     return dense.eval()
 

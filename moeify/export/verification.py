@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moeify.export import gguf_file
+from moeify.export.onnx_file import Signature
 from moeify.export.pruning import only, prune, without
+from moeify.export.recovery import Recover, Recovery
 from moeify.export.stock import Stock
 from moeify.models.families import example_inputs, transformer_of
 from moeify.routed.split_model import SplitModel
@@ -43,10 +46,21 @@ class Source(NamedTuple):
     """Experts that the part lacks though the categories that they served are still there; topmost only."""
     rounding: float | None = None
     """Largest change of an output from rounding the weights; None in float32."""
+    recovery: Recovery | None = None
+    """What the part learned since it was cut out, after which it is held against itself."""
 
     @classmethod
-    def of(cls, split: SplitModel, dtype: torch.dtype, keep: Sequence[str] = (), drop: Sequence[str] = ()) -> "Source":
+    def of(
+        cls,
+        split: SplitModel,
+        dtype: torch.dtype,
+        keep: Sequence[str] = (),
+        drop: Sequence[str] = (),
+        recover: Recover | None = None,
+    ) -> "Source":
         """Round a split model's weights in place, and cut out the part that keeps or drops categories.
+
+        ``recover``: what the part without the dropped ones is trained by before its weights are rounded.
 
         Raises ValueError where the dtype cannot hold a weight, and as ``moeify.export.pruning`` does.
         """
@@ -57,13 +71,19 @@ class Source(NamedTuple):
             pruning = only(split.partition, keep)
         elif drop:
             pruning = without(split.partition, drop)
+        if recover:
+            if not drop or pruning is None:
+                raise ValueError("a recovery is for a model without a category; name one to take out")
+            part = prune(split, pruning)
+            source = source._replace(part=part, recovery=recover(split, part, drop))
         if dtype != torch.float32:
             exact = source.outputs()
-            _round(split.network, dtype)
+            _round(source.part.network, dtype)
             rounded = source.outputs()
             source = source._replace(rounding=max(_difference(exact[c], rounded[c]) for c in exact))
         if pruning:
-            source = source._replace(part=prune(split, pruning), removed=pruning.removed)
+            part = source.part if source.recovery else prune(split, pruning)
+            source = source._replace(part=part, removed=pruning.removed)
         return source
 
     @property
@@ -74,8 +94,17 @@ class Source(NamedTuple):
     @torch.no_grad()
     def outputs(self) -> dict[str, Tensor]:
         """Return category -> what the export must give, of each category that the part serves."""
+        with self._wanted() as model:
+            return {category: self._along(model, category) for category in self.part.categories}
+
+    @contextmanager
+    def _wanted(self) -> Iterator[SplitModel]:
+        """Give the model whose outputs are wanted, as they are while the context lasts."""
+        if self.recovery:
+            yield self.part
+            return
         with self.whole.ablated(*self.removed):
-            return {category: self._along(self.whole, category) for category in self.part.categories}
+            yield self.whole
 
     @torch.no_grad()
     def against_split(self, other: SplitModel) -> dict[str, float]:
@@ -110,13 +139,31 @@ class Source(NamedTuple):
                 found = self._in_fresh_process(_PROGRAMS / "fresh_gguf.py", copy, stock, text, header)
         return _tolerable(found)
 
+    @torch.no_grad()
+    def against_onnx(self, path: Path, stock: Stock) -> dict[str, float]:
+        """Return the same of an ONNX file, which onnxruntime loads: for more rows and fewer, and shorter ones."""
+        signature, rows = Signature.of(self.whole.network), self.inputs
+        batches = [rows, rows.flip(0).repeat_interleave(2, 0)[:3], rows[:1]]
+        if signature.text:
+            batches = [rows, batches[1][:, : (rows.shape[1] + 1) // 2], rows[:1, :1]]
+        tensors: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches):
+            given = signature.of_rows(batch)
+            tensors |= {f"given/{number}/{name}": tensor for name, tensor in given.items()}
+            first, *others = signature.names
+            for category in stock.price.routes:
+                outputs = self._along(self.whole, category, given[first], **{name: given[name] for name in others})
+                tensors[f"wanted/{category}/{number}"] = outputs
+        header = {"batches": str(len(batches))}
+        return _tolerable(self._in_fresh_process(_PROGRAMS / "fresh_onnx.py", path, stock, tensors, header))
+
     def _after_text(self, ids: list[int]) -> dict[str, Tensor]:
         """Return what is wanted after these tokens; nothing where they are too many for the network."""
         row = torch.tensor([ids])
         if row.shape[1] > self.inputs.shape[1]:
             return {}
-        with self.whole.ablated(*self.removed):
-            return {f"text/{c}": self._along(self.whole, c, row)[0, -1] for c in self.part.categories}
+        with self._wanted() as model:
+            return {f"text/{c}": self._along(model, c, row)[0, -1] for c in self.part.categories}
 
     def _in_fresh_process(
         self, program: Path, weights: Path, stock: Stock, more: Mapping[str, Tensor], header: Mapping[str, str]
@@ -137,9 +184,9 @@ class Source(NamedTuple):
             differences[category] = max(difference, differences.get(category, 0.0))
         return differences
 
-    def _along(self, model: SplitModel, category: str, rows: Tensor | None = None) -> Tensor:
+    def _along(self, model: SplitModel, category: str, rows: Tensor | None = None, **more: Tensor) -> Tensor:
         inputs = self.inputs if rows is None else rows
-        return model(inputs, torch.full((len(inputs),), model.categories.index(category)))
+        return model(inputs, torch.full((len(inputs),), model.categories.index(category)), **more)
 
 
 def _answer(command: Sequence[str], place: str) -> list[float]:

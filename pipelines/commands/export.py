@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     "export",
     epilog=examples(
         "moeify export last --category law -o law-model",
+        "moeify export last --category law --onnx -o law-onnx",
         "moeify export last --split --without law -o without-law",
+        "moeify export last --without law --recover 50 -o without-law",
         "moeify export last --moe glm4_moe --dtype bfloat16 -o mixture",
     ),
 )
@@ -29,12 +31,19 @@ if TYPE_CHECKING:
 @click.option(
     "--without", "drop", multiple=True, metavar="NAME", help="Take out this category's own experts; may be repeated."
 )
+@click.option(
+    "--recover",
+    metavar="STEPS",
+    type=click.IntRange(min=1),
+    help="With --without: then train on, on the other categories' data.",
+)
 @click.option("--split", is_flag=True, help="The split model, for moeify.load_split.")
 @click.option(
     "--moe", type=click.Choice(["glm4_moe", "granitemoeshared"]), help="A mixture of experts that transformers loads."
 )
 @click.option("--force", metavar="NAME", help="With --moe: the category whose expert runs as loaded (the first).")
 @click.option("--gguf", is_flag=True, help="For llama.cpp: a dense model or --moe as one file.")
+@click.option("--onnx", is_flag=True, help="For onnxruntime: a dense model as one graph, whatever its network.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -53,10 +62,12 @@ def command(
     run_: str,
     keep: tuple[str, ...],
     drop: tuple[str, ...],
+    recover: int | None,
     split: bool,
     moe: "Form | None",
     force: str | None,
     gguf: bool,
+    onnx: bool,
     dtype: "Dtype",
     verify: bool,
     register: bool,
@@ -65,7 +76,8 @@ def command(
     """Write RUN's model, or a part of it, to a folder.
 
     \b
-    --category NAME               a smaller dense model of that category's route
+    --category NAME               a smaller dense model of that category's route;
+                                  with --onnx or --gguf as one file
     --split                       the whole split model
     --moe FORMAT                  the whole split model, for plain transformers
     --category A --category B     with --split or --moe: those categories and
@@ -76,6 +88,9 @@ def command(
     A dense model of several categories would run units for each of them that the split model does not run, and give
     other outputs: it is written only where they share one route.
 
+    --recover reads the run's data again, and trains what is left by the recipe's settings on train rows of categories
+    that keep their experts. The README says what that took, and what it did to every category's validation loss.
+
     --register makes it a version of the model that is named as RUN's recipe, with an alias such as 'python-only',
     'moe', 'split' or 'without-web'. Where MLflow is away, 'moeify sync RUN' does so later.
     """
@@ -84,7 +99,9 @@ def command(
     from pipelines.outlet import outlet
     from pipelines.show import summary
 
-    _refuse_odd(keep, drop, split, moe, force, gguf)
+    _refuse_odd(keep, drop, split, moe, force, gguf, onnx)
+    if recover and not drop:
+        raise click.UsageError("--recover is for --without NAME")
     folder = runs.find(run_, runs.home())
     known = summary(folder)
     if known["status"] != "finished":
@@ -96,36 +113,46 @@ def command(
             raise ValueError(f"no category {category!r}; the run has {', '.join(known['categories'])}{nearest}")
     with outlet(target) as out:
         from moeify.export.publish import How, export_dense, export_moe, export_split
+        from pipelines.recovered import recovery_on, told
 
         copies.fetch_checkpoint(folder)
-        how = How(dtype=dtype, gguf=gguf, verify=verify, about=_about(folder))
+        recovery = recovery_on(folder, recover) if recover else None
+        if recover:
+            click.echo(f"training on for {recover:,} steps ...", err=True)
+        how = How(dtype=dtype, gguf=gguf, onnx=onnx, verify=verify, about=_about(folder))
         if moe:
-            done = export_moe(folder.path, moe, out, how, forced=force, keep=keep, drop=drop)
+            done = export_moe(folder.path, moe, out, how, forced=force, keep=keep, drop=drop, recover=recovery)
         elif split or drop:
-            done = export_split(folder.path, out, how, keep=keep, drop=drop)
+            done = export_split(folder.path, out, how, keep=keep, drop=drop, recover=recovery)
         else:
             done = export_dense(folder.path, keep, out, how)
     click.echo(f"wrote {target}")
     if moe:
         click.echo(f"every token runs the expert of one category; {target}/README.md says which, and how to change it")
+    if done.recovery is not None:
+        click.echo(told(done.recovery))
     if done.rounding is not None:
         click.echo(f"rounding to {dtype} moves outputs by up to {done.rounding:.1e}")
     if done.differences:
-        click.echo(
-            f"equal to the split model within {max(done.differences.values()):.1e}: {', '.join(done.differences)}"
-        )
+        most, model = max(done.differences.values()), "recovered" if done.recovery else "split"
+        click.echo(f"equal to the {model} model within {most:.1e}: {', '.join(done.differences)}")
     if register:
-        _register(folder, target if is_url(target) else str(Path(target).absolute()), _alias(keep, drop, moe, gguf))
+        _register(
+            folder,
+            target if is_url(target) else str(Path(target).absolute()),
+            _alias(keep, drop, moe, how.file, recover),
+        )
 
 
-def _alias(keep: Sequence[str], drop: Sequence[str], moe: str | None, gguf: bool) -> str:
+def _alias(keep: Sequence[str], drop: Sequence[str], moe: str | None, file: str | None, recover: int | None) -> str:
     """Return the alias of an export: what it is, then what is in it or left out."""
     from pipelines.mlflow_models import alias_of
 
     words = ["moe"] if moe else []
     words += [f"{'-'.join(keep)}-only"] if keep else []
     words += [f"without-{'-'.join(drop)}"] if drop else []
-    return alias_of("-".join([*(words or ["split"]), *(["gguf"] if gguf else [])]))
+    words += ["recovered"] if recover else []
+    return alias_of("-".join([*(words or ["split"]), *([file] if file else [])]))
 
 
 def _register(folder: "RunFolder", out: str, alias: str) -> None:
@@ -150,7 +177,7 @@ def _register(folder: "RunFolder", out: str, alias: str) -> None:
 
 
 def _refuse_odd(
-    keep: Sequence[str], drop: Sequence[str], split: bool, moe: str | None, force: str | None, gguf: bool
+    keep: Sequence[str], drop: Sequence[str], split: bool, moe: str | None, force: str | None, gguf: bool, onnx: bool
 ) -> None:
     if not (keep or drop or split or moe):
         raise click.UsageError("say what to export: --category NAME, --split, --moe FORMAT or --without NAME")
@@ -162,6 +189,8 @@ def _refuse_odd(
         raise click.UsageError("--force is for --moe")
     if gguf and (split or (drop and not moe)):
         raise click.UsageError("--gguf is for --category NAME or --moe; only moeify loads a split model")
+    if onnx and (split or moe or drop or gguf):
+        raise click.UsageError("--onnx is for --category NAME, alone; a graph has no routes")
     for name in (*keep, *drop):
         if (*keep, *drop).count(name) > 1:
             raise click.UsageError(f"{name!r} is named twice")

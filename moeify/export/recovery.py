@@ -1,0 +1,154 @@
+"""Recovery of a split model that lost experts: more steps on train rows of the categories that keep theirs.
+
+Rows go on where the run's training ended, in the recipe's settings; the rate warms up to where the run left it. No row
+of a category whose expert was taken out is read, but on validation data, to say what is left.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from moeify.distillation import Teacher
+from moeify.divergence import DivergedError, memory
+from moeify.evaluation import held_out_loss
+from moeify.recipe.config import RunConfig
+from moeify.recipe.training import Training
+from moeify.routed.split_model import SplitModel
+from moeify.task import Batch, HeldOut, Task, tokens_read
+from moeify.training import Contestant, train
+from moeify.world import Solo
+
+_LEAST_RATE = 0.1
+"""Of the recipe's rate, where the run itself ended lower."""
+_TURNS = 1000
+"""Steps that are looked at for a retained row: a recipe may take fewer rows a step than there are categories."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What a recovery took, and what became of the losses."""
+
+    steps: int
+    rows: int
+    """That it read, of retained categories alone."""
+    read: int
+    """Tokens (or examples) of these rows."""
+    unit: Literal["token", "example"]
+    retained: tuple[str, ...]
+    intact: Mapping[str, float]
+    """Category -> validation loss of the whole split model, nats per unit."""
+    before: Mapping[str, float]
+    """The same without the experts."""
+    after: Mapping[str, float]
+    """And after the recovery."""
+
+
+@dataclass(frozen=True)
+class Recover:
+    """So many optimizer steps on a run's data."""
+
+    task: Task
+    config: RunConfig
+    """The run's."""
+    steps: int
+    began: str = ""
+    """Hash of the network that the run began with, for recipes that distil from it; empty: unknown."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"recovery: got {self.steps} steps, wanted one at least")
+
+    def __call__(self, whole: SplitModel, part: SplitModel, dropped: Collection[str]) -> Recovery:
+        """Train ``part``, which is ``whole`` without the experts of ``dropped``, in place.
+
+        The same bits each time, in one process. Raises ValueError where nothing is retained, where the teacher is not
+        the run's, or where training diverges.
+        """
+        retained = tuple(category for category in self.task.categories if category not in dropped)
+        if not retained:
+            raise ValueError("every category's expert is taken out, so there is nothing to recover; export without")
+        teacher = Teacher.of(self.config, self.task)
+        if teacher:
+            teacher.check(self.began)
+        intact, before = self._losses(whole), self._losses(part)
+        training = self._training()
+        rows = _Retained(self.task, retained, self.config.training.steps, self.steps)
+        contestant = Contestant(part, training)
+        try:
+            with memory(lambda: "recovery"):
+                train(contestant, rows, Solo(), training, self.steps, self.steps, lambda _, __: None, teacher)
+        except DivergedError as error:
+            raise ValueError(f"recovery: {error.what}; take fewer steps, or export without recovery") from None
+        part.autocast = None
+        part.eval()
+        read = rows.seen * tokens_read(self.task)
+        return Recovery(self.steps, rows.seen, read, self.task.unit, retained, intact, before, self._losses(part))
+
+    def _training(self) -> Training:
+        """Return the recipe's settings for a schedule of its own, which starts where the run's ended."""
+        given = self.config.training
+        rate = given.learning_rate * max(given.final_learning_rate, _LEAST_RATE)
+        return given.model_copy(update={"steps": self.steps, "learning_rate": rate})
+
+    def _losses(self, model: SplitModel) -> dict[str, float]:
+        return held_out_loss(model, self.task, Solo(), self.config.evaluation, "validation")
+
+
+class _Retained:
+    """A task whose train rows are those of some categories, from a step on; all else is the task's own."""
+
+    def __init__(self, task: Task, retained: Sequence[str], first: int, steps: int) -> None:
+        self.task, self.first, self.steps = task, first, steps
+        self.retained = torch.tensor([category in retained for category in task.categories])
+        self.categories, self.unit, self.units_per_row = task.categories, task.unit, task.units_per_row
+        self.seen = 0
+        """Train rows that were returned."""
+
+    def build(self) -> nn.Module:
+        """Return the task's network."""
+        return self.task.build()
+
+    def train_batch(self, step: int) -> Batch:
+        """Return the retained rows of a step; of a later one, that no other step returns, where it has none.
+
+        ValueError where a recipe takes so few rows a step that none of them ever comes.
+        """
+        for turn in range(_TURNS):
+            batch = self.task.train_batch(self.first + step + turn * self.steps)
+            if (kept := self.retained[batch.categories].nonzero()[:, 0]).numel():
+                self.seen += len(kept)
+                return batch.take(kept)
+        names = ", ".join(each for each, stays in zip(self.categories, self.retained.tolist(), strict=True) if stays)
+        raise ValueError(f"recovery: rows of {names} never came in {_TURNS} steps; raise training.rows in a new run")
+
+    def probe_batches(self, round_: int, rows: int, rows_at_once: int) -> Iterator[Batch]:
+        """Yield the task's rows."""
+        return self.task.probe_batches(round_, rows, rows_at_once)
+
+    def held_out_batches(self, split: HeldOut, rows: int, rows_at_once: int) -> Iterator[Batch]:
+        """Yield the task's rows."""
+        return self.task.held_out_batches(split, rows, rows_at_once)
+
+    def nats(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " rows"]:
+        """Return the task's loss."""
+        return self.task.nats(outputs, targets)
+
+    def sample(self, outputs: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Draw the task's targets."""
+        return self.task.sample(outputs, seeds)
+
+    def right(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, " rows"] | None:
+        """Say which rows are right."""
+        return self.task.right(outputs, targets)
+
+    def bits_per_byte(self, loss: dict[str, float], split: HeldOut) -> dict[str, float] | None:
+        """Return the task's figures."""
+        return self.task.bits_per_byte(loss, split)
+
+    def assets(self) -> dict[str, bytes]:
+        """Return the task's files."""
+        return self.task.assets()

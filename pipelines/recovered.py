@@ -1,0 +1,50 @@
+"""An export that is trained on: the run's data, if it is what the run read, and what came of it on one line."""
+
+from collections.abc import Mapping, Sequence
+
+from moeify.events import Started
+from moeify.export.recovery import Recover, Recovery
+from moeify.recipe.load import load_recipe
+from moeify.split_folder import began_of_run
+from moeify.task import data_hash
+from moeify.tasks.build import build_task
+from pipelines import runs
+from pipelines.journal import read_events
+
+
+def recovery_on(folder: runs.RunFolder, steps: int) -> Recover:
+    """Return a recovery of so many steps on a run's data; ValueError where that is not there, or not what it was."""
+    config, way_out = load_recipe(folder.resolved), "put it back, or export without --recover"
+    try:
+        task = build_task(config, cache=runs.cache(), base=folder.base)
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"--recover needs the data of run {folder.id}, which cannot be read: {said}; {way_out}"
+        ) from None
+    events, _ = read_events(folder.journal, 0)
+    started = next((event for event in events if isinstance(event, Started)), None)
+    if started:
+        same = started.categories == task.categories
+        if not same or (started.data_hash and started.data_hash != data_hash(task, config)):
+            raise ValueError(f"--recover needs the data of run {folder.id}, which has changed since; {way_out}")
+    return Recover(task, config, steps, began_of_run(folder.path))
+
+
+def told(recovery: Recovery) -> str:
+    """Return what a recovery took and did, on one line."""
+    gone = [category for category in recovery.before if category not in recovery.retained]
+    kept, taken = (_moved(recovery, categories) for categories in (recovery.retained, gone))
+    return (
+        f"recovered in {recovery.steps:,} steps on {recovery.read:,} {recovery.unit}s; "
+        f"validation loss of what is kept {kept}, of what was taken out {taken}"
+    )
+
+
+def _moved(recovery: Recovery, categories: Sequence[str]) -> str:
+    before, after = (_mean(loss, categories) for loss in (recovery.before, recovery.after))
+    return f"{before:.4f} -> {after:.4f}"
+
+
+def _mean(loss: Mapping[str, float], categories: Sequence[str]) -> float:
+    return sum(loss[category] for category in categories) / len(categories)
