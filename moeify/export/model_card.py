@@ -9,6 +9,7 @@ from typing import Any, assert_never
 
 from moeify.data.images import NORMS
 from moeify.export import fresh_check
+from moeify.export.speed import Speed, Speeds
 from moeify.export.stock import Form, Stock, ffn_sites
 from moeify.export.verification import Source
 from moeify.models.families import describe, transformer_of
@@ -44,6 +45,13 @@ class Checked:
     """Largest change of an output from rounding the weights to the file's dtype; None in float32."""
     differences: dict[str, float] | None
     """Category -> largest difference of an output in float32, weights equal; None where it was not checked."""
+    speed: Speeds | None = None
+    """What it was timed at, where it was."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        speed = self.speed and self.speed.as_json()
+        return {"rounding": self.rounding, "differences": self.differences, "speed": speed}
 
 
 def card(
@@ -57,6 +65,7 @@ def card(
         _origin(about, source.whole),
         _losses(about.result, source, stock),
         _size(source, stock),
+        _speed(checked.speed, stock, gguf),
         _format(stock, gguf),
         _checked(checked, source.removed, stock, gguf),
         _versions(about),
@@ -284,6 +293,34 @@ def _priced(stock: Stock, whole: int) -> Iterator[list[str]]:
     yield ["**run by every token**", f"{price.runs:,} ({price.runs / whole:.1%} of the dense twin's)"]
     for category, units in price.routes.items():
         yield [f"of these on the route of {category}", f"{units:,} (padding costs {price.runs / units - 1:.1%})"]
+
+
+def _speed(speed: Speeds | None, stock: Stock | None, gguf: bool) -> Iterator[str]:
+    if speed is None:
+        return
+    yield from (f"## Speed ({speed.unit}s a second)", "")
+    columns = ["work", "batch", "route", "dense", "this", "times as fast", "limit", "of the limit"]
+    yield from _table(columns, [_timed(row) for row in speed.rows])
+    runtime = "llama.cpp" if gguf else "this package" if stock is None else "transformers"
+    threads = f"{speed.threads} thread" + ("s" if speed.threads > 1 else "")
+    yield ""
+    yield f"In {runtime}, {speed.dtype}, on {threads} of a CPU; dense: a network as large as the dense twin, likewise."
+    if speed.prompt is not None:
+        yield f"prefill: reads {speed.prompt} tokens a row; decode: adds tokens, one a row and step, behind as many."
+    yield "limit: what the work saved on the route allows, in bytes that are read or in operations (FLOPs)."
+
+
+def _timed(row: Speed) -> list[str]:
+    fast = [f"{rate:,.0f}" for rate in (row.dense, row.export)]
+    return [
+        row.work,
+        f"{row.batch}",
+        row.route,
+        *fast,
+        f"{row.over_dense:.2f}",
+        f"{row.limit:.2f} ({row.bound})",
+        f"{row.of_limit:.1%}",
+    ]
 
 
 def _format(stock: Stock | None, gguf: bool) -> Iterator[str]:

@@ -5,6 +5,7 @@ it must give the split model's own outputs for every category (``moeify.export.v
 beside the weights.
 """
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from moeify.export import gguf_file
+from moeify.export import gguf_file, speed
 from moeify.export.model_card import NOTHING, About, Checked, card
-from moeify.export.stock import Form, Stock, ffn_sites, to_dense
+from moeify.export.stock import Form, Stock, ffn_sites, to_dense, without_bars
 from moeify.export.stock_moe import to_moe
 from moeify.export.verification import Source
 from moeify.models.families import transformer_of
@@ -40,6 +41,8 @@ class How:
     gguf: bool = False
     """Write stock forms as one GGUF file, ``model.gguf``, in place of a folder of ``transformers``."""
     verify: bool = True
+    speed: bool = False
+    """Time it against the dense network, see ``moeify.export.speed``: on the card, and in a file beside it."""
     about: About = NOTHING
     """What the model card can say of the run."""
 
@@ -114,49 +117,53 @@ def export_split(
     with _published(out) as draft:
         shutil.rmtree(draft)
         save_split(source.part, draft, _assets(run), dtype=how.torch_dtype)
-        checked = Checked(source.rounding, source.against_split(load_split(draft)) if how.verify else None)
-        _write_card(draft, card(how.about, source, checked, dtype=how.dtype))
+        differences = source.against_split(load_split(draft)) if how.verify else None
+        speeds = speed.of_split(load_split(draft), source.whole) if how.speed else None
+        checked = Checked(source.rounding, differences, speeds)
+        _describe(draft, card(how.about, source, checked, dtype=how.dtype), speeds)
     return checked
 
 
 def _export_stock(run: Path | Origin, source: Source, stock: Stock, out: Path, how: How) -> Checked:
+    if how.speed and how.gguf:
+        speed.refuse_gguf(source.whole)
+    route = stock.forced or next(iter(stock.price.routes))
     with _published(out) as draft:
-        differences = None
+        differences, speeds = None, None
         if how.gguf:
             tokenizer = _assets(run)["tokenizer.json"]
             path, name = draft / "model.gguf", how.about.run or out.name
             gguf_file.write(stock.network, tokenizer, path, dtype=how.torch_dtype, name=name)
             if how.verify:
                 differences = source.against_gguf(path, stock, tokenizer, how.torch_dtype)
+            if how.speed:
+                speeds = speed.of_gguf(source.part, source.whole, path, tokenizer, route, how.torch_dtype)
         else:
             _save_pretrained(stock.network.to(how.torch_dtype), draft)
             for name, content in _assets(run).items():
                 (draft / name).write_bytes(content)
             if how.verify:
                 differences = source.against_stock(draft, stock)
-        checked = Checked(source.rounding, differences)
-        _write_card(draft, card(how.about, source, checked, dtype=how.dtype, stock=stock, gguf=how.gguf))
+            if how.speed:
+                speeds = speed.of_stock(source.part, source.whole, draft, route, how.torch_dtype)
+        checked = Checked(source.rounding, differences, speeds)
+        _describe(draft, card(how.about, source, checked, dtype=how.dtype, stock=stock, gguf=how.gguf), speeds)
     return checked
 
 
 def _save_pretrained(stock: nn.Module, folder: Path) -> None:
-    from transformers.utils import logging
-
     network: Any = stock
     if hasattr(network, "generation_config"):  # of models that write text
         network.config.use_cache = True
         network.generation_config.use_cache = True
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with without_bars():
         network.save_pretrained(folder, max_shard_size=SHARD)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
-def _write_card(folder: Path, text: str) -> None:
+def _describe(folder: Path, text: str, speeds: speed.Speeds | None) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
+    if speeds:
+        (folder / speed.FILE).write_text(json.dumps(speeds.as_json(), indent=2) + "\n", encoding="utf-8")
 
 
 def _split_of(run: Path | Origin) -> SplitModel:

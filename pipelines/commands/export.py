@@ -1,6 +1,7 @@
 """``moeify export``: what leaves a run."""
 
 import difflib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,9 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from pipelines.commands.arguments import RUN, examples
+from pipelines.commands.options import JSON
 
 if TYPE_CHECKING:
-    from moeify.export.model_card import About
+    from moeify.export.model_card import About, Checked
     from moeify.export.publish import Dtype
     from moeify.export.stock import Form
     from pipelines.runs import RunFolder
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
         "moeify export last --category law -o law-model",
         "moeify export last --split --without law -o without-law",
         "moeify export last --moe glm4_moe --dtype bfloat16 -o mixture",
+        "moeify export last --category law --speed -o law-model",
     ),
 )
 @RUN
@@ -45,10 +48,12 @@ if TYPE_CHECKING:
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Compare with the split model before it is there."
 )
+@click.option("--speed", is_flag=True, help="Time it against the dense model, and against what its saved work allows.")
 @click.option("--register", is_flag=True, help="Log it to MLflow and register it, with an alias.")
 @click.option(
     "--out", "-o", "target", required=True, metavar="DIR", help="A folder that is new or empty, or a URL of one."
 )
+@JSON
 def command(
     run_: str,
     keep: tuple[str, ...],
@@ -59,8 +64,10 @@ def command(
     gguf: bool,
     dtype: "Dtype",
     verify: bool,
+    speed: bool,
     register: bool,
     target: str,
+    as_json: bool,
 ) -> None:
     """Write RUN's model, or a part of it, to a folder.
 
@@ -75,6 +82,9 @@ def command(
 
     A dense model of several categories would run units for each of them that the split model does not run, and give
     other outputs: it is written only where they share one route.
+
+    --speed takes a minute or so: tokens a second of reading prompts and of adding tokens, with one row and with 32, or
+    rows a second where the model writes no text. The figures go to the model card and to speed.json, too.
 
     --register makes it a version of the model that is named as RUN's recipe, with an alias such as 'python-only',
     'moe', 'split' or 'without-web'. Where MLflow is away, 'moeify sync RUN' does so later.
@@ -98,13 +108,25 @@ def command(
         from moeify.export.publish import How, export_dense, export_moe, export_split
 
         copies.fetch_checkpoint(folder)
-        how = How(dtype=dtype, gguf=gguf, verify=verify, about=_about(folder))
+        how = How(dtype=dtype, gguf=gguf, verify=verify, speed=speed, about=_about(folder))
         if moe:
             done = export_moe(folder.path, moe, out, how, forced=force, keep=keep, drop=drop)
         elif split or drop:
             done = export_split(folder.path, out, how, keep=keep, drop=drop)
         else:
             done = export_dense(folder.path, keep, out, how)
+    if as_json:
+        from pipelines.show import to_json
+
+        click.echo(to_json({"run": folder.id, "out": target, "dtype": dtype, **done.as_json()}))
+    else:
+        _tell(done, target, moe, dtype)
+    if register:
+        out_ = target if is_url(target) else str(Path(target).absolute())
+        _register(folder, out_, _alias(keep, drop, moe, gguf), quiet=as_json)
+
+
+def _tell(done: "Checked", target: str, moe: "Form | None", dtype: "Dtype") -> None:
     click.echo(f"wrote {target}")
     if moe:
         click.echo(f"every token runs the expert of one category; {target}/README.md says which, and how to change it")
@@ -114,8 +136,10 @@ def command(
         click.echo(
             f"equal to the split model within {max(done.differences.values()):.1e}: {', '.join(done.differences)}"
         )
-    if register:
-        _register(folder, target if is_url(target) else str(Path(target).absolute()), _alias(keep, drop, moe, gguf))
+    if done.speed:
+        from pipelines.speed_table import print_speeds
+
+        print_speeds(done.speed, sys.stdout)
 
 
 def _alias(keep: Sequence[str], drop: Sequence[str], moe: str | None, gguf: bool) -> str:
@@ -128,8 +152,8 @@ def _alias(keep: Sequence[str], drop: Sequence[str], moe: str | None, gguf: bool
     return alias_of("-".join([*(words or ["split"]), *(["gguf"] if gguf else [])]))
 
 
-def _register(folder: "RunFolder", out: str, alias: str) -> None:
-    """Say in the run's journal that the export is to be registered, and deliver that."""
+def _register(folder: "RunFolder", out: str, alias: str, *, quiet: bool) -> None:
+    """Say in the run's journal that the export is to be registered, and deliver that; ``quiet`` keeps stdout clean."""
     import time
 
     from moeify.events import Exported
@@ -146,7 +170,7 @@ def _register(folder: "RunFolder", out: str, alias: str) -> None:
     except DeliveryError as error:
         click.echo(f"moeify: warning: {error}; register it later with: moeify sync {folder.id}", err=True)
     else:
-        click.echo(f"registered as {config.name}@{alias}")
+        click.echo(f"registered as {config.name}@{alias}", err=quiet)
 
 
 def _refuse_odd(
