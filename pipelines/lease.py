@@ -60,14 +60,14 @@ def holder(place: Place, copy: str) -> Holder | None:
 
 
 @contextmanager
-def held(run: RemoteRun, copy: str, name: str, files: Callable[[], list[Path]]) -> Iterator[None]:
-    """Say that this process drives the run while the body works, and keep copy and URL alike.
+def held(run: RemoteRun, copy: str, what: str, files: Callable[[], list[Path]]) -> Iterator[None]:
+    """Say that this process drives the run while the body works, and keep copy and URL alike; ``what``: it is called.
 
     New parts of the journal come into the copy, and ``files`` are sent when they changed. Trouble on the way costs a
     line on stderr and is no trouble of the body. Raises RunBusyError where the run is driven through another copy.
     """
     if other := holder(run.place, copy):
-        raise RunBusyError(f"run {name} is driven by {other.told()}")
+        raise RunBusyError(f"{what} is driven by {other.told()}")
     run.pull()
     keeper = _Keeper(run, copy, files)
     keeper.beat()
