@@ -7,6 +7,7 @@ job's worker sends what the job ended with itself (``moeify.kept_results``).
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, Protocol, TypeVar
@@ -118,7 +119,8 @@ def hold(folder: JobsFolder) -> Iterator[None]:
     what = f"{folder.kind} {folder.id}"
     with hold_lock(folder.lock, what), ExitStack() as stack:
         if (remote := folder.remote) and (home := homes.home_of(folder.home)):
-            stack.enter_context(lease.held(remote, home.copy, what, lambda: _made_by_driver(folder)))
+            made = partial(_made_by_driver, folder)
+            stack.enter_context(lease.held(remote, home.copy, what, made, journaled=False))
         yield
 
 
