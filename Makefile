@@ -11,7 +11,7 @@ run: install
 	$(BIN)/moeify run text
 
 test: install-dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow and not gpu"
 
 lint: install-dev
 	$(BIN)/ruff check .

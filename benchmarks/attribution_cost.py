@@ -32,7 +32,7 @@ VOCABULARY, LENGTH, ROWS, BATCHES = 4096, 128, 16, 2
 def main() -> None:
     """Time each way against the plain passes, and compare its memory."""
     asked = arguments(__doc__)
-    size, repeats = ((96, 4, 384), 5) if asked.quick else ((256, 6, 1024), 9)
+    size, repeats = ((32, 2, 128), 3) if asked.quick else ((256, 6, 1024), 9)
     hidden, layers, ffn = size
     model = LlamaModel(kind="llama", hidden=hidden, layers=layers, heads=4, ffn=ffn)
     network = build_llama(model, vocabulary=VOCABULARY, length=LENGTH, end=0, seed=0).eval()

@@ -6,7 +6,7 @@ traceback. A case is wrong when anything but a told error comes out: a traceback
 error without a word, a file outside of the case's folder (but where an argument says so), or no end within minutes.
 
 Launching is replaced (what would train on Ray does not), but for the group ``runs``, which trains tiny networks in this
-process. The full benchmark has ten thousand cases and takes about a quarter of an hour; --quick some three hundred.
+process. The full benchmark has ten thousand cases and takes about a quarter of an hour; --quick some hundred.
 """
 
 import faulthandler
@@ -29,7 +29,7 @@ from benchmarks.report import Figure, parser, report
 COUNTS = {"recipes": 4500, "arguments": 1800, "data": 1300, "run files": 1300, "checkpoints": 700, "splits": 700}
 """Cases of each group; with ``runs`` ten thousand and more."""
 RUNS = 120
-QUICK = 0.03
+QUICK = 0.01
 """Share of the cases that --quick runs."""
 LONGEST = 300
 """Seconds of one case."""

@@ -86,7 +86,7 @@ def main() -> None:
     """Time steps with and without routed gradients in turn."""
     asked = arguments(__doc__)
     torch.set_num_threads(1)
-    hidden, layers, ffn, repeats = (96, 4, 384, 7) if asked.quick else (256, 6, 1024, 15)
+    hidden, layers, ffn, repeats = (64, 2, 256, 3) if asked.quick else (256, 6, 1024, 15)
     task = RandomTokens(LlamaModel(kind="llama", hidden=hidden, layers=layers, heads=4, ffn=ffn))
     training = Training(steps=10**6, rows=ROWS)
     experts = [{"categories": [name], "units": 0.125} for name in task.categories[:3]]

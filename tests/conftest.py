@@ -1,20 +1,33 @@
 """What tests of several files start from."""
 
 import os
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # Tests run side by side, a file at a time: one thread each, set before torch reads it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# They start many processes: each would compile what it imports anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in this hook, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process, and those that start a Ray too: two cores cannot bear two of them."""
+    """Keep a file's tests in one process, and those that start a Ray too: two cores cannot bear two of them.
+
+    Ray's come first: they take longest, and what is left when they end is divided.
+    """
+
+    def with_ray(item: pytest.Item) -> bool:
+        return any(item.get_closest_marker(name) for name in ("ray", "main_path"))
+
+    items.sort(key=lambda item: not with_ray(item))
     for item in items:
-        alone = any(item.get_closest_marker(name) for name in ("ray", "main_path"))
-        item.add_marker(pytest.mark.xdist_group("ray" if alone else item.nodeid.partition("::")[0]))
+        item.add_marker(pytest.mark.xdist_group("ray" if with_ray(item) else item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(scope="session")
@@ -28,13 +41,24 @@ def published() -> Path:
 
 @pytest.fixture(scope="session")
 def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs: to lay one out takes longer than any test that needs it."""
+    """An MLflow database without runs: to lay one out takes longer than any test that needs it.
+
+    Processes that test side by side share it.
+    """
+    own = tmp_path_factory.getbasetemp()
+    ready = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "laid_out.db"
+    with FileLock(f"{ready}.lock"):
+        if not ready.exists():
+            _lay_out(tmp_path_factory.mktemp("laid_out") / "mlflow.db").rename(ready)
+    return ready
+
+
+def _lay_out(database: Path) -> Path:
     from pipelines.mlflow_store import open_mlflow
 
-    home = tmp_path_factory.mktemp("laid_out")
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         mlflow = open_mlflow()
-        mlflow.MlflowClient(f"sqlite:///{home}/mlflow.db").search_experiments()
-    return home / "mlflow.db"
+        mlflow.MlflowClient(f"sqlite:///{database}").search_experiments()
+    return database

@@ -1,8 +1,7 @@
 """A folder with finished runs, made through the command line, for tests of the commands that take one."""
 
-import os
-import subprocess
-import sys
+import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,14 +21,17 @@ evaluation: {validation_rows: 8, test_rows: 8, rows_at_once: 8}
 """
 
 
-def finish(place: Path, recipes: Mapping[str, str]) -> Path:
+def finish(place: Path, recipes: Mapping[str, str], laid_out: Path) -> Path:
     """Run recipes, name to text, to their end in ``place``, with texts beside them; return ``place``."""
     write_texts(place)
+    (place / "runs").mkdir()
+    shutil.copy(laid_out, place / "runs" / "mlflow.db")
     for name, recipe in recipes.items():
         (place / f"{name}.yaml").write_text(recipe, encoding="utf-8")
-        # In a process of its own: MLflow warns when it is first used, and here warnings are errors.
-        command = [sys.executable, "-m", "pipelines", "run", str(place / f"{name}.yaml"), "--local", "--quiet"]
-        subprocess.run(command, env={**os.environ, **environment(place)}, check=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # MLflow warns when it is first used, and here warnings are errors
+            done = call(place, "run", str(place / f"{name}.yaml"), "--local", "--quiet")
+        assert done.exit_code == 0, done.output
     return place
 
 

@@ -19,9 +19,9 @@ FILES = {"affinity.graphml", "edges.graphml", "attribution.parquet", "attributio
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, laid_out: Path) -> Path:
     """A folder with the recipe and, in its runs, a finished run."""
-    return finish(tmp_path_factory.mktemp("attribute"), {"tiny": TINY})
+    return finish(tmp_path_factory.mktemp("attribute"), {"tiny": TINY}, laid_out)
 
 
 def test_a_run_is_measured_and_leaves_files(place: Path, tmp_path: Path) -> None:

@@ -14,9 +14,13 @@ NAMES = sorted(
     path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main()" in path.read_text(encoding="utf-8")
 )
 MARKS = {
-    "overhead": [pytest.mark.main_path, pytest.mark.ray, pytest.mark.slow],  # the main path is run elsewhere, too
-    "frontier": [pytest.mark.ray],
-    "convert": [pytest.mark.ray, pytest.mark.slow],  # so is what it does (test_conversion)
+    # These take minutes even so, and what they run is tested elsewhere, too.
+    "agreement": [pytest.mark.slow],
+    "convert": [pytest.mark.ray, pytest.mark.slow],
+    "frontier": [pytest.mark.ray, pytest.mark.slow],
+    "kill": [pytest.mark.slow],
+    "overhead": [pytest.mark.main_path, pytest.mark.ray, pytest.mark.slow],
+    "scaling": [pytest.mark.slow],
     "mnist_split": [pytest.mark.skipif(not os.environ.get("MOEIFY_DATA"), reason="reads mnist in MOEIFY_DATA")],
 }
 PARAMETERS = [pytest.param(name, marks=MARKS.get(name, [])) for name in NAMES]

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -262,7 +263,8 @@ evaluation: {validation_rows: 10, test_rows: 20, rows_at_once: 20}
 
 
 @pytest.mark.ray
-def test_a_killed_comparison_goes_on_and_what_cannot_be_run_stops_nothing_else(tmp_path: Path) -> None:
+def test_a_killed_comparison_goes_on_and_what_cannot_be_run_stops_nothing_else(tmp_path: Path, laid_out: Path) -> None:
+    shutil.copy(laid_out, tmp_path / "mlflow.db")
     recipe = tmp_path / "short.yaml"
     recipe.write_text(SHORT)
     root = str(Path(__file__).parents[1])

@@ -162,7 +162,7 @@ def test_the_notebook_runs_as_a_script(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_every_command_of_the_other_documents_runs(tmp_path: Path):
+def test_every_command_of_the_other_documents_runs(tmp_path: Path, laid_out: Path):
     """In the order of the text, on a small run; those that lack an argument are names and no commands."""
     asked = []
     for document in ("concepts", "routing", "report", "faq"):
@@ -171,7 +171,7 @@ def test_every_command_of_the_other_documents_runs(tmp_path: Path):
     assert len(asked) > 8
     once = list(dict.fromkeys(map(tuple, asked)))
     asked = [[f"out-{place}" if word == "out" else word for word in words] for place, words in enumerate(once)]
-    finish(tmp_path, {"tiny": TINY})
+    finish(tmp_path, {"tiny": TINY}, laid_out)
     done = subprocess.run(
         [sys.executable, "-c", TRIED],
         input=json.dumps(asked),

@@ -263,10 +263,10 @@ evaluation: {validation_rows: 8, test_rows: 16, rows_at_once: 32}
 
 
 @pytest.mark.slow
-def test_what_the_command_line_makes_of_images(tmp_path: Path) -> None:
+def test_what_the_command_line_makes_of_images(tmp_path: Path, laid_out: Path) -> None:
     (tmp_path / "mnist").mkdir()
     write_classes(tmp_path / "mnist", drawn(10, 0))
-    place = finish(tmp_path, {"pictures": RECIPE})
+    place = finish(tmp_path, {"pictures": RECIPE}, laid_out)
     said = call(place, "show", "pictures").stdout
     assert all(words in said for words in ("low", "high", "over told", "Test accuracy", "Rise of test loss"))
     report = call(place, "report", "pictures")

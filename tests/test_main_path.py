@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -50,7 +51,8 @@ def check(summary: dict[str, Any], recipe: str, categories: set[str]) -> None:
 
 
 @pytest.mark.main_path
-def test_digits_run_on_ray_and_are_tracked(tmp_path: Path) -> None:
+def test_digits_run_on_ray_and_are_tracked(tmp_path: Path, laid_out: Path) -> None:
+    shutil.copy(laid_out, tmp_path / "mlflow.db")
     done = moeify_command(tmp_path, "run", "digits")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "own" in done.stdout

@@ -23,9 +23,9 @@ evaluation: {validation_rows: 16, test_rows: 16, rows_at_once: 20}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, laid_out: Path) -> Path:
     """A folder with a finished run of text and one of images."""
-    return finish(tmp_path_factory.mktemp("route"), {"tiny": TEXT, "images": DIGITS})
+    return finish(tmp_path_factory.mktemp("route"), {"tiny": TEXT, "images": DIGITS}, laid_out)
 
 
 def folder(place: Path, name: str) -> Path:
