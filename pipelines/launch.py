@@ -230,7 +230,9 @@ def _start(**settings: Any) -> None:
     tried once more."""
     import ray
 
-    with _told("Ray did not start on this machine", "try again when it is less busy, or without Ray (--local)"):
+    with _told(
+        "Ray did not start on this machine", "try again when it is less busy; 'moeify run --local' needs no Ray"
+    ):
         try:
             ray.init(**settings)
         except Exception as error:

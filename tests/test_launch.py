@@ -313,9 +313,7 @@ class TestOnOneCluster:
         assert "in worker" in caught.value.__notes__[0]
         assert (folder.path / "attempts-0").read_text() == (folder.path / "attempts-1").read_text() == "x"
 
-    def test_a_worker_without_memory_is_started_again_and_named_as_that_does_not_help(
-        self, folder: RunFolder
-    ) -> None:
+    def test_a_worker_without_memory_is_started_again_and_named_as_that_does_not_help(self, folder: RunFolder) -> None:
         def worker(payload: dict[str, Any]) -> None:
             from moeify.divergence import OutOfMemoryError
             from moeify.world import Group
