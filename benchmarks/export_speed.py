@@ -17,59 +17,37 @@ What is needed is the category's own route; padding and copies of a format count
 ``transformers`` copies at each step about as many bytes of keys and values as the dense model has of weights: in all
 models alike, and unknown to a limit of FLOPs.
 
-Medians over turns of a ratio within each turn (``benchmarks.alternation``), on as many threads as torch is given
+Medians over turns of a ratio within each turn (``moeify.timing``), on as many threads as torch is given
 (OMP_NUM_THREADS). About ten minutes on one thread; --quick runs a tiny model, too hastily to quote.
 """
 
-import inspect
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.alternation import Run, flops, ratio, seconds
 from benchmarks.random_splits import CATEGORIES, Size, pair
 from benchmarks.report import Cell, Figure, arguments, report
 from moeify.data.documents import Document
 from moeify.data.tokens import train_tokenizer
 from moeify.export import gguf_file
+from moeify.export.limits import needed
+from moeify.export.speed import gguf_rates
 from moeify.export.stock import Form, to_dense
 from moeify.export.stock_moe import to_moe
+from moeify.export.works import BATCHES, NEW, PROMPT, Kind, Work, dense_run, routed_run
 from moeify.routed.split_model import SplitModel
+from moeify.timing import ratio, seconds
 
 FULL = Size(512, 2048, 8, 8, vocabulary=4096, length=512)
 QUICK = Size(64, 256, 4, 2, vocabulary=512, length=512)
-PROMPT, NEW = 128, 8
-"""Tokens that are read before, and written in, one run."""
 WAYS = ("grouped_mm", "batched_mm", "eager")
+KINDS: tuple[Kind, ...] = ("prefill", "decode")
 MOE: Form = "glm4_moe"
 MIXED, ALONE = "split, mixed", "split, one category"
-
-
-@dataclass(frozen=True)
-class Work:
-    """One kind of work."""
-
-    decode: bool
-    batch: int
-
-    @property
-    def name(self) -> str:
-        """For the table."""
-        return "decode" if self.decode else "prefill"
-
-    @property
-    def tokens(self) -> int:
-        """That one run reads or writes."""
-        return self.batch * (NEW if self.decode else PROMPT)
 
 
 def main() -> None:
@@ -83,14 +61,14 @@ def main() -> None:
     rows: list[dict[str, Cell]] = []
     with tempfile.TemporaryDirectory() as place:
         models = {"dense": dense, "category": _category(split, Path(place)), **_moes(split, Path(place))}
-        for work in (Work(decode, batch) for decode in (False, True) for batch in (1, 32)):
-            rivals = {name: _plain(model, work) for name, model in models.items() if _sensible(name, work)}
-            rivals[ALONE] = _routed(split, work, torch.zeros(work.batch, dtype=torch.long))
+        for work in (Work(kind, batch) for kind in KINDS for batch in BATCHES):
+            rivals = {name: dense_run(model, work) for name, model in models.items() if _sensible(name, work)}
+            rivals[ALONE] = routed_run(split, work, CATEGORIES[:1])
             if work.batch > 1:
-                rivals[MIXED] = _routed(split, work, torch.arange(work.batch) % len(CATEGORIES))
-            needed = _needed(work, rivals, dense, models["category"])
+                rivals[MIXED] = routed_run(split, work, CATEGORIES)
+            share = needed(dense, split, work, CATEGORIES[:1])  # any category needs as much, since widths are equal
             times = seconds(rivals, turns=turns, at_least=at_least)
-            rows += [_row(name, work, needed, ratio(times, "dense", name), times[name]) for name in rivals]
+            rows += [_row(name, work, share, ratio(times, "dense", name), times[name]) for name in rivals]
         rows += _llama_cpp(dense, split, Path(place), turns, rows)
     rows.sort(key=lambda row: (row["work"] == "decode", row["batch"]))
     figures = [
@@ -100,50 +78,25 @@ def main() -> None:
     report("export_speed", rows, figures, args.json, quick=args.quick)
 
 
-def _row(name: str, work: Work, needed: float, over_dense: float, times: list[float]) -> dict[str, Cell]:
-    return _cells(name, work, work.tokens / statistics.median(times), over_dense, 1.0 if name == "dense" else needed)
+def _row(name: str, work: Work, share: float, over_dense: float, times: list[float]) -> dict[str, Cell]:
+    return _cells(name, work, work.units / statistics.median(times), over_dense, 1.0 if name == "dense" else share)
 
 
-def _cells(name: str, work: Work, rate: float | None, over_dense: float | None, needed: float) -> dict[str, Cell]:
+def _cells(name: str, work: Work, rate: float | None, over_dense: float | None, share: float) -> dict[str, Cell]:
     return {
-        "work": work.name,
+        "work": work.kind,
         "batch": work.batch,
         "model": name,
         "threads": torch.get_num_threads(),
         "tokens/s": rate,
         "over dense": over_dense,
-        "limit": 1.0 / needed,
-        "of the limit": None if over_dense is None else over_dense * needed,
+        "limit": 1.0 / share,
+        "of the limit": None if over_dense is None else over_dense * share,
     }
 
 
 def _worst(rows: list[dict[str, Cell]], *models: str) -> float:
     return min(float(row["of the limit"] or 0.0) for row in rows if row["model"] in models)
-
-
-def _needed(work: Work, rivals: dict[str, Run], dense: Any, category: Any) -> float:
-    """Return the needed share of the dense model's work; any category needs as much, since widths are equal."""
-    if work.decode and work.batch == 1:
-        return _byte_share(dense, category)
-    return flops(rivals["category"]) / flops(rivals["dense"])
-
-
-def _byte_share(dense: Any, category: Any) -> float:
-    one, other = ((_weights(network) + _cache(network)) for network in (category, dense))
-    return one / other
-
-
-def _weights(network: Any) -> int:
-    """Return the bytes of the weights that a token needs; of an embedding that is not the head too, that is a row."""
-    table = network.get_input_embeddings().weight
-    shared = table is network.get_output_embeddings().weight
-    total = sum(p.numel() * p.element_size() for p in network.parameters())
-    return total - (0 if shared else table.numel() * table.element_size())
-
-
-def _cache(network: Any) -> int:
-    config = network.config
-    return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * PROMPT
 
 
 # --- what is exported ---------------------------------------------------------------------------------
@@ -175,45 +128,7 @@ def _moes(split: SplitModel, place: Path) -> dict[str, Any]:
 
 def _sensible(name: str, work: Work) -> bool:
     """Say whether a rival can do the work: ``batched_mm`` copies an expert's weights for each token."""
-    return not name.endswith("batched_mm") or work.tokens <= PROMPT
-
-
-# --- work ---------------------------------------------------------------------------------------------
-
-
-def _prompts(network: Any, work: Work) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, network.config.vocab_size, (work.batch, PROMPT), generator=generator)
-
-
-def _plain(network: Any, work: Work) -> Run:
-    return _run(network, work, network)
-
-
-def _routed(split: SplitModel, work: Work, categories: Tensor) -> Run:
-    categories = categories[split.order(categories)]
-    return _run(split.network, work, lambda tokens, **more: split(tokens, categories[: len(tokens)], **more))
-
-
-@torch.no_grad()
-def _run(network: Any, work: Work, forward: Any) -> Run:
-    """Return what does the work; of every model alike."""
-    from transformers import DynamicCache
-
-    prompts = _prompts(network, work)
-    if not work.decode:
-        return torch.no_grad()(lambda: forward(prompts, use_cache=False))
-    cache: Any = DynamicCache(config=network.config)
-    keyword = "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"
-    forward(prompts, use_cache=True, **{keyword: cache})
-
-    @torch.no_grad()
-    def decode() -> None:
-        for place in range(NEW):
-            forward(prompts[:, place : place + 1], use_cache=True, **{keyword: cache})
-        cache.crop(-NEW)
-
-    return decode
+    return not name.endswith("batched_mm") or work.units <= PROMPT
 
 
 def _llama_cpp(
@@ -229,20 +144,18 @@ def _llama_cpp(
     files = {name: place / f"{number}.gguf" for number, name in enumerate(networks)}
     for name, network in networks.items():
         gguf_file.write(network, tokenizer, files[name], dtype=torch.float32, name=name)
-    command = [sys.executable, "-m", "benchmarks.llama_cpp", str(turns), str(PROMPT), str(8 * NEW)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(
-        [*command, *map(str, files.values())], stdout=subprocess.PIPE, text=True, check=True, env=environment
+    work = Work("decode", 1, new=8 * NEW)
+    rates = (
+        gguf_rates(list(files.values()), work, dense.config.vocab_size, turns=turns) if find_spec("xllamacpp") else {}
     )
-    rates = json.loads(done.stdout.splitlines()[-1])
     limits = {row["work"]: float(row["limit"] or 1.0) for row in rows if (row["model"], row["batch"]) == (ALONE, 1)}
     found = []
-    for decode in (False, True):
-        work = Work(decode, 1)
-        for name, file in files.items():
-            rate = rates and rates[str(file)][decode]
-            over = rates and rate / rates[str(files["GGUF, dense"])][decode]
-            found.append(_cells(name, work, rate, over, 1.0 if name == "GGUF, dense" else 1.0 / limits[work.name]))
+    for number, kind in enumerate(KINDS):
+        times = {name: [1.0 / rate for rate in rates[file][number]] for name, file in files.items() if file in rates}
+        for name in files:
+            rate = 1.0 / statistics.median(times[name]) if times else None
+            over = ratio(times, "GGUF, dense", name) if times else None
+            found.append(_cells(name, Work(kind, 1), rate, over, 1.0 if name == "GGUF, dense" else 1.0 / limits[kind]))
     return found
 
 

@@ -11,7 +11,7 @@ by token         the whole network, every token along a route of its own, drawn 
 
 Norms, rotary positions, softmax and loss are no FLOPs of this count but cost time in both models, the more of it the
 smaller the model: where a whole network is small, no routing saves enough for the goal.
-Medians over turns of a ratio within each turn (``benchmarks.alternation``), on as many threads as torch is given
+Medians over turns of a ratio within each turn (``moeify.timing``), on as many threads as torch is given
 (OMP_NUM_THREADS). About ten minutes on one thread; --quick does the smallest size, too hastily to quote.
 """
 
@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.alternation import Run, flops, ratio, seconds
 from benchmarks.random_splits import CATEGORIES, Size, Widths, mixed_rows, pair
 from benchmarks.report import Cell, Figure, arguments, report
 from moeify.routed.split_model import SplitModel
+from moeify.timing import Run, flops, ratio, seconds
 
 SIZES = (  # the first is that of the shipped text recipe
     (Size(64, 384, 4, 4), 16),

@@ -5,12 +5,12 @@ by the content of sample batches. So what is there is never out of date, and wha
 """
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import attribution
 from moeify.comparison import Job, job_recipe, seeded
+from moeify.kept_results import KeptResults
 from moeify.loop import run
 from moeify.recipe.config import RunConfig
 from moeify.result import Result
@@ -32,6 +32,13 @@ class Places:
     """Of ``moeify.twin_cache``."""
     twins_url: str | None = None
     """Where machines share them."""
+    results_url: str | None = None
+    """The same of results."""
+
+    @property
+    def kept(self) -> KeptResults:
+        """What jobs ended with."""
+        return KeptResults(self.results, self.results_url)
 
 
 @dataclass(frozen=True)
@@ -58,22 +65,19 @@ def run_job(config: RunConfig, job: Job, places: Places) -> Ended:
     task = build_task(seeded(config, job), cache=places.cache, base=places.base)
     recipe = job_recipe(config, job, len(task.categories))
     content = f"{recipe.model_dump_json()} {fingerprint(recipe, task, Solo())} {code()}"
-    path = places.results / f"{job}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
-    if known := _read(path):
-        return Ended(known, path, before=True)
+    name = f"{job}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+    if known := _understood(places.kept.read(name)):
+        return Ended(known, places.results / name, before=True)
     result = run(recipe, task, twins=places.twins, twins_url=places.twins_url)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
-    return Ended(result, path, before=False)
+    places.kept.write(name, (result.model_dump_json(indent=1) + "\n").encode())
+    return Ended(result, places.results / name, before=False)
 
 
-def _read(path: Path) -> Result | None:
+def _understood(content: bytes | None) -> Result | None:
     """Return a result; None where there is none, or it is damaged."""
     try:
-        return Result.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        return None if content is None else Result.model_validate_json(content)
+    except ValueError:
         return None
 
 

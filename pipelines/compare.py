@@ -17,13 +17,10 @@ from moeify.jobs import Ended, Places, code, run_job
 from moeify.recipe.config import RunConfig
 from moeify.recipe.load import to_yaml
 from moeify.result import MEAN, Result
-from pipelines.kept_jobs import JobsFolder, by_seed, failed, told
+from pipelines.kept_jobs import RECIPE, JobsFolder, by_seed, failed, hold, told
 from pipelines.pool import Broken, Payload, answered, run_pool
-from pipelines.runs import cache, cache_url, hold_lock
+from pipelines.runs import cache, cache_url
 from pipelines.wording import nats
-
-RECIPE = "recipe.yaml"
-"""File of a comparison: its recipe with every default filled in."""
 
 
 class JobOrder(BaseModel):
@@ -82,8 +79,15 @@ def compare(
     Raises ``RunBusyError`` where another process drives the comparison.
     """
     twins_url = f"{url}/twins" if (url := cache_url()) else None
-    places = Places(base.absolute(), cache(), results=folder.results, twins=cache() / "twins", twins_url=twins_url)
-    with hold_lock(folder.lock, f"comparison {folder.id}"):
+    places = Places(
+        base.absolute(),
+        cache(),
+        results=folder.results,
+        twins=cache() / "twins",
+        twins_url=twins_url,
+        results_url=folder.results_url,
+    )
+    with hold(folder):
         return run_jobs(config, jobs, places, folder.traces, heard)
 
 
@@ -103,7 +107,7 @@ def run_jobs(config: RunConfig, jobs: Sequence[Job], places: Places, traces: Pat
             comparison.ended[job] = answer
         else:
             result = Result.model_validate_json(answer["result"])
-            comparison.ended[job] = Ended(result, Path(answer["path"]), answer["before"])
+            comparison.ended[job] = Ended(result, places.kept.near(answer["name"]), answer["before"])
         heard(comparison, job, cores)
 
     run_pool(work, by_seed(jobs), order, ended, traces=traces, retries=config.cluster.retries)
@@ -117,7 +121,7 @@ def work(payload: Payload) -> Payload:
         order = JobOrder.model_validate(payload)
         torch.set_num_threads(1)
         ended = run_job(order.config, order.job, order.places)
-        return {"result": ended.result.model_dump_json(), "path": str(ended.path), "before": ended.before}
+        return {"result": ended.result.model_dump_json(), "name": ended.path.name, "before": ended.before}
 
     return answered(done)
 

@@ -36,14 +36,14 @@ def summary(comparison: Comparison, folder: JobsFolder) -> Summary:
     known: Summary = {
         "comparison": folder.id,
         "recipe": comparison.config.name,
-        "path": str(folder.path),
+        "path": folder.address,
         "unit": first.unit if first else None,
         "categories": list(first.categories) if first else None,
         "methods": list(dict.fromkeys(job.method for job in jobs)),
         "separations": list(dict.fromkeys(job.separation for job in jobs)),
         "seeds": list(dict.fromkeys(job.seed for job in jobs)),
         "rows": [_row(row) for row in rows(results)],
-        "runs": [_run(job, comparison.ended.get(job), told.get(job.seed)) for job in jobs],
+        "runs": [_run(job, comparison.ended.get(job), told.get(job.seed), folder) for job in jobs],
     }
     return finite(known)
 
@@ -74,11 +74,13 @@ def _row(row: Row) -> Summary:
     }
 
 
-def _run(job: Job, ended: Ended | Broken | None, told: float | None) -> Summary:
+def _run(job: Job, ended: Ended | Broken | None, told: float | None, folder: JobsFolder) -> Summary:
     run: Summary = {"method": job.method, "separation": job.separation, "seed": job.seed}
     match ended:
         case Ended(result=result):
-            return {**run, "status": "finished", **figures(result, told), "result": str(ended.path), "problem": None}
+            far = folder.results_url
+            where = f"{far}/{ended.path.name}" if far else str(ended.path)
+            return {**run, "status": "finished", **figures(result, told), "result": where, "problem": None}
         case Broken():
             return {**run, "status": "failed", **_UNKNOWN, "problem": ended.reason}
         case None:

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from moeify.comparison import Job, losses
 from moeify.jobs import Ended
 from moeify.recipe.config import RunConfig
-from pipelines.compare import RECIPE, Comparison
+from pipelines.compare import Comparison
 from pipelines.compare_report import figures, markdown
 from pipelines.job_tracking import EndedJob, JobTracker, Whole
-from pipelines.kept_jobs import JobsFolder
+from pipelines.kept_jobs import RECIPE, JobsFolder
 from pipelines.mlflow_terms import final_points, flat, loss_points
 from pipelines.pool import Broken
 
@@ -22,7 +22,7 @@ class ComparisonTracker:
             Whole(
                 kind="comparison",
                 id=folder.id,
-                path=folder.path,
+                where=folder.address,
                 home=folder.home,
                 experiment=f"{config.tracking.experiment}/compare/{folder.id}",
                 command=f"moeify compare {config.name}",

@@ -37,8 +37,8 @@ class Whole:
     kind: str
     """One word, e.g. ``comparison``."""
     id: str
-    path: Path
-    """The folder where it is whole."""
+    where: str
+    """The folder or URL where it is whole."""
     home: Path
     """The folder of all runs."""
     experiment: str
@@ -110,7 +110,7 @@ class JobTracker:
         """Deliver what is missing, and the files there are; raises ``DeliveryError`` where MLflow takes it not."""
         self._thread.shutdown()
         jobs = tuple(ended)
-        stays = f"the {self._whole.kind} is whole in {self._whole.path}, and the same command delivers it"
+        stays = f"the {self._whole.kind} is whole in {self._whole.where}, and the same command delivers it"
         with told_as_delivery_error(self._whole.home, stays):
             self._deliver(jobs, note)
             assert self._client

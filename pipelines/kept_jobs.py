@@ -1,13 +1,25 @@
-"""Jobs of one whole, a comparison or a study, that are run side by side and keep what they end with in one folder."""
+"""Jobs of one whole, a comparison or a study, that are run side by side and keep what they end with in one folder.
 
-from collections.abc import Mapping, Sequence
+Where ``MOEIFY_HOME`` is a URL, the folder is a copy of what is there: it is fetched when the jobs are driven, and each
+job's worker sends what the job ended with itself (``moeify.kept_results``).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, Protocol, TypeVar
 
+from pipelines import homes, lease
 from pipelines.pool import Broken
+from pipelines.remote_run import RemoteRun, files_in
+from pipelines.runs import hold_lock
 from pipelines.wording import clock
+
+RECIPE = "recipe.yaml"
+"""File of a comparison: its recipe with every default filled in."""
 
 
 class Seeded(Protocol):
@@ -54,6 +66,22 @@ class JobsFolder:
         return self.path.parent.parent
 
     @property
+    def remote(self) -> RemoteRun | None:
+        """What the folder is a copy of; None where it is the truth itself."""
+        home = homes.home_of(self.home)
+        return RemoteRun(home.place(f"{self.path.parent.name}/{self.id}"), self.path) if home else None
+
+    @property
+    def address(self) -> str:
+        """Where it is, for people: a path, or a URL."""
+        return self.remote.place.url if self.remote else str(self.path)
+
+    @property
+    def results_url(self) -> str | None:
+        """Where workers send results to; None where they write them into the folder."""
+        return f"{self.remote.place.url}/{self.results.name}" if self.remote else None
+
+    @property
     def results(self) -> Path:
         """Folder of what jobs ended with, one file a job, named by what it depends on too."""
         return self.path / "results"
@@ -77,6 +105,29 @@ class JobsFolder:
     def lock(self) -> Path:
         """Held by the process that drives the jobs."""
         return self.path / "lock"
+
+
+def publish(folder: JobsFolder) -> None:
+    """Send what the driver made, where the folder is a copy."""
+    if remote := folder.remote:
+        remote.push(*_made_by_driver(folder))
+
+
+@contextmanager
+def hold(folder: JobsFolder) -> Iterator[None]:
+    """Drive the jobs; raise ``RunBusyError`` when another process does, on whatever machine."""
+    what = f"{folder.kind} {folder.id}"
+    with hold_lock(folder.lock, what), ExitStack() as stack:
+        if (remote := folder.remote) and (home := homes.home_of(folder.home)):
+            made = partial(_made_by_driver, folder)
+            stack.enter_context(lease.held(remote, home.copy, what, made, journaled=False))
+        yield
+
+
+def _made_by_driver(folder: JobsFolder) -> list[Path]:
+    """Return the files that there are, but for those that workers send."""
+    places = (folder.path / RECIPE, folder.summary, folder.picture, folder.traces)
+    return [path for place in places if place.exists() for path in files_in(place)]
 
 
 def by_seed(jobs: Sequence[J]) -> list[list[J]]:

@@ -42,6 +42,9 @@ _CLAIM = "driver.lock"
 _FRESH_SECONDS = 60.0
 """Age up to which a folder is left alone: its driver may be about to lock the claim."""
 
+_SLOW = "timed out during startup"
+"""What Ray says of a node that took too long."""
+
 _QUICK = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -74,12 +77,16 @@ class RunFailedError(RuntimeError):
     """Workers died too often, or hit an error that is no fault of recipe or data."""
 
 
+class RayStartError(OSError):
+    """Ray could not be started on this machine, or the cluster that is named could not be joined."""
+
+
 def on_ray(folder: RunFolder, config: RunConfig, base: Path, followers: Sequence[Follower]) -> None:
     """Run, or run on, with Ray's workers; return once the run has ended.
 
     Raises:
         ValueError: data or recipe are at fault, in the worker's words; nothing was tried twice.
-        OSError: the same of files.
+        OSError: the same of files; or Ray did not start (``RayStartError``).
         RunFailedError: workers died more often than ``cluster.retries``, or the program itself erred.
     """
     with _driven(folder, config, followers), cluster(config.cluster, keep_logs=folder.path / "ray-logs"):
@@ -109,6 +116,7 @@ def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, A
     ``payload["folder"]`` is the run's folder. A worker that dies has the whole group started again, ``wanted.retries``
     times; an exception of a worker ends the run at once.
     """
+    from ray.exceptions import RayError
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -141,6 +149,11 @@ def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, A
             f"the workers of {folder.id} died, and died again on each of {wanted.retries} restarts "
             f"({_one_line(error)}); 'moeify resume {folder.id}' goes on from the last checkpoint"
         ) from error
+    except RayError as error:  # not a worker's end: that of what watches the workers, or of the cluster
+        raise RunFailedError(
+            f"Ray broke down under {folder.id} ({_one_line(error)}); "
+            f"'moeify resume {folder.id}' goes on from the last checkpoint"
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if failure := failure_of(payload):
@@ -152,7 +165,8 @@ def cluster(wanted: Cluster, *, keep_logs: Path) -> Iterator[None]:
     """Have a Ray cluster that holds ``wanted``: the one that is connected, that of ``RAY_ADDRESS``, or a private one.
 
     A private cluster counts at least as many cores as the recipe asks for: with fewer real ones, workers take turns.
-    It is gone afterwards; when the body raised ``RunFailedError``, its logs are moved to ``keep_logs``.
+    It is gone afterwards; when it did not start, or the body raised ``RunFailedError``, its logs are moved to
+    ``keep_logs``. Raises ``RayStartError``.
     """
     with _environment(_QUICK):
         import ray
@@ -164,7 +178,8 @@ def cluster(wanted: Cluster, *, keep_logs: Path) -> Iterator[None]:
             if "://" in address and not address.startswith("ray://"):
                 raise ValueError(f"RAY_ADDRESS is a job API, {address}; use 'moeify submit', or unset it to run here")
             try:
-                ray.init(log_to_driver=False, logging_level="ERROR")
+                with _told(f"the Ray cluster at {address} (RAY_ADDRESS) cannot be joined", "start it, or unset it"):
+                    ray.init(log_to_driver=False, logging_level="ERROR")
                 _check_cores(wanted)
                 yield
             finally:
@@ -187,7 +202,7 @@ def _private_cluster(wanted: Cluster, keep_logs: Path) -> Iterator[None]:
         threads = {"OMP_NUM_THREADS": str(wanted.threads)}
         with _environment(_PRIVATE | _STEADY | _importable() | _token(temporary) | threads):
             try:
-                ray.init(
+                _start(
                     address="local",
                     num_cpus=max(wanted.workers * wanted.threads, os.cpu_count() or 1),
                     num_gpus=0,
@@ -200,7 +215,7 @@ def _private_cluster(wanted: Cluster, keep_logs: Path) -> Iterator[None]:
                 yield
             finally:
                 ray.shutdown()
-    except RunFailedError:
+    except (RunFailedError, RayStartError):
         shutil.rmtree(keep_logs, ignore_errors=True)
         with suppress(OSError):
             shutil.copytree(temporary / "session_latest" / "logs", keep_logs)
@@ -208,6 +223,32 @@ def _private_cluster(wanted: Cluster, keep_logs: Path) -> Iterator[None]:
     finally:
         claim.release()
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _start(**settings: Any) -> None:
+    """Start Ray on this machine. It gives up on a node that is not up in 30 s, as happens on a busy machine; then it is
+    tried once more."""
+    import ray
+
+    with _told(
+        "Ray did not start on this machine", "try again when it is less busy; 'moeify run --local' needs no Ray"
+    ):
+        try:
+            ray.init(**settings)
+        except Exception as error:
+            if _SLOW not in str(error):
+                raise
+            ray.shutdown()
+            ray.init(**settings)
+
+
+@contextmanager
+def _told(what: str, way_out: str) -> Iterator[None]:
+    """Tell in one line what Ray raises as it starts: plain ``Exception`` for a slow node, and whatever else."""
+    try:
+        yield
+    except Exception as error:
+        raise RayStartError(f"{what} ({_one_line(error)}); {way_out}") from error
 
 
 def clear_leftovers(place: Path) -> None:

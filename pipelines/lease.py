@@ -60,16 +60,19 @@ def holder(place: Place, copy: str) -> Holder | None:
 
 
 @contextmanager
-def held(run: RemoteRun, copy: str, name: str, files: Callable[[], list[Path]]) -> Iterator[None]:
-    """Say that this process drives the run while the body works, and keep copy and URL alike.
+def held(
+    run: RemoteRun, copy: str, what: str, files: Callable[[], list[Path]], *, journaled: bool = True
+) -> Iterator[None]:
+    """Say that this process drives the run while the body works, and keep copy and URL alike; ``what``: it is called.
 
-    New parts of the journal come into the copy, and ``files`` are sent when they changed. Trouble on the way costs a
-    line on stderr and is no trouble of the body. Raises RunBusyError where the run is driven through another copy.
+    New parts of the journal, where it has one (``journaled``), come into the copy, and ``files`` are sent when they
+    changed. Trouble on the way costs a line on stderr and is no trouble of the body. Raises RunBusyError where the run
+    is driven through another copy.
     """
     if other := holder(run.place, copy):
-        raise RunBusyError(f"run {name} is driven by {other.told()}")
+        raise RunBusyError(f"{what} is driven by {other.told()}")
     run.pull()
-    keeper = _Keeper(run, copy, files)
+    keeper = _Keeper(run, copy, files, journaled)
     keeper.beat()
     keeper.start()
     try:
@@ -79,9 +82,9 @@ def held(run: RemoteRun, copy: str, name: str, files: Callable[[], list[Path]]) 
 
 
 class _Keeper(threading.Thread):
-    def __init__(self, run: RemoteRun, copy: str, files: Callable[[], list[Path]]) -> None:
+    def __init__(self, run: RemoteRun, copy: str, files: Callable[[], list[Path]], journaled: bool) -> None:
         super().__init__(name=f"keep-{run.copy.name}", daemon=True)
-        self._remote, self._copy, self._files = run, copy, files
+        self._remote, self._copy, self._files, self._journaled = run, copy, files, journaled
         self._ended = threading.Event()
         self._sent = self._stamps()
         self._warned = False
@@ -89,7 +92,8 @@ class _Keeper(threading.Thread):
     def run(self) -> None:
         began = last = time.monotonic()
         while not self._ended.wait(min(BEAT_SECONDS, max(_POLL_SECONDS, (time.monotonic() - began) / 100))):
-            self._try(self._remote.catch_up)
+            if self._journaled:
+                self._try(self._remote.catch_up)
             if time.monotonic() - last >= BEAT_SECONDS:
                 last = time.monotonic()
                 self._try(self.beat)
@@ -104,7 +108,8 @@ class _Keeper(threading.Thread):
         """Bring copy and URL to one state for the last time, and leave."""
         self._ended.set()
         self.join()
-        self._try(self._remote.compact)
+        if self._journaled:
+            self._try(self._remote.compact)
         self._try(self._send)
         self._try(lambda: self.beat(left=True))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moeify.recipe.config import Cluster
-from pipelines.launch import cluster, stoppable
+from pipelines.launch import RunFailedError, cluster, stoppable
 from pipelines.worker import Failure
 
 Job = TypeVar("Job")
@@ -55,7 +55,7 @@ def run_pool(
         cores = int(ray.cluster_resources().get("CPU", 1))
         try:
             while running:
-                (ready,), _ = ray.wait(list(running), num_returns=1)
+                (ready,), _ = _waited(list(running))
                 job, queue = running.pop(ready)
                 answer = _answer(ready, traces / f"{job}.txt")
                 while queue:
@@ -88,6 +88,17 @@ def answered(work: Callable[[], Payload]) -> Payload:
         return work()
     except Exception as error:
         return {"failure": Failure.of(error).model_dump(mode="json")}
+
+
+def _waited(running: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Wait for one task; ``RunFailedError`` where Ray itself is gone."""
+    import ray
+
+    try:
+        return ray.wait(running, num_returns=1)
+    except ray.exceptions.RayError as error:
+        said = " ".join(str(error).split())[:200]
+        raise RunFailedError(f"Ray broke down ({said}); go on with the same command") from error
 
 
 def _answer(ready: Any, trace: Path) -> Payload | Broken:

@@ -329,7 +329,9 @@ def hold(folder: RunFolder) -> Iterator[None]:
     """Drive the run: hold its lock; raise ``RunBusyError`` when another process does."""
     with hold_lock(folder.lock, f"run {folder.id}"), ExitStack() as stack:
         if (remote := folder.remote) and (home := homes.home_of(folder.path.parent)):
-            stack.enter_context(lease.held(remote, home.copy, folder.id, lambda: copies.made_by_driver(folder)))
+            stack.enter_context(
+                lease.held(remote, home.copy, f"run {folder.id}", lambda: copies.made_by_driver(folder))
+            )
         driver = {"host": socket.gethostname(), "pid": os.getpid()}
         with storing(folder.driver):
             folder.driver.write_text(json.dumps(driver) + "\n", encoding="utf-8")

@@ -15,14 +15,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moeify.jobs import code
-from moeify.store import write_atomically
+from moeify.kept_results import KeptResults
 from moeify.tasks.build import build_task
 from moeify.twin_cache import fingerprint
 from moeify.world import Solo
 from pipelines import studies
-from pipelines.kept_jobs import JobsFolder, by_seed, failed, told
+from pipelines.kept_jobs import JobsFolder, by_seed, failed, hold, told
 from pipelines.pool import Broken, Payload, answered, run_here, run_pool
-from pipelines.runs import cache, hold_lock
+from pipelines.runs import cache
 from pipelines.studies import study
 from pipelines.studies.catalogue import find_study
 from pipelines.studies.study import Arm, ArmJob, Bench, Measures, Size, Study, changed
@@ -49,7 +49,13 @@ class ArmOrder(BaseModel):
     size: Size
     job: ArmJob
     results: Path
+    results_url: str | None
     cache: Path
+
+    @property
+    def kept(self) -> KeptResults:
+        """What jobs ended with."""
+        return KeptResults(self.results, self.results_url)
 
 
 @dataclass(frozen=True)
@@ -117,8 +123,10 @@ def run_study(
     """
     progress = Progress(name, size, find_study(name), tuple(jobs))
 
+    kept = KeptResults(folder.results, folder.results_url)
+
     def order(job: ArmJob) -> Payload:
-        known = ArmOrder(study=name, size=size, job=job, results=folder.results, cache=cache())
+        known = ArmOrder(study=name, size=size, job=job, results=kept.folder, results_url=kept.url, cache=cache())
         return known.model_dump(mode="json")
 
     def ended(job: ArmJob, answer: Payload | Broken, cores: int) -> None:
@@ -126,10 +134,10 @@ def run_study(
             progress.ended[job] = answer
         else:
             done = Done.model_validate_json(answer["done"])
-            progress.ended[job] = EndedArm(done, Path(answer["path"]), answer["before"])
+            progress.ended[job] = EndedArm(done, kept.near(answer["name"]), answer["before"])
         heard(progress, job, cores)
 
-    with hold_lock(folder.lock, f"study {folder.id}"):
+    with hold(folder):
         if local:
             run_here(work, by_seed(jobs), order, ended, traces=folder.traces)
         else:
@@ -144,7 +152,7 @@ def work(payload: Payload) -> Payload:
         order = ArmOrder.model_validate(payload)
         torch.set_num_threads(1)
         ended = run_arm(order)
-        return {"done": ended.done.model_dump_json(), "path": str(ended.path), "before": ended.before}
+        return {"done": ended.done.model_dump_json(), "name": ended.path.name, "before": ended.before}
 
     return answered(done)
 
@@ -155,16 +163,15 @@ def run_arm(order: ArmOrder) -> EndedArm:
     config = changed(arm.config, seed=order.job.seed)
     task = build_task(config, cache=order.cache, base=Path.cwd())
     content = f"{config.model_dump_json()} {fingerprint(config, task, Solo())} {code()} {_code_of(arm)}"
-    path = order.results / f"{order.job}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
-    if known := _read(path):
-        return EndedArm(known, path, before=True)
+    file = f"{order.job}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+    if known := _understood(order.kept.read(file)):
+        return EndedArm(known, order.results / file, before=True)
     began = time.perf_counter()
     measures = arm.work(Bench(config, task, order.cache / "twins"))
     seconds = time.perf_counter() - began
     done = Done(arm=arm.name, seed=order.job.seed, seconds=seconds, measures=measures)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (done.model_dump_json(indent=1) + "\n").encode())
-    return EndedArm(done, path, before=False)
+    order.kept.write(file, (done.model_dump_json(indent=1) + "\n").encode())
+    return EndedArm(done, order.results / file, before=False)
 
 
 def _code_of(arm: Arm) -> str:
@@ -176,11 +183,11 @@ def _code_of(arm: Arm) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
-def _read(path: Path) -> Done | None:
+def _understood(content: bytes | None) -> Done | None:
     """Return what a job ended with; None where there is nothing, or it is damaged."""
     try:
-        return Done.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, ValidationError):
+        return None if content is None else Done.model_validate_json(content)
+    except ValidationError:
         return None
 
 

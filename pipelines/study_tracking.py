@@ -19,7 +19,7 @@ class StudyTracker:
             Whole(
                 kind="study",
                 id=folder.id,
-                path=folder.path,
+                where=folder.address,
                 home=folder.home,
                 experiment=f"moeify/study/{folder.id}",
                 command=f"moeify study {name}",

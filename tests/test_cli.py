@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from moeify.events import Finished, Started
 from moeify.export.model_card import Checked
 from moeify.export.publish import Dtype, How
+from moeify.export.speed import Speed, Speeds
 from moeify.export.stock import Form
 from moeify.recipe.config import RunConfig
 from moeify.result import Result as RunResult
@@ -83,6 +84,11 @@ def finish(folder: runs.RunFolder) -> None:
         journal.emit(Finished(id="finished", time=1.0, seconds=1.0))
 
 
+SPEEDS = Speeds(
+    (Speed("prefill", 32, "medicine", 1_234_567.0, 1_999_999.0, 1.62, 1.75, "FLOPs"),), "token", "float32", 2, 128
+)
+
+
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launched:
     """Put stand-ins in place of what is heavy, and runs into a folder of their own."""
@@ -99,7 +105,8 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launched:
             (out / (f"{kind}.{how.file}" if how.file else kind)).write_text(
                 json.dumps([run.name, *told, how.dtype, how.verify, part])
             )
-            return Checked(0.01 if how.dtype != "float32" else None, {"a": 1e-6} if how.verify else None)
+            speeds = SPEEDS if how.speed else None
+            return Checked(0.01 if how.dtype != "float32" else None, {"a": 1e-6} if how.verify else None, speed=speeds)
 
         return write
 
@@ -393,6 +400,31 @@ def test_export_refuses_what_makes_no_sense(
     done = moeify("export", "last", *arguments, "-o", tmp_path / "none")
     assert done.exit_code == 2
     assert said in done.stderr
+
+
+def test_export_tells_how_fast_it_is_in_80_columns_and_as_json(
+    launched: Launched, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    moeify("run", recipe, "-q")
+    done = moeify("export", "last", "--split", "--speed", "-o", tmp_path / "out")
+    table = done.stdout.partition("\n\n")[2].splitlines()
+    assert max(map(len, table)) <= 80
+    assert table[0] == "Speed (tokens a second; float32, 2 threads, prompts of 128)"
+    assert table[2].split() == [
+        "prefill",
+        "32",
+        "medicine",
+        "1,234,567",
+        "1,999,999",
+        "1.62",
+        "1.75",
+        "FLOPs",
+        "92.6%",
+    ]
+    told = json.loads(moeify("export", "last", "--split", "--speed", "-o", tmp_path / "two", "--json").stdout)
+    assert (told["dtype"], told["differences"], told["out"]) == ("float32", {"a": 1e-6}, str(tmp_path / "two"))
+    assert told["speed"]["rows"][0]["of_limit"] == pytest.approx(1.62 / 1.75)
 
 
 def test_export_offers_every_format_and_dtype() -> None:

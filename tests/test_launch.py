@@ -9,13 +9,16 @@ from typing import Any
 
 import psutil
 import pytest
+from click.testing import CliRunner
 from filelock import FileLock
 
 from moeify.events import Failed
 from moeify.recipe.config import Cluster, RunConfig
+from moeify.recipe.load import to_yaml
 from pipelines import launch
+from pipelines.cli import main
 from pipelines.journal import JournalTracker, read_events
-from pipelines.launch import RunFailedError, cluster, fit, in_process
+from pipelines.launch import RayStartError, RunFailedError, cluster, fit, in_process
 from pipelines.runs import RunBusyError, RunFolder, hold, status
 
 
@@ -156,6 +159,62 @@ def test_a_lost_peer_is_raised_and_other_errors_are_left(folder: RunFolder, monk
 def test_the_address_of_a_job_api_is_not_joined_as_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     with pytest.raises(ValueError, match=r"use 'moeify submit'"), cluster(Cluster(), keep_logs=tmp_path):
+        pass
+
+
+def _init(*answers: Exception | None) -> tuple[Any, list[dict[str, Any]]]:
+    """A stand-in for ``ray.init`` that raises these in turn, and the settings that it was given."""
+    asked: list[dict[str, Any]] = []
+
+    def init(**settings: Any) -> None:
+        asked.append(settings)
+        if error := answers[len(asked) - 1]:
+            raise error
+
+    return init, asked
+
+
+SLOW = Exception("The current node timed out during startup. This\ncould happen because of some of the raylet.")
+
+
+@pytest.mark.parametrize(
+    "errors",
+    [
+        (SLOW, SLOW),
+        (RuntimeError("Failed to start GCS. Port 6379 is in use"),),
+        (ConnectionError("ray is not here"),),
+    ],
+)
+def test_ray_that_cannot_start_is_told_in_one_line_with_exit_code_2(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, untracked: None, errors: tuple[Exception, ...]
+) -> None:
+    init, asked = _init(*errors)
+    monkeypatch.setattr("ray.init", init)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(to_yaml(recipe()))
+    done = CliRunner().invoke(main, ["run", str(path), "-q"], env={"MOEIFY_HOME": str(tmp_path / "runs")})
+    assert done.exit_code == 2
+    (line,) = done.stderr.strip().splitlines()
+    said = " ".join(str(errors[-1]).split())
+    assert line.startswith(f"moeify: error: Ray did not start on this machine ({said}); try again when")
+    assert len(asked) == len(errors)
+    assert not list(Path(asked[0]["_temp_dir"]).parent.glob(Path(asked[0]["_temp_dir"]).name))
+
+
+def test_ray_that_is_slow_once_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    init, asked = _init(SLOW, None)
+    monkeypatch.setattr("ray.init", init)
+    with cluster(Cluster(), keep_logs=tmp_path):
+        assert len(asked) == 2
+
+
+def test_a_cluster_that_cannot_be_joined_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    init, _ = _init(RuntimeError("no GCS there"))
+    monkeypatch.setattr("ray.init", init)
+    wanted = r"the Ray cluster at 127.0.0.1:1 \(RAY_ADDRESS\) cannot be joined \(no GCS there\); start it, or unset it"
+    with pytest.raises(RayStartError, match=wanted), cluster(Cluster(), keep_logs=tmp_path):
         pass
 
 

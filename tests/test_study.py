@@ -196,7 +196,7 @@ def test_what_was_run_before_is_taken_and_what_is_damaged_is_run_again(
 def test_measures_are_kept_by_recipe_seed_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def order(seed: int) -> ArmOrder:
         job = ArmJob("as it comes", seed)
-        return ArmOrder(study="spurious_cue", size="quick", job=job, results=tmp_path, cache=tmp_path)
+        return ArmOrder(study="spurious_cue", size="quick", job=job, results=tmp_path, results_url=None, cache=tmp_path)
 
     one = run_arm(order(0))
     assert run_arm(order(1)).path != one.path

@@ -3,13 +3,15 @@
 import inspect
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any, Literal, assert_never
+from typing import Any, assert_never
 
 from moeify.data.images import NORMS
 from moeify.export import fresh_check, onnx_file
+from moeify.export.card_measures import FileForm, recovered, table, timed
 from moeify.export.recovery import Recovery
+from moeify.export.speed import Speeds
 from moeify.export.stock import Form, Stock, counted_sites, ffn_sites
 from moeify.export.verification import Source
 from moeify.models.families import describe, transformer_of
@@ -20,9 +22,6 @@ from moeify.recipe.data import DigitsData, ImageData, TextData
 from moeify.result import Result
 from moeify.routed.split_model import SplitModel
 from moeify.store import FORMAT
-
-FileForm = Literal["gguf", "onnx"]
-"""What a model in one file may be."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,14 @@ class Checked:
     """Category -> largest difference of an output in float32, weights equal; None where it was not checked."""
     recovery: Recovery | None = None
     """What was learned after experts were taken out."""
+    speed: Speeds | None = None
+    """What it was timed at, where it was."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        speed = self.speed and self.speed.as_json()
+        recovery = self.recovery and asdict(self.recovery)
+        return {"rounding": self.rounding, "differences": self.differences, "recovery": recovery, "speed": speed}
 
 
 def card(
@@ -68,8 +75,9 @@ def card(
         _loading(source.part, stock, file),
         _origin(about, source.whole),
         _losses(about.result, source, stock),
-        _recovered(source.recovery, source.part),
+        recovered(source.recovery, source.part),
         _size(source, stock),
+        timed(checked.speed, stock, file),
         _format(stock, file),
         _checked(checked, source.removed, stock, file),
         _versions(about, file),
@@ -229,7 +237,7 @@ def _losses(result: Result | None, source: Source, stock: Stock | None) -> Itera
     taxes = {"tax": result.tax, "random's tax": result.tax_random, "tax over told": result.tax_told}
     shown = {name: tax for name, tax in taxes.items() if tax is not None}
     yield from (f"## Test loss of the run (nats per {result.unit}, lower is better)", "")
-    yield from _table(
+    yield from table(
         ["category", "active units", *arms, *shown],
         [
             [
@@ -258,27 +266,9 @@ def _losses(result: Result | None, source: Source, stock: Stock | None) -> Itera
         for name in source.removed
         for category in tree.nodes[tree.index(name)].categories
     ]
-    yield from ("", *_table(["taken out", "category", "rise"], rows), "", "and that of no other category.")
+    yield from ("", *table(["taken out", "category", "rise"], rows), "", "and that of no other category.")
     if source.recovery:
         yield "All this is from before the recovery."
-
-
-def _recovered(recovery: Recovery | None, part: SplitModel) -> Iterator[str]:
-    """Say what a recovery cost, and what it did to all categories."""
-    if recovery is None:
-        return
-    yield from ("## Recovery", "")
-    yield (
-        f"After that all that is left was trained on, for {recovery.steps:,} steps on {recovery.rows:,} train rows "
-        f"({recovery.read:,} {recovery.unit}s) of {', '.join(recovery.retained)}, and of no other category. "
-        f"Validation loss (nats per {recovery.unit}):"
-    )
-    losses = (recovery.intact, recovery.before, recovery.after)
-    rows = [
-        [c, "kept" if c in recovery.retained else "taken out", *(f"{loss[c]:.4f}" for loss in losses)]
-        for c in part.categories
-    ]
-    yield from ("", *_table(["category", "expert", "whole split model", "expert taken out", "recovered"], rows))
 
 
 def _rise(nats: float | None) -> str:
@@ -291,13 +281,13 @@ def _size(source: Source, stock: Stock | None) -> Iterator[str]:
         parameters = sum(parameter.numel() for parameter in source.part.network.parameters())
         held, whole = source.part.space.units, source.whole.space.units
         yield f"{parameters:,} parameters; {held:,} units of the {whole:,} in the whole model."
-        yield from ("", *_table(["expert", "own units"], _owned(source.part)))
+        yield from ("", *table(["expert", "own units"], _owned(source.part)))
         return
     parameters = sum(parameter.numel() for parameter in stock.network.parameters())
     whole = sum(site.units for site in counted_sites(source.whole))
     units = "FFN units of all layers" if ffn_sites(source.whole) else "Inner channels of all blocks"
     yield f"{parameters:,} parameters. {units} (the dense twin has and runs {whole:,}):"
-    yield from ("", *_table(["", "units"], _priced(stock, whole)))
+    yield from ("", *table(["", "units"], _priced(stock, whole)))
     if stock.price.padded:
         yield ""
         yield (
@@ -368,7 +358,7 @@ def _checked(checked: Checked, removed: Sequence[str], stock: Stock | None, file
     if checked.recovery:
         what = f" without {', '.join(removed)} as it was recovered"
     yield f"- Loaded {how}, in float32: largest difference of {output} to the split model{what}, equal weights:"
-    yield from ("", *_table(["category", "difference"], [[c, f"{d:.1e}"] for c, d in checked.differences.items()]))
+    yield from ("", *table(["category", "difference"], [[c, f"{d:.1e}"] for c, d in checked.differences.items()]))
 
 
 def _versions(about: About, file: FileForm | None) -> Iterator[str]:
@@ -376,10 +366,3 @@ def _versions(about: About, file: FileForm | None) -> Iterator[str]:
     known |= {name: version(name) for name in ("torch", "transformers", "safetensors")}
     known |= {name: version(name) for name in ("onnx", "onnxscript")} if file == "onnx" else {}
     yield from ("## Versions", "", ", ".join(f"{name} {number}" for name, number in known.items()))
-
-
-def _table(columns: Sequence[str], rows: Iterator[list[str]] | Sequence[list[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(columns)} |"
-    yield f"|{'|'.join(['---', *['---:'] * (len(columns) - 1)])}|"
-    for row in rows:
-        yield f"| {' | '.join(row)} |"

@@ -5,6 +5,7 @@ it must give the split model's own outputs for every category (``moeify.export.v
 beside the weights.
 """
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from moeify.export import gguf_file, onnx_file
-from moeify.export.model_card import NOTHING, About, Checked, FileForm, card
+from moeify.export import gguf_file, onnx_file, speed
+from moeify.export.card_measures import FileForm
+from moeify.export.model_card import NOTHING, About, Checked, card
 from moeify.export.recovery import Recover
-from moeify.export.stock import Form, Stock, ffn_sites, to_dense
+from moeify.export.stock import Form, Stock, ffn_sites, to_dense, without_bars
 from moeify.export.stock_moe import to_moe
 from moeify.export.verification import Source
 from moeify.models.families import transformer_of
@@ -43,6 +45,8 @@ class How:
     onnx: bool = False
     """Write a dense model as one ONNX graph, ``model.onnx``, instead; of any network that can be rebuilt."""
     verify: bool = True
+    speed: bool = False
+    """Time it against the dense network, see ``moeify.export.speed``: on the card, and in a file beside it."""
     about: About = NOTHING
     """What the model card can say of the run."""
 
@@ -134,20 +138,26 @@ def export_split(
         shutil.rmtree(draft)
         save_split(source.part, draft, _assets(run), dtype=how.torch_dtype)
         differences = source.against_split(load_split(draft)) if how.verify else None
-        checked = Checked(source.rounding, differences, source.recovery)
-        _write_card(draft, card(how.about, source, checked, dtype=how.dtype))
+        speeds = speed.of_split(load_split(draft), source.whole) if how.speed else None
+        checked = Checked(source.rounding, differences, recovery=source.recovery, speed=speeds)
+        _describe(draft, card(how.about, source, checked, dtype=how.dtype), speeds)
     return checked
 
 
 def _export_stock(run: Path | Origin, source: Source, stock: Stock, out: Path, how: How) -> Checked:
+    if how.speed and how.gguf:
+        speed.refuse_gguf(source.whole)
+    route = stock.forced or next(iter(stock.price.routes))
     with _published(out) as draft:
-        differences = None
+        differences, speeds = None, None
         if how.gguf:
             tokenizer = _assets(run)["tokenizer.json"]
             path, name = draft / "model.gguf", how.about.run or out.name
             gguf_file.write(stock.network, tokenizer, path, dtype=how.torch_dtype, name=name)
             if how.verify:
                 differences = source.against_gguf(path, stock, tokenizer, how.torch_dtype)
+            if how.speed:
+                speeds = speed.of_gguf(source.part, source.whole, path, tokenizer, route, how.torch_dtype)
         elif how.onnx:
             path = draft / "model.onnx"
             onnx_file.write(stock.network, path, dtype=how.torch_dtype, name=how.about.run or out.name)
@@ -159,25 +169,20 @@ def _export_stock(run: Path | Origin, source: Source, stock: Stock, out: Path, h
             _write_assets(run, draft)
             if how.verify:
                 differences = source.against_stock(draft, stock)
-        checked = Checked(source.rounding, differences, source.recovery)
-        _write_card(draft, card(how.about, source, checked, dtype=how.dtype, stock=stock, file=how.file))
+            if how.speed:
+                speeds = speed.of_stock(source.part, source.whole, draft, route, how.torch_dtype)
+        checked = Checked(source.rounding, differences, recovery=source.recovery, speed=speeds)
+        _describe(draft, card(how.about, source, checked, dtype=how.dtype, stock=stock, file=how.file), speeds)
     return checked
 
 
 def _save_pretrained(stock: nn.Module, folder: Path) -> None:
-    from transformers.utils import logging
-
     network: Any = stock
     if hasattr(network, "generation_config"):  # of models that write text
         network.config.use_cache = True
         network.generation_config.use_cache = True
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with without_bars():
         network.save_pretrained(folder, max_shard_size=SHARD)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _write_assets(run: Path | Origin, folder: Path) -> None:
@@ -185,8 +190,10 @@ def _write_assets(run: Path | Origin, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def _write_card(folder: Path, text: str) -> None:
+def _describe(folder: Path, text: str, speeds: speed.Speeds | None) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
+    if speeds:
+        (folder / speed.FILE).write_text(json.dumps(speeds.as_json(), indent=2) + "\n", encoding="utf-8")
 
 
 def _split_of(run: Path | Origin) -> SplitModel:

@@ -1,6 +1,7 @@
 """Stock forms of a split model: what one is, what it costs in padding and copies, and the dense one of one route."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -83,6 +84,20 @@ def to_dense(split: SplitModel, categories: Sequence[str], *, padded: bool = Tru
     else:
         network, stored = _narrow(split, first), own
     return Stock(network, Price(own, 0, stored - own, stored, dict.fromkeys(categories, own)))
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Let ``transformers`` draw no progress bars while the context lasts."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def ffn_sites(split: SplitModel) -> list[FfnUnits]:

@@ -7,7 +7,7 @@ import click
 
 from pipelines.commands.arguments import RECIPE, examples
 from pipelines.commands.options import JSON
-from pipelines.commands.side_by_side import check_home, drive
+from pipelines.commands.side_by_side import drive
 from pipelines.find_recipe import find_recipe
 
 if TYPE_CHECKING:
@@ -79,12 +79,11 @@ def command(
         separations or (config.rounds[-1].separation,),
         range(config.seed, config.seed + seeds),
     )
-    check_home("compare")
     from pipelines import compare, compare_report
     from pipelines.compare_tracking import ComparisonTracker
 
     folder = compare.open_folder(config, base, runs.home())
-    _announce(config, asked, str(folder.path))
+    _announce(config, asked, folder.address)
     tracker = ComparisonTracker(folder, config)
 
     def heard(comparison: "Comparison", job: "Job", cores: int) -> None:

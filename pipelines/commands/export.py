@@ -1,6 +1,7 @@
 """``moeify export``: what leaves a run."""
 
 import difflib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,9 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from pipelines.commands.arguments import RUN, examples
+from pipelines.commands.options import JSON
 
 if TYPE_CHECKING:
-    from moeify.export.model_card import About
+    from moeify.export.model_card import About, Checked
     from moeify.export.publish import Dtype
     from moeify.export.stock import Form
     from pipelines.runs import RunFolder
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
         "moeify export last --split --without law -o without-law",
         "moeify export last --without law --recover 50 -o without-law",
         "moeify export last --moe glm4_moe --dtype bfloat16 -o mixture",
+        "moeify export last --category law --speed -o law-model",
     ),
 )
 @RUN
@@ -54,10 +57,12 @@ if TYPE_CHECKING:
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Compare with the split model before it is there."
 )
+@click.option("--speed", is_flag=True, help="Time it against the dense model, and against what its saved work allows.")
 @click.option("--register", is_flag=True, help="Log it to MLflow and register it, with an alias.")
 @click.option(
     "--out", "-o", "target", required=True, metavar="DIR", help="A folder that is new or empty, or a URL of one."
 )
+@JSON
 def command(
     run_: str,
     keep: tuple[str, ...],
@@ -70,8 +75,10 @@ def command(
     onnx: bool,
     dtype: "Dtype",
     verify: bool,
+    speed: bool,
     register: bool,
     target: str,
+    as_json: bool,
 ) -> None:
     """Write RUN's model, or a part of it, to a folder.
 
@@ -91,6 +98,9 @@ def command(
     --recover reads the run's data again, and trains what is left by the recipe's settings on train rows of categories
     that keep their experts. The README says what that took, and what it did to every category's validation loss.
 
+    --speed takes a minute or so: tokens a second of reading prompts and of adding tokens, with one row and with 32, or
+    rows a second where the model writes no text. The figures go to the model card and to speed.json, too.
+
     --register makes it a version of the model that is named as RUN's recipe, with an alias such as 'python-only',
     'moe', 'split' or 'without-web'. Where MLflow is away, 'moeify sync RUN' does so later.
     """
@@ -102,6 +112,8 @@ def command(
     _refuse_odd(keep, drop, split, moe, force, gguf, onnx)
     if recover and not drop:
         raise click.UsageError("--recover is for --without NAME")
+    if speed and onnx:
+        raise click.UsageError("--speed does not time ONNX graphs; leave one of the two out")
     folder = runs.find(run_, runs.home())
     known = summary(folder)
     if known["status"] != "finished":
@@ -113,35 +125,47 @@ def command(
             raise ValueError(f"no category {category!r}; the run has {', '.join(known['categories'])}{nearest}")
     with outlet(target) as out:
         from moeify.export.publish import How, export_dense, export_moe, export_split
-        from pipelines.recovered import recovery_on, told
+        from pipelines.recovered import recovery_on
 
         copies.fetch_checkpoint(folder)
         recovery = recovery_on(folder, recover) if recover else None
         if recover:
             click.echo(f"training on for {recover:,} steps ...", err=True)
-        how = How(dtype=dtype, gguf=gguf, onnx=onnx, verify=verify, about=_about(folder))
+        how = How(dtype=dtype, gguf=gguf, onnx=onnx, verify=verify, speed=speed, about=_about(folder))
         if moe:
             done = export_moe(folder.path, moe, out, how, forced=force, keep=keep, drop=drop, recover=recovery)
         elif split or drop:
             done = export_split(folder.path, out, how, keep=keep, drop=drop, recover=recovery)
         else:
             done = export_dense(folder.path, keep, out, how)
+    if as_json:
+        from pipelines.show import to_json
+
+        click.echo(to_json({"run": folder.id, "out": target, "dtype": dtype, **done.as_json()}))
+    else:
+        _tell(done, target, moe, dtype)
+    if register:
+        out_ = target if is_url(target) else str(Path(target).absolute())
+        _register(folder, out_, _alias(keep, drop, moe, how.file, recover), quiet=as_json)
+
+
+def _tell(done: "Checked", target: str, moe: "Form | None", dtype: "Dtype") -> None:
     click.echo(f"wrote {target}")
     if moe:
         click.echo(f"every token runs the expert of one category; {target}/README.md says which, and how to change it")
     if done.recovery is not None:
+        from pipelines.recovered import told
+
         click.echo(told(done.recovery))
     if done.rounding is not None:
         click.echo(f"rounding to {dtype} moves outputs by up to {done.rounding:.1e}")
     if done.differences:
         most, model = max(done.differences.values()), "recovered" if done.recovery else "split"
         click.echo(f"equal to the {model} model within {most:.1e}: {', '.join(done.differences)}")
-    if register:
-        _register(
-            folder,
-            target if is_url(target) else str(Path(target).absolute()),
-            _alias(keep, drop, moe, how.file, recover),
-        )
+    if done.speed:
+        from pipelines.speed_table import print_speeds
+
+        print_speeds(done.speed, sys.stdout)
 
 
 def _alias(keep: Sequence[str], drop: Sequence[str], moe: str | None, file: str | None, recover: int | None) -> str:
@@ -155,8 +179,8 @@ def _alias(keep: Sequence[str], drop: Sequence[str], moe: str | None, file: str 
     return alias_of("-".join([*(words or ["split"]), *([file] if file else [])]))
 
 
-def _register(folder: "RunFolder", out: str, alias: str) -> None:
-    """Say in the run's journal that the export is to be registered, and deliver that."""
+def _register(folder: "RunFolder", out: str, alias: str, *, quiet: bool) -> None:
+    """Say in the run's journal that the export is to be registered, and deliver that; ``quiet`` keeps stdout clean."""
     import time
 
     from moeify.events import Exported
@@ -173,7 +197,7 @@ def _register(folder: "RunFolder", out: str, alias: str) -> None:
     except DeliveryError as error:
         click.echo(f"moeify: warning: {error}; register it later with: moeify sync {folder.id}", err=True)
     else:
-        click.echo(f"registered as {config.name}@{alias}")
+        click.echo(f"registered as {config.name}@{alias}", err=quiet)
 
 
 def _refuse_odd(

@@ -39,16 +39,6 @@ class Tracker(Protocol[Taken]):
         ...
 
 
-def check_home(command: str) -> None:
-    """Raise ValueError where runs are kept behind a URL."""
-    from pipelines import homes, runs
-
-    if homes.home_of(runs.home()):
-        raise ValueError(
-            f"{command} keeps its results in a folder that its workers share; set MOEIFY_HOME to one, not to a URL"
-        )
-
-
 def drive(
     ctx: click.Context,
     folder: "JobsFolder",
@@ -63,10 +53,12 @@ def drive(
 
     ``run`` leaves its files too; ``summary`` returns what ``--json`` prints, ``show`` prints the same for people.
     """
+    from pipelines.kept_jobs import publish
     from pipelines.show import to_json
 
     try:
         whole = run()
+        publish(folder)
     except KeyboardInterrupt:
         click.echo("moeify: stopped; go on with the same command", err=True)
         tracker.stop()
@@ -79,7 +71,7 @@ def drive(
     there = _delivered(lambda: tracker.finish(whole))
     if not as_json:
         picture = folder.picture if folder.picture.is_file() else "none, since no run ended well"
-        click.echo(f"\npicture: {picture}\nfiles:   {folder.path}")
+        click.echo(f"\npicture: {picture}\nfiles:   {folder.address}")
         if there:
             click.echo(f"curves:  {tracker.where_to_look}")
     ctx.exit(1 if whole.broken else 0)

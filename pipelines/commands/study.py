@@ -8,7 +8,7 @@ from click.shell_completion import CompletionItem
 
 from pipelines.commands.arguments import examples
 from pipelines.commands.options import JSON
-from pipelines.commands.side_by_side import check_home, drive
+from pipelines.commands.side_by_side import drive
 from pipelines.studies.catalogue import QUESTIONS
 
 if TYPE_CHECKING:
@@ -51,13 +51,12 @@ def command(
 
     study, size = find_study(name), size or "full"
     asked = jobs(study.arms(size), range(seeds or study.seeds))
-    check_home("study")
     from pipelines import runs, study_report
     from pipelines.study import open_folder, progress_line, run_study
     from pipelines.study_tracking import StudyTracker
 
     folder = open_folder(name, size, runs.home())
-    click.echo(f"{len(asked)} runs, kept in {folder.path}", err=True)
+    click.echo(f"{len(asked)} runs, kept in {folder.address}", err=True)
     tracker = StudyTracker(folder, name)
 
     def heard(progress: "Progress", job: "ArmJob", cores: int) -> None:

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from benchmarks.alternation import flops, ratio, seconds
 from benchmarks.random_splits import Size, mixed_rows, pair
+from moeify.timing import flops, ratio, seconds
 
 SIZE = Size(16, 64, 4, 2, vocabulary=32, length=8)
 

@@ -1,0 +1,67 @@
+"""Sections of a model card about what was done and measured after an export was cut out: recovery, speed."""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from moeify.export.recovery import Recovery
+from moeify.export.speed import Speed, Speeds
+from moeify.export.stock import Stock
+from moeify.routed.split_model import SplitModel
+
+FileForm = Literal["gguf", "onnx"]
+"""What a model in one file may be."""
+
+
+def recovered(recovery: Recovery | None, part: SplitModel) -> Iterator[str]:
+    """Say what a recovery cost, and what it did to all categories."""
+    if recovery is None:
+        return
+    yield from ("## Recovery", "")
+    yield (
+        f"After that all that is left was trained on, for {recovery.steps:,} steps on {recovery.rows:,} train rows "
+        f"({recovery.read:,} {recovery.unit}s) of {', '.join(recovery.retained)}, and of no other category. "
+        f"Validation loss (nats per {recovery.unit}):"
+    )
+    losses = (recovery.intact, recovery.before, recovery.after)
+    rows = [
+        [c, "kept" if c in recovery.retained else "taken out", *(f"{loss[c]:.4f}" for loss in losses)]
+        for c in part.categories
+    ]
+    yield from ("", *table(["category", "expert", "whole split model", "expert taken out", "recovered"], rows))
+
+
+def timed(speed: Speeds | None, stock: Stock | None, file: FileForm | None) -> Iterator[str]:
+    """Say how fast it is, and how near that is to what the saved work allows."""
+    if speed is None:
+        return
+    yield from (f"## Speed ({speed.unit}s a second)", "")
+    columns = ["work", "batch", "route", "dense", "this", "times as fast", "limit", "of the limit"]
+    yield from table(columns, [_cells(row) for row in speed.rows])
+    runtime = "llama.cpp" if file == "gguf" else "this package" if stock is None else "transformers"
+    threads = f"{speed.threads} thread" + ("s" if speed.threads > 1 else "")
+    yield ""
+    yield f"In {runtime}, {speed.dtype}, on {threads} of a CPU; dense: a network as large as the dense twin, likewise."
+    if speed.prompt is not None:
+        yield f"prefill: reads {speed.prompt} tokens a row; decode: adds tokens, one a row and step, behind as many."
+    yield "limit: what the work saved on the route allows, in bytes that are read or in operations (FLOPs)."
+
+
+def _cells(row: Speed) -> list[str]:
+    fast = [f"{rate:,.0f}" for rate in (row.dense, row.export)]
+    return [
+        row.work,
+        f"{row.batch}",
+        row.route,
+        *fast,
+        f"{row.over_dense:.2f}",
+        f"{row.limit:.2f} ({row.bound})",
+        f"{row.of_limit:.1%}",
+    ]
+
+
+def table(columns: Sequence[str], rows: Iterator[list[str]] | Sequence[list[str]]) -> Iterator[str]:
+    """Yield the lines of a Markdown table, all columns but the first to the right."""
+    yield f"| {' | '.join(columns)} |"
+    yield f"|{'|'.join(['---', *['---:'] * (len(columns) - 1)])}|"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"

@@ -1,0 +1,214 @@
+"""How fast an export is: against the dense network of the same shape, and against what its saved work allows.
+
+Both sides do the same work (``moeify.export.works``) in turns, in one process and on as many threads as torch has; an
+export is what its files give, in their dtype, and so is the dense network, whose weights are drawn: they make no
+difference to its speed. Medians over turns of a ratio within each turn, so that a busy machine slows both alike.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from moeify.export import gguf_file
+from moeify.export.limits import Bound, bound_of, needed
+from moeify.export.stock import without_bars
+from moeify.export.works import Kind, Work, dense_run, routed_run, works_of
+from moeify.models.families import describe, rebuild, transformer_of
+from moeify.models.fused import closed
+from moeify.models.transformer import config_of
+from moeify.routed.split_model import SplitModel
+from moeify.timing import Run, ratio, seconds
+
+TURNS = 5
+AT_LEAST = 0.1
+"""Seconds of one model's turn."""
+_WRITTEN = 64
+"""Tokens that llama.cpp writes in a turn, which it times by itself."""
+FILE = "speed.json"
+"""What an export's folder holds of it."""
+_PROGRAM = Path(__file__).parent / "timed_gguf.py"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One kind of work, done by an export and by the dense network."""
+
+    work: Kind
+    batch: int
+    route: str
+    """The category that rows are of; ``mixed``: of all categories in turn."""
+    dense: float
+    """Tokens (or rows) a second; so is ``export``."""
+    export: float
+    over_dense: float
+    """How many times as fast as the dense network."""
+    limit: float
+    """What that can be: the dense network's work over what the route needs."""
+    bound: Bound
+    """Of what work."""
+
+    @property
+    def of_limit(self) -> float:
+        """Fraction of the limit."""
+        return self.over_dense / self.limit
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """All that was timed of an export."""
+
+    rows: tuple[Speed, ...]
+    unit: Literal["token", "row"]
+    """That rates count."""
+    dtype: str
+    """Of both sides' weights."""
+    threads: int
+    prompt: int | None
+    """Tokens of a prompt; None where the model writes no text."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as plain data, fractions of the limit among it."""
+        rows = [asdict(row) | {"of_limit": row.of_limit} for row in self.rows]
+        return asdict(self) | {"rows": rows}
+
+
+def dense_like(whole: SplitModel, dtype: torch.dtype) -> nn.Module:
+    """Return a dense network of a split model's shape, of the stock class, with weights that are drawn."""
+    with torch.random.fork_rng(devices=[]):
+        return closed(rebuild(describe(whole.network))).to(dtype).eval()
+
+
+def of_stock(split: SplitModel, whole: SplitModel, folder: Path, category: str, dtype: torch.dtype) -> Speeds:
+    """Time what plain ``transformers`` loads from a folder, which runs the route of a category.
+
+    ``split``: the split model that the export equals; ``whole``: of which that is a part, and which the dense network
+    is as large as.
+    """
+    import transformers
+
+    family = transformer_of(whole.network)
+    assert family is not None
+    auto = getattr(transformers, family.auto)
+    with without_bars():
+        export = auto.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False).eval()
+    dense = dense_like(whole, dtype)
+    rows = [
+        row
+        for work in works_of(whole.network)
+        for row in _taking_turns(dense, split, work, {(category,): dense_run(export, work)})
+    ]
+    return _speeds(rows, whole, dtype)
+
+
+def of_split(split: SplitModel, whole: SplitModel) -> Speeds:
+    """Time a split model in this package's runtime: rows of the longest route and, among many, of all categories."""
+    dense = dense_like(whole, torch.float32)
+    longest = max(split.categories, key=split.partition.active_units)
+    rows: list[Speed] = []
+    for work in works_of(whole.network):
+        asked: list[tuple[str, ...]] = [(longest,)]
+        if work.batch > 1 and len(split.categories) > 1:
+            asked.append(split.categories)
+        rows += _taking_turns(dense, split, work, {each: routed_run(split, work, each) for each in asked})
+    return _speeds(rows, whole, torch.float32)
+
+
+def of_gguf(
+    split: SplitModel, whole: SplitModel, file: Path, tokenizer: bytes, category: str, dtype: torch.dtype
+) -> Speeds:
+    """Time a GGUF file in llama.cpp, a row at a time, against the dense network's file of the same dtype."""
+    dense = dense_like(whole, torch.float32)
+    works = [work for work in works_of(whole.network) if work.batch == 1]
+    with tempfile.TemporaryDirectory() as place:
+        rival = Path(place) / "dense.gguf"
+        gguf_file.write(dense, tokenizer, rival, dtype=dtype, name="dense")
+        asked = replace(works[0], new=_WRITTEN)
+        found = gguf_rates([rival, file], asked, config_of(dense).vocab_size, turns=TURNS)
+    rows = []
+    for number, work in enumerate(works):
+        times = {name: [1.0 / rate for rate in found[path][number]] for name, path in (("", rival), ("own", file))}
+        rows.append(_speed(work, (category,), times, "own", 1, needed(dense, split, work, (category,)), dense))
+    return _speeds(rows, whole, dtype)
+
+
+def refuse_gguf(whole: SplitModel) -> None:
+    """Raise ValueError where the dense network that a GGUF file is to be timed against cannot be one itself."""
+    if (found := describe(whole.network)["family"]) != "llama":
+        raise ValueError(f"--speed of a GGUF file writes the dense model as one too, and knows llama, not {found}")
+    if find_spec("xllamacpp") is None:
+        raise ValueError(
+            "timing a GGUF file in llama.cpp needs the xllamacpp package; pip install 'moeify[gguf]', "
+            "or do without --speed"
+        )
+
+
+def gguf_rates(
+    files: Sequence[Path], work: Work, vocabulary: int, *, turns: int
+) -> dict[Path, tuple[list[float], list[float]]]:
+    """Return file -> tokens a second of llama.cpp reading a prompt, and of writing behind it, a value a turn."""
+    asked = (turns, work.prompt, work.new, vocabulary, *(path.absolute() for path in files))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-P", str(_PROGRAM), *map(str, asked)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
+    if done.returncode != 0:
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise RuntimeError(f"llama.cpp could not be timed ({done.returncode}); it said: {said}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {path: (found[str(path.absolute())][0], found[str(path.absolute())][1]) for path in files}
+
+
+def _taking_turns(
+    dense: nn.Module, split: SplitModel, work: Work, rivals: Mapping[tuple[str, ...], Run]
+) -> list[Speed]:
+    numbered = {str(number): run for number, run in enumerate(rivals.values())}
+    times = seconds({"": dense_run(dense, work), **numbered}, turns=TURNS, at_least=AT_LEAST)
+    return [
+        _speed(work, route, times, own, work.units, needed(dense, split, work, route), dense)
+        for route, own in zip(rivals, numbered, strict=True)
+    ]
+
+
+def _speed(
+    work: Work,
+    route: tuple[str, ...],
+    times: Mapping[str, list[float]],
+    own: str,
+    units: int,
+    share: float,
+    dense: nn.Module,
+) -> Speed:
+    """Return what the times of the dense network, which are named "", and of the export say."""
+    rates = {name: units / statistics.median(times[name]) for name in ("", own)}
+    return Speed(
+        work.kind,
+        work.batch,
+        route[0] if len(route) == 1 else "mixed",
+        rates[""],
+        rates[own],
+        ratio(times, "", own),
+        1.0 / share,
+        bound_of(dense, work),
+    )
+
+
+def _speeds(rows: Sequence[Speed], whole: SplitModel, dtype: torch.dtype) -> Speeds:
+    work = works_of(whole.network)[0]
+    writes = work.kind != "rows"
+    return Speeds(
+        tuple(rows),
+        "token" if writes else "row",
+        str(dtype).removeprefix("torch."),
+        torch.get_num_threads(),
+        work.prompt if writes else None,
+    )
