@@ -3,16 +3,20 @@
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
 # Tests run side by side, a file at a time: one thread each, set before torch reads it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # They start many processes: each would compile what it imports anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+# The same examples everywhere, so that a change is to blame for what fails; benchmarks.fuzz draws others.
+settings.load_profile("ci")
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in this hook, too
@@ -28,6 +32,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not with_ray(item))
     for item in items:
         item.add_marker(pytest.mark.xdist_group("ray" if with_ray(item) else item.nodeid.partition("::")[0]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _power_stays_on() -> Iterator[None]:
+    """What is written need not reach the disk: to wait for that takes a tenth of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(scope="session")

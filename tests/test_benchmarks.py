@@ -1,5 +1,6 @@
-"""Every benchmark runs once in its quick form, so that none of them rots."""
+"""Every benchmark runs once in its quick form, most with the slow tests, so that none of them rots."""
 
+import importlib
 import json
 import math
 import os
@@ -14,16 +15,20 @@ NAMES = sorted(
     path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main()" in path.read_text(encoding="utf-8")
 )
 MARKS = {
-    # These take minutes even so, and what they run is tested elsewhere, too.
-    "agreement": [pytest.mark.slow],
-    "convert": [pytest.mark.ray, pytest.mark.slow],
-    "frontier": [pytest.mark.ray, pytest.mark.slow],
-    "fuzz": [pytest.mark.slow],
-    "kill": [pytest.mark.slow],
-    "overhead": [pytest.mark.main_path, pytest.mark.ray, pytest.mark.slow],
-    "scaling": [pytest.mark.slow],
+    "convert": [pytest.mark.ray],
+    "frontier": [pytest.mark.ray],
+    "overhead": [pytest.mark.main_path, pytest.mark.ray],
 }
-PARAMETERS = [pytest.param(name, marks=MARKS.get(name, [])) for name in NAMES]
+QUICK = ("assignment", "gradient_routing")
+"""All others take half a minute and more even so; what they run is tested elsewhere, too."""
+PARAMETERS = [
+    pytest.param(name, marks=[*MARKS.get(name, []), *([] if name in QUICK else [pytest.mark.slow])]) for name in NAMES
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_benchmark_finds_what_it_imports(name: str) -> None:
+    importlib.import_module(f"benchmarks.{name}")
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -141,7 +141,7 @@ def test_a_run_killed_at_every_checkpoint_ends_with_the_same_bits(tmp_path: Path
     calm = FolderStore(tmp_path / "calm", 2)
     tracker = MemoryTracker()
     wanted = outcome(run(config, ToyTask(config), store=calm, tracker=tracker))
-    for lives in (0, 1, 3):
+    for lives in (0, 3):
         stormy = DyingStore(tmp_path / f"stormy-{lives}", 2)
         told = MemoryTracker()
         stormy.lives = lives

@@ -287,6 +287,12 @@ def test_gradient_routing_must_fit_the_rest() -> None:
     assert line.startswith("routing.gradients: got 'both' beside model.kind 'resnet', wanted 'none'")
 
 
+def test_a_mapping_with_too_few_keys_is_told_in_a_line() -> None:
+    mixed = {"kind": "mixed", "categories": {}}
+    (line,) = problems(changed(data={"kind": "text", "source": mixed}, model={"kind": "llama"}))
+    assert line == "data.source.categories: got {}, wanted a mapping of at least 2 from names"
+
+
 def test_a_null_test_wants_all_rows_measured() -> None:
     partition = {"null_test": {"permutations": 8}}
     assert problems(changed(partition=partition, attribution={"settled": 0.9})) == (

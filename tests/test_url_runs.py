@@ -37,8 +37,8 @@ from tests.test_twin_cache import CountingTask
 from tests.texts import write_texts
 from tests.toy import toy_config
 
-LONG = TINY.replace("steps: 12", "steps: 60").replace(
-    "rows: 8}\nattribution", "rows: 8}\ncheckpoints: {every: 2}\nattribution"
+LONG = TINY.replace("steps: 12", "steps: 24").replace(
+    "rows: 8}\nattribution", "rows: 8}\ncheckpoints: {every: 4}\nattribution"
 )
 
 

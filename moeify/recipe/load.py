@@ -146,7 +146,7 @@ def _lines(data: dict[str, Any], detail: ErrorDetails) -> Iterator[str]:
             yield f"{line}; nearest key: {nearest}" if nearest else line
         case "string_pattern_mismatch" if detail["loc"][-1] == "[key]":
             yield f"{place.path}: got a key that is no name, wanted {wanted(root, place.node)}"
-        case "too_short" if len(_look_up(data, place.keys)) >= place.node["minItems"]:
+        case "too_short" if len(_look_up(data, place.keys)) >= detail["ctx"]["min_length"]:
             pass  # pydantic did not count the items that it refused for reasons of their own
         case _:
             given = _look_up(data, place.keys)
