@@ -96,7 +96,7 @@ def _told(error: Exception) -> str:
 
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
-        from pipelines.runs import package_version
+        from pipelines.versions import package_version
 
         click.echo(f"moeify {package_version()}")
         ctx.exit()

@@ -6,16 +6,14 @@ run's folder is a copy of what is there, fetched when the run is looked up.
 
 import json
 import os
-import platform
 import re
 import secrets
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -28,11 +26,11 @@ from moeify.storing import storing
 from pipelines import copies, homes, lease
 from pipelines.lease import RunBusyError as RunBusyError
 from pipelines.remote_run import RemoteRun
+from pipelines.versions import package_version, versions
 
 Status = Literal["running", "finished", "failed", "interrupted"]
 
 _ID = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]*)-(?P<when>\d{8}-\d{6})-[0-9a-f]{4}$")
-_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "ray", "mlflow")
 _LONGEST_ID = 90
 """Characters: a name, which has 64 at most, and what follows it."""
 _TAIL = 1 << 16
@@ -175,23 +173,6 @@ def cache_url() -> str | None:
     return checked_url(asked) if is_url(asked) else None
 
 
-def _versions() -> dict[str, str]:
-    """Return what a run stands on and its version, where it is installed."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def package_version() -> str:
-    """Return moeify's version."""
-    try:
-        return version("moeify")
-    except PackageNotFoundError:  # run from a checkout that was not installed
-        return "0+unknown"
-
-
 def new_id(name: str) -> str:
     """Return an id for a run of that recipe that begins now."""
     return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
@@ -240,7 +221,7 @@ def create(
                 path = home / (check_id(run) if run else new_id(config.name))
                 if not path.exists():
                     start = RunFolder(path).inputs if fill else (base or Path()).absolute()
-                    origin = {"base": str(start), "moeify": package_version(), "versions": _versions()}
+                    origin = {"base": str(start), "moeify": package_version(), "versions": versions()}
                     folder.origin.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
                     _send_new(draft, RunFolder(path))
                     return RunFolder(draft.rename(path))
@@ -327,11 +308,10 @@ def _listed(runs: list[RunFolder], most: int = 5) -> str:
 @contextmanager
 def hold(folder: RunFolder) -> Iterator[None]:
     """Drive the run: hold its lock; raise ``RunBusyError`` when another process does."""
-    with hold_lock(folder.lock, f"run {folder.id}"), ExitStack() as stack:
+    what = f"run {folder.id}"
+    with hold_lock(folder.lock, what), ExitStack() as stack:
         if (remote := folder.remote) and (home := homes.home_of(folder.path.parent)):
-            stack.enter_context(
-                lease.held(remote, home.copy, f"run {folder.id}", lambda: copies.made_by_driver(folder))
-            )
+            stack.enter_context(lease.held(remote, home.copy, what, lambda: copies.made_by_driver(folder)))
         driver = {"host": socket.gethostname(), "pid": os.getpid()}
         with storing(folder.driver):
             folder.driver.write_text(json.dumps(driver) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ from moeify.recipe.load import parse_recipe
 from moeify.splitting.advice import Advice, advise
 from moeify.splitting.null_test import Relabel
 from moeify.splitting.partition import Partition
+from moeify.splitting.terms import plain_terms
 from moeify.splitting.trials import Trials, even_cut
 from moeify.task import Batch
 from pipelines.advise import snippet
@@ -36,16 +37,20 @@ rounds: [{train: 1, recover: 1, branching: 2, separation: 0.4}]
 """
 
 
-def advice(homes: Sequence[int], *, separation: float = 0.3, permutations: int = 8, **partition: object) -> Advice:
-    """Ask about four categories, each of which works its home, a quarter of the units, harder."""
+def rows(homes: Sequence[int]) -> Batch:
+    """Activations of four categories, each of which works its home, a quarter of the units, harder."""
     random = torch.Generator().manual_seed(0)
     labels = torch.arange(480) % 4
     strong_RU = torch.tensor(homes)[labels][:, None] == torch.arange(UNITS) * 4 // UNITS
     inputs = torch.randn(480, UNITS, generator=random, dtype=torch.float64) * (1 + 1.5 * strong_RU.double())
-    rows = Batch(inputs, inputs, labels, torch.arange(480)).take(labels.argsort(stable=True))
+    return Batch(inputs, inputs, labels, torch.arange(480)).take(labels.argsort(stable=True))
+
+
+def advice(homes: Sequence[int], *, separation: float = 0.3, permutations: int = 8, **partition: object) -> Advice:
+    """Ask about the four categories."""
 
     def measure(relabel: Relabel) -> AttributionTable:
-        return table_of(relabel([rows]))
+        return table_of(relabel([rows(homes)]))
 
     config = toy_config(partition={"multiple": 1, "min_units": 1, **partition})
     return advise(SITES, WEIGHTS, config, measure, separation=separation, permutations=permutations)
@@ -76,15 +81,12 @@ def test_categories_of_their_own_are_divided_to_the_last_and_noise_is_not() -> N
 
 
 def test_merges_cost_what_trials_at_one_budget_say() -> None:
-    found = advice([0, 1, 0, 2], permutations=0)
+    homes = [0, 1, 0, 2]
+    found = advice(homes, permutations=0)
     config = toy_config(partition={"multiple": 1, "min_units": 1}).partition
-    random = torch.Generator().manual_seed(0)
-    labels = torch.arange(480) % 4
-    strong_RU = torch.tensor([0, 1, 0, 2])[labels][:, None] == torch.arange(UNITS) * 4 // UNITS
-    inputs = torch.randn(480, UNITS, generator=random, dtype=torch.float64) * (1 + 1.5 * strong_RU.double())
-    table = table_of([Batch(inputs, inputs, labels, torch.arange(480)).take(labels.argsort(stable=True))])
+    table = table_of([rows(homes)])
     partition = Partition.undivided(CATEGORIES, SITES)
-    cut = even_cut(partition, [0], 0.3, {"s": _terms(config)})
+    cut = even_cut(partition, [0], 0.3, plain_terms(config, ["s"]))
     trials = Trials(partition, table, WEIGHTS, config, "fisher", 0, cut)
     groups: list[tuple[str, ...]] = [(c,) for c in CATEGORIES]
     before = trials.cost(groups)
@@ -95,12 +97,6 @@ def test_merges_cost_what_trials_at_one_budget_say() -> None:
         assert merge.predicted == pytest.approx(trials.cost(groups))
         assert merge.cost == pytest.approx(merge.predicted - before)
         before = merge.predicted
-
-
-def _terms(config: object) -> object:
-    from moeify.splitting.terms import plain_terms
-
-    return plain_terms(config, ["s"])["s"]
 
 
 def test_unrouted_categories_get_no_advice_and_what_is_out_of_reach_is_refused() -> None:

@@ -14,6 +14,7 @@ from moeify.events import Failed, Finished, Phase
 from moeify.recipe.load import load_recipe, parse_recipe
 from pipelines import runs
 from pipelines.journal import JournalTracker
+from pipelines.versions import package_version
 
 RECIPE = """name: tiny
 data: {kind: digits}
@@ -35,7 +36,7 @@ def test_a_new_run_holds_its_recipe_as_given_and_as_resolved_and_where_its_paths
     assert load_recipe(folder.resolved) == CONFIG
     assert folder.base == tmp_path / "recipes"
     origin = json.loads(folder.origin.read_text())
-    assert origin["moeify"] == runs.package_version()
+    assert origin["moeify"] == package_version()
     assert origin["versions"]["python"] == platform.python_version()
     assert origin["versions"]["torch"] == version("torch")
     assert folder.id.startswith("tiny-2")

@@ -224,7 +224,7 @@ def _about(folder: "RunFolder") -> "About":
     from moeify.export.model_card import About
     from moeify.recipe.load import load_recipe
     from moeify.result import Result
-    from pipelines.runs import package_version
+    from pipelines.versions import package_version
 
     return About(
         run=folder.id,

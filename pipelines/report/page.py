@@ -25,8 +25,9 @@ from pipelines.report.portraits import portraits
 from pipelines.report.recorded import Recorded
 from pipelines.report.router import routing
 from pipelines.report.verdict import headline
-from pipelines.runs import RunFolder, Status, package_version
+from pipelines.runs import RunFolder, Status
 from pipelines.show import of_arm
+from pipelines.versions import package_version
 from pipelines.wording import STANDARD_ERRORS, clock, interval, nats, percent, two_digits
 
 if TYPE_CHECKING:
