@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from hypothesis import settings
+from jaxtyping import config
 
 # Tests run side by side, a file at a time: one thread each, set before torch reads it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,6 +41,25 @@ def _power_stays_on() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         yield
+
+
+@pytest.fixture(scope="module")
+def shapes_unchecked() -> Iterator[None]:
+    """For files of whole runs, which call what has checked shapes a million times: that takes longer than the runs.
+
+    Other files call the same functions with their shapes checked, and so does a whole run in tests/test_loop.py.
+    """
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def shapes_checked() -> Iterator[None]:
+    """For a test that has them checked in such a file."""
+    config.update("jaxtyping_disable", False)
+    yield
+    config.update("jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,8 @@ from tests.test_null_test import CATEGORIES, DIM, UNITS, table_of
 from tests.texts import write_texts
 from tests.toy import toy_config
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 SITES = [Site("s", "x", UNITS)]
 WEIGHTS = {"s": torch.ones(DIM, UNITS) + torch.eye(DIM, UNITS)}
 DIGITS = """name: small

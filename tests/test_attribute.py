@@ -15,6 +15,8 @@ from tests.finished_runs import TINY, call, finish
 from tests.networks import tiny_decoder
 from tests.test_families import save_tokenizer
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 FILES = {"affinity.graphml", "edges.graphml", "attribution.parquet", "attribution.png", "attribution.safetensors"}
 
 

@@ -16,6 +16,8 @@ from moeify.splitting.tree import ExpertTree
 from moeify.world import Solo
 from tests.toy import ToyTask, toy_config
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 TREE = ExpertTree.undivided("abcd").split({0: [("a", "b"), ("c", "d")]}).split({1: [("a",), ("b",)]})
 
 

@@ -27,6 +27,8 @@ from pipelines.kept_jobs import JobsFolder
 from pipelines.pool import Broken
 from pipelines.runs import RunBusyError, every
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 ASKED = jobs(["random"], [0.5], range(3))
 
 

@@ -21,6 +21,8 @@ from moeify.recipe.rounds import Budget
 from moeify.splitting.propose import Proposal
 from tests.toy import ToyTask, toy_config
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 TWIN = {"a": 2.0, "b": 4.0}
 
 

@@ -32,6 +32,8 @@ from tests.test_loop import DyingStore, KilledError, final, outcome
 from tests.texts import write_texts
 from tests.toy import toy_config
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 HERE = Machine(cores=1, memory=2.0)
 
 

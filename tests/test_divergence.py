@@ -25,6 +25,8 @@ from pipelines.runs import RunFolder
 from tests.test_loop import DyingStore, KilledError, final, outcome
 from tests.toy import CONFIG, ToyTask, toy_config
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 POISON = 3.0
 """Marks the target of a row whose loss is finite and whose gradient is not."""
 

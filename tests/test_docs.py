@@ -29,6 +29,8 @@ from tests.finished_runs import TINY, environment, finish
 from tests.networks import tiny_decoder
 from tests.test_owners import random_units
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 QUICKSTART = ROOT / "docs" / "quickstart.md"

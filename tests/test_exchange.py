@@ -29,6 +29,8 @@ from tests.test_divergence import Trouble, config_with
 from tests.test_loop import KilledError, final
 from tests.toy import CONFIG, TEXT_CONFIG, ToyTask, ToyTextTask, toy_config
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 T = TypeVar("T")
 TREE = ExpertTree.undivided(CATEGORIES).split({0: [("a", "b"), ("c", "d")]})
 KINDS: dict[str, Parallel] = {"replicate": Replicate(), "ddp": Ddp(kind="ddp", bucket=1)}

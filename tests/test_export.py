@@ -21,6 +21,8 @@ from moeify.store import CorruptCheckpointError, FolderStore
 from tests.networks import grouped_llama, rows_for
 from tests.toy import TEXT_CONFIG, ToyTask, ToyTextTask, toy_config
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 UNCHECKED = How(verify=False)
 """The tests compare by themselves: starting a process takes seconds."""
 

@@ -20,6 +20,8 @@ from moeify.splitting.tree import ExpertTree
 from moeify.task import Counted, Task
 from moeify.tasks.tensors import TensorTask
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 
 def shades() -> dict[str, Tensor]:
     torch.manual_seed(0)

@@ -10,6 +10,8 @@ from moeify.task import Batch
 from tests.test_loop import outcome
 from tests.toy import ToyTask, toy_config
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 
 class CountedTask(ToyTask):
     """Counts the batches that all tasks of the test were asked to train on."""

@@ -21,6 +21,8 @@ from moeify.training import train
 from moeify.world import Solo
 from tests.toy import CONFIG, ToyTask, toy_config
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 
 class KilledError(Exception):
     """Stands for the power going off."""
@@ -50,6 +52,7 @@ def final(store: FolderStore) -> dict[str, dict[str, torch.Tensor]]:
     return {arm: store.tensors(found.name, arm) for arm in store.facts(found.name)["arms"]}
 
 
+@pytest.mark.usefixtures("shapes_checked")
 def test_two_rounds_give_every_category_its_leaf_at_the_asked_separation() -> None:
     config, tracker = toy_config(), MemoryTracker()
     result = run(config, ToyTask(config), tracker=tracker)

@@ -20,6 +20,8 @@ from moeify.task import Task
 from tests.pictures import pictures, pictures_config
 from tests.toy import TEXT_CONFIG, ToyTask, ToyTextTask, toy_config
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 
 def trained(config: RunConfig, task: Task, place: pytest.TempPathFactory) -> SplitModel:
     folder = place.mktemp("run")

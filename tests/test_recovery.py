@@ -25,6 +25,8 @@ from tests.finished_runs import TINY
 from tests.texts import write_texts
 from tests.toy import TEXT_CONFIG, ToyTask, ToyTextTask, toy_config
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 STEPS = 12
 
 

@@ -24,6 +24,8 @@ from pipelines.cli import main
 from pipelines.report.page import build, write, write_or_warn
 from pipelines.runs import RunFolder
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 SECTIONS = [
     *("headline", "tree", "experts", "ownership", "attribution", "tax", "training", "removal", "affinity"),
     *("router", "cost"),

@@ -10,6 +10,8 @@ from moeify.routers.router import load_router, save_router
 from moeify.store import CorruptCheckpointError
 from tests.finished_runs import TINY, call, finish
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 TEXT = TINY + "controls: [told]\n"
 DIGITS = """name: images
 data: {kind: digits}

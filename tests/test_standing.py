@@ -16,6 +16,8 @@ from pipelines import runs, standing
 from pipelines.display import PlainDisplay
 from pipelines.runs import RunFolder
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 DRIVER = textwrap.dedent(
     """
     import sys, time

@@ -14,6 +14,8 @@ from moeify.store import CorruptCheckpointError, FolderStore, MemoryStore, Store
 from moeify.url_store import UrlStore
 from tests.stores import BUCKET, credentials, s3_server
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 TENSORS = {"split": {"w": torch.arange(6.0).view(2, 3)}, "dense": {"w": torch.ones(3)}}
 
 

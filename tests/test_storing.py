@@ -22,6 +22,8 @@ from tests.test_launch import Deaf
 from tests.test_loop import final, outcome
 from tests.toy import ToyTask, toy_config
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 RECIPE = """name: tiny
 data: {kind: digits}
 model: {kind: autoencoder, hidden: 64, code: 2}

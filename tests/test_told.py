@@ -19,6 +19,8 @@ from moeify.world import Solo
 from tests.networks import CATEGORIES, rows_for, tiny_autoencoder, tiny_llama
 from tests.toy import TEXT_CONFIG, ToyTask, ToyTextTask, toy_config
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 NETWORKS = {"llama": tiny_llama(), "autoencoder": tiny_autoencoder()}
 PLACES = {
     "llama": ["model.layers.0.mlp.told.weight", "model.layers.1.mlp.told.weight"],

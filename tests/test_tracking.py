@@ -36,7 +36,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-pytestmark = pytest.mark.filterwarnings(r"ignore::Warning:(mlflow|alembic|sqlalchemy|pydantic|google)\.")
+pytestmark = [
+    pytest.mark.usefixtures("shapes_unchecked"),
+    pytest.mark.filterwarnings(r"ignore::Warning:(mlflow|alembic|sqlalchemy|pydantic|google)\."),
+]
 
 
 @pytest.fixture

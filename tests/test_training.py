@@ -31,6 +31,8 @@ from tests.test_divergence import Trouble
 from tests.test_loop import DyingStore, KilledError, final, outcome
 from tests.toy import CONFIG, TEXT_CONFIG, ToyTask, ToyTextTask, toy_config
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 FAMILIES = {
     **{family: (lambda family=family: tiny_decoder(family)) for family in DECODER_CONFIGS},
     "autoencoder": lambda: tiny_autoencoder().float(),

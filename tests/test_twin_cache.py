@@ -12,6 +12,8 @@ from moeify.world import Solo
 from tests.test_loop import outcome
 from tests.toy import TEXT_CONFIG, ToyTask, ToyTextTask, toy_config
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 OTHER_CUTS = [{"train": 25, "recover": 10, "branching": 4, "separation": 0.4}]
 
 

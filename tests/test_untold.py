@@ -24,6 +24,8 @@ from tests.networks import CATEGORIES, rows_for, tiny_autoencoder, tiny_llama
 from tests.toy import TEXT_CONFIG, ToyTask, ToyTextTask, toy_config
 from tests.trees import partitions
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 FAMILIES = {"llama": tiny_llama, "autoencoder": tiny_autoencoder}
 
 

@@ -37,6 +37,8 @@ from tests.test_twin_cache import CountingTask
 from tests.texts import write_texts
 from tests.toy import toy_config
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 LONG = TINY.replace("steps: 12", "steps: 24").replace(
     "rows: 8}\nattribution", "rows: 8}\ncheckpoints: {every: 4}\nattribution"
 )

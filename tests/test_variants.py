@@ -6,6 +6,8 @@ from moeify.loop import run
 from moeify.recipe.variants import methods, scaled, variant
 from tests.toy import ToyTask, toy_config
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 
 @pytest.mark.parametrize("method", methods())
 def test_every_method_is_a_recipe_of_equal_tokens_that_ends_at_the_same_tree_and_separation(method: str) -> None:

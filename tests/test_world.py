@@ -17,6 +17,8 @@ from moeify.store import FolderStore
 from moeify.world import Group, Solo
 from tests.toy import ToyTask, toy_config
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
 
 def test_alone_every_collective_is_the_identity() -> None:
     tensor = torch.arange(3.0)
