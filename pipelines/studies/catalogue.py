@@ -15,6 +15,7 @@ QUESTIONS: Mapping[str, str] = {
     "edge_choices": "Which gradients must be kept from other units for a category to be removable, and at what tax?",
     "mnist_split": "What does a half of a code hold that was routed, by hand or by attribution, regularised or not?",
     "spurious_cue": "Does separating categories in training help where a cue that was learned turns round?",
+    "when_to_cut": "Does it pay to wait with the first cut until attribution knows the units?",
     "whole_blocks": "Do whole layers for categories, by hand, do as well as a split of every layer?",
     "worth_separating": "Does the affinity of two categories foresee what separating them costs?",
 }
