@@ -334,32 +334,30 @@ class TestOnOneCluster:
 
 @pytest.mark.ray
 @RAYS_OWN_WARNINGS
-def test_workers_that_die_too_often_leave_their_logs(folder: RunFolder) -> None:
+def test_a_private_cluster_stays_out_of_the_home_folder_and_leaves_the_logs_of_workers_that_die(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def worker(payload: dict[str, Any]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    wanted = Cluster(workers=1, threads=1, retries=0)
-    logs = folder.path / "ray-logs"
-    with pytest.raises(RunFailedError, match=f"moeify resume {folder.id}"), cluster(wanted, keep_logs=logs):
-        fit(folder, wanted, worker, {"folder": str(folder.path)})
-    assert list(logs.glob("worker-*.err"))
-    assert ray_processes() == []
-
-
-@pytest.mark.ray
-@RAYS_OWN_WARNINGS
-@pytest.mark.usefixtures("untracked")
-def test_a_private_cluster_stays_out_of_the_home_folder(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    home = folder.path / "home"
+    home, logs = folder.path / "home", folder.path / "ray-logs"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     before = dict(os.environ)
-    with cluster(Cluster(workers=1, threads=64), keep_logs=folder.path / "ray-logs"):
-        import ray
+    wanted = Cluster(workers=1, threads=64, retries=0)
 
-        assert ray.cluster_resources()["CPU"] >= 64
-        with pytest.raises(ValueError, match=r"lower cluster.workers or cluster.threads"):
-            launch._check_cores(Cluster(workers=2, threads=64))
+    def run() -> None:
+        with cluster(wanted, keep_logs=logs):
+            import ray
+
+            assert ray.cluster_resources()["CPU"] >= 64
+            with pytest.raises(ValueError, match=r"lower cluster.workers or cluster.threads"):
+                launch._check_cores(Cluster(workers=2, threads=64))
+            fit(folder, wanted, worker, {"folder": str(folder.path)})
+
+    with pytest.raises(RunFailedError, match=f"moeify resume {folder.id}"):
+        run()
+    assert list(logs.glob("worker-*.err"))
     assert list(home.iterdir()) == []
     assert dict(os.environ) == before
     assert ray_processes() == []

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from pipelines.find_recipe import find_recipe
 # MLflow's own database layer warns of its own future.
 pytestmark = pytest.mark.filterwarnings(r"ignore::Warning:(mlflow|alembic|sqlalchemy|pydantic|google)\.")
 
+CODE = "def main() -> None:\n    return sum(x for x in range(10))\n"
 PYTHON = [sys.executable, "-m", "pipelines"]
 
 
@@ -67,10 +67,6 @@ def test_digits_run_on_ray_and_are_tracked(tmp_path: Path, laid_out: Path) -> No
     assert all(run.info.status == "FINISHED" for run in found)
 
 
-def in_full(folder: Path) -> str:
-    return "text"
-
-
 def a_fifth(folder: Path) -> str:
     """The recipe of README's main job with a fifth of its steps; all else is as shipped."""
     text, where, _ = find_recipe("text")
@@ -89,37 +85,48 @@ def a_fifth(folder: Path) -> str:
     return str(path)
 
 
-@pytest.mark.main_path
-@pytest.mark.parametrize("recipe", [a_fifth, pytest.param(in_full, marks=pytest.mark.slow)])
-def test_text_runs_on_ray_and_exports_what_stock_transformers_load(
-    tmp_path: Path, recipe: Callable[[Path], str]
-) -> None:
-    done = moeify_command(tmp_path, "run", recipe(tmp_path))
+def run_text(home: Path, recipe: str) -> None:
+    done = moeify_command(home, "run", recipe)
     assert done.returncode == 0, done.stdout + done.stderr
     categories = {"python", "prose", "c", "web"}
-    summary = shown(tmp_path)
+    summary = shown(home)
     check(summary, "text", categories)
     assert set(summary["bits_per_byte"]["split"]) == categories
 
-    exported = moeify_command(tmp_path, "export", "last", "--category", "python", "-o", str(tmp_path / "python"))
-    assert exported.returncode == 0, exported.stderr
-    exported = moeify_command(tmp_path, "export", "last", "--split", "-o", str(tmp_path / "split"))
-    assert exported.returncode == 0, exported.stderr
-    exported = moeify_command(
-        tmp_path, "export", "last", "--moe", "glm4_moe", "--force", "c", "-o", str(tmp_path / "moe")
-    )
-    assert exported.returncode == 0, exported.stderr
-    assert ": c, python, prose, web" in exported.stdout
+
+def export(home: Path, name: str, *options: str) -> str:
+    done = moeify_command(home, "export", "last", *options, "-o", str(home / name))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.main_path
+def test_text_runs_on_ray_and_exports_what_stock_transformers_load(tmp_path: Path) -> None:
+    run_text(tmp_path, a_fifth(tmp_path))
+    export(tmp_path, "python", "--category", "python")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "python")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "python")
-    split = moeify.load_split(tmp_path / "split")
-    tokens = tokenizer("def main() -> None:\n    return sum(x for x in range(10))\n", return_tensors="pt").input_ids
+    tokens = tokenizer(CODE, return_tensors="pt").input_ids
     assert tokenizer.decode(tokens[0]).startswith("def main() -> None:")
-    with torch.no_grad():
-        wanted = split(tokens, torch.tensor([split.categories.index("python")]))
-        assert (dense(tokens).logits - wanted).abs().max() <= 1e-4
-        wanted = split(tokens, torch.tensor([split.categories.index("c")]))
-        assert (AutoModelForCausalLM.from_pretrained(tmp_path / "moe")(tokens).logits - wanted).abs().max() <= 1e-4
+    assert dense(tokens).logits.isfinite().all()
     assert dense.config.intermediate_size < 384
+
+
+@pytest.mark.slow
+@pytest.mark.main_path
+def test_every_export_of_text_in_full_is_the_split_model(tmp_path: Path) -> None:
+    run_text(tmp_path, "text")
+    export(tmp_path, "python", "--category", "python")
+    export(tmp_path, "split", "--split")
+    assert ": c, python, prose, web" in export(tmp_path, "moe", "--moe", "glm4_moe", "--force", "c")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    split = moeify.load_split(tmp_path / "split")
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "python")(CODE, return_tensors="pt").input_ids
+    for name, category in (("python", "python"), ("moe", "c")):
+        with torch.no_grad():
+            wanted = split(tokens, torch.tensor([split.categories.index(category)]))
+            found = AutoModelForCausalLM.from_pretrained(tmp_path / name)(tokens).logits
+        assert (found - wanted).abs().max() <= 1e-4
