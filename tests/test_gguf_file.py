@@ -31,13 +31,13 @@ def tokenizer() -> bytes:
     return train_tokenizer([documents], VOCABULARY - 4).to_str().encode()
 
 
-def llama() -> nn.Module:
+def llama(length: int = 80) -> nn.Module:
     config = LlamaModel(kind="llama", hidden=32, layers=2, heads=2, ffn=24)
-    return build_llama(config, vocabulary=VOCABULARY, length=80, end=0, seed=0)
+    return build_llama(config, vocabulary=VOCABULARY, length=length, end=0, seed=0)
 
 
-def source() -> Source:
-    return Source.of(SplitModel(llama(), CATEGORIES, Partition(TREE, WIDTHS)).eval(), torch.float32)
+def source(length: int = 80) -> Source:
+    return Source.of(SplitModel(llama(length), CATEGORIES, Partition(TREE, WIDTHS)).eval(), torch.float32)
 
 
 def written(network: nn.Module, tokenizer: bytes, place: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -141,3 +141,15 @@ def test_llama_cpp_predicts_what_the_split_model_does(
     gguf_file.write(stock.network, tokenizer, tmp_path / "odd.gguf", dtype=torch.float32, name="tiny")
     with pytest.raises(RuntimeError, match=r"the export for '.*' differs from the split model"):
         of.against_gguf(tmp_path / "odd.gguf", stock, tokenizer, torch.float32)
+
+
+@pytest.mark.slow
+def test_of_a_row_as_long_as_the_context_llama_cpp_is_asked_all_but_the_last_token(
+    tokenizer: bytes, tmp_path: Path
+) -> None:
+    pytest.importorskip("xllamacpp")
+    of = source(length=8)
+    assert of.inputs.shape[1] == 8
+    stock = to_dense(of.part, ["c"], padded=False)
+    gguf_file.write(stock.network, tokenizer, tmp_path / "model.gguf", dtype=torch.float32, name="tiny")
+    assert of.against_gguf(tmp_path / "model.gguf", stock, tokenizer, torch.float32)["c"] <= TOLERANCE

@@ -183,7 +183,7 @@ class Source(NamedTuple):
         """Return what is wanted after these tokens; nothing where they are too many for the network, or are routed by
         a hair's breadth."""
         row = torch.tensor([ids])
-        if row.shape[1] > self.inputs.shape[1]:
+        if row.shape[1] >= self.inputs.shape[1]:  # llama.cpp needs a place for what it says
             return {}
         if stock.routers and margin(self.part, stock.routers, row) <= _CLEAR:
             return {}
