@@ -96,6 +96,7 @@ def _head(stock: Stock | None, file: FileForm | None) -> Iterator[str]:
         yield from ("---", "tags: [moeify]", "---")
         return
     tasks = {"tokens": "text-generation", "masked tokens": "fill-mask", "images": "image-classification"}
+    tasks["texts"] = "text-classification"
     task = tasks.get(onnx_file.Signature.of(stock.network).takes)
     yield from ("---", f"library_name: {file or 'transformers'}", *([f"pipeline_tag: {task}"] if task else []))
     yield from ("tags: [moeify]", "---")
@@ -206,7 +207,8 @@ def _takes(family: Transformer, config: Any) -> str:
     if family.learns == "class of an image":
         height, width = image_size(config)
         return f"images of {height} x {width}, {config.num_labels} classes"
-    return f"vocabulary {config.vocab_size:,}, up to {family.positions(config):,} positions"
+    classes = f", {config.num_labels} classes" if family.learns == "class of a text" else ""
+    return f"vocabulary {config.vocab_size:,}, up to {family.positions(config):,} positions{classes}"
 
 
 def _recipe(recipe: RunConfig) -> Iterator[str]:
