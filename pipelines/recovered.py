@@ -1,12 +1,14 @@
-"""An export that is trained on: the run's data, if it is what the run read, and what came of it on one line."""
+"""Exports that learn: on the run's data, if it is what the run read; and what came of a recovery on one line."""
 
 from collections.abc import Mapping, Sequence
 
 from moeify.events import Started
 from moeify.export.recovery import Recover, Recovery
+from moeify.recipe.config import RunConfig
 from moeify.recipe.load import load_recipe
+from moeify.routers.by_layer import Distil
 from moeify.split_folder import began_of_run
-from moeify.task import data_hash
+from moeify.task import Task, data_hash
 from moeify.tasks.build import build_task
 from pipelines import runs
 from pipelines.journal import read_events
@@ -14,21 +16,30 @@ from pipelines.journal import read_events
 
 def recovery_on(folder: runs.RunFolder, steps: int) -> Recover:
     """Return a recovery of so many steps on a run's data; ValueError where that is not there, or not what it was."""
-    config, way_out = load_recipe(folder.resolved), "put it back, or export without --recover"
+    config, task = _data_of(folder, "--recover needs", "export without --recover")
+    return Recover(task, config, steps, began_of_run(folder.path))
+
+
+def routers_on(folder: runs.RunFolder) -> Distil:
+    """Return what trains a mixture's routers on a run's data; ValueError where that is not there, or has changed."""
+    config, task = _data_of(folder, "--moe trains routers on", "name a category to --force, which needs no router")
+    return Distil(task, config)
+
+
+def _data_of(folder: runs.RunFolder, asks: str, way_out: str) -> tuple[RunConfig, Task]:
+    config, way_out = load_recipe(folder.resolved), f"put it back, or {way_out}"
     try:
         task = build_task(config, cache=runs.cache(), base=folder.base)
     except (OSError, ValueError) as error:
         said = " ".join(str(error).split())
-        raise ValueError(
-            f"--recover needs the data of run {folder.id}, which cannot be read: {said}; {way_out}"
-        ) from None
+        raise ValueError(f"{asks} the data of run {folder.id}, which cannot be read: {said}; {way_out}") from None
     events, _ = read_events(folder.journal, 0)
     started = next((event for event in events if isinstance(event, Started)), None)
     if started:
         same = started.categories == task.categories
         if not same or (started.data_hash and started.data_hash != data_hash(task, config)):
-            raise ValueError(f"--recover needs the data of run {folder.id}, which has changed since; {way_out}")
-    return Recover(task, config, steps, began_of_run(folder.path))
+            raise ValueError(f"{asks} the data of run {folder.id}, which has changed since; {way_out}")
+    return config, task
 
 
 def told(recovery: Recovery) -> str:

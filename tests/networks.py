@@ -28,6 +28,9 @@ DECODER_CONFIGS: dict[str, dict[str, Any]] = {
     "roberta": {"max_position_embeddings": 13, "pad_token_id": 0},
     "distilbert": {"dim": 24, "hidden_dim": 20, "n_layers": 2, "n_heads": 6},
     "vit": {"image_size": [4, 6], "patch_size": 2, "num_channels": 2, "num_labels": 5},
+    "bert_classifier": {"num_labels": 5},
+    "roberta_classifier": {"max_position_embeddings": 13, "pad_token_id": 0, "num_labels": 5},
+    "distilbert_classifier": {"dim": 24, "hidden_dim": 20, "n_layers": 2, "n_heads": 6, "num_labels": 5},
 }
 """Family -> what its configuration says besides the sizes."""
 

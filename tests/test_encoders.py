@@ -245,7 +245,7 @@ def test_data_of_the_other_kind_is_told(tmp_path: Path) -> None:
         build_task(texts, cache=base, base=base)
     save_checkpoint(tmp_path / "llama", "llama")
     other = config.model_copy(update={"model": config.model.model_copy(update={"path": Path("llama")})})
-    with pytest.raises(ValueError, match="is a language model, and the data is images"):
+    with pytest.raises(ValueError, match="reads text, and the data is images"):
         build_task(other, cache=base, base=base)
     assert load("mnist", tmp_path)[0].pixels.shape == (300, 1, SIDE, SIDE)
 

@@ -10,10 +10,11 @@ from moeify.export.model_card import About
 from moeify.export.publish import How, export_dense, export_moe, export_split
 from moeify.export.stock import Form, Stock, extract, to_dense
 from moeify.export.stock_moe import to_moe
-from moeify.export.verification import TOLERANCE, Source
+from moeify.export.verification import ROUTED, TOLERANCE, Source
 from moeify.loop import run
 from moeify.recipe.config import RunConfig
 from moeify.routed.split_model import SplitModel
+from moeify.routers.by_layer import Distil
 from moeify.split_folder import load_from_run
 from moeify.splitting.partition import Partition
 from moeify.splitting.tree import ExpertTree
@@ -81,6 +82,26 @@ def test_a_mixture_is_checked_in_a_process_without_moeify_for_every_category(tex
     with torch.no_grad():
         difference = moe(tokens()).logits.float() - along(load_from_run(text_run), "c")
     assert difference.abs().max() <= 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "part"), [("glm4_moe", {"drop": ["c"]}), ("granitemoeshared", {"keep": ["a", "b"]})])
+def test_a_mixture_leaves_with_routers_that_are_checked_too(
+    text_run: Path, tmp_path: Path, form: Form, part: dict[str, list[str]]
+) -> None:
+    config = RunConfig.model_validate(TEXT_CONFIG)
+    distil = Distil(ToyTextTask(config), config)
+    done = export_moe(text_run, form, tmp_path / "moe", How(dtype="bfloat16"), distil=distil, **part)
+    assert done.differences is not None
+    assert done.differences.keys() == {ROUTED, *part.get("keep", "abcd")}
+    assert done.routers is not None
+    assert set(done.as_json()["routers"]["label"]) == {*part.get("keep", "abcd"), "mean"}
+    assert "**It routes by itself**" in (tmp_path / "moe" / "README.md").read_text()
+    moe = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.float32)
+    name = {"glm4_moe": "mlp.gate.weight", "granitemoeshared": "block_sparse_moe.router.weight"}[form]
+    assert all(weight.abs().max() > 0.01 for key, weight in moe.named_parameters() if key.endswith(name))
+    with pytest.raises(ValueError, match="got category 'a' to force and routers to train"):
+        export_moe(text_run, form, tmp_path / "other", forced="a", distil=distil)
 
 
 @pytest.mark.slow

@@ -96,6 +96,7 @@ def test_a_network_without_an_adapter_is_named() -> None:
 
 
 WITH_HEADS = {"llama", "mistral", "qwen2", "qwen3", "phi3", "bert", "roberta", "distilbert", "vit"}
+WITH_HEADS |= {"bert_classifier", "roberta_classifier", "distilbert_classifier"}
 IMAGES = {"vit"}
 TREE = ExpertTree.undivided(CATEGORIES).split({0: [("a", "b"), ("c", "d")]}).split({1: [("a",), ("b",)]})
 BOTH = get_args(UnitKind)
@@ -345,14 +346,15 @@ def test_a_familys_share_of_operations_counts_every_matrix(family: str) -> None:
     model = split_of(tiny_decoder(family), ("ffn",))
     looked_up = {"model.embed_tokens.weight", "gpt_neox.embed_in.weight", "model.decoder.embed_tokens.weight"}
     looked_up |= {"model.decoder.embed_positions.weight", "transformer.wte.weight", "transformer.wpe.weight"}
+    once = ("classifier.", "pre_classifier.", "bert.pooler.")  # for a whole row
     named = dict(model.network.named_parameters(remove_duplicate=True)).items()
     matrices = sum(
         tensor.numel()
         for name, tensor in named
-        if tensor.ndim == 2 and name not in looked_up and "embeddings" not in name and name != "classifier.weight"
+        if tensor.ndim == 2 and name not in looked_up and "embeddings" not in name and not name.startswith(once)
     )
-    untied = {"lm_head.weight", "embed_out.weight", "classifier.weight"}
-    matrices += 0 if untied & dict(named).keys() else 40 * 24
+    untied = ("lm_head.weight", "embed_out.weight", "classifier.")
+    matrices += 0 if any(name.startswith(untied) for name, _ in named) else 40 * 24
     of_a_unit = 24 * (3 if transformer_of(model.network).gate else 2)
     size, length = getattr(model.network.config, "head_dim", 4), 7 if family in IMAGES else 12
     both_ways = 1 if transformer_of(model.network).learns == "next token" else 2
@@ -368,6 +370,7 @@ def test_a_checkpoint_of_a_family_is_measured(family: str, tmp_path: Path) -> No
     if family in IMAGES:
         return  # tests/test_encoders.py does
     checkpoint, texts = tmp_path / "checkpoint", tmp_path / "texts"
+    classifies = family.endswith("_classifier")
     closed(tiny_decoder(family)).save_pretrained(checkpoint)
     save_tokenizer(checkpoint)
     for name, letters in (("one", "abcdef"), ("two", "uvwxyz")):
@@ -376,6 +379,12 @@ def test_a_checkpoint_of_a_family_is_measured(family: str, tmp_path: Path) -> No
             (texts / name / f"{number}.txt").write_text(letters * 9, encoding="utf-8")
     source = {"kind": "folders", "categories": {name: str(texts / name) for name in ("one", "two")}}
     data = TextData.model_validate({"kind": "text", "source": source, "vocabulary": 300, "length": 10})
+    if classifies:
+        with pytest.raises(
+            ValueError, match=r"checkpoint classifies texts; split it from Python, moeify.split\(.*'classes'"
+        ):
+            of_checkpoint(checkpoint, data, base=tmp_path, rows=4, rows_at_once=4, seed=0)
+        return
     probed = of_checkpoint(checkpoint, data, base=tmp_path, rows=4, rows_at_once=4, seed=0)
     table = measure(probed.subject, probed.batches)
     assert list(table.sites) == [site.name for site in readers(probed.subject.inner)]
@@ -472,7 +481,7 @@ def test_heads_of_phi3_whose_positions_have_long_factors_all_stay() -> None:
 # --- tokens that see both ways ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "vit"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "vit", "bert_classifier"])
 def test_split_heads_of_an_encoder_see_tokens_that_come_later(family: str) -> None:
     model = split_of(tiny_decoder(family).double()).eval()
     inputs, categories = rows_for(model.network, 2), torch.tensor([0, 2])

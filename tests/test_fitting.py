@@ -19,6 +19,7 @@ from moeify.splitting.partition import Partition
 from moeify.splitting.tree import ExpertTree
 from moeify.task import Counted, Task
 from moeify.tasks.tensors import TensorTask
+from tests.networks import tiny_decoder
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")
 
@@ -236,3 +237,22 @@ def test_what_type_checkers_are_told_is_what_there_is() -> None:
     stub = (Path(moeify.__file__).parent / "__init__.pyi").read_text(encoding="utf-8")
     told = {line.split()[3]: line.split()[1] for line in stub.splitlines() if line.startswith("from ")}
     assert told == moeify._HOMES  # type: ignore[attr-defined]
+
+
+def test_a_classifier_of_texts_is_trained_split_and_stays_one_of_transformers() -> None:
+    torch.manual_seed(0)
+    tokens = {name: torch.randint(first, first + 15, (40, 8)) for name, first in (("law", 1), ("letters", 20))}
+    data = {name: (rows, rows[:, 0] % 5) for name, rows in tokens.items()}
+    network = tiny_decoder("bert_classifier")
+    found = moeify.fit(network, data, loss="classes", steps=12, rounds=1, partition={"min_units": 2})
+    assert found.partition.separation > 0.2
+    assert found.trained is not None
+    accuracy = found.trained.result.accuracy
+    assert accuracy is not None
+    assert set(accuracy["split"]) == {"law", "letters", "mean"}
+    stock = found.extract("letters")
+    assert type(stock).__name__ == "BertForSequenceClassification"
+    rows = tokens["letters"][:3]
+    with torch.no_grad():
+        wanted = found.model(rows, torch.ones(3, dtype=torch.long))
+        torch.testing.assert_close(stock(rows).logits, wanted, rtol=1e-4, atol=1e-5)

@@ -11,12 +11,13 @@ from moeify.data.tokens import train_tokenizer
 from moeify.export import gguf_file
 from moeify.export.stock import Form, to_dense
 from moeify.export.stock_moe import to_moe
-from moeify.export.verification import TOLERANCE, Source
+from moeify.export.verification import ROUTED, TOLERANCE, Source
 from moeify.models.build import build_llama
 from moeify.recipe.model import LlamaModel
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
 from tests.networks import CATEGORIES, tiny_decoder
+from tests.test_by_layer import drawn
 from tests.test_pruning import TREE, WIDTHS
 from tests.texts import WORDS
 
@@ -30,13 +31,13 @@ def tokenizer() -> bytes:
     return train_tokenizer([documents], VOCABULARY - 4).to_str().encode()
 
 
-def llama() -> nn.Module:
+def llama(length: int = 80) -> nn.Module:
     config = LlamaModel(kind="llama", hidden=32, layers=2, heads=2, ffn=24)
-    return build_llama(config, vocabulary=VOCABULARY, length=80, end=0, seed=0)
+    return build_llama(config, vocabulary=VOCABULARY, length=length, end=0, seed=0)
 
 
-def source() -> Source:
-    return Source.of(SplitModel(llama(), CATEGORIES, Partition(TREE, WIDTHS)).eval(), torch.float32)
+def source(length: int = 80) -> Source:
+    return Source.of(SplitModel(llama(length), CATEGORIES, Partition(TREE, WIDTHS)).eval(), torch.float32)
 
 
 def written(network: nn.Module, tokenizer: bytes, place: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -117,19 +118,38 @@ def test_a_missing_package_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [None, "glm4_moe", "granitemoeshared"])
-def test_llama_cpp_predicts_what_the_split_model_does(form: Form | None, tokenizer: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("form", "routed"),
+    [(None, False), ("glm4_moe", False), ("glm4_moe", True), ("granitemoeshared", False), ("granitemoeshared", True)],
+)
+def test_llama_cpp_predicts_what_the_split_model_does(
+    form: Form | None, routed: bool, tokenizer: bytes, tmp_path: Path
+) -> None:
     pytest.importorskip("xllamacpp")
     of = source()
-    stock = to_moe(of.part, form, "c") if form else to_dense(of.part, ["c"], padded=False)
+    routers = drawn(of.part) if routed else "c"
+    stock = to_moe(of.part, form, routers) if form else to_dense(of.part, ["c"], padded=False)
     for dtype in (torch.float32,) if form else (torch.float32, torch.float16):
         path = tmp_path / f"{dtype}.gguf"
         gguf_file.write(stock.network, tokenizer, path, dtype=dtype, name="tiny")
         differences = of.against_gguf(path, stock, tokenizer, dtype)
-        assert differences.keys() == (set("abcd") if form else {"c"})
+        own = {ROUTED} if routed and form else set()
+        assert differences.keys() == (own | set("abcd") if form else {"c"})
         assert max(differences.values()) <= TOLERANCE
     with torch.no_grad():
         stock.network.get_parameter("model.norm.weight").mul_(1.1)
     gguf_file.write(stock.network, tokenizer, tmp_path / "odd.gguf", dtype=torch.float32, name="tiny")
-    with pytest.raises(RuntimeError, match="the export for 'c' differs from the split model"):
+    with pytest.raises(RuntimeError, match=r"the export for '.*' differs from the split model"):
         of.against_gguf(tmp_path / "odd.gguf", stock, tokenizer, torch.float32)
+
+
+@pytest.mark.slow
+def test_of_a_row_as_long_as_the_context_llama_cpp_is_asked_all_but_the_last_token(
+    tokenizer: bytes, tmp_path: Path
+) -> None:
+    pytest.importorskip("xllamacpp")
+    of = source(length=8)
+    assert of.inputs.shape[1] == 8
+    stock = to_dense(of.part, ["c"], padded=False)
+    gguf_file.write(stock.network, tokenizer, tmp_path / "model.gguf", dtype=torch.float32, name="tiny")
+    assert of.against_gguf(tmp_path / "model.gguf", stock, tokenizer, torch.float32)["c"] <= TOLERANCE

@@ -13,7 +13,9 @@ from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
 from moeify.result import Result
 from moeify.routed.split_model import SplitModel
+from moeify.routers.by_layer import LayerRouterReport
 from tests.networks import CATEGORIES, rows_for, tiny_llama
+from tests.test_by_layer import drawn
 from tests.test_pruning import split_of
 
 EACH = (*CATEGORIES, "mean")
@@ -94,6 +96,21 @@ def test_the_code_of_a_mixtures_card_sends_tokens_along_another_route(form: Form
     with torch.no_grad():
         wanted = of.whole(rows, torch.full((3,), 3))
         torch.testing.assert_close(stock.network(rows).logits, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_the_card_of_a_mixture_with_routers_says_what_they_cost_and_how_to_force_a_category() -> None:
+    of = source(keep=["a", "b"])
+    losses = {"label": {"a": 3.5, "b": 3.6, "mean": 3.55}, "router": {"a": 3.52, "b": 3.6, "mean": 3.56}}
+    report = LayerRouterReport(accuracy={"layers.0.ffn": 0.75, "layers.1.ffn": 0.9}, **losses)
+    stock = to_moe(of.part, "glm4_moe", drawn(of.part))
+    text = card(ABOUT, of, Checked(None, {"(its own routers)": 1e-6}, routers=report), dtype="float32", stock=stock)
+    assert "**It routes by itself**" in text
+    assert "(here a; set the bias to 0 to undo it)" in text
+    assert "| category | routed by label | by its routers | dense |" in text
+    assert "| mean | 3.5500 | 3.5600 | 3.5000 |" in text
+    assert "That is +0.28% above routing by label." in text
+    assert "to their label's expert: 75%, 90%." in text
+    assert "| (its own routers) | 1.0e-06 |" in text
 
 
 def test_the_code_of_a_gguf_card_is_that_of_the_check() -> None:

@@ -6,7 +6,9 @@ from typing import Literal
 from moeify.export.recovery import Recovery
 from moeify.export.speed import Speed, Speeds
 from moeify.export.stock import Stock
+from moeify.result import MEAN, Result
 from moeify.routed.split_model import SplitModel
+from moeify.routers.by_layer import LayerRouterReport
 
 FileForm = Literal["gguf", "onnx"]
 """What a model in one file may be."""
@@ -28,6 +30,26 @@ def recovered(recovery: Recovery | None, part: SplitModel) -> Iterator[str]:
         for c in part.categories
     ]
     yield from ("", *table(["category", "expert", "whole split model", "expert taken out", "recovered"], rows))
+
+
+def routed(report: LayerRouterReport | None, result: Result | None) -> Iterator[str]:
+    """Say what routing without labels costs, against labels and against the dense twin."""
+    if report is None:
+        return
+    losses = {"routed by label": report.label, "by its routers": report.router}
+    if result and "dense" in result.test_loss:
+        dense = {c: result.test_loss["dense"][c] for c in report.label if c != MEAN}
+        losses["dense"] = dense | {MEAN: sum(dense.values()) / len(dense)}
+    yield from ("## Its own routers (test loss, nats per token)", "")
+    rows = [[category, *(f"{loss[category]:.4f}" for loss in losses.values())] for category in report.label]
+    yield from table(["category", *losses], rows)
+    right = ", ".join(f"{share:.0%}" for share in report.accuracy.values())
+    yield ""
+    yield (
+        f"That is {report.router_tax:+.2%} above routing by label. A router is a linear map of what its layer's "
+        f"experts read, trained to tell the label of text that labels route, all else frozen. By layer it sends so "
+        f"many of the tokens to their label's expert: {right}."
+    )
 
 
 def timed(speed: Speeds | None, stock: Stock | None, file: FileForm | None) -> Iterator[str]:

@@ -39,6 +39,12 @@ def route_granitemoeshared(path: str, expert: int) -> None:
 ROUTE = {"glm4_moe": route_glm4_moe, "granitemoeshared": route_granitemoeshared}
 
 
+def _context(path: str) -> int:
+    """Return how many tokens the model takes."""
+    fields = GGUFReader(path).fields
+    return int(fields[f"{fields['general.architecture'].contents()}.context_length"].contents())
+
+
 def _served(path: str, context: int) -> Any:
     """Return llama.cpp's server, all in float32."""
     import xllamacpp
@@ -69,6 +75,8 @@ def _difference(server: Any, prompt: list[int] | str, logits: Any, say: int) -> 
     }
     asked["logit_bias"] = [[say, 1e6]]  # of what is sampled, not of what is told
     answer = server.handle_completions(asked)
+    if "choices" not in answer:
+        raise RuntimeError(f"llama.cpp answered a prompt of {len(prompt)} tokens with: {json.dumps(answer)}")
     found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     if len(found) != len(wanted):
         raise RuntimeError(f"got {len(found)} log probabilities, wanted {len(wanted)}")
@@ -80,7 +88,7 @@ def main(path: str, cases: str) -> None:
     found = []
     with safe_open(cases, framework="np") as file:
         inputs, header = file.get_tensor("inputs"), file.metadata()
-        length, say = inputs.shape[1], int(header["say"])
+        length, say = min(inputs.shape[1], _context(path) - 1), int(header["say"])  # one place is for what is said
         for name, expert in json.loads(header["cases"]):
             if expert is not None:
                 ROUTE[header["form"]](path, expert)
@@ -88,7 +96,7 @@ def main(path: str, cases: str) -> None:
             differences = [
                 _difference(server, row[:end].tolist(), logits[end - 1], say)
                 for row, logits in zip(inputs, wanted, strict=True)
-                for end in (1, length // 2, length)
+                for end in {1, max(1, length // 2), length}
             ]
             if "text" in header:
                 differences.append(_difference(server, header["text"], file.get_tensor(f"text/{name}"), say))

@@ -9,7 +9,7 @@ from typing import Any, assert_never
 
 from moeify.data.images import NORMS
 from moeify.export import fresh_check, onnx_file
-from moeify.export.card_measures import FileForm, recovered, table, timed
+from moeify.export.card_measures import FileForm, recovered, routed, table, timed
 from moeify.export.recovery import Recovery
 from moeify.export.speed import Speeds
 from moeify.export.stock import Form, Stock, counted_sites, ffn_sites
@@ -21,6 +21,7 @@ from moeify.recipe.config import RunConfig
 from moeify.recipe.data import DigitsData, ImageData, TextData
 from moeify.result import Result
 from moeify.routed.split_model import SplitModel
+from moeify.routers.by_layer import LayerRouterReport
 from moeify.store import FORMAT
 
 
@@ -51,12 +52,16 @@ class Checked:
     """What was learned after experts were taken out."""
     speed: Speeds | None = None
     """What it was timed at, where it was."""
+    routers: LayerRouterReport | None = None
+    """How well a mixture's own routers route, where it has any."""
 
     def as_json(self) -> dict[str, Any]:
         """Return it as plain data."""
         speed = self.speed and self.speed.as_json()
         recovery = self.recovery and asdict(self.recovery)
-        return {"rounding": self.rounding, "differences": self.differences, "recovery": recovery, "speed": speed}
+        routers = self.routers and self.routers.model_dump()
+        known = {"rounding": self.rounding, "differences": self.differences, "recovery": recovery, "speed": speed}
+        return known | {"routers": routers}
 
 
 def card(
@@ -76,6 +81,7 @@ def card(
         _origin(about, source.whole),
         _losses(about.result, source, stock),
         recovered(source.recovery, source.part),
+        routed(checked.routers, about.result),
         _size(source, stock),
         timed(checked.speed, stock, file),
         _format(stock, file),
@@ -90,6 +96,7 @@ def _head(stock: Stock | None, file: FileForm | None) -> Iterator[str]:
         yield from ("---", "tags: [moeify]", "---")
         return
     tasks = {"tokens": "text-generation", "masked tokens": "fill-mask", "images": "image-classification"}
+    tasks["texts"] = "text-classification"
     task = tasks.get(onnx_file.Signature.of(stock.network).takes)
     yield from ("---", f"library_name: {file or 'transformers'}", *([f"pipeline_tag: {task}"] if task else []))
     yield from ("tags: [moeify]", "---")
@@ -164,10 +171,15 @@ def _routing(stock: Stock, form: Form, file: FileForm | None) -> Iterator[str]:
 
         route = fresh_gguf.ROUTE[form]
         imports, what = ["import numpy as np", "from gguf import GGUFReader"], '"FOLDER/model.gguf"'
-    other = next((category for category in stock.experts if category != stock.forced), stock.forced)
+    other = next(category for category in stock.experts if category != stock.forced)
     source = inspect.getsource(route).replace("model: Any, expert: int) -> None", "model, expert)").rstrip()
-    yield f"There is no trained router: as written, **every token runs the expert of `{stock.forced}`**."
-    yield f"To send all tokens along another category's route (here {other}):"
+    if stock.forced:
+        yield f"There is no trained router: as written, **every token runs the expert of `{stock.forced}`**."
+        yield f"To send all tokens along another category's route (here {other}):"
+    else:
+        back = "set the bias to 0 to undo it" if form == "glm4_moe" else "load it anew to undo it"
+        yield "**It routes by itself**: each layer has a trained router, which chooses an expert for every token."
+        yield f"To send all tokens along one category's route instead (here {other}; {back}):"
     yield from ("", "```python", *imports, "", "", *source.split("\n"), "", "", f"experts = {dict(stock.experts)}")
     yield from (f'{route.__name__}({what}, experts["{other}"])', "```")
 
@@ -195,7 +207,8 @@ def _takes(family: Transformer, config: Any) -> str:
     if family.learns == "class of an image":
         height, width = image_size(config)
         return f"images of {height} x {width}, {config.num_labels} classes"
-    return f"vocabulary {config.vocab_size:,}, up to {family.positions(config):,} positions"
+    classes = f", {config.num_labels} classes" if family.learns == "class of a text" else ""
+    return f"vocabulary {config.vocab_size:,}, up to {family.positions(config):,} positions{classes}"
 
 
 def _recipe(recipe: RunConfig) -> Iterator[str]:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from moeify.models.build import logits
 from moeify.models.families import example_inputs, transformer_of
 
-Takes = Literal["tokens", "masked tokens", "images", "rows"]
-"""What a network is given: tokens; tokens and a mask of those that are there; images; rows of numbers, or maps."""
+Takes = Literal["tokens", "masked tokens", "texts", "images", "rows"]
+"""What a network is given: tokens; tokens, some hidden, or whole texts, and a mask of those that are there; images;
+rows of numbers, or maps."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Signature:
                 return cls("tokens")
             case "masked token":
                 return cls("masked tokens")
+            case "class of a text":
+                return cls("texts")
             case "class of an image":
                 return cls("images")
 
@@ -52,7 +55,7 @@ class Signature:
         match self.takes:
             case "tokens":
                 return ("input_ids",)
-            case "masked tokens":
+            case "masked tokens" | "texts":
                 return ("input_ids", "attention_mask")
             case "images":
                 return ("pixel_values",)
@@ -62,12 +65,12 @@ class Signature:
     @property
     def text(self) -> bool:
         """Whether inputs are rows of tokens, of any length."""
-        return self.takes in ("tokens", "masked tokens")
+        return self.takes in ("tokens", "masked tokens", "texts")
 
     def of_rows(self, rows: Tensor) -> dict[str, Tensor]:
         """Return the inputs that rows make. The last row's second half is told to be padding, where there is a mask."""
         found = {self.names[0]: rows.clone()}
-        if self.takes == "masked tokens":
+        if "attention_mask" in self.names:
             mask = torch.ones_like(rows)
             mask[-1, (rows.shape[1] + 1) // 2 :] = 0
             found["attention_mask"] = mask
@@ -134,7 +137,7 @@ def loading(network: nn.Module) -> Iterator[str]:
     if signature.text:
         yield from ("from tokenizers import Tokenizer", "", 'tokenizer = Tokenizer.from_file("FOLDER/tokenizer.json")')
         yield f'{first} = np.array([tokenizer.encode("TEXT").ids])  # rows of tokens, int64'
-        if signature.takes == "masked tokens":
+        if "attention_mask" in signature.names:
             yield f"attention_mask = np.ones_like({first})  # 0 where a row is padded"
     else:
         sizes = ", ".join(str(size) for size in example_inputs(network, rows=1, seed=0).shape[1:])

@@ -26,6 +26,7 @@ from moeify.export.stock_moe import to_moe
 from moeify.export.verification import Source
 from moeify.models.families import transformer_of
 from moeify.routed.split_model import SplitModel
+from moeify.routers.by_layer import Distil, LayerRouterReport
 from moeify.split_folder import load_from_run, load_split, save_split
 
 SHARD = "5GB"
@@ -101,20 +102,29 @@ def export_moe(
     keep: Sequence[str] = (),
     drop: Sequence[str] = (),
     recover: Recover | None = None,
+    distil: Distil | None = None,
 ) -> Checked:
-    """Write the split model as a stock ``transformers`` mixture of experts that sends every token along one route.
+    """Write the split model as a stock ``transformers`` mixture of experts.
 
-    ``forced``: the category of that route, None for the first that is whole; the model card says how to change it
-    after loading. ``keep``, ``drop``, ``recover``: as in ``export_split``.
+    ``distil``: trains its routers, so that it routes text without labels by itself. ``forced``: the category along
+    whose route every token goes instead; without both it is the first that is whole. The model card says how to force
+    a category after loading. ``keep``, ``drop``, ``recover``: as in ``export_split``.
     """
+    if forced and distil:
+        raise ValueError(f"got category {forced!r} to force and routers to train; leave one of the two out")
     if how.onnx:
         raise ValueError("an ONNX graph is of one category's route; export a dense model, or the mixture without onnx")
     _refuse_occupied(out)
     _refuse_lacking(run, how)
     source = Source.of(_split_of(run), how.torch_dtype, keep=keep, drop=drop, recover=recover)
     intact = [category for category in source.part.categories if category not in drop]
-    stock = to_moe(source.part, form, forced or (intact or source.part.categories)[0])
-    return _export_stock(run, source, stock, out, how)
+    if distil is None:
+        stock = to_moe(source.part, form, forced or (intact or source.part.categories)[0])
+        return _export_stock(run, source, stock, out, how)
+    to_moe(source.part, form, source.part.categories[0])  # says what does not fit before anything is trained
+    found = distil(source.part)
+    stock = to_moe(source.part, form, found.routers.rounded(how.torch_dtype))
+    return _export_stock(run, source, stock, out, how, found.report)
 
 
 def export_split(
@@ -139,12 +149,14 @@ def export_split(
         save_split(source.part, draft, _assets(run), dtype=how.torch_dtype)
         differences = source.against_split(load_split(draft)) if how.verify else None
         speeds = speed.of_split(load_split(draft), source.whole) if how.speed else None
-        checked = Checked(source.rounding, differences, recovery=source.recovery, speed=speeds)
+        checked = Checked(source.rounding, differences, source.recovery, speeds)
         _describe(draft, card(how.about, source, checked, dtype=how.dtype), speeds)
     return checked
 
 
-def _export_stock(run: Path | Origin, source: Source, stock: Stock, out: Path, how: How) -> Checked:
+def _export_stock(
+    run: Path | Origin, source: Source, stock: Stock, out: Path, how: How, routers: LayerRouterReport | None = None
+) -> Checked:
     if how.speed and how.gguf:
         speed.refuse_gguf(source.whole)
     route = stock.forced or next(iter(stock.price.routes))
@@ -171,7 +183,7 @@ def _export_stock(run: Path | Origin, source: Source, stock: Stock, out: Path, h
                 differences = source.against_stock(draft, stock)
             if how.speed:
                 speeds = speed.of_stock(source.part, source.whole, draft, route, how.torch_dtype)
-        checked = Checked(source.rounding, differences, recovery=source.recovery, speed=speeds)
+        checked = Checked(source.rounding, differences, source.recovery, speeds, routers)
         _describe(draft, card(how.about, source, checked, dtype=how.dtype, stock=stock, file=how.file), speeds)
     return checked
 

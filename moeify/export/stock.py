@@ -15,6 +15,7 @@ from moeify.models.resizing import copy_units, shaped
 from moeify.models.units import ConvUnits, FfnUnits
 from moeify.recipe.partition import UnitKind
 from moeify.routed.split_model import SplitModel
+from moeify.routers.by_layer import LayerRouters
 
 Form = Literal["glm4_moe", "granitemoeshared"]
 """Stock mixtures of experts that hold shared and routed slices of a dense FFN exactly."""
@@ -50,9 +51,11 @@ class Stock:
     form: Form | None = None
     """None for a dense network."""
     forced: str | None = None
-    """The category along whose route a mixture sends every token."""
+    """The category along whose route a mixture sends every token, where it does so whatever the token."""
     experts: Mapping[str, int] = field(default_factory=dict)
     """Category -> the expert of a mixture that serves it."""
+    routers: LayerRouters | None = None
+    """What chooses a mixture's experts where no category is forced."""
 
 
 def to_dense(split: SplitModel, categories: Sequence[str], *, padded: bool = True) -> Stock:

@@ -5,14 +5,17 @@ from below the core to the leaf: units of experts between are copied into every 
 layers get one width, and all shared experts, with zeros behind. So that no token runs more than the longest route of
 any layer, a core that is wider than the shared expert leaves its rest to every routed expert, as further copies.
 
-Both formats run one routed expert a token with a weight of exactly 1, whatever the token. There is no trained router:
-the checkpoint says which expert runs, and anyone may change it.
+Both formats run one routed expert a token with a weight of exactly 1, whatever the token. What chooses it is routers
+that were trained (``moeify.routers.by_layer``), each of which scores the leaves by what its layer's experts read, or a
+category is forced, which anyone may change. Either way the split model equals it, by ``SplitModel.by_layer`` or by
+label, as long as no two best scores of a token are equal to rounding.
 
-- ``glm4_moe``: sigmoid scores of a zero router are 1/2, ``routed_scaling_factor`` 2 makes them 1, and
-  ``e_score_correction_bias`` chooses an expert without touching its weight.
+- ``glm4_moe``: sigmoid scores, over their sum (``norm_topk_prob``): of one expert that is 1. Where it is forced,
+  ``e_score_correction_bias`` chooses it without touching its weight.
 - ``granitemoeshared``: the softmax over one chosen expert is 1. Its router has no bias, and a linear score without one
   can be made largest for every token by a pair only: the expert chosen and a spare slot hold the same slice, and score
-  v.x and -v.x for a random v, all others 0. So there is one slot more than leaves.
+  v.x and -v.x for some v, all others 0. So there is one slot more than leaves; where routers choose, it is the twin of
+  the first expert and scores the same.
 """
 
 from typing import Any, NamedTuple, assert_never
@@ -27,6 +30,7 @@ from moeify.models.families import describe
 from moeify.models.resizing import padded
 from moeify.models.units import FfnUnits
 from moeify.routed.split_model import SplitModel
+from moeify.routers.by_layer import LayerRouters
 
 _FIT = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose attention, norms and embeddings a format has too."""
@@ -57,18 +61,19 @@ class _Layer(NamedTuple):
 
 
 @torch.no_grad()
-def to_moe(split: SplitModel, form: Form, forced: str) -> Stock:
-    """Return the split model as a mixture of that format that sends every token along the route of category ``forced``.
+def to_moe(split: SplitModel, form: Form, chosen: str | LayerRouters) -> Stock:
+    """Return the split model as a mixture of that format.
 
-    Raises ValueError where the format cannot hold the network, or where there is but one route.
+    ``chosen``: the category along whose route every token goes, or the routers that choose token by token. Raises
+    ValueError where the format cannot hold the network, or where there is but one route.
     """
     tree = split.partition.tree
     if split.told:
         raise ValueError(
             "the split model is told the category (partition.told) by biases, which stock MoE formats have no place for"
         )
-    if forced not in tree.categories:
-        raise ValueError(f"no category {forced!r}; the model has {', '.join(split.categories)}")
+    if isinstance(chosen, str) and chosen not in tree.categories:
+        raise ValueError(f"no category {chosen!r}; the model has {', '.join(split.categories)}")
     if len(tree.leaves) < 2:
         raise ValueError(f"one route serves {', '.join(split.categories)}, wanted two or more; export a dense model")
     source, sites = _shared_config(split.network), ffn_sites(split)
@@ -107,7 +112,12 @@ def to_moe(split: SplitModel, form: Form, forced: str) -> Stock:
         else:
             _fill_granite(block, layer)
     experts = {category: tree.leaves.index(tree.route(category)[-1]) for category in split.categories}
-    ROUTE[form](network, experts[forced])
+    routers = None if isinstance(chosen, str) else chosen
+    if isinstance(chosen, str):
+        ROUTE[form](network, experts[chosen])
+    else:
+        for number, site in enumerate(sites):
+            _fill_router(network.get_submodule(f"model.layers.{number}"), form, chosen.weights[site.name])
     price = Price(
         own=split.space.units,
         copied=placed - split.space.units,
@@ -115,7 +125,7 @@ def to_moe(split: SplitModel, form: Form, forced: str) -> Stock:
         runs=len(ways) * (widths.shared + widths.expert),
         routes={category: split.partition.active_units(category) for category in split.categories},
     )
-    return Stock(network.eval(), price, form, forced, experts)
+    return Stock(network.eval(), price, form, None if routers else str(chosen), experts, routers)
 
 
 def _ways(split: SplitModel, site: str) -> tuple[Int[Tensor, " core"], list[Int[Tensor, " way"]]]:
@@ -193,8 +203,8 @@ def _glm4(source: dict[str, Any], widths: _Widths, dense: nn.Module) -> nn.Modul
         n_shared_experts=widths.shared // widths.expert,
         n_routed_experts=widths.slots,
         num_experts_per_tok=1,
-        norm_topk_prob=False,
-        routed_scaling_factor=2.0,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.0,
         n_group=1,
         topk_group=1,
         first_k_dense_replace=0,
@@ -245,6 +255,17 @@ def _fill_granite(layer: Any, values: _Layer) -> None:
     moe.experts.down_proj.copy_(values.experts_out)
     direction = torch.randn(moe.router.weight.shape[1], generator=torch.Generator().manual_seed(0))
     moe.router.weight.zero_()[-1] = direction
+
+
+def _fill_router(layer: Any, form: Form, weight_ED: Tensor) -> None:
+    """Have the layer's router choose; a spare slot is the twin of the first expert, so it may take its tokens."""
+    if form == "glm4_moe":
+        layer.mlp.gate.weight.copy_(weight_ED)
+        return
+    moe = layer.block_sparse_moe
+    for weight in (moe.experts.gate_up_proj, moe.experts.down_proj):
+        weight[-1] = weight[0]
+    moe.router.weight.copy_(torch.cat([weight_ED, weight_ED[:1]]))
 
 
 def _rounded(width: int) -> int:

@@ -20,6 +20,8 @@ def main(turns: int, prompt: int, new: int, vocabulary: int, paths: list[str]) -
         for path in reversed(paths) if turn % 2 else paths:
             asked = {"prompt": tokens, "n_predict": new, "cache_prompt": False}
             answer = servers[path].handle_completions(asked | {"ignore_eos": True, "timings_per_token": True})
+            if "timings" not in answer:
+                raise RuntimeError(f"llama.cpp answered a prompt of {prompt} tokens with: {json.dumps(answer)}")
             if turn:
                 for rates, part in zip(found[path], ("prompt", "predicted"), strict=True):
                     rates.append(1e3 * answer["timings"][f"{part}_n"] / answer["timings"][f"{part}_ms"])

@@ -26,11 +26,16 @@ from moeify.export.recovery import Recover, Recovery
 from moeify.export.stock import Stock
 from moeify.models.families import example_inputs, transformer_of
 from moeify.routed.split_model import SplitModel
+from moeify.routers.by_layer import LayerRouters, margin
 
 TOLERANCE = 1e-4
 """Largest difference of an output (logit, fp32) between an export and the split model."""
 TEXT = "def f(x):\n    return 3.14 * x  # naïve — 東京\n"
 """What a GGUF file's tokenizer is tested with."""
+ROUTED = "(its own routers)"
+"""Stands for a category where a mixture's routers choose."""
+_CLEAR = 1e-5
+"""By how much a token's best score leads, of the largest, where rounding cannot choose another expert."""
 _PROGRAMS = Path(__file__).parent
 """Where the programs lie that load an export without moeify."""
 
@@ -91,11 +96,27 @@ class Source(NamedTuple):
         """The rows that both sides are given."""
         return example_inputs(self.whole.network, rows=2, seed=0)
 
+    def rows_of(self, stock: Stock) -> Tensor:
+        """Return the rows that a mixture is given: ``inputs``, or others where a token's two best scores are equal.
+
+        RuntimeError where they are equal in rows of any seed that is tried.
+        """
+        if stock.routers is None:
+            return self.inputs
+        for seed in range(8):
+            rows = example_inputs(self.whole.network, rows=2, seed=seed)
+            if margin(self.part, stock.routers, rows) > _CLEAR:
+                return rows
+        raise RuntimeError("the routers score two experts alike, so rounding chooses; force a category instead")
+
     @torch.no_grad()
-    def outputs(self) -> dict[str, Tensor]:
-        """Return category -> what the export must give, of each category that the part serves."""
+    def outputs(self, rows: Tensor | None = None, routers: LayerRouters | None = None) -> dict[str, Tensor]:
+        """Return category -> what the export must give, of each category that the part serves; ``ROUTED`` too, where
+        there are routers. ``rows``: in place of ``inputs``."""
+        rows = self.inputs if rows is None else rows
+        own = {ROUTED: self.part.by_layer(rows, routers.weights)} if routers else {}
         with self._wanted() as model:
-            return {category: self._along(model, category) for category in self.part.categories}
+            return own | {category: self._along(model, category, rows) for category in self.part.categories}
 
     @contextmanager
     def _wanted(self) -> Iterator[SplitModel]:
@@ -114,7 +135,8 @@ class Source(NamedTuple):
     def against_stock(self, folder: Path, stock: Stock) -> dict[str, float]:
         """Return category -> the largest difference to what a new process loads; RuntimeError where one is too large.
 
-        A mixture is asked as it was written first, and then sent along each category's route in turn.
+        A mixture is asked as it was written first, which its routers answer where it has any (``ROUTED``), and then
+        sent along each category's route in turn.
         """
         return _tolerable(self._in_fresh_process(_PROGRAMS / "fresh_check.py", folder, stock, {}, {}))
 
@@ -128,7 +150,7 @@ class Source(NamedTuple):
         from tokenizers import Tokenizer
 
         known = Tokenizer.from_str(tokenizer.decode())
-        text = self._after_text(known.encode(TEXT, add_special_tokens=False).ids)
+        text = self._after_text(known.encode(TEXT, add_special_tokens=False).ids, stock)
         header = {"say": str(known.token_to_id("a"))} | ({"text": TEXT} if text else {})
         with tempfile.TemporaryDirectory() as place:
             copy = Path(place) / "model.gguf"
@@ -157,22 +179,26 @@ class Source(NamedTuple):
         header = {"batches": str(len(batches))}
         return _tolerable(self._in_fresh_process(_PROGRAMS / "fresh_onnx.py", path, stock, tensors, header))
 
-    def _after_text(self, ids: list[int]) -> dict[str, Tensor]:
-        """Return what is wanted after these tokens; nothing where they are too many for the network."""
+    def _after_text(self, ids: list[int], stock: Stock) -> dict[str, Tensor]:
+        """Return what is wanted after these tokens; nothing where they are too many for the network, or are routed by
+        a hair's breadth."""
         row = torch.tensor([ids])
-        if row.shape[1] > self.inputs.shape[1]:
+        if row.shape[1] >= self.inputs.shape[1]:  # llama.cpp needs a place for what it says
             return {}
-        with self._wanted() as model:
-            return {f"text/{c}": self._along(model, c, row)[0, -1] for c in self.part.categories}
+        if stock.routers and margin(self.part, stock.routers, row) <= _CLEAR:
+            return {}
+        return {f"text/{c}": outputs[0, -1] for c, outputs in self.outputs(row, stock.routers).items()}
 
     def _in_fresh_process(
         self, program: Path, weights: Path, stock: Stock, more: Mapping[str, Tensor], header: Mapping[str, str]
     ) -> dict[str, float]:
         """Ask a program that reads the cases of ``moeify.export.fresh_check``."""
         cases: list[tuple[str, int | None]] = [(stock.forced, None)] if stock.forced else []
+        cases += [(ROUTED, None)] if stock.routers else []
+        rows = self.rows_of(stock)
         cases += [(category, stock.experts.get(category)) for category in stock.price.routes]
-        named = {f"wanted/{category}": outputs for category, outputs in self.outputs().items()}
-        tensors = {name: tensor.contiguous() for name, tensor in {"inputs": self.inputs, **named, **more}.items()}
+        named = {f"wanted/{category}": outputs for category, outputs in self.outputs(rows, stock.routers).items()}
+        tensors = {name: tensor.contiguous() for name, tensor in {"inputs": rows, **named, **more}.items()}
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "cases.safetensors"
             family = transformer_of(self.whole.network)

@@ -53,6 +53,9 @@ TRANSFORMERS: tuple[Transformer, ...] = (
     roberta.ADAPTER,
     distilbert.ADAPTER,
     vit.ADAPTER,
+    bert.CLASSIFIER,
+    roberta.CLASSIFIER,
+    distilbert.CLASSIFIER,
 )
 ADAPTERS: tuple[Adapter, ...] = (autoencoder.ADAPTER, resnet.ADAPTER, *TRANSFORMERS)
 DETECTED = Detected()

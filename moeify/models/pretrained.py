@@ -72,12 +72,14 @@ class Checkpoint:
         """Return the checkpoint of a language model; ValueError for one of images."""
         if self.family.learns == "class of an image":
             raise ValueError(f"{self.folder} classifies images, and the data is text; give data of kind 'images'")
+        if self.family.learns == "class of a text":
+            raise ValueError(f"{self.folder} classifies texts; split it from Python, moeify.split(..., loss='classes')")
         return self
 
     def images(self) -> Self:
         """Return the checkpoint of an image classifier; ValueError for another."""
         if self.family.learns != "class of an image":
-            raise ValueError(f"{self.folder} is a language model, and the data is images; give data of kind 'text'")
+            raise ValueError(f"{self.folder} reads text, and the data is images; give data of kind 'text'")
         return self
 
     def classifies(self, channels: int, classes: int) -> tuple[int, int]:
@@ -125,7 +127,7 @@ def look(folder: Path) -> Checkpoint:
         family, classes = config.get("model_type"), config.get("architectures") or []
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'} is no JSON object ({error}); save the model again") from error
-    found = transformer_named(family)
+    found = next((each for each in TRANSFORMERS if each.network in classes), transformer_named(family))
     if found is None or (classes and found.network not in classes):
         named = ", ".join(map(str, classes)) or "nothing"
         raise ValueError(

@@ -25,8 +25,8 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 """What ``transformers`` calls them -> what routed blocks compute."""
 
-Learns = Literal["next token", "masked token", "class of an image"]
-"""What a network predicts: the token after each, tokens that are hidden from it, or what an image shows."""
+Learns = Literal["next token", "masked token", "class of an image", "class of a text"]
+"""What a network predicts: the token after each, tokens that are hidden from it, or what an image or a text is."""
 _ROWS = 64
 """Tokens of a random row, at most."""
 
@@ -98,6 +98,8 @@ class Transformer:
                 return "AutoModelForMaskedLM"
             case "class of an image":
                 return "AutoModelForImageClassification"
+            case "class of a text":
+                return "AutoModelForSequenceClassification"
 
     def sites(self, network: nn.Module) -> list[UnitSite]:
         """Return all sites in the network's order; ValueError for an activation that routed blocks do not compute."""
@@ -128,7 +130,12 @@ class Transformer:
         return tuple(found[1:])
 
     def places(self, network: nn.Module) -> dict[str, int]:
-        """Return the convolution that makes tokens of an image, and how many it makes."""
+        """Return the convolution that makes tokens of an image, and how many it makes; 0 for what classifies a text,
+        once for all of its tokens."""
+        if self.learns == "class of a text":
+            inside = self.layer.partition("{")[0]
+            named = network.named_modules()
+            return {n: 0 for n, module in named if isinstance(module, nn.Linear) and not n.startswith(inside)}
         if self.learns != "class of an image":
             return {}
         found = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]

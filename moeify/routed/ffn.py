@@ -8,7 +8,7 @@ masked path, which runs every unit and zeroes those off the route, is the slow o
 Axes: N tokens (rows times positions), D model width, U units; a rectangle has n tokens and u units.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -50,6 +50,8 @@ class Routes:
     """Run the oracle instead of rectangles."""
     learning: Learning | None = None
     """What runs and learns in this batch, where gradients are routed."""
+    routers: Mapping[str, Float[Tensor, "leaves dim"]] | None = None
+    """Site -> what scores leaves at its input, where every site routes tokens by itself."""
     _found: dict[tuple[Any, ...], tuple[Rectangle, ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -80,20 +82,31 @@ class Routes:
         """Return the rectangles of a site that do not learn in full."""
         return self.learning.damped(site, positions) if self.learning else []
 
-    @contextmanager
-    def learns(self, learning: Learning | None) -> Iterator[None]:
+    def decide(self, site: str, x: Float[Tensor, "*tokens dim"]) -> None:
+        """Send each token along the route of the leaf that the site's router scores highest, where it has one."""
+        if self.routers is None:
+            return
+        tree = self.partition.tree
+        firsts, weight_ED = torch.tensor([tree.span(leaf)[0] for leaf in tree.leaves]), self.routers[site]
+        positions = firsts.to(x.device)[(x.flatten(0, -2).to(weight_ED.dtype) @ weight_ED.t()).argmax(-1)]
+        self.order = torch.argsort(positions, stable=True)
+        self.places = torch.argsort(self.order)
+        counts = torch.bincount(positions, minlength=len(tree.categories))
+        self.bounds = (0, *counts.cumsum(0).tolist())
+
+    def routing(self, routers: Mapping[str, Float[Tensor, "leaves dim"]]) -> AbstractContextManager[None]:
+        """Return a context in which every site's router chooses each token's leaf from what the site reads."""
+        return self._being({"routers": routers, "order": None, "places": None, "bounds": (), "categories": None})
+
+    def learns(self, learning: Learning | None) -> AbstractContextManager[None]:
         """Run and teach as ``learning`` says while the context lasts; backward passes may come later."""
         assert not self.masked
         assert not self.ablated
-        before, self.learning = self.learning, learning
-        try:
-            yield
-        finally:
-            self.learning = before
+        return self._being({"learning": learning})
 
     def as_now(self) -> AbstractContextManager[None]:
         """Return a context in which the routes are what they are at this call, for a pass that is run again later."""
-        names = ("partition", "bounds", "categories", "order", "places", "ablated", "masked", "learning")
+        names = ("partition", "bounds", "categories", "order", "places", "ablated", "masked", "learning", "routers")
         return self._being({name: getattr(self, name) for name in names})
 
     @contextmanager
@@ -105,23 +118,13 @@ class Routes:
         finally:
             vars(self).update(before)
 
-    @contextmanager
-    def ablating(self, nodes: Sequence[int]) -> Iterator[None]:
+    def ablating(self, nodes: Sequence[int]) -> AbstractContextManager[None]:
         """Zero the own units of these nodes while the context lasts."""
-        before, self.ablated = self.ablated, self.ablated | frozenset(nodes)
-        try:
-            yield
-        finally:
-            self.ablated = before
+        return self._being({"ablated": self.ablated | frozenset(nodes)})
 
-    @contextmanager
-    def masking(self) -> Iterator[None]:
+    def masking(self) -> AbstractContextManager[None]:
         """Run the masked oracle while the context lasts."""
-        before, self.masked = self.masked, True
-        try:
-            yield
-        finally:
-            self.masked = before
+        return self._being({"masked": True})
 
 
 def uncompiled(run: Callable[P, T]) -> Callable[P, T]:
@@ -166,6 +169,7 @@ class RoutedFfn(nn.Module):
         return uncompiled(self._run)(x)
 
     def _run(self, x: Tensor) -> Tensor:
+        self.routes.decide(self.units.name, x)
         run, order, places = self._masked if self.routes.masked else self._routed, self.routes.order, self.routes.places
         if order is None or places is None:
             out = run(x)

@@ -124,5 +124,5 @@ class _Shape:
 
 def _rows(x: Float[Tensor, "*tokens dim"], routes: Routes) -> Float[Tensor, "rows positions dim"]:
     """Return tokens in rows, as they may be already."""
-    rows = routes.bounds[-1]
+    rows = 1 if routes.routers else routes.bounds[-1]  # routers take tokens as they come
     return x if x.dim() > 2 else x.view(rows, len(x) // max(1, rows), -1)

@@ -161,6 +161,24 @@ class SplitModel(nn.Module):
         uncompiled(self._set_routes)(positions[order], categories.flatten()[order], order)
         return logits(self.network, inputs, autocast=self.autocast, **more)
 
+    def by_layer(self, inputs: Tensor, routers: Mapping[str, Float[Tensor, "leaves dim"]], **more: Any) -> Tensor:
+        """Return the network's outputs where every split block chooses each token's leaf from what it reads.
+
+        ``routers``: site -> what scores the leaves, in the tree's order; the highest score wins. No label is read.
+        ``more`` goes to the network as it is. ValueError where a row has one route, is told its category, or where
+        routers do not fit the sites.
+        """
+        if self.whole_rows or self.told:
+            what = "heads are split, and a head looks over a whole row" if self.whole_rows else "blocks are told labels"
+            raise ValueError(f"{what}, so its blocks cannot route tokens by themselves; route by row")
+        if not all(isinstance(site, FfnUnits) for site in self.space.sites):
+            raise ValueError("inner channels are split, and a channel looks over a whole image; route by row")
+        leaves = len(self.partition.tree.leaves)
+        if {name: len(weight) for name, weight in routers.items()} != {s.name: leaves for s in self.space.sites}:
+            raise ValueError(f"got routers of {', '.join(routers) or 'no site'}, wanted one of {leaves} leaves a site")
+        with self.routes.routing(routers):
+            return logits(self.network, inputs, autocast=self.autocast, **more)
+
     def _set_routes(self, positions: Tensor, categories: Tensor, order: Tensor | None) -> None:
         counts = torch.bincount(positions, minlength=len(self.categories))
         self.routes.bounds = (0, *counts.cumsum(0).tolist())

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 @click.option(
     "--moe", type=click.Choice(["glm4_moe", "granitemoeshared"]), help="A mixture of experts that transformers loads."
 )
-@click.option("--force", metavar="NAME", help="With --moe: the category whose expert runs as loaded (the first).")
+@click.option("--force", metavar="NAME", help="With --moe: no routers; this category's expert runs.")
 @click.option("--gguf", is_flag=True, help="For llama.cpp: a dense model or --moe as one file.")
 @click.option("--onnx", is_flag=True, help="For onnxruntime: a dense model as one graph, whatever its network.")
 @click.option(
@@ -86,7 +86,8 @@ def command(
     --category NAME               a smaller dense model of that category's route;
                                   with --onnx or --gguf as one file
     --split                       the whole split model
-    --moe FORMAT                  the whole split model, for plain transformers
+    --moe FORMAT                  the whole split model, for plain transformers,
+                                  with routers for text without labels
     --category A --category B     with --split or --moe: those categories and
                                   what serves them, nothing else
     --without NAME                as --split or --moe, all categories, but NAME
@@ -94,6 +95,9 @@ def command(
 
     A dense model of several categories would run units for each of them that the split model does not run, and give
     other outputs: it is written only where they share one route.
+
+    --moe reads the run's data again to train its routers, one in each layer; the README says what routing without
+    labels costs. With --force NAME it reads no data: every token runs that category's expert.
 
     --recover reads the run's data again, and trains what is left by the recipe's settings on train rows of categories
     that keep their experts. The README says what that took, and what it did to every category's validation loss.
@@ -125,7 +129,7 @@ def command(
             raise ValueError(f"no category {category!r}; the run has {', '.join(known['categories'])}{nearest}")
     with outlet(target) as out:
         from moeify.export.publish import How, export_dense, export_moe, export_split
-        from pipelines.recovered import recovery_on
+        from pipelines.recovered import recovery_on, routers_on
 
         copies.fetch_checkpoint(folder)
         recovery = recovery_on(folder, recover) if recover else None
@@ -133,7 +137,11 @@ def command(
             click.echo(f"training on for {recover:,} steps ...", err=True)
         how = How(dtype=dtype, gguf=gguf, onnx=onnx, verify=verify, speed=speed, about=_about(folder))
         if moe:
-            done = export_moe(folder.path, moe, out, how, forced=force, keep=keep, drop=drop, recover=recovery)
+            distil = None if force else routers_on(folder)
+            if distil:
+                click.echo("training routers ...", err=True)
+            parts = {"keep": keep, "drop": drop}
+            done = export_moe(folder.path, moe, out, how, forced=force, recover=recovery, distil=distil, **parts)
         elif split or drop:
             done = export_split(folder.path, out, how, keep=keep, drop=drop, recover=recovery)
         else:
@@ -151,8 +159,13 @@ def command(
 
 def _tell(done: "Checked", target: str, moe: "Form | None", dtype: "Dtype") -> None:
     click.echo(f"wrote {target}")
-    if moe:
+    if moe and done.routers is None:
         click.echo(f"every token runs the expert of one category; {target}/README.md says which, and how to change it")
+    if done.routers is not None:
+        click.echo(
+            f"its routers choose for every token: test loss {done.routers.router_tax:+.2%} against routing by label; "
+            f"{target}/README.md says more, and how to force a category"
+        )
     if done.recovery is not None:
         from pipelines.recovered import told
 

@@ -1,6 +1,8 @@
 """BERT: tokens see both ways and hidden ones are predicted. Norms stand behind the blocks, so edges between sites
 cannot be followed; a head has the size that the width and the number of heads imply."""
 
+from dataclasses import replace
+
 from moeify.models.transformer import Heads, Transformer
 
 ADAPTER = Transformer(
@@ -17,4 +19,7 @@ ADAPTER = Transformer(
     biases=True,
     norm=None,
     heads=Heads("attention", "self.query", "self.key", "self.value", "output.dense", inline="self", sized=False),
+)
+CLASSIFIER = replace(
+    ADAPTER, family="bert_classifier", network="BertForSequenceClassification", learns="class of a text"
 )

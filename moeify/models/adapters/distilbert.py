@@ -1,5 +1,7 @@
 """DistilBERT: BERT with half of the layers, each block a module of its own."""
 
+from dataclasses import replace
+
 from moeify.models.transformer import Heads, Transformer
 
 ADAPTER = Transformer(
@@ -18,4 +20,7 @@ ADAPTER = Transformer(
     activation="activation",
     norm=None,
     heads=Heads("attention", "q_lin", "k_lin", "v_lin", "out_lin", sized=False),
+)
+CLASSIFIER = replace(
+    ADAPTER, family="distilbert_classifier", network="DistilBertForSequenceClassification", learns="class of a text"
 )

@@ -12,3 +12,6 @@ ADAPTER = replace(
     layer="roberta.encoder.layer.{}",
     padded=True,
 )
+CLASSIFIER = replace(
+    ADAPTER, family="roberta_classifier", network="RobertaForSequenceClassification", learns="class of a text"
+)
