@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attribution.reading import wide
-from attribution.sites import Site, output_weight, patches
+from attribution.sites import Site, output_weight, patches, whole
 from attribution.subject import Subject
 
 
@@ -79,7 +79,9 @@ def linearised(norm: nn.Module, name: str, x: Tensor, y: Tensor) -> Linearised:
     named = [getattr(norm, key, None) for key in ("eps", "variance_epsilon", "epsilon")]
     eps = next((value for value in named if value is not None), torch.finfo(x.dtype).eps)
     weight, bias = (getattr(norm, part, None) for part in ("weight", "bias"))
-    scale = torch.ones_like(x_RTD[0, 0]) if weight is None else weight.detach().to(x_RTD)
+    # Copies: what a hook sees of a parameter that is gathered for the forward pass is gone after it.
+    scale = torch.ones_like(x_RTD[0, 0]) if weight is None else whole(weight).to(x_RTD, copy=True)
+    offset = 0 if bias is None else whole(bias)
     scales = [scale] if weight is None else [scale, 1 + scale]
     room = max(1e-4, 4 * torch.finfo(y.dtype).eps) * float(y_RTD.abs().max())
     centring = {nn.LayerNorm: (True,), nn.RMSNorm: (False,)}.get(type(norm), (False, True))
@@ -88,7 +90,7 @@ def linearised(norm: nn.Module, name: str, x: Tensor, y: Tensor) -> Linearised:
         inverse_RT1 = (moved_RTD.square().mean(2, keepdim=True) + eps).rsqrt()
         unit_RTD = moved_RTD * inverse_RT1
         for scale_D in scales:
-            gap_RTD = unit_RTD * scale_D + (0 if bias is None else bias.detach()) - y_RTD
+            gap_RTD = unit_RTD * scale_D + offset - y_RTD
             if bool(gap_RTD.abs().max() <= room):
                 return Linearised(scale_D, unit_RTD, inverse_RT1, centred)
     raise ValueError(
@@ -104,10 +106,6 @@ class _Tap:
         self.module = module
         self.name = name
         self._clock = clock
-        if any(hasattr(parameter, "full_tensor") for parameter in module.parameters()):
-            raise ValueError(
-                f"the parameters of {name!r} are sharded; edges need a network that each worker holds whole"
-            )
         self.begin(0)
 
     def begin(self, rows: int) -> None:
@@ -212,6 +210,8 @@ class WriterTap(_Tap):
         self.site = site
         self._norm = norm
         self._sections = writer.sections
+        weight: Any = getattr(module, "weight", None)
+        self._weight = whole(weight) if isinstance(weight, Tensor) else None
 
     def begin(self, rows: int) -> None:
         """Forget the last batch."""
@@ -259,11 +259,11 @@ class WriterTap(_Tap):
 
     def input_weight(self) -> Float[Tensor, "features dim"]:
         """Return the weight by which each output feature reads the writer's input."""
-        weight: Any = getattr(self.module, "weight", None)
-        if isinstance(self.module, nn.Linear):
-            return wide(self.module.weight.detach())
-        if isinstance(weight, Tensor) and weight.ndim == 2 and hasattr(self.module, "nf"):
-            return wide(weight.detach().t())  # transformers' Conv1D keeps [dim features].
+        weight = self._weight
+        if weight is not None and isinstance(self.module, nn.Linear):
+            return wide(weight)
+        if weight is not None and weight.ndim == 2 and hasattr(self.module, "nf"):
+            return wide(weight.t())  # transformers' Conv1D keeps [dim features].
         raise ValueError(
             f"the writer {self.name!r} of site {self.site.name!r} is a {type(self.module).__name__}; it must be "
             f"nn.Linear or transformers' Conv1D, or be itself the reader of the source site"

@@ -53,12 +53,13 @@ def measure_edges(
     standard errors; without them edges between units of networks without positions are much cheaper.
 
     Products are in the activations' precision (half precision is widened to float32), sums over rows in float64. The
-    subject's ``sample`` is not used. Raises ValueError for entries, pairs, blocks or values that make no sense, by
-    name.
+    subject's ``sample`` is not used. Of a network sharded by ``fully_shard`` every worker gathers the weights of the
+    sites' readers and writers, and needs as many batches as the others. Raises ValueError for entries, pairs, blocks or
+    values that make no sense, by name.
     """
-    run = _Pass(subject, entries, pairs, blocks or {}, errors)
     with ExitStack() as stack:
         stack.enter_context(subject.still())
+        run = _Pass(subject, entries, pairs, blocks or {}, errors)
         for source in run.sources.values():
             stack.callback(source.module.register_forward_pre_hook(source.before).remove)
         for norm in run.norms.values():

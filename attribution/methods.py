@@ -166,7 +166,10 @@ class Random:
 
 @dataclass(frozen=True)
 class Ablation:
-    """The true rise, unit by unit (``attribution.ablation``): the oracle. One forward pass of the data a unit."""
+    """The true rise, unit by unit (``attribution.ablation``): the oracle. One forward pass of the data a unit.
+
+    Morcos et al. 2018 (arXiv 1803.06959), who clamp units to zero or to their mean, and look at accuracy.
+    """
 
     value: Value
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,24 @@ def output_weight(reader: nn.Module, site: Site) -> Float[Tensor, "inputs dim"]:
     """Return the weight by which ``reader`` turns the units' features into its output, one row an input.
 
     For a convolution an input is a channel at one place of the kernel: ``units * kernel`` rows, a unit's rows side by
-    side, as ``torch.nn.functional.unfold`` orders them.
+    side, as ``torch.nn.functional.unfold`` orders them. A sharded weight is gathered: all workers must ask.
     """
     weight = getattr(reader, "weight", None)
     if isinstance(reader, nn.Conv2d) and reader.groups == 1:
-        return reader.weight.detach().flatten(1).t()
+        return whole(reader.weight).flatten(1).t()
     if isinstance(reader, nn.Linear):
-        return reader.weight.detach().t()
+        return whole(reader.weight).t()
     if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[0] == site.features:
-        return weight.detach()  # transformers' Conv1D keeps [inputs dim].
+        return whole(weight)  # transformers' Conv1D keeps [inputs dim].
     raise ValueError(
         f"site {site.name!r}: the reader {site.reader!r} is a {type(reader).__name__}; output weights and second "
         f"moments need nn.Linear, transformers' Conv1D or nn.Conv2d without groups"
     )
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """Return a parameter without its gradient; one that ``fully_shard`` keeps in parts is gathered by all workers."""
+    return parameter.full_tensor().detach() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def patches(reader: nn.Module, site: Site, inputs: Tensor) -> Float[Tensor, "rows terms inputs"]:

@@ -44,10 +44,12 @@ def report(
     path: Path | None,
     *,
     quick: bool,
+    details: Sequence[Mapping[str, Cell]] = (),
 ) -> None:
     """Print ``rows`` as a table (a new one where the columns change), then one line a figure; write both to ``path``.
 
-    The JSON object has ``benchmark``, ``quick``, ``machine``, ``rows``, ``goals`` and ``summary`` (figure -> number).
+    The JSON object has ``benchmark``, ``quick``, ``machine``, ``rows``, ``goals`` and ``summary`` (figure -> number),
+    and where there are any ``details``, rows that are not printed.
     """
     for columns, alike in itertools.groupby(rows, key=lambda row: list(row)):
         _table(columns, list(alike))
@@ -62,6 +64,7 @@ def report(
                 "quick": quick,
                 "machine": {"python": platform.python_version(), "system": sys.platform, "cores": os.cpu_count()},
                 "rows": [dict(row) for row in rows],
+                **({"details": [dict(row) for row in details]} if details else {}),
                 "goals": {figure.name: figure.goal for figure in figures},
                 "summary": {figure.name: figure.value for figure in figures},
             },

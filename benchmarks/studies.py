@@ -30,6 +30,8 @@ HELD_OUT = 64
 """Rows of text of each category that losses after retraining are taken on."""
 MEASURED = 32
 """Rows of text of each category that are measured before a cut: 4,096 tokens."""
+IMAGES_MEASURED, IMAGES_HELD_OUT = 100, 200
+"""The same of images of each class."""
 
 
 @dataclass(frozen=True)
@@ -213,19 +215,23 @@ def cifar(seed: int, rows: int, _: bool) -> Study:
 def _images(
     x: Tensor, y: Tensor, held_out: Tensor, train: Tensor, rows: int
 ) -> tuple[list[Rows], list[Rows], list[Rows]]:
-    """Return ``rows`` images of each class to probe, up to 256 of the train split to measure, and the rest."""
+    """Return ``rows`` images of each class to probe, those of the train split to measure, and others held out."""
 
-    def batches(order: Tensor, first: int, last: int | None) -> list[Rows]:
+    def batches(order: Tensor, first: int, last: int) -> list[Rows]:
         chosen = torch.cat([order[y[order] == label][first:last] for label in range(10)])
-        parts = chosen.view(10, -1).t().reshape(-1) if last is not None else chosen
-        return [Rows(x[i], y[i], y[i], i) for i in (part[y[part].argsort(stable=True)] for part in parts.split(1280))]
+        parts = chosen.view(10, -1).t().reshape(-1)
+        return [Rows(x[i], y[i], y[i], i) for i in (part[y[part].argsort(stable=True)] for part in parts.split(1000))]
 
-    return batches(held_out, 0, rows), batches(train, 0, 256), batches(held_out, rows, None)
+    return (
+        batches(held_out, 0, rows),
+        batches(train, 0, IMAGES_MEASURED),
+        batches(held_out, rows, rows + IMAGES_HELD_OUT),
+    )
 
 
 def _more(x: Tensor, y: Tensor, train: Tensor, seed: int) -> Callable[[int], Rows]:
     def more(step: int) -> Rows:
-        some = train[torch.from_numpy(np.random.default_rng([seed, step]).integers(len(train), size=128))]
+        some = train[torch.from_numpy(np.random.default_rng([seed, step]).integers(len(train), size=64))]
         some = some[y[some].argsort(stable=True)]
         return Rows(x[some], y[some], y[some], some)
 

@@ -32,6 +32,11 @@ Matrix = Float64[Tensor, "categories categories"]
 TABLE, PARQUET, PICTURE = "attribution.safetensors", "attribution.parquet", "attribution.png"
 SAMPLES = 8
 """Draws of labels for the Fisher information: what is read by people is worth being less noisy."""
+SILENT = {
+    "dead": "never active: {}; without them nothing changes, so any split may drop them",
+    "without_gradient": "active, but no loss depends on them: {}; measure more rows before they are dropped",
+}
+"""Units that count for nothing, by what the table calls them, and what to do about them."""
 AFFINITY, EDGES, AGREEMENT = "affinity.graphml", "edges.graphml", "agreement.json"
 
 
@@ -175,11 +180,11 @@ def print_found(title: str, found: Found, unit: str, stream: TextIO) -> None:
             grid.add_row(site, f"{sums.units:,}", *(f"{int(b.indices)}: {float(b.values):+.4f}" for b in best))
         console.print(grid)
     console.print(f"number of the unit: estimated rise of the loss without it, nats per {unit}", style="dim")
-    for flag, what in (("dead", "never active"), ("without_gradient", "active, but no loss depends on them")):
+    for flag, what in SILENT.items():
         silent = {site: int(getattr(table, flag)(site).sum()) for site in table.sites}
         if any(silent.values()):
             told = ", ".join(f"{site} {count}" for site, count in silent.items() if count)
-            console.print(f"units {what}: {told}", style="yellow")
+            console.print(f"units {what.format(told)}", style="yellow")
     title = f"Affinity of the categories' units ({found.score}; 1: the same, 0: chance)"
     _print_matrix(console, title, found.affinity, table.categories)
     if isinstance(found.cosines, str):

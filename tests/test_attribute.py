@@ -1,6 +1,7 @@
 """`moeify attribute` through the real command line, on a small run, on a checkpoint, and on bad input."""
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import networkx as nx
@@ -9,10 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from attribution.affinity import profile_affinity
 from attribution.files import load
 from attribution.graph import UnitGraph
+from attribution.measure import measure
+from pipelines.attribute import Found, print_found
 from tests.finished_runs import TINY, call, finish
 from tests.networks import tiny_decoder
+from tests.subjects import subject_of
 from tests.test_families import save_tokenizer
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")
@@ -46,6 +51,21 @@ def test_a_run_is_measured_and_leaves_files(place: Path, tmp_path: Path) -> None
     assert edges["layers.0.ffn/prose"]["layers.1.ffn/core"]["nats.prose"] != 0
     frame = pyarrow.parquet.read_table(tmp_path / "out" / "attribution.parquet")
     assert frame.num_rows == (64 + 8) * 2
+
+
+def test_units_that_do_nothing_are_told_with_what_to_do() -> None:
+    subject, batches = subject_of("mlp")
+    with torch.no_grad():
+        up, down = (subject.network.get_submodule(name) for name in ("up", "down2"))
+        up.get_parameter("weight")[2] = 0
+        up.get_parameter("bias")[2] = -1
+        down.get_parameter("weight")[:, 5] = 0
+    table = measure(subject, batches)
+    told = StringIO()
+    print_found("mlp", Found(table, "fisher", profile_affinity(table, "fisher"), "noise", None), "token", told)
+    said = " ".join(told.getvalue().split())
+    assert "units never active: first 1, second 4; without them nothing changes, so any split may drop them" in said
+    assert "no loss depends on them: second 1; measure more rows before they are dropped" in said
 
 
 def test_units_off_a_categorys_route_count_for_nothing_in_the_split_arm_alone(place: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from scipy.stats import spearmanr
 from tables import empty_table
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from attribution.measure import Moments, measure
@@ -257,6 +258,32 @@ def test_the_network_is_left_as_it_was_even_after_an_error() -> None:
     with pytest.raises(ValueError, match="nats must return"):
         measured(lambda x, _: network(x), network, MLP_SITES, [rows], lambda *_: torch.zeros(2), sample, NAMES)
     assert state() == before
+
+
+@pytest.mark.parametrize("sites", [1, 4])
+def test_one_pass_measures_all_sites_and_costs_less_than_a_training_step(sites: int) -> None:
+    network = llama()
+    heads = [Site(f"layers.{i}.heads", f"model.layers.{i}.self_attn.o_proj", 2, width=4) for i in range(2)]
+    asked = (*LLAMA_SITES, *heads)[:sites]
+    rows = llama_rows(9)
+    ran = {"forward": 0, "backward": 0}
+
+    def forward(x: Tensor, _: Tensor) -> Tensor:
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+        logits = network(x).logits
+        ran["forward"] += 1
+        logits.register_hook(lambda _: ran.update(backward=ran["backward"] + 1))
+        return logits
+
+    with FlopCounterMode(display=False) as step:
+        nats(network(rows.inputs).logits, rows.targets).sum().backward()
+    for draw, backwards, most in ((None, 1, 0.7), (sample, 2, 1.04)):
+        subject = Subject(network, asked, NAMES, nats, draw, forward)
+        with FlopCounterMode(display=False) as pass_:
+            measure(subject, [rows])
+        assert ran == {"forward": 1, "backward": backwards}
+        assert pass_.get_total_flops() < most * step.get_total_flops()
+        ran |= {"forward": 0, "backward": 0}
 
 
 def test_units_that_never_fire_are_reported_dead() -> None:

@@ -16,9 +16,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from attribution.edge_table import EdgeTable
+from attribution.edge_taps import Entry, Writer
+from attribution.edges import measure_edges
 from attribution.gradients import measure_gradients
 from attribution.interactions import Neighbours, measure_interactions
 from attribution.measure import Moments, Stability, measure, strongest_category
+from attribution.methods import Ablation, Method, Wanda, WeightMagnitude, scores
 from attribution.sites import Site
 from attribution.subject import Rows, Subject
 from attribution.table import AttributionTable
@@ -51,6 +55,9 @@ class Net(nn.Module):
 
 
 SITES = (Site("first", "blocks.0.down", 9), Site("second", "blocks.1.down", 10))
+ENTRY = Entry("second", (Writer("blocks.1.up"),))
+METHODS: dict[str, Method] = {"wanda": Wanda(), "magnitude": WeightMagnitude(), "ablation": Ablation("mean")}
+"""Those that need whole weights, and the one without a backward pass."""
 
 
 def net() -> Net:
@@ -148,6 +155,7 @@ def under_ddp(rank: int, folder: Path) -> None:
         keep(table, rank, folder / f"ddp-{name}")
     for twice, single in zip(backward(network, rank), once, strict=True):
         torch.testing.assert_close(twice, 2 * single)
+    keep(edges(network, UNEVEN[rank]), rank, folder / "ddp-edges")
     sketch = measure_gradients(subject(network), batches(UNEVEN[rank]), size=64)
     Group().sum(sketch.tensors())
     neighbours = measure_interactions(subject(network), batches(UNEVEN[rank]), k=9, kind="attribution")
@@ -171,6 +179,10 @@ def under_fsdp(rank: int, folder: Path) -> None:
             network(data().inputs)  # Leaves the root's parameters gathered, as an evaluation does.
         table = measured(subject(network), EQUAL_NUMBERS[rank])
         assert all(p.grad is None for p in network.parameters())
+        keep(edges(network, EQUAL_NUMBERS[rank]), rank, folder / f"fsdp-{name}-edges")
+        found = {method: torch.cat(list(by_method(network, method).values())) for method in METHODS}
+        if rank == 0:
+            save_file(found, folder / f"fsdp-{name}-methods")
         neighbours = measure_interactions(subject(network), batches(EQUAL_NUMBERS[rank]), k=9)
         assert all(n.rows == sum(map(len, EQUAL_NUMBERS[rank])) for n in neighbours.values())
         once = backward(network, rank)
@@ -214,7 +226,15 @@ def noise(number: int) -> Rows:
     return Rows(inputs, torch.randint(4, (6, 3), generator=generator), torch.arange(6) // 2, torch.arange(6))
 
 
-def keep(table: AttributionTable, rank: int, path: Path) -> None:
+def edges(network: nn.Module, shard: Sequence[Sequence[int]]) -> EdgeTable:
+    return measure_edges(subject(network), batches(shard), [ENTRY])
+
+
+def by_method(network: nn.Module, method: str) -> dict[str, Tensor]:
+    return scores(METHODS[method], subject(network), [data()])
+
+
+def keep(table: AttributionTable | EdgeTable, rank: int, path: Path) -> None:
     """Add up the shards; rank 0 writes."""
     Group().sum(table.tensors())
     if rank == 0:
@@ -235,13 +255,24 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["ddp-uneven", "ddp-mixed", "fsdp-root", "fsdp-blocks"])
+@pytest.mark.parametrize(
+    "name", ["ddp-uneven", "ddp-mixed", "fsdp-root", "fsdp-blocks", "ddp-edges", "fsdp-root-edges", "fsdp-blocks-edges"]
+)
 def test_tables_of_two_workers_add_up_to_the_one_of_a_single_process(workers: Path, name: str) -> None:
     found = load_file(workers / name)
-    whole = measure(subject(net()), [data()], seed=9, moments=Moments()).tensors()
+    rows = [list(range(ROWS))]
+    whole = (edges(net(), rows) if "edges" in name else measured(subject(net()), rows)).tensors()
     assert len(found) == len(whole)
     for tensor, wanted in zip((found[key] for key in sorted(found)), whole, strict=True):
         torch.testing.assert_close(tensor, wanted, rtol=1e-9, atol=1e-13 * float(1 + wanted.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["root", "blocks"])
+def test_methods_that_read_weights_read_them_whole_where_they_are_sharded(workers: Path, name: str) -> None:
+    found = load_file(workers / f"fsdp-{name}-methods")
+    for method in METHODS:
+        wanted = torch.cat(list(by_method(net(), method).values()))
+        torch.testing.assert_close(found[method], wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_gradients_and_interactions_of_two_workers_add_up_too(workers: Path) -> None:
