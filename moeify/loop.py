@@ -48,6 +48,7 @@ from moeify.splitting.partition import Partition
 from moeify.splitting.propose import Proposal, menu, shuffled
 from moeify.splitting.terms import costs, terms_in_reach
 from moeify.state import Cut, State
+from moeify.stopping import Asked, Stoppable, StoppedError, never
 from moeify.store import MemoryStore, Store
 from moeify.task import HeldOut, Task, tokens_read
 from moeify.training import Contestant, Report, train
@@ -66,32 +67,42 @@ def run(
     tracker: Tracker | None = None,
     twins: Path | None = None,
     twins_url: str | None = None,
+    stop: Asked = never,
 ) -> Result:
     """Run the recipe, from the store's newest checkpoint where there is one, and return what came out.
 
     ``twins``: a folder of twins that runs which differ in their cuts share (``moeify.twin_cache``);
-    ``twins_url``: where machines share theirs. Raises ValueError, before any training, for categories that the data
-    lacks and separations out of reach.
+    ``twins_url``: where machines share theirs. ``stop``: asked often, on rank 0; where it says so, the run leaves a
+    checkpoint and raises StoppedError (``moeify.stopping``). Raises ValueError, before any training, for categories
+    that the data lacks and separations out of reach.
     """
     world = world or Solo()
     known = TwinCache(twins, config, task, world, twins_url) if twins else None
-    return _Loop(config, task, world, store or MemoryStore(), tracker or MemoryTracker(), known).run()
+    return _Loop(config, task, world, store or MemoryStore(), tracker or MemoryTracker(), known, stop).run()
 
 
 class _Loop:
     """One worker's view of a run."""
 
     def __init__(
-        self, config: RunConfig, task: Task, world: World, store: Store, tracker: Tracker, twins: TwinCache | None
+        self,
+        config: RunConfig,
+        task: Task,
+        group: World,
+        store: Store,
+        tracker: Tracker,
+        twins: TwinCache | None,
+        stop: Asked,
     ) -> None:
         check_categories(config, task.categories)
         self.config = config
         self.task = task
-        self.world = world
+        self.group = group  # for training, which stops by itself, with a checkpoint
+        self.world = Stoppable(group, stop)
         self.store = store
         self.twins = twins
         self.teacher = Teacher.of(config, task)
-        self.say = Reporter(config, store, tracker, speaks=world.rank == 0)
+        self.say = Reporter(config, store, tracker, speaks=group.rank == 0)
         self.state = self._begin()
         self.began = time.time() - self.state.seconds
 
@@ -149,11 +160,16 @@ class _Loop:
         contestant, settings, every = self.state.arms[arm], self.config.training, self.config.tracking.every
         try:
             with memory(lambda: f"{arm}, step {contestant.step + 1}, worker {self.world.rank}"):
-                train(contestant, self.task, self.world, settings, stop, every, report, self.teacher)
+                known = contestant, self.task, self.group, settings, stop, every, report, self.teacher
+                stopped = train(*known, self.world.asked)
         except DivergedError as trouble:
-            done = get_over(trouble, arm, self.state, self.config, self.task, self.world, self.store)
+            done = get_over(trouble, arm, self.state, self.config, self.task, self.group, self.store)
             contestant = self.state.arms[arm]
             self.say.mishap(arm, phase.round, contestant, trouble.what, done)
+            return contestant
+        if stopped:
+            self._checkpoint()
+            raise StoppedError(f"asked to stop at step {contestant.step} of {arm}; the run goes on from there")
         return contestant
 
     def _cut(self, phase: PlannedPhase) -> None:
@@ -306,7 +322,7 @@ class _Loop:
         asked = self.config.attribution
         batches = relabel(self.task.probe_batches(round_, asked.rows, asked.rows_at_once))
         # In the model's own order, so that it moves no row: what is seen inside belongs to the row of the same place.
-        ordered = (batch.take(model.order(batch.categories)) for batch in batches)
+        ordered = (batch.take(model.order(batch.categories)) for batch in self.world.heeding(batches))
         mine = (batch.shard(self.world.rank, self.world.size) for batch in ordered)
         subject = Subject(
             model.network, model.space.readers, self.task.categories, self.task.nats, self.task.sample, model

@@ -17,6 +17,7 @@ from moeify.recipe.training import Training
 from moeify.routed.gradients import GradientRouter
 from moeify.routed.recompute import recompute
 from moeify.routed.split_model import SplitModel
+from moeify.stopping import Asked, never
 from moeify.task import Batch, Task
 from moeify.world import World
 
@@ -141,10 +142,12 @@ def train(
     every: int,
     report: Report,
     teacher: Teacher | None = None,
-) -> None:
+    stop: Asked = never,
+) -> bool:
     """Train up to step ``until`` in place; every rank calls ``report`` after each ``every``-th step and the last one.
 
-    ``teacher``: what the model learns from besides; losses are reported without it.
+    ``teacher``: what the model learns from besides; losses are reported without it. ``stop``: asked at each step; where
+    it says so on any rank, the step is the last one on all. Return whether that was so.
 
     Raises DivergedError where a step's loss or gradient is not finite or its loss has exploded, the same on every rank,
     and leaves the contestant as it was before that step.
@@ -172,7 +175,8 @@ def train(
                 (loss_R.sum() / (len(rows.categories) * task.units_per_row)).backward()
             nats.append((nats_R.detach(), part.categories))
         sums_C = torch.stack([sums_by_category(*each, len(task.categories)) for each in nats]).sum(0)
-        exchanged.finish([sums_C])
+        asked = sums_C.new_tensor([float(stop())])
+        exchanged.finish([sums_C, asked])
         norm = nn.utils.clip_grad_norm_(parameters, training.clip).item()
         try:
             check_loss(sums_C, rows.categories, task, contestant.health, training, contestant.step + 1)
@@ -190,6 +194,9 @@ def train(
             loss = mean_by_category(nats, task, world)
             report(contestant, Progress(loss, rate, units / (now - since)))
             since, units = time.perf_counter(), 0
+        if asked.item():
+            return True
+    return False
 
 
 def mean_by_category(nats: list[tuple[Tensor, Tensor]], task: Task, world: World) -> dict[str, float]:

@@ -42,9 +42,9 @@ class _Commands(click.Group):
         ctx.obj = {}
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            run = ctx.obj.get("run")
-            click.echo(f"moeify: stopped; go on with: moeify resume {run}" if run else "moeify: stopped", err=True)
+        except KeyboardInterrupt as stop:
+            run, how = ctx.obj.get("run"), str(stop) or "stopped"
+            click.echo(f"moeify: {how}" + (f"; go on with: moeify resume {run}" if run else ""), err=True)
             ctx.exit(130)
         except (ValueError, OSError, RuntimeError) as error:
             if ctx.params["debug"] or isinstance(error, click.exceptions.Exit):

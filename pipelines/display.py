@@ -5,7 +5,7 @@ What earlier attempts reported comes from the journal too: it is caught up witho
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import TextIO
 
@@ -16,29 +16,32 @@ from rich.table import Table
 from rich.text import Text
 
 from moeify.events import Evaluated, Event, Failed, Finished, Mishap, Phase, RoundEnded, Started, Step
+from moeify.recipe.config import RunConfig
 from pipelines.journal import Follower
+from pipelines.remaining import Remaining
 from pipelines.wording import clock, percent, two_digits
 
 _PLAIN_PARTS = 20
 """Parts of the run's training work that a plain log tells of."""
 
 
-def choose_display(quiet: bool, stream: TextIO, earlier: int = 0) -> Follower | None:
-    """Return what fits the stream; None for a quiet run. ``earlier``: events in the journal before this attempt."""
+def choose_display(quiet: bool, stream: TextIO, earlier: int = 0, config: RunConfig | None = None) -> Follower | None:
+    """Return what fits the stream; None for a quiet run.
+
+    ``earlier``: events in the journal before this attempt; ``config``: the recipe, without which the time that is left
+    is not told.
+    """
     if quiet:
         return None
     if stream.isatty() and os.environ.get("TERM") != "dumb":
-        return TerminalDisplay(Console(file=stream, highlight=False, markup=False, emoji=False), earlier)
-    return PlainDisplay(stream, earlier)
+        return TerminalDisplay(Console(file=stream, highlight=False, markup=False, emoji=False), earlier, config)
+    return PlainDisplay(stream, earlier, config)
 
 
 class RunState:
-    """How far a run has come, by the events seen so far.
+    """How far a run has come, by the events seen so far; ``config``: the recipe, for the time that is left."""
 
-    What is left is reckoned from the training alone; the closing test comes on top.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, config: RunConfig | None = None) -> None:
         self.started: Started | None = None
         self.phase: Phase | None = None
         self.step: Step | None = None
@@ -46,12 +49,14 @@ class RunState:
         """Rounds that have ended."""
         self.over = False
         """Whether the run has come to an end; workers and followers have yet to close."""
-        self._first: Step | None = None
+        self._remaining = Remaining(config) if config else None
         self._training = False
         """Whether the last step belongs to the phase."""
 
     def take(self, event: Event) -> None:
         """Take one event."""
+        if self._remaining:
+            self._remaining.take(event)
         match event:
             case Started():
                 self.started = event
@@ -62,7 +67,6 @@ class RunState:
             case Step():
                 self.step = event
                 self._training = True
-                self._first = self._first or event
             case RoundEnded():
                 self.rounds = max(self.rounds, event.round)
             case Finished() | Failed():
@@ -71,7 +75,8 @@ class RunState:
 
     def attempt_begins(self) -> None:
         """Forget the pace of earlier attempts."""
-        self._first = None
+        if self._remaining:
+            self._remaining.attempt_begins()
 
     @property
     def work(self) -> float:
@@ -79,11 +84,8 @@ class RunState:
         return self.step.work if self.step else 0.0
 
     def seconds_left(self, now: float) -> float | None:
-        """Return the run's remaining seconds at this attempt's pace; None before there is one."""
-        if not self.step or not self._first or self.step.work <= self._first.work:
-            return None
-        pace = (self.step.time - self._first.time) / (self.step.work - self._first.work)
-        return max(0.0, (1.0 - self.step.work) * pace - max(0.0, now - self.step.time))
+        """Return the run's remaining seconds at this attempt's pace; None before there is one, or without a recipe."""
+        return self._remaining.seconds(now) if self._remaining else None
 
     def phase_line(self) -> str:
         """Say where the run is, e.g. ``round 1/2 · train``."""
@@ -161,12 +163,11 @@ class JsonDisplay:
 class PlainDisplay:
     """One plain line for each phase, each twentieth of the work, each round; no control codes."""
 
-    def __init__(self, stream: TextIO, earlier: int = 0, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, stream: TextIO, earlier: int = 0, config: RunConfig | None = None) -> None:
         self.offset = 0
         self._stream = stream
         self._earlier = earlier
-        self._now = now
-        self._state = RunState()
+        self._state = RunState(config)
         self._told = 0
         """The part of the work that a step was last told of."""
 
@@ -184,15 +185,17 @@ class PlainDisplay:
             for line in milestones(event):
                 self._write(line)
             if isinstance(event, Phase):
-                self._write(self._state.phase_line())
+                self._write(self._state.phase_line() + self._eta(event))
             if isinstance(event, Step) and _part(event.work) > self._told:
-                left = self._state.seconds_left(self._now())
-                eta = "" if left is None else f" · {clock(left)} left"
-                self._write(f"{event.work:4.0%} · {self._state.step_line()}{eta}")
+                self._write(f"{event.work:4.0%} · {self._state.step_line()}{self._eta(event)}")
                 self._told = _part(event.work)
 
     def close(self) -> None:
         """Nothing is left to write."""
+
+    def _eta(self, event: Event) -> str:
+        left = self._state.seconds_left(event.time)
+        return "" if left is None or (isinstance(event, Phase) and event.note) else f" · {clock(left)} left"
 
     def _write(self, line: str) -> None:
         self._stream.write(line + "\n")
@@ -206,11 +209,11 @@ def _part(work: float) -> int:
 class TerminalDisplay:
     """Milestones as lines, and below them two lines that live: where the run is, how far and how long still."""
 
-    def __init__(self, console: Console, earlier: int = 0) -> None:
+    def __init__(self, console: Console, earlier: int = 0, config: RunConfig | None = None) -> None:
         self.offset = 0
         self._console = console
         self._earlier = earlier
-        self._state = RunState()
+        self._state = RunState(config)
         self._began = time.time()
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
         self._live.start()

@@ -8,9 +8,7 @@ the run's folder and a temporary one. The token that lets processes into that cl
 import os
 import secrets
 import shutil
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +22,7 @@ from moeify.events import Failed
 from moeify.recipe.config import Cluster, RunConfig
 from pipelines.journal import Follower, JournalError, follow
 from pipelines.runs import RunFolder, cache, hold
+from pipelines.stopping import asking, stoppable
 from pipelines.tracking import MlflowFollower
 from pipelines.url_journal import journal_of
 
@@ -88,24 +87,28 @@ def on_ray(folder: RunFolder, config: RunConfig, base: Path, followers: Sequence
         ValueError: data or recipe are at fault, in the worker's words; nothing was tried twice.
         OSError: the same of files; or Ray did not start (``RayStartError``).
         RunFailedError: workers died more often than ``cluster.retries``, or the program itself erred.
+        KeyboardInterrupt: Ctrl-C; see ``pipelines.stopping``.
     """
     with _driven(folder, config, followers), cluster(config.cluster, keep_logs=folder.path / "ray-logs"):
         from pipelines.worker import work
 
-        fit(folder, config.cluster, work, _order(folder, config, base))
+        with asking(folder):
+            fit(folder, config.cluster, work, _order(folder, config, base))
 
 
 def in_process(folder: RunFolder, config: RunConfig, base: Path, followers: Sequence[Follower]) -> None:
     """Run, or run on, in this process, as one worker without Ray; return once the run has ended.
 
-    Raises RunFailedError where there was not enough memory.
+    Raises RunFailedError where there was not enough memory, KeyboardInterrupt as ``on_ray``.
     """
     with _driven(folder, config, followers):
         from moeify.divergence import OutOfMemoryError
+        from moeify.stopping import StoppedError
         from pipelines.worker import work
 
         try:
-            work(_order(folder, config, base))
+            with asking(folder), suppress(StoppedError):
+                work(_order(folder, config, base))
         except OutOfMemoryError as error:
             raise RunFailedError(f"{error}; 'moeify resume {folder.id}' goes on from the last checkpoint") from error
 
@@ -124,13 +127,18 @@ def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, A
 
     from pipelines.worker import failure_of, failure_path, guarded
 
+    class Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
+        """Leaves Ctrl-C to those who call, where Ray would abort the workers."""
+
+        def _register_sigint_handler(self, controller: Any) -> None: ...
+
     def entry(payload: dict[str, Any]) -> None:
         guarded(worker, payload)
 
     payload = {**payload, "attempt": secrets.token_hex(4)} if folder.remote else payload
     failure_path(folder.path).unlink(missing_ok=True)
     scratch = folder.path / "ray"
-    trainer = TorchTrainer(
+    trainer = Trainer(
         entry,
         train_loop_config=payload,
         torch_config=TorchConfig(backend="gloo"),
@@ -359,30 +367,6 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Let SIGTERM end the body like Ctrl-C, with everything taken down in order.
-
-    Ray puts handlers of its own in the way, which exit with 0 or dump core, and leaves them behind.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _one_line(error: BaseException) -> str:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipelines.launch import stoppable
 from pipelines.mlflow_store import SETTINGS, public, tracking_uri
 from pipelines.runs import RunFolder
+from pipelines.stopping import stoppable
 from pipelines.tracking import Progress
 
 _PORT = 5000

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moeify.recipe.config import Cluster
-from pipelines.launch import RunFailedError, cluster, stoppable
+from pipelines.launch import RunFailedError, cluster
+from pipelines.stopping import stoppable
 from pipelines.worker import Failure
 
 Job = TypeVar("Job")

@@ -19,8 +19,8 @@ from moeify.storing import storing
 
 JOURNAL = "journal"
 _WHOLE = f"{JOURNAL}/whole.jsonl"
-_APART = ("checkpoints", JOURNAL, "claims", "failures")
-"""Folders that are not files for people: what is in them is fetched otherwise."""
+_APART = ("checkpoints", JOURNAL, "claims", "failures", "stop")
+"""Folders, and a note, that are not files for people: what is in them is fetched otherwise."""
 _INDEX = ".fetched.json"
 """File of a working copy: path -> mark of the object that was fetched or sent last."""
 

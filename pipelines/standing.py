@@ -12,10 +12,13 @@ from typing import Any
 import psutil
 
 from moeify.events import Failed
+from moeify.recipe.config import RunConfig
+from moeify.recipe.load import load_recipe
 from pipelines.copies import refresh
 from pipelines.display import JsonDisplay, PlainDisplay, RunState
 from pipelines.journal import read_events
 from pipelines.runs import RunFolder, status
+from pipelines.wording import clock
 
 _STOP_SECONDS = 60.0
 _POLL_SECONDS = 0.25
@@ -23,9 +26,10 @@ _REMOTE_POLL_SECONDS = 2.0
 
 
 def standing(folder: RunFolder) -> dict[str, Any]:
-    """Return run, status, where it is, the fraction 0..1 of the work that is done, and why it failed if it did."""
+    """Return run, status, where it is, the fraction 0..1 of the work that is done, the seconds that are left where that
+    is known, and why it failed if it did."""
     events, _ = read_events(folder.journal, 0)
-    state = RunState()
+    state = RunState(recipe_of(folder))
     for event in events:
         state.take(event)
     now = status(folder)
@@ -36,10 +40,18 @@ def standing(folder: RunFolder) -> dict[str, Any]:
         "work": 1.0 if now == "finished" else state.work,
         "where": state.phase_line() if now == "running" else "",
         "step": state.step_line() if now == "running" else "",
+        "left": state.seconds_left(time.time()) if now == "running" else None,
         "rounds": state.rounds,
         "reason": reason,
         "folder": folder.address,
     }
+
+
+def recipe_of(folder: RunFolder) -> RunConfig | None:
+    """Return the recipe that a run goes by; None where it cannot be read, as from another version."""
+    with suppress(ValueError, OSError):
+        return load_recipe(folder.resolved)
+    return None
 
 
 def lines(stands: dict[str, Any]) -> list[str]:
@@ -48,6 +60,7 @@ def lines(stands: dict[str, Any]) -> list[str]:
     told = [f"{stands['run']} · {stands['status']} · {stands['work']:.0%} of the work · {rounds} done"]
     doing = " · ".join(filter(None, (stands["where"], stands["step"])))
     told += [f"now:     {doing}"] * bool(doing)
+    told += [f"left:    {clock(left)}" for left in [stands.get("left")] if left is not None]
     told += [f"reason:  {stands['reason']}"] * bool(stands["reason"])
     return [*told, *[f"files:   {stands['folder']}"] * bool(stands["folder"])]
 

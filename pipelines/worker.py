@@ -21,6 +21,7 @@ from moeify.divergence import OutOfMemoryError
 from moeify.events import Artifact, Event, Finished, Phase
 from moeify.place import Place
 from moeify.recipe.config import RunConfig
+from moeify.stopping import StoppedError
 from moeify.store import FolderStore, Store
 from moeify.storing import StorageError
 from moeify.task import Task
@@ -28,6 +29,7 @@ from moeify.world import Group, Solo, World
 from pipelines import homes
 from pipelines.copies import publish
 from pipelines.runs import RunFolder
+from pipelines.stopping import Watch
 from pipelines.url_journal import Journal, UrlJournal, journal_of
 
 _PEER_SECONDS = 3.0
@@ -128,6 +130,8 @@ def guarded(worker: Callable[[dict[str, Any]], None], payload: dict[str, Any]) -
     """
     try:
         worker(payload)
+    except StoppedError:  # the process that drives the run has asked for it
+        return
     except Exception as error:
         if _peer_is_gone(error):
             if _peer_said_why(payload):
@@ -175,7 +179,7 @@ def _loop(order: Order, folder: RunFolder, world: World, tracker: Journal | _Sil
     tracker.emit(Phase(id="phase/prepare", time=time.time(), phase="prepare", round=0))
     task = _prepare(order, world)
     store = _store(folder, order.config.checkpoints.keep, tracker)
-    result = run(order.config, task, world=world, store=store, tracker=tracker)
+    result = run(order.config, task, world=world, store=store, tracker=tracker, stop=Watch(folder))
     if world.rank == 0:
         store.put(folder.result.name, (result.model_dump_json(indent=2) + "\n").encode())
         if keep_or_warn(folder, order.config, task):

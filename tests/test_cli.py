@@ -24,6 +24,7 @@ from pipelines import runs
 from pipelines.cli import COMMANDS, main
 from pipelines.commands.export import command as export_command
 from pipelines.journal import Follower, JournalTracker, follow
+from pipelines.kept_speeds import read_speeds
 
 RECIPE = """name: tiny
 data: {kind: digits}
@@ -425,6 +426,9 @@ def test_export_tells_how_fast_it_is_in_80_columns_and_as_json(
     told = json.loads(moeify("export", "last", "--split", "--speed", "-o", tmp_path / "two", "--json").stdout)
     assert (told["dtype"], told["differences"], told["out"]) == ("float32", {"a": 1e-6}, str(tmp_path / "two"))
     assert told["speed"]["rows"][0]["of_limit"] == pytest.approx(1.62 / 1.75)
+    folder = only_run(tmp_path)
+    assert [(each.export, each.form) for each in read_speeds(folder)] == [("split", "split")]
+    assert "1,999,999 tokens/s" in folder.report.read_text()
 
 
 def test_export_offers_every_format_and_dtype() -> None:

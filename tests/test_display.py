@@ -14,6 +14,7 @@ from rich.console import Console
 
 from moeify.events import Evaluated, Event, Failed, Finished, Mishap, Phase, RoundEnded, Started, Step
 from moeify.recipe.arms import Arm
+from moeify.recipe.config import RunConfig
 from pipelines.cli import main
 from pipelines.display import PlainDisplay, RunState, TerminalDisplay, choose_display, milestones
 
@@ -72,9 +73,21 @@ def phase(number: int, name: Any = "train", note: str = "") -> Phase:
     return Phase(id=f"{name}/{number}", time=1.0, phase=name, round=number, note=note)
 
 
-def plain(events: Sequence[Event], earlier: int = 0, now: float = 0.0) -> list[str]:
+RECIPE = RunConfig.model_validate(
+    {
+        "name": "told",
+        "data": {"kind": "digits"},
+        "model": {"kind": "autoencoder"},
+        "training": {"steps": 600, "rows": 10},
+        "rounds": [{"train": 100, "recover": 100, "separation": separation} for separation in (0.3, 0.4)],
+        "controls": [],
+    }
+)
+
+
+def plain(events: Sequence[Event], earlier: int = 0) -> list[str]:
     stream = io.StringIO()
-    display = PlainDisplay(stream, earlier, now=lambda: now)
+    display = PlainDisplay(stream, earlier, RECIPE)
     for event in events:
         display.take([event])
     display.close()
@@ -108,34 +121,20 @@ def test_plain_lines_tell_plan_phases_rounds_and_the_end() -> None:
 
 
 def test_steps_are_told_once_in_a_twentieth_of_the_work_and_at_the_end() -> None:
-    steps = [step(count / 100, float(count)) for count in range(1, 101)]
-    lines = plain([STARTED, *steps], now=0.0)[1:]
+    steps = [step(count / 100, float(count), "dense", count) for count in range(1, 101)]
+    lines = plain([STARTED, *steps])[1:]
     assert [line.split("%")[0].strip() for line in lines] == [str(percent) for percent in range(5, 101, 5)]
-    assert lines[0] == "  5% · split step 150/600 · loss 3.500 · 12.3k tokens/s · 1:35 left"
-
-
-def test_the_rest_of_the_run_is_told_from_the_pace_of_this_attempt() -> None:
-    state = RunState()
-    assert state.seconds_left(0.0) is None
-    for event in (step(0.1, 0.0), step(0.2, 1000.0)):
-        state.take(event)
-    assert state.seconds_left(1000.0) == pytest.approx(8000.0)
-    state.attempt_begins()
-    assert state.seconds_left(1000.0) is None
-    for event in (step(0.2, 5000.0), step(0.4, 5020.0)):
-        state.take(event)
-    assert state.seconds_left(5020.0) == pytest.approx(60.0)
-    assert state.seconds_left(5030.0) == pytest.approx(50.0)
-    assert state.seconds_left(9999.0) == 0.0
+    assert lines[0] == "  5% · dense step 5/600 · loss 3.500 · 12.3k tokens/s · 20:50 left"
 
 
 def test_what_earlier_attempts_did_is_one_line() -> None:
     before = [STARTED, phase(1), step(0.3, 1.0), ended(), phase(2)]
-    lines = plain([*before, phase(2, "recover"), step(0.31, 100.0), step(0.36, 105.0)], earlier=5, now=105.0)
+    later = [step(0.31, 100.0, "dense", 310), step(0.36, 105.0, "dense", 360)]
+    lines = plain([*before, phase(2, "recover"), *later], earlier=5)
     assert lines == [
         "resumed: 1 of 2 rounds and 30% of the work were done before",
         "round 2/2 · recover",
-        " 36% · split step 150/600 · loss 3.500 · 12.3k tokens/s · 1:04 left",
+        " 36% · dense step 360/600 · loss 3.500 · 12.3k tokens/s · 1:14 left",
     ]
 
 
@@ -143,14 +142,14 @@ def test_what_earlier_attempts_did_is_one_line() -> None:
 def test_live_lines_fit_the_terminal(width: int) -> None:
     stream = io.StringIO()
     console = Console(file=stream, width=width, force_terminal=True, color_system=None, markup=False, highlight=False)
-    display = TerminalDisplay(console)
-    display.take([STARTED, phase(1), step(0.1, 0.0), step(0.4, 30.0), ended(accepted=False)])
+    display = TerminalDisplay(console, config=RECIPE)
+    display.take([STARTED, phase(1), step(0.1, 0.0), step(0.4, 30.0, number=180), ended(accepted=False)])
     rendered = io.StringIO()
     Console(file=rendered, width=width, force_terminal=True, color_system=None).print(display._render())
     display.close()
     display.close()
     where, bar = rendered.getvalue().splitlines()
-    assert where.startswith("round 1/2 · train · split step 150/600 · loss 3.500 · 12.3k tokens/s")
+    assert where.startswith("round 1/2 · train · split step 180/600 · loss 3.500 · 12.3k tokens/s")
     assert max(len(where), len(bar)) <= width
     assert re.search(r"40%  0:00 gone  \d+:\d\d left$", bar.rstrip())
     printed = stream.getvalue()

@@ -331,6 +331,29 @@ class TestOnOneCluster:
             fit(folder, Cluster(workers=2, threads=1, retries=1), worker, {"folder": str(folder.path)})
         assert (folder.path / "attempts-1").read_text() == "xx"
 
+    @pytest.mark.usefixtures("untracked")
+    def test_ctrl_c_leaves_a_checkpoint_that_goes_on_to_the_same_bits(self, folder: RunFolder, tmp_path: Path) -> None:
+        pressed: list[bool] = []
+
+        class Presses(Deaf):
+            def take(self, events: Any) -> None:
+                if not pressed and any(event.kind == "step" for event in events):
+                    pressed.append(True)
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        config = recipe(workers=1)
+        steps = {"training": {"steps": 600, "rows": 20}, "tracking": {"every": 100}}
+        config = RunConfig.model_validate({**config.model_dump(), **steps})
+        with pytest.raises(KeyboardInterrupt, match="stopped with a checkpoint"):
+            launch.on_ray(folder, config, tmp_path, [Presses()])
+        assert status(folder) == "interrupted"
+        in_process(folder, config, tmp_path, [])
+        beside = RunFolder(tmp_path / "tiny-20260101-000001-abcd")
+        beside.path.mkdir()
+        in_process(beside, config, tmp_path, [])
+        losses = [json.loads(run.result.read_text())["test_loss"] for run in (folder, beside)]
+        assert losses[0] == losses[1]
+
 
 @pytest.mark.ray
 @RAYS_OWN_WARNINGS

@@ -22,7 +22,7 @@ DRIVER = textwrap.dedent(
     """
     import sys, time
     from pathlib import Path
-    from pipelines.launch import stoppable
+    from pipelines.stopping import stoppable
     from pipelines.runs import RunFolder, hold
 
     with stoppable(), hold(RunFolder(Path(sys.argv[1]))):

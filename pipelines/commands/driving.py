@@ -19,7 +19,7 @@ def drive(folder: "RunFolder", config: "RunConfig", *, local: bool, quiet: bool)
     earlier = len(read_events(folder.journal, 0)[0])
     if not quiet:
         click.echo(f"run {folder.id} in {folder.address}")
-    display = choose_display(quiet, sys.stdout, earlier)
+    display = choose_display(quiet, sys.stdout, earlier, config)
     try:
         from pipelines.launch import in_process, on_ray
 

@@ -14,6 +14,7 @@ from pipelines.commands.options import JSON
 if TYPE_CHECKING:
     from moeify.export.model_card import About, Checked
     from moeify.export.publish import Dtype
+    from moeify.export.speed import Speeds
     from moeify.export.stock import Form
     from pipelines.runs import RunFolder
 
@@ -103,7 +104,8 @@ def command(
     that keep their experts. The README says what that took, and what it did to every category's validation loss.
 
     --speed takes a minute or so: tokens a second of reading prompts and of adding tokens, with one row and with 32, or
-    rows a second where the model writes no text. The figures go to the model card and to speed.json, too.
+    rows a second where the model writes no text. The figures go to the model card and to speed.json, too, and RUN keeps
+    them for its report.
 
     --register makes it a version of the model that is named as RUN's recipe, with an alias such as 'python-only',
     'moe', 'split' or 'without-web'. Where MLflow is away, 'moeify sync RUN' does so later.
@@ -146,6 +148,9 @@ def command(
             done = export_split(folder.path, out, how, keep=keep, drop=drop, recover=recovery)
         else:
             done = export_dense(folder.path, keep, out, how)
+    alias = _alias(keep, drop, moe, how.file, recover)
+    if done.speed:
+        _keep_speed(folder, alias, how.file or moe or ("split" if split or drop else "dense"), done.speed)
     if as_json:
         from pipelines.show import to_json
 
@@ -154,7 +159,7 @@ def command(
         _tell(done, target, moe, dtype)
     if register:
         out_ = target if is_url(target) else str(Path(target).absolute())
-        _register(folder, out_, _alias(keep, drop, moe, how.file, recover), quiet=as_json)
+        _register(folder, out_, alias, quiet=as_json)
 
 
 def _tell(done: "Checked", target: str, moe: "Form | None", dtype: "Dtype") -> None:
@@ -190,6 +195,21 @@ def _alias(keep: Sequence[str], drop: Sequence[str], moe: str | None, file: str 
     words += [f"without-{'-'.join(drop)}"] if drop else []
     words += ["recovered"] if recover else []
     return alias_of("-".join([*(words or ["split"]), *([file] if file else [])]))
+
+
+def _keep_speed(folder: "RunFolder", alias: str, form: str, speeds: "Speeds") -> None:
+    """Keep what was timed beside the run, and have its report show it; the export is done, whatever comes of it."""
+    from pipelines import copies
+    from pipelines.kept_speeds import keep_speed, path_of
+    from pipelines.report.page import write_or_warn
+
+    try:
+        keep_speed(folder, alias, form, speeds)
+    except (ValueError, OSError) as error:
+        click.echo(f"moeify: warning: what was timed is not in the run's report: {error}", err=True)
+        return
+    write_or_warn(folder)
+    copies.publish(folder, path_of(folder), folder.plots, folder.report)
 
 
 def _register(folder: "RunFolder", out: str, alias: str, *, quiet: bool) -> None:

@@ -31,10 +31,11 @@ def command(ctx: click.Context, run_: str, follow: bool, address: str | None, as
 
     if (where := ray_jobs.address_of(address)) is None:
         from pipelines.display import JsonDisplay, PlainDisplay
-        from pipelines.standing import tell
+        from pipelines.standing import recipe_of, tell
 
-        display = JsonDisplay(sys.stdout) if as_json else PlainDisplay(sys.stdout)
-        tell(runs.find(run_, runs.home()), display, follow=follow)
+        folder = runs.find(run_, runs.home())
+        display = JsonDisplay(sys.stdout) if as_json else PlainDisplay(sys.stdout, config=recipe_of(folder))
+        tell(folder, display, follow=follow)
         return
     from pipelines.commands.watching import watch
 

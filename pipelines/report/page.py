@@ -98,6 +98,7 @@ def build(folder: RunFolder, ended_as: Status | None = None) -> str:
         affinity=_affinity(run),
         router=routing(run),
         costs=costs(run),
+        speeds=run.speeds,
         provenance=_provenance(run),
     )
 

@@ -14,6 +14,7 @@ from moeify.examples import Portraits
 from moeify.result import Result
 from pipelines.examples import read_portraits
 from pipelines.journal import read_events
+from pipelines.kept_speeds import KeptSpeed, read_speeds
 from pipelines.plots import recipe_budget
 from pipelines.round_files import Ownership, RoundMap, attribution_file, read_map, read_ownership
 from pipelines.runs import RunFolder, Status, status
@@ -88,6 +89,11 @@ class Recorded:
         """How well the run's router routes; None where it has none, or, noted as a problem, is damaged."""
         path = self.folder.router
         return self._undamaged(lambda: _read_router(path)) if path.is_file() else None
+
+    @cached_property
+    def speeds(self) -> tuple[KeptSpeed, ...]:
+        """How fast exports of the run were; empty where none was timed, or, noted as a problem, it is damaged."""
+        return self._undamaged(lambda: read_speeds(self.folder)) or ()
 
     @property
     def notes(self) -> tuple[Phase, ...]:

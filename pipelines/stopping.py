@@ -1,0 +1,140 @@
+"""Ctrl-C: pressed once, a run's workers leave a checkpoint and stop; pressed twice, everything ends at once.
+
+The process that drives a run lays a note in the run's folder, or behind its URL, and rank 0 of the workers looks for
+it, wherever that is.
+"""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from moeify.events import Finished
+from pipelines.journal import read_events
+from pipelines.runs import RunFolder
+
+NOTE = "stop"
+_LOOK = 0.2
+"""Seconds between two looks for the note in a folder."""
+_LOOK_FAR = 3.0
+"""The same behind a URL."""
+_PATIENCE = 3.0
+"""Seconds that the note may take to be written before it is taken back."""
+
+
+class Watch:
+    """Says whether the run's driver has asked for a stop; cheap to ask at every step."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._next = 0.0
+        self._asked = False
+
+    def __call__(self) -> bool:
+        """Return whether it has; once True, always."""
+        now = time.monotonic()
+        if not self._asked and now >= self._next:
+            self._asked = self._look()
+            self._next = now + (_LOOK_FAR if self._folder.remote else _LOOK)
+        return self._asked
+
+    def _look(self) -> bool:
+        remote = self._folder.remote
+        if remote is None:
+            return (self._folder.path / NOTE).exists()
+        with suppress(OSError):  # it is not there, or the storage is away for a while
+            remote.place.read(NOTE)
+            return True
+        return False
+
+
+class Asking:
+    """What has become of Ctrl-C so far."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+        self.pressed = 0
+
+    def press(self, signum: int, frame: object) -> None:
+        """Ask the workers to stop; raise KeyboardInterrupt the second time."""
+        self.pressed += 1
+        if self.pressed > 1:
+            raise KeyboardInterrupt
+        self._thread.start()  # a signal may come in the middle of any write
+
+    def _ask(self) -> None:
+        sys.stderr.write("moeify: stopping after a checkpoint; Ctrl-C again stops at once\n")
+        sys.stderr.flush()
+        try:
+            if remote := self._folder.remote:
+                remote.place.write(NOTE, b"")
+            else:
+                (self._folder.path / NOTE).touch()
+        except OSError as error:
+            sys.stderr.write(f"moeify: warning: the workers cannot be asked ({error}); Ctrl-C again stops at once\n")
+
+    def take_back(self) -> None:
+        """Take the note away, which would stop the next attempt."""
+        if self.pressed:
+            self._thread.join(_PATIENCE)
+        with suppress(OSError):
+            if remote := self._folder.remote:
+                remote.place.remove([NOTE])
+            else:
+                (self._folder.path / NOTE).unlink(missing_ok=True)
+
+
+@contextmanager
+def asking(folder: RunFolder) -> Iterator[None]:
+    """Let the first Ctrl-C ask the run's workers to stop while the body waits for them, and the second end it at once.
+
+    Raises KeyboardInterrupt, which says that there is a checkpoint, where the body then returns before the run has
+    ended. In another thread than the main one, where no signal arrives, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    mine = Asking(folder)
+    mine.take_back()
+    before = signal.signal(signal.SIGINT, mine.press)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if mine.pressed:
+            mine.take_back()
+    if mine.pressed and not _over(folder):
+        raise KeyboardInterrupt("stopped with a checkpoint")
+
+
+def _over(folder: RunFolder) -> bool:
+    if folder.remote:
+        folder.remote.catch_up()
+    return any(isinstance(event, Finished) for event in read_events(folder.journal, 0)[0])
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Let SIGTERM end the body like Ctrl-C, with everything taken down in order.
+
+    Ray puts handlers of its own in the way, which exit with 0 or dump core, and leaves them behind.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
