@@ -59,6 +59,14 @@ class Stability:
     """Sums tensors over workers in place, so that all of them stop at the same batch; each must have as many."""
 
 
+@dataclass(frozen=True)
+class Uncounted:
+    """Rows that are run and not counted, for a worker that has none of a batch: passes of a network that is sharded by
+    ``fully_shard`` take every worker."""
+
+    rows: Probe
+
+
 def strongest_category(table: AttributionTable) -> dict[str, Int[Tensor, " units"]]:
     """Return, as the simplest implied partition, the category that each unit matters to most."""
     return {site: table.score(site, "absolute").argmax(1) for site in table.sites}
@@ -66,7 +74,7 @@ def strongest_category(table: AttributionTable) -> dict[str, Int[Tensor, " units
 
 def measure(
     subject: Subject,
-    batches: Iterable[Probe],
+    batches: Iterable[Probe | Uncounted],
     *,
     seed: int = 0,
     samples: int = 1,
@@ -94,8 +102,11 @@ def measure(
             if tap.sums.outputs is not None:
                 stack.callback(tap.reader.register_forward_hook(tap.after).remove)
         for batch in batches:
-            if len(batch.categories):
-                _one_batch(subject, batch, taps, table, seed, samples)
+            if isinstance(batch, Uncounted):
+                _one_batch(subject, batch.rows, [], taps, table, seed, samples)
+            elif len(batch.categories):
+                parts = segments(batch, subject.categories)
+                _one_batch(subject, batch, parts, taps, table, seed, samples)
             if watch and watch.settled(table):
                 break
     if not bool(table.rows.any()):
@@ -286,10 +297,15 @@ class _Tap:
 
 
 def _one_batch(
-    subject: Subject, batch: Probe, taps: Sequence[_Tap], table: AttributionTable, seed: int, samples: int
+    subject: Subject,
+    batch: Probe,
+    parts: Sequence[Segment],
+    taps: Sequence[_Tap],
+    table: AttributionTable,
+    seed: int,
+    samples: int,
 ) -> None:
-    """Run one batch through the taps and count it."""
-    parts = segments(batch, subject.categories)
+    """Run one batch through the taps and count those of its rows that ``parts`` name."""
     for tap in taps:
         tap.begin(parts, len(batch.categories))
     with at_readers(subject, len(batch.categories), {tap.site.name: tap.read for tap in taps}):

@@ -19,6 +19,7 @@ from moeify.evaluation import RowLosses, row_losses
 from moeify.recipe.config import RunConfig
 from moeify.result import ModuleTest
 from moeify.routed.split_model import SplitModel
+from moeify.shares import assign, whole
 from moeify.splitting.partition import Partition
 from moeify.task import Task
 from moeify.world import World
@@ -118,10 +119,10 @@ def without_units(model: SplitModel, units: Mapping[str, Int[Tensor, " some"]]) 
             (part,) = (part for part in site.slices if part.parameter == site.output)
             weight = model.network.get_parameter(site.output)
             kept.append((weight, weight.clone()))
-            weight.index_fill_(part.axis, part.entries(some).to(weight.device), 0.0)
+            assign(weight, whole(weight).index_fill(part.axis, part.entries(some).to(weight.device), 0.0))
     try:
         yield
     finally:
         with torch.no_grad():
             for weight, before in kept:
-                weight.copy_(before)
+                assign(weight, before)

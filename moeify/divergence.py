@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moeify.recipe.training import Training
+from moeify.shares import own
 from moeify.task import Batch, Task
 from moeify.world import World
 
@@ -98,23 +99,26 @@ def check_gradient(
     losses: Callable[[Batch], tuple[Tensor, Tensor]],
     parameters: Sequence[nn.Parameter],
     parts: Sequence[Batch],
+    rows: Batch,
     task: Task,
     world: World,
     step: int,
 ) -> None:
     """Raise DivergedError where the norm of a step's gradient is not finite; every rank calls it with the same norm.
 
-    ``parts``: this rank's rows; ``losses``: gives a part's nats and what is learned from. To name categories, the
-    gradient of each is taken again; gradients are left cleared.
+    ``parts``: this rank's share of ``rows``; ``losses``: gives nats of rows and what is learned from. To name
+    categories, the gradient of each is taken again, by every rank as often, since a pass of a model that is shared out
+    takes them all: where a part has no row of a category, of one that another has. Gradients are left cleared.
     """
     if math.isfinite(norm):
         return
     bad_C = torch.zeros(len(task.categories), dtype=torch.float64)
     for part in parts:
-        for index in part.categories.unique().tolist():
+        for index in rows.categories.unique().tolist():
             _clear(parameters)
-            losses(part.take((part.categories == index).nonzero().flatten()))[1].sum().backward()
-            bad_C[index] += any(p.grad is not None and not bool(p.grad.isfinite().all()) for p in parameters)
+            mine, there = ((each.categories == index).nonzero().flatten() for each in (part, rows))
+            losses(part.take(mine) if len(mine) else rows.take(there[:1]))[1].sum().backward()
+            bad_C[index] += any(p.grad is not None and not bool(own(p.grad).isfinite().all()) for p in parameters)
     _clear(parameters)
     world.sum([bad_C])
     bad = [category for category, count in zip(task.categories, bad_C.tolist(), strict=True) if count]
@@ -126,7 +130,7 @@ def check_kept(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Raise DivergedError where a tensor that a checkpoint would keep is not finite; ``tensors``: arm -> name -> it."""
     for arm, held in tensors.items():
         for name, tensor in held.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            if tensor.is_floating_point() and not bool(own(tensor).isfinite().all()):
                 raise DivergedError(f"{arm}: {name} is not finite at a checkpoint, which was not written")
 
 

@@ -13,9 +13,9 @@ from moeify.recipe.arms import Arm
 from moeify.recipe.config import Evaluation
 from moeify.result import MEAN, ModuleTest, Result
 from moeify.routed.split_model import SplitModel
-from moeify.task import HeldOut, Task, tokens_read
+from moeify.task import Batch, HeldOut, Task, tokens_read
 from moeify.training import mean_by_category
-from moeify.world import Solo, World
+from moeify.world import Solo, World, shares_models
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ def row_losses(model: SplitModel, task: Task, world: World, evaluation: Evaluati
     for batch in task.held_out_batches(split, rows, evaluation.rows_at_once):
         part = batch.shard(world.rank, world.size)
         nats_R, right_R = torch.zeros(2, len(batch.categories), dtype=torch.float64)
+        if not len(part.categories) and shares_models(world):
+            model(*_one_of(batch))  # a pass takes every worker
         if len(part.categories):
             outputs = model(part.inputs, part.categories)
             nats_R[world.rank :: world.size] = task.nats(outputs, part.targets).double()
@@ -62,6 +64,10 @@ def row_losses(model: SplitModel, task: Task, world: World, evaluation: Evaluati
     assert whole.right_R is not None
     world.sum([whole.nats_R, whole.right_R, judged])
     return whole if judged else replace(whole, right_R=None)
+
+
+def _one_of(batch: Batch) -> tuple[Tensor, Tensor]:
+    return batch.inputs[:1], batch.categories[:1]
 
 
 def position_nats(task: Task, outputs: Tensor, targets: Tensor) -> Float64[Tensor, "rows positions"]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moeify.recipe.parallel import Ddp, Replicate
+from moeify.recipe.parallel import Ddp, Fsdp, Replicate
 from moeify.world import World
 
 
@@ -43,6 +43,8 @@ def exchange(model: nn.Module, world: World) -> Exchange:
             return Flat(model, world)
         case Ddp(bucket=megabytes):
             return Overlapped(model, world, megabytes)
+        case Fsdp():
+            return Reduced(model, world)
         case _ as never:
             assert_never(never)
 
@@ -89,6 +91,24 @@ class Overlapped:
         """Exchange in the last pass what has added up since the first."""
         with nullcontext() if last else self._wrapped.no_sync():
             yield
+
+    def finish(self, sums: Sequence[Tensor]) -> None:
+        """Send ``sums`` alone: gradients have arrived."""
+        self._world.sum(sums)
+
+
+class Reduced:
+    """Every pass of a model that is shared out (``moeify.routed.shard``) leaves on each worker the sum of its share of
+    the gradients, layer by layer."""
+
+    def __init__(self, model: nn.Module, world: World) -> None:
+        self.run = model
+        self._world = world
+
+    @contextmanager
+    def passing(self, *, last: bool) -> Iterator[None]:
+        """Have each pass exchange its own gradients: whole ones, to be added up first, would take the memory."""
+        yield
 
     def finish(self, sums: Sequence[Tensor]) -> None:
         """Send ``sums`` alone: gradients have arrived."""

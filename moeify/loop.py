@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from attribution.measure import Moments, Stability, measure, strongest_category
+from attribution.measure import Moments, Stability, Uncounted, measure, strongest_category
 from attribution.subject import Subject
 from attribution.table import AttributionTable
 from moeify.clean_modules import module_tests
@@ -50,10 +50,10 @@ from moeify.splitting.terms import costs, terms_in_reach
 from moeify.state import Cut, State
 from moeify.stopping import Asked, Stoppable, StoppedError, never
 from moeify.store import MemoryStore, Store
-from moeify.task import HeldOut, Task, tokens_read
+from moeify.task import Batch, HeldOut, Task, tokens_read
 from moeify.training import Contestant, Report, train
 from moeify.twin_cache import TwinCache
-from moeify.world import Solo, World
+from moeify.world import Solo, World, shares_models
 
 Moment = Literal["before_cut", "after_cut", "recovered", "test"]
 
@@ -97,7 +97,7 @@ class _Loop:
         check_categories(config, task.categories)
         self.config = config
         self.task = task
-        self.group = group  # for training, which stops by itself, with a checkpoint
+        self.group = group  # for training and checkpoints: what stops, stops with a checkpoint
         self.world = Stoppable(group, stop)
         self.store = store
         self.twins = twins
@@ -123,7 +123,10 @@ class _Loop:
     def _begin(self) -> State:
         """Return the newest checkpoint's state, the same one on every rank, or a fresh one."""
         found = self.world.share(self.store.newest() if self.world.rank == 0 else None)
-        state = State.load(self.store, found.name, self.config) if found else State.fresh(self.config, self.task)
+        if found:
+            state = State.load(self.store, found.name, self.config, self.group)
+        else:
+            state = State.fresh(self.config, self.task, self.group)
         if self.teacher:
             self.teacher.check(state.began)
         model = state.arms["dense"].model
@@ -323,7 +326,7 @@ class _Loop:
         batches = relabel(self.task.probe_batches(round_, asked.rows, asked.rows_at_once))
         # In the model's own order, so that it moves no row: what is seen inside belongs to the row of the same place.
         ordered = (batch.take(model.order(batch.categories)) for batch in self.world.heeding(batches))
-        mine = (batch.shard(self.world.rank, self.world.size) for batch in ordered)
+        mine = (self._mine(batch) for batch in ordered)
         subject = Subject(
             model.network, model.space.readers, self.task.categories, self.task.nats, self.task.sample, model
         )
@@ -333,6 +336,13 @@ class _Loop:
             table = measure(subject, mine, seed=self.config.seed, moments=moments, stability=settled)
         self.world.sum(table.tensors())
         return table
+
+    def _mine(self, batch: Batch) -> Batch | Uncounted:
+        """Return this worker's rows of a batch; where it has none and passes take every worker, another's."""
+        mine = batch.shard(self.world.rank, self.world.size)
+        if len(mine.categories) or not shares_models(self.world):
+            return mine
+        return Uncounted(batch.shard(0, self.world.size))
 
     def _evaluate(self, phase: PlannedPhase, moment: Moment, arms: Sequence[Arm]) -> dict[Arm, RowLosses]:
         self.say.phase("evaluate", phase.round)
@@ -348,6 +358,6 @@ class _Loop:
     def _checkpoint(self) -> None:
         """Publish the state; no worker goes on before it is safe."""
         self.state.seconds = time.time() - self.began
-        if self.world.rank == 0:
+        if self.world.rank == 0 or shares_models(self.world):
             self.state.save(self.store)
         self.world.share(None)

@@ -5,6 +5,7 @@ parameters under the stock architecture's names, units in tree order, each site 
 of the same ``moeify.store.FORMAT`` stay readable; the model card in the folder describes it for other readers.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,15 @@ from moeify.place import Place, checked_url, fetch, is_url
 from moeify.recipe.arms import Arm
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
-from moeify.store import CorruptCheckpointError, FolderStore, read_manifest, read_part, understood, write_folder
+from moeify.store import (
+    CorruptCheckpointError,
+    FolderStore,
+    part_files,
+    read_manifest,
+    read_part,
+    understood,
+    write_folder,
+)
 
 _OWN = ("parameter/", "buffer/")
 """What the names of a model's tensors start with in a checkpoint."""
@@ -86,9 +95,12 @@ def bytes_in_run(folder: Path, arm: Arm) -> int:
     """Return how large an arm's model in a run's newest checkpoint is, without reading it; ValueError as above."""
     store, name, facts = _newest(folder)
     _known_arm(folder, facts, arm)
-    with safe_open(store.folder / "checkpoints" / name / f"{arm}.safetensors", framework="pt") as file:
-        shapes = [file.get_slice(key) for key in file.keys() if key.startswith(_OWN)]  # noqa: SIM118
-        return sum(math.prod(each.get_shape()) * _BYTES.get(each.get_dtype(), 8) for each in shapes)
+    total = 0
+    for path in part_files(store.folder / "checkpoints" / name, arm):
+        with safe_open(path, framework="pt") as file:
+            shapes = [file.get_slice(key) for key in file.keys() if key.startswith(_OWN)]  # noqa: SIM118
+            total += sum(math.prod(each.get_shape()) * _BYTES.get(each.get_dtype(), 8) for each in shapes)
+    return total
 
 
 def copy_from_run(folder: Path, arm: Arm, target: Path) -> None:
@@ -111,7 +123,10 @@ def split_hash(folder: Path) -> str:
         raise ValueError(f"{folder.name} has not been split yet; its first cut comes after the first training phase")
     store, name, _ = _newest(folder)
     with understood(f"checkpoint {name} of {folder.name}"):
-        return str(read_manifest(store.folder / "checkpoints" / name)["files"]["split.safetensors"]["sha256"])
+        checkpoint = store.folder / "checkpoints" / name
+        known = read_manifest(checkpoint)["files"]
+        hashes = [str(known[path.name]["sha256"]) for path in part_files(checkpoint, "split")]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _newest(folder: Path) -> tuple[FolderStore, str, dict[str, Any]]:

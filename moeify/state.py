@@ -3,10 +3,11 @@
 Nothing else carries over from phase to phase: data, rates and random draws are functions of the recipe and the step.
 """
 
-from collections.abc import Container
+from collections import ChainMap
+from collections.abc import Container, MutableMapping
 from dataclasses import asdict, dataclass, field, replace
 from operator import index
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from torch import Tensor
 
@@ -19,11 +20,13 @@ from moeify.models.resizing import shaped, widened
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
 from moeify.routed.gradients import GradientRouter
+from moeify.routed.shard import shard
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
 from moeify.store import Store, understood
 from moeify.task import Task
 from moeify.training import Contestant
+from moeify.world import Solo, World, shares_models
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class State:
     model, where it trains by itself from the first step on."""
     began: str
     """Hash of the network before the first step (``network_hash``)."""
+    world: World = field(default_factory=Solo)
+    """Whose workers share the arms out, where its ``parallel`` says so."""
     done: int = 0
     """Phases of the plan that are behind us."""
     rounds: list[RoundEnded] = field(default_factory=list)
@@ -70,17 +75,19 @@ class State:
     """Wall time up to the last checkpoint, all attempts together."""
 
     @classmethod
-    def fresh(cls, config: RunConfig, task: Task) -> Self:
+    def fresh(cls, config: RunConfig, task: Task, world: World | None = None) -> Self:
         """Return the state before the first step."""
-        arms = {arm: _untrained(task, arm, config) for arm in config.early_arms}
-        return cls(arms, network_hash(arms["dense"].model.network))
+        world = world or Solo()
+        arms = {arm: _untrained(task, arm, config, world) for arm in config.early_arms}
+        dense = _model(task, "dense", config) if shares_models(world) else arms["dense"].model
+        return cls(arms, network_hash(dense.network), world)
 
     def fork(self, config: RunConfig, task: Task) -> None:
         """Let the arms that will be cut go on from where their trunk stands, if they have not forked yet."""
         trunk = self.arms[_trunk(self.arms)]
         for arm in config.cut_arms:
             if arm not in self.arms:
-                twin = _untrained(task, arm, config)
+                twin = _untrained(task, arm, config, self.world)
                 twin.load({**twin.tensors(), **trunk.tensors()})  # biases of categories begin at zero
                 twin.step, twin.health = trunk.step, replace(trunk.health)
                 self.arms[arm] = twin
@@ -91,7 +98,10 @@ class State:
         return f"{self.done:04d}-{sum(contestant.step for contestant in self.arms.values()):09d}"
 
     def save(self, store: Store) -> None:
-        """Publish a checkpoint; raise DivergedError rather than keep a number that is not finite."""
+        """Publish a checkpoint; raise DivergedError rather than keep a number that is not finite.
+
+        Rank 0 calls it; where workers share the arms out, every rank.
+        """
         dense = self.arms["dense"].model
         facts = {
             "began": self.began,
@@ -111,16 +121,18 @@ class State:
         }
         tensors: dict[str, dict[str, Tensor]] = {arm: contestant.tensors() for arm, contestant in self.arms.items()}
         check_kept(tensors)
-        store.save(self.name, facts, tensors, [self.undo] if self.undo else [])
+        shared_by = self.world if shares_models(self.world) else None
+        store.save(self.name, facts, tensors, [self.undo] if self.undo else [], shared_by)
 
     @classmethod
-    def load(cls, store: Store, name: str, config: RunConfig) -> Self:
+    def load(cls, store: Store, name: str, config: RunConfig, world: World | None = None) -> Self:
         """Take back the checkpoint of that name."""
-        facts = store.facts(name)
+        facts, world = store.facts(name), world or Solo()
         with understood(f"checkpoint {name}"):
             return cls(
-                arms={arm: _contestant(store, name, arm, facts, config) for arm in facts["arms"]},
+                arms={arm: _contestant(store, name, arm, facts, config, world) for arm in facts["arms"]},
                 began=str(facts.get("began", "")),
+                world=world,
                 done=index(facts["done"]),
                 rounds=[RoundEnded.model_validate(record) for record in facts["rounds"]],
                 step_scale=float(facts["step_scale"]),
@@ -140,7 +152,7 @@ class State:
         for arm in config.cut_arms:
             step, health = self.arms[arm].step, self.arms[arm].health
             source: Arm = arm if arm in facts["arms"] else _trunk(facts["arms"])
-            self.arms[arm] = _contestant(store, self.undo, source, facts, config, becomes=arm)
+            self.arms[arm] = _contestant(store, self.undo, source, facts, config, self.world, becomes=arm)
             self.arms[arm].step, self.arms[arm].health = step, health
 
     def give_back(self, arm: Arm, store: Store, name: str | None, config: RunConfig, task: Task) -> None:
@@ -150,19 +162,28 @@ class State:
         """
         health = self.arms[arm].health
         if name is None:
-            self.arms[arm] = _untrained(task, arm, config)
+            self.arms[arm] = _untrained(task, arm, config, self.world)
         else:
-            self.arms[arm] = _contestant(store, name, arm, store.facts(name), config)
+            self.arms[arm] = _contestant(store, name, arm, store.facts(name), config, self.world)
         self.arms[arm].health = health
 
 
-def _untrained(task: Task, arm: Arm, config: RunConfig) -> Contestant:
+def _untrained(task: Task, arm: Arm, config: RunConfig, world: World) -> Contestant:
+    return _in_training(_model(task, arm, config), arm, config, world)
+
+
+def _in_training(model: SplitModel, arm: Arm, config: RunConfig, world: World) -> Contestant:
+    if shares_models(world):
+        shard(model)
+    return Contestant(model, config.training, _router(model, arm, config))
+
+
+def _model(task: Task, arm: Arm, config: RunConfig) -> SplitModel:
     told = arm in config.told_arms
     network, fresh = task.build(), config.routing.fresh if arm in config.cut_arms else 0
     if fresh:
         network = widened(network, fresh, config.seed)
-    model = SplitModel(network, task.categories, told=told, kinds=config.partition.units)
-    return Contestant(model, config.training, _router(model, arm, config))
+    return SplitModel(network, task.categories, told=told, kinds=config.partition.units)
 
 
 def _router(model: SplitModel, arm: Arm, config: RunConfig) -> GradientRouter | None:
@@ -181,16 +202,23 @@ def _cut(facts: dict[str, Any]) -> Cut:
 
 
 def _contestant(
-    store: Store, name: str, arm: Arm, facts: dict[str, Any], config: RunConfig, *, becomes: Arm | None = None
+    store: Store,
+    name: str,
+    arm: Arm,
+    facts: dict[str, Any],
+    config: RunConfig,
+    world: World,
+    *,
+    becomes: Arm | None = None,
 ) -> Contestant:
     """Return an arm of a checkpoint, or, where it ``becomes`` another one, that arm's fork."""
     becomes = becomes or arm
     partition, told = Partition.from_json(facts["arms"][arm]["partition"]), becomes in config.told_arms
     network = shaped(facts["network"], {site: partition.units(site) for site in partition.widths})
     model = SplitModel(network, facts["categories"], partition, told=told)
-    contestant = Contestant(model, config.training, _router(model, becomes, config))
+    contestant = _in_training(model, becomes, config, world)
     begun = {} if becomes == arm else contestant.tensors()  # biases of categories, which the dense twin has none of
-    contestant.load(begun | store.tensors(name, arm))
+    contestant.load(ChainMap(cast(MutableMapping[str, Tensor], store.tensors(name, arm)), begun))
     contestant.step = index(facts["arms"][arm]["step"])
     contestant.health = Health(**facts["arms"][arm].get("health", {}))
     return contestant

@@ -47,6 +47,10 @@ class Stoppable:
         """Return rank 0's value on every rank; a barrier. Does not stop."""
         return self._world.share(value)
 
+    def gather(self, value: T) -> list[T]:
+        """Return the value of every rank, in their order, on every rank. Does not stop."""
+        return self._world.gather(value)
+
     def heeding(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield the batches, as many as every rank has; stop between two of them."""
         for batch in batches:

@@ -1,12 +1,12 @@
 """Where a run keeps what it must not lose: whole checkpoints, and files for people.
 
 A checkpoint is a folder of safetensors files and a manifest with their hashes, published by one rename: it is there
-whole or not at all. Loading checks every hash; a damaged checkpoint is never used.
+whole or not at all. Loading checks every hash; a damaged checkpoint is never used. What workers share out is in a file
+of each (``split.0-of-2.safetensors``); readers join it, a tensor at a time, and need not know.
 """
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -15,23 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, runtime_checkable
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from moeify.parts import CorruptCheckpointError as CorruptCheckpointError
+from moeify.parts import Part, Tensors, flush, known, part_names, sha256, write_parts
 from moeify.storing import storing
+from moeify.world import Solo, World
 
 FORMAT = 1
 """Version of the checkpoint format."""
 
 _DRAFT = ".draft-"
-
-Tensors = Mapping[str, Mapping[str, Tensor]]
-"""Part (one file each) -> name -> tensor."""
-
-
-class CorruptCheckpointError(ValueError):
-    """A checkpoint is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +42,18 @@ class Found:
 class Store(Protocol):
     """Keeps checkpoints by name (names sort in order of time) and files by relative path."""
 
-    def save(self, name: str, facts: Mapping[str, Any], tensors: Tensors, pinned: Collection[str] = ()) -> None:
-        """Publish a checkpoint, then drop all but the newest few and the ``pinned``."""
+    def save(
+        self,
+        name: str,
+        facts: Mapping[str, Any],
+        tensors: Tensors,
+        pinned: Collection[str] = (),
+        world: World | None = None,
+    ) -> None:
+        """Publish a checkpoint, then drop all but the newest few and the ``pinned``.
+
+        ``world``: whose workers share tensors out; then every rank calls this, and otherwise rank 0 alone.
+        """
         ...
 
     def newest(self) -> Found | None:
@@ -59,8 +64,8 @@ class Store(Protocol):
         """Return a checkpoint's plain data."""
         ...
 
-    def tensors(self, name: str, part: str) -> dict[str, Tensor]:
-        """Return one part's tensors."""
+    def tensors(self, name: str, part: str) -> Mapping[str, Tensor]:
+        """Return one part's tensors, each read when it is asked for where that can be."""
         ...
 
     def put(self, path: str, content: bytes) -> None:
@@ -78,8 +83,15 @@ class MemoryStore:
     def __init__(self) -> None:
         self._kept: dict[str, tuple[str, dict[str, dict[str, Tensor]]]] = {}
 
-    def save(self, name: str, facts: Mapping[str, Any], tensors: Tensors, pinned: Collection[str] = ()) -> None:
-        """Keep a copy, drop all others but the ``pinned``."""
+    def save(
+        self,
+        name: str,
+        facts: Mapping[str, Any],
+        tensors: Tensors,
+        pinned: Collection[str] = (),
+        world: World | None = None,
+    ) -> None:
+        """Keep a copy (of shares, each worker its own), drop all others but the ``pinned``."""
         copies = {part: {key: tensor.clone() for key, tensor in held.items()} for part, held in tensors.items()}
         self._kept = {key: value for key, value in self._kept.items() if key in pinned}
         self._kept[name] = (json.dumps(facts), copies)
@@ -92,7 +104,7 @@ class MemoryStore:
         """Return a checkpoint's plain data."""
         return json.loads(self._kept[name][0])
 
-    def tensors(self, name: str, part: str) -> dict[str, Tensor]:
+    def tensors(self, name: str, part: str) -> Mapping[str, Tensor]:
         """Return one part's tensors."""
         return self._kept[name][1][part]
 
@@ -115,9 +127,21 @@ class FolderStore:
     def _checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
-    def save(self, name: str, facts: Mapping[str, Any], tensors: Tensors, pinned: Collection[str] = ()) -> None:
-        """Publish a checkpoint, then drop all but the newest ``keep`` and the ``pinned``, and what kills left half."""
-        write_folder(self._checkpoints / name, facts, tensors)
+    def save(
+        self,
+        name: str,
+        facts: Mapping[str, Any],
+        tensors: Tensors,
+        pinned: Collection[str] = (),
+        world: World | None = None,
+    ) -> None:
+        """Publish a checkpoint, then drop all but the newest ``keep`` and the ``pinned``, and what kills left half.
+
+        ``world``: whose workers share tensors out and see the same folder; every rank calls this then.
+        """
+        write_folder(self._checkpoints / name, facts, tensors, world=world)
+        if world and world.rank:
+            return
         for draft in self._checkpoints.glob(f"{_DRAFT}*"):  # there is one writer, and it has none open now
             shutil.rmtree(draft)
         names = self._names()
@@ -133,9 +157,9 @@ class FolderStore:
         """Return a checkpoint's plain data."""
         return read_manifest(self._named(name))["facts"]
 
-    def tensors(self, name: str, part: str) -> dict[str, Tensor]:
-        """Return one part's tensors, hash checked."""
-        return read_part(self._named(name), part)
+    def tensors(self, name: str, part: str) -> Mapping[str, Tensor]:
+        """Return one part's tensors, hash checked, each read when it is asked for."""
+        return open_part(self._named(name), part)
 
     def put(self, path: str, content: bytes) -> None:
         """Publish a file for people."""
@@ -169,41 +193,48 @@ class FolderStore:
 
 
 def write_folder(
-    target: Path, facts: Mapping[str, Any], tensors: Tensors, others: Mapping[str, bytes] | None = None
+    target: Path,
+    facts: Mapping[str, Any],
+    tensors: Tensors,
+    others: Mapping[str, bytes] | None = None,
+    world: World | None = None,
 ) -> None:
     """Write safetensors parts, ``others`` as they are and the manifest, then publish them all by one rename.
 
-    Raises StorageError where there is no room, or no right to write; nothing is left of it then.
+    ``world``: whose workers share tensors out and see the same folder; every rank calls this, and each writes its own
+    files. Raises StorageError where there is no room, or no right to write; nothing is left of it then.
     """
+    world = world or Solo()
     with storing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=target.parent))
+        draft = None
         try:
-            _fill(draft, facts, tensors, others or {})
+            if world.rank == 0:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=target.parent))
+            files = write_parts(world.share(draft), tensors, world)
+            if draft is None:
+                return
+            for name, other in (others or {}).items():
+                (draft / name).write_bytes(other)
+                files[name] = known(draft / name)
+            write_manifest(draft, facts, files)
             draft.chmod(0o755)
             if target.exists():
                 shutil.rmtree(target)
             draft.rename(target)
-            _flush(target.parent)
+            flush(target.parent)
         except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
+            if draft is not None:
+                shutil.rmtree(draft, ignore_errors=True)
             raise
 
 
-def _fill(draft: Path, facts: Mapping[str, Any], tensors: Tensors, others: Mapping[str, bytes]) -> None:
-    files = {}
-    for part, held in tensors.items():
-        path = draft / f"{part}.safetensors"
-        save_file({key: tensor.detach().contiguous() for key, tensor in held.items()}, path)
-    for name, other in others.items():
-        (draft / name).write_bytes(other)
-    for path in sorted(draft.iterdir()):
-        _flush(path)
-        files[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-    body = {"format": FORMAT, "facts": facts, "files": files}
+def write_manifest(draft: Path, facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write what a folder holds; it is whole from then on."""
+    body = {"format": FORMAT, "facts": facts, "files": dict(sorted(files.items()))}
     content = json.dumps({"sha256": _digest(body), "body": body}, indent=1)
     (draft / "manifest.json").write_text(content, encoding="utf-8")
-    _flush(draft / "manifest.json")
+    flush(draft / "manifest.json")
 
 
 def verify_folder(folder: Path) -> None:
@@ -244,13 +275,22 @@ def understood(what: str) -> Iterator[None]:
         raise CorruptCheckpointError(f"{what} does not describe what it should ({why})") from error
 
 
+def open_part(folder: Path, part: str) -> Part:
+    """Return the tensors of one part, hash checked, each read when it is asked for."""
+    files = part_files(folder, part)
+    for path in files:
+        _verify_file(folder, path.name)
+    return Part(files)
+
+
 def read_part(folder: Path, part: str) -> dict[str, Tensor]:
     """Return the tensors of one part, hash checked."""
-    _verify_file(folder, f"{part}.safetensors")
-    try:
-        return load_file(folder / f"{part}.safetensors")
-    except SafetensorError as error:
-        raise CorruptCheckpointError(f"{folder.name}: {part}.safetensors cannot be read ({error})") from error
+    return dict(open_part(folder, part))
+
+
+def part_files(folder: Path, part: str) -> list[Path]:
+    """Return the file that holds a part of a folder, or those of all workers that it is shared out over."""
+    return [folder / name for name in part_names(read_manifest(folder)["files"], part)]
 
 
 def write_atomically(target: Path, content: bytes) -> None:
@@ -258,7 +298,7 @@ def write_atomically(target: Path, content: bytes) -> None:
     draft = target.with_name(f".{target.name}.draft")
     try:
         draft.write_bytes(content)
-        _flush(draft)
+        flush(draft)
         draft.replace(target)
     except OSError:
         draft.unlink(missing_ok=True)  # half a file takes room that the rest may need
@@ -308,22 +348,9 @@ def _verify_file(folder: Path, name: str) -> None:
     path = folder / name
     if known is None or not path.is_file():
         raise CorruptCheckpointError(f"{folder.name}: {name} is missing")
-    if path.stat().st_size != known["bytes"] or _sha256(path) != known["sha256"]:
+    if path.stat().st_size != known["bytes"] or sha256(path) != known["sha256"]:
         raise CorruptCheckpointError(f"{folder.name}: {name} is not what was written (size or hash differs)")
 
 
 def _digest(body: Any) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

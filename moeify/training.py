@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from moeify.recipe.training import Training
 from moeify.routed.gradients import GradientRouter
 from moeify.routed.recompute import recompute
 from moeify.routed.split_model import SplitModel
+from moeify.shares import assign, like, whole
 from moeify.stopping import Asked, never
 from moeify.task import Batch, Task
 from moeify.world import World
@@ -25,7 +26,8 @@ from moeify.world import World
 class Contestant:
     """A model in training with its optimizer; ``step`` is its place in the data stream and the schedule.
 
-    ``router``: routes gradients, where the recipe asks that of this arm; ``health``: what became of its training.
+    Where workers share the model out (``moeify.routed.shard``), that comes first. ``router``: routes gradients, where
+    the recipe asks that of this arm; ``health``: what became of its training.
     """
 
     def __init__(self, model: SplitModel, training: Training, router: GradientRouter | None = None) -> None:
@@ -94,18 +96,18 @@ class Contestant:
         return self.router.labelled(batch.categories, batch.ids if batch.examples is None else batch.examples)
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what ``tensors`` gave, bit for bit."""
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what ``tensors`` gave, bit for bit; of whole tensors a worker keeps its share where it has one."""
         own = self.tensors()
         for name, parameter in self.model.network.named_parameters():
             state = self.optimizer.state[parameter]
             state.clear()
             for kind in ("step", "exp_avg", "exp_avg_sq"):
                 if (saved := tensors.get(f"optimizer/{kind}/{name}")) is not None:
-                    state[kind] = saved.clone()
+                    state[kind] = like(parameter, saved)
         for name, tensor in own.items():
             if not name.startswith("optimizer/"):
-                tensor.copy_(tensors[name])
+                assign(tensor, tensors[name])
 
 
 @dataclass(frozen=True)
@@ -177,10 +179,10 @@ def train(
         sums_C = torch.stack([sums_by_category(*each, len(task.categories)) for each in nats]).sum(0)
         asked = sums_C.new_tensor([float(stop())])
         exchanged.finish([sums_C, asked])
-        norm = nn.utils.clip_grad_norm_(parameters, training.clip).item()
+        norm = whole(nn.utils.clip_grad_norm_(parameters, training.clip)).item()
         try:
             check_loss(sums_C, rows.categories, task, contestant.health, training, contestant.step + 1)
-            check_gradient(norm, losses, parameters, parts, task, world, contestant.step + 1)
+            check_gradient(norm, losses, parameters, parts, rows, task, world, contestant.step + 1)
         except DivergedError:
             contestant.optimizer.zero_grad(set_to_none=True)
             for buffer, was in zip(gathered, before, strict=True):

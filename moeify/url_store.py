@@ -18,20 +18,22 @@ from typing import Any
 from filelock import FileLock
 from torch import Tensor
 
+from moeify.parts import Tensors, write_parts
 from moeify.place import Place
 from moeify.store import (
     CorruptCheckpointError,
     FolderStore,
     Found,
-    Tensors,
     checked_name,
     newest_whole,
+    open_part,
     read_manifest,
-    read_part,
     verify_folder,
     write_folder,
+    write_manifest,
 )
 from moeify.storing import storing
+from moeify.world import World
 
 MANIFEST = "manifest.json"
 _FOLDER = "checkpoints"
@@ -55,21 +57,59 @@ class UrlStore:
         self._known: dict[str, bytes] = {}
         """Name -> manifest of a checkpoint whose copy was found whole."""
 
-    def save(self, name: str, facts: Mapping[str, Any], tensors: Tensors, pinned: Collection[str] = ()) -> None:
-        """Publish a checkpoint, then drop all but the newest ``keep`` and the ``pinned``, and what kills left half."""
+    def save(
+        self,
+        name: str,
+        facts: Mapping[str, Any],
+        tensors: Tensors,
+        pinned: Collection[str] = (),
+        world: World | None = None,
+    ) -> None:
+        """Publish a checkpoint, then drop all but the newest ``keep`` and the ``pinned``, and what kills left half.
+
+        ``world``: whose workers share tensors out; then every rank calls this and sends its own files, and there is no
+        copy here before one is asked for.
+        """
         with storing(self._copies):
             self._copies.mkdir(parents=True, exist_ok=True)
-            clear(self._copies, _UNSENT)  # there is one writer, and it has none open now
+            if world is None or world.rank == 0:
+                clear(self._copies, _UNSENT)  # there is one run that writes, and it has none open now
+        if world:
+            world.share(None)
+        with storing(self._copies):
             draft = Path(tempfile.mkdtemp(prefix=_UNSENT, dir=self._copies))
         try:
-            write_folder(draft / name, facts, tensors)
-            self._fence()
-            publish(self.place.at(f"{_FOLDER}/{name}"), draft / name)
+            if world:
+                self._send_shares(draft, name, facts, tensors, world)
+            else:
+                write_folder(draft / name, facts, tensors)
+                self._fence()
+                publish(self.place.at(f"{_FOLDER}/{name}"), draft / name)
+                with storing(self._copies):
+                    replace(draft / name, self._copies / name)
             self._known.pop(name, None)
-            with storing(self._copies):
-                replace(draft / name, self._copies / name)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+        if world is None or world.rank == 0:
+            self._drop(pinned)
+
+    def _send_shares(self, draft: Path, name: str, facts: Mapping[str, Any], tensors: Tensors, world: World) -> None:
+        """Upload this worker's files; rank 0 publishes them when all are there."""
+        place = self.place.at(f"{_FOLDER}/{name}")
+        with storing(self._copies):
+            files = write_parts(draft, tensors, world)
+            if world.rank == 0:
+                write_manifest(draft, facts, files)
+        content = world.share((draft / MANIFEST).read_bytes() if world.rank == 0 else b"")
+        for path in draft.glob("*.safetensors"):
+            place.upload(f"{parts_folder(content)}/{path.name}", path)
+        world.gather(None)
+        if world.rank == 0:
+            self._fence()
+            place.write(MANIFEST, content)
+
+    def _drop(self, pinned: Collection[str]) -> None:
+        """Drop all checkpoints but the newest ``keep`` and the ``pinned``, and what kills left half."""
         there = self._there()
         old = [each for each in sorted(there) if MANIFEST in there[each]][: -self.keep]
         self._sweep(there, [each for each in old if each not in pinned])
@@ -86,9 +126,9 @@ class UrlStore:
         """Return a checkpoint's plain data."""
         return read_manifest(self._fetched(name))["facts"]
 
-    def tensors(self, name: str, part: str) -> dict[str, Tensor]:
-        """Return one part's tensors, hash checked."""
-        return read_part(self._copies / name if name in self._known else self._fetched(name), part)
+    def tensors(self, name: str, part: str) -> Mapping[str, Tensor]:
+        """Return one part's tensors, hash checked, each read when it is asked for."""
+        return open_part(self._copies / name if name in self._known else self._fetched(name), part)
 
     def put(self, path: str, content: bytes) -> None:
         """Publish a file for people."""

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moeify.recipe.parallel import Parallel, Replicate
+from moeify.recipe.parallel import Fsdp, Parallel, Replicate
 
 T = TypeVar("T")
 
@@ -26,7 +26,11 @@ class World(Protocol):
         ...
 
     def share(self, value: T) -> T:
-        """Return rank 0's value on every rank; a barrier."""
+        """Return rank 0's value on every rank, none of which goes on before rank 0 has come here."""
+        ...
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, in their order, on every rank; a barrier."""
         ...
 
 
@@ -43,6 +47,10 @@ class Solo:
     def share(self, value: T) -> T:
         """Return the value."""
         return value
+
+    def gather(self, value: T) -> list[T]:
+        """Return the value alone."""
+        return [value]
 
 
 class Group:
@@ -67,7 +75,18 @@ class Group:
                 tensor.copy_(total.view_as(tensor))
 
     def share(self, value: T) -> T:
-        """Return rank 0's value on every rank; a barrier."""
+        """Return rank 0's value on every rank, none of which goes on before rank 0 has come here."""
         box = [value]
         dist.broadcast_object_list(box)
         return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, in their order, on every rank; a barrier."""
+        boxes = [value] * self.size
+        dist.all_gather_object(boxes, value)
+        return boxes
+
+
+def shares_models(world: World) -> bool:
+    """Say whether each worker of a world holds but a share of every model, so that all must take part in its passes."""
+    return world.size > 1 and isinstance(world.parallel, Fsdp)

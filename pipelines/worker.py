@@ -25,7 +25,7 @@ from moeify.stopping import StoppedError
 from moeify.store import FolderStore, Store
 from moeify.storing import StorageError
 from moeify.task import Task
-from moeify.world import Group, Solo, World
+from moeify.world import Group, Solo, World, shares_models
 from pipelines import homes
 from pipelines.copies import publish
 from pipelines.runs import RunFolder
@@ -181,6 +181,8 @@ def _loop(order: Order, folder: RunFolder, world: World, tracker: Journal | _Sil
     store = _store(folder, order.config.checkpoints.keep, tracker)
     result = run(order.config, task, world=world, store=store, tracker=tracker, stop=Watch(folder))
     if world.rank == 0:
+        if folder.remote and shares_models(world):
+            store.newest()  # has a copy of all of it here, where this worker wrote its share alone
         store.put(folder.result.name, (result.model_dump_json(indent=2) + "\n").encode())
         if keep_or_warn(folder, order.config, task):
             path = folder.portraits.name

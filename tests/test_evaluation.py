@@ -98,6 +98,9 @@ class Rank:
     def share(self, value: T) -> T:
         return value
 
+    def gather(self, value: T) -> list[T]:
+        return [value, value]
+
 
 def test_two_ranks_rows_add_up_to_the_whole_whatever_their_ids() -> None:
     class Numbered(ToyTask):

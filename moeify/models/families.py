@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from attribution.edge_taps import Entry
 from attribution.sites import Site
@@ -146,7 +147,8 @@ def example_inputs(network: nn.Module, rows: int, seed: int) -> Tensor:
 
 def transformer_of(network: nn.Module) -> Transformer | None:
     """Return the family of a network of ``transformers``; None where it is not among them."""
-    return next((each for each in TRANSFORMERS if each.network == type(network).__name__), None)
+    name = _class(network)
+    return next((each for each in TRANSFORMERS if each.network == name), None)
 
 
 def transformer_named(family: object) -> Transformer | None:
@@ -155,11 +157,17 @@ def transformer_named(family: object) -> Transformer | None:
 
 
 def _adapter(network: nn.Module) -> Adapter:
-    name = type(network).__name__
+    name = _class(network)
     for adapter in ADAPTERS:
         if adapter.network == name:
             return adapter
     return DETECTED
+
+
+def _class(network: nn.Module) -> str:
+    """Return the name of a network's class; torch's FSDP puts one of its own before it."""
+    kind = type(network)
+    return kind.__mro__[2].__name__ if isinstance(network, FSDPModule) else kind.__name__
 
 
 def detected(network: nn.Module) -> bool:

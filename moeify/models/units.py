@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from attribution.sites import Site
 from moeify.recipe.partition import UnitKind
+from moeify.shares import whole
 
 Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]
 
@@ -268,15 +269,20 @@ def is_conv1d(module: nn.Module) -> bool:
 def output_weight(network: nn.Module, site: UnitSite) -> Float[Tensor, "dim features"]:
     """Return the parameter (or a view of it) through which a site's units write; a unit's features side by side.
 
-    Those of a channel are the places of the kernel, as ``attribution.sites.output_weight`` orders them.
+    Those of a channel are the places of the kernel, as ``attribution.sites.output_weight`` orders them. Of a network
+    that workers share out it is gathered, so that it is a copy.
     """
-    weight = network.get_parameter(site.output)
+    return as_output(whole(network.get_parameter(site.output)), site)
+
+
+def as_output(weight: Tensor, site: UnitSite) -> Float[Tensor, "dim features"]:
+    """Return a view of the parameter that ``site.output`` names, as ``output_weight`` gives it."""
     return weight.t() if _transposed(site) else weight.flatten(1)
 
 
 def input_weight(network: nn.Module, site: UnitSite) -> Float[Tensor, "units inputs"]:
     """Return the weights through which a site's units read, those of all ways in (gate and up) side by side."""
-    ways_in = [network.get_parameter(part.parameter) for part in site.ways_in]
+    ways_in = [whole(network.get_parameter(part.parameter)) for part in site.ways_in]
     matrices = [weight.t() if _transposed(site) else weight for weight in ways_in if weight.ndim > 1]
     return torch.cat([weight.reshape(site.units, -1) for weight in matrices], dim=1)
 

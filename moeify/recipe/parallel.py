@@ -24,4 +24,13 @@ class Ddp(Closed):
     """Megabytes of gradients that travel at a time."""
 
 
-Parallel = Annotated[Replicate | Ddp, Field(discriminator="kind")]
+class Fsdp(Closed):
+    """Every worker holds a share of each matrix, of its gradient and of its optimizer's state, and writes that share of
+    every checkpoint (torch's FSDP2). A layer's weights are gathered while it runs, and one matrix at a time where units
+    move; attribution's tables are whole on every worker, and so is a new arm while it is built and the teacher of a
+    distillation. The numbers are those of ``replicate`` but for rounding."""
+
+    kind: Literal["fsdp"]
+
+
+Parallel = Annotated[Replicate | Ddp | Fsdp, Field(discriminator="kind")]

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, assert_never, get_args
 
 import torch
@@ -21,6 +22,7 @@ from moeify.routed.ffn import RoutedFfn, Routes, uncompiled
 from moeify.routed.inline import InlineAttention, InlineFfn
 from moeify.routed.learning import Learning
 from moeify.routed.told import tell
+from moeify.shares import Gathered
 from moeify.splitting.partition import Partition
 from moeify.splitting.propose import Proposal
 from moeify.splitting.surgery import compensate_sites, permute
@@ -72,9 +74,12 @@ class SplitModel(nn.Module):
         return self.routes.partition
 
     @property
-    def output_weights(self) -> dict[str, Float[Tensor, "dim _"]]:
-        """Site -> the weights [dim features] through which its units write."""
-        return {site.name: output_weight(self.network, site).detach() for site in self.space.sites}
+    def output_weights(self) -> Mapping[str, Float[Tensor, "dim _"]]:
+        """Site -> the weights [dim features] through which its units write; gathered where workers share them out."""
+        return Gathered({site.name: partial(self._output_weight, site) for site in self.space.sites})
+
+    def _output_weight(self, site: UnitSite) -> Tensor:
+        return output_weight(self.network, site).detach()
 
     def active_flops(self, length: int) -> dict[str, float]:
         """Return category -> share of the whole network's floating-point operations that a token of it runs, 0..1.

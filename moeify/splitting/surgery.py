@@ -1,7 +1,8 @@
 """Changes to a network at a cut: units move into tree order, and kept output weights make up for what is cut.
 
 A permutation changes no function value, and moves the optimizer's state with the parameters. The compensation does
-change the weights: it is the least-squares answer of ``moeify.splitting.compensation``, a site at a time.
+change the weights: it is the least-squares answer of ``moeify.splitting.compensation``, a site at a time. Where workers
+share a network out, they gather one tensor at a time, come to the same answer and keep their shares of it.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from attribution.table import AttributionTable
-from moeify.models.units import UnitSpace, output_weight, tensor_of
+from moeify.models.units import UnitSpace, as_output, tensor_of
+from moeify.shares import assign, whole
 from moeify.splitting.compensation import compensate
 from moeify.splitting.propose import Proposal
 
@@ -36,7 +38,7 @@ def permute(
                 parameter,
                 *(v for v in state.values() if torch.is_tensor(v) and v.shape == parameter.shape),
             ):
-                tensor.copy_(tensor.index_select(part.axis, part.entries(index).to(tensor.device)))
+                assign(tensor, whole(tensor).index_select(part.axis, part.entries(index).to(tensor.device)))
 
 
 @torch.no_grad()
@@ -50,7 +52,11 @@ def compensate_sites(
     for site in space.sites:
         present_U = torch.argsort(proposal.order[site.name])
         active_CU = torch.stack([proposal.partition.active(site.name, c)[present_U] for c in table.categories])
-        weight_DU = output_weight(network, site)
+        parameter = network.get_parameter(site.output)
+        weight = whole(parameter)
+        weight_DU = as_output(weight, site)
         moments = (table.second_moment(site.name, category) for category in table.categories)
         corrected_UD = compensate(moments, weight_DU.t().double(), active_CU, table.shares, ridge)
         weight_DU.copy_(corrected_UD.t())
+        if weight is not parameter:
+            assign(parameter, weight)
