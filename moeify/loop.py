@@ -32,7 +32,7 @@ from moeify.control import (
 )
 from moeify.distillation import Teacher
 from moeify.divergence import DivergedError, memory
-from moeify.evaluation import RowLosses, losses_without, own_other, row_losses, summarize, tax, tax_errors
+from moeify.evaluation import RowLosses, losses_without, row_losses, summarize, tax, tax_errors
 from moeify.events import MemoryTracker, Tracker
 from moeify.mishaps import get_over
 from moeify.recipe.arms import Arm
@@ -309,13 +309,12 @@ class _Loop:
         rows = self._evaluate(last, "test", tuple(self.state.arms))
         split = self.state.arms["split"].model
         removed = losses_without(split, self.task, self.world, self.config.evaluation)
-        rises = own_other(removed, rows["split"], self.task)
         modules: tuple[ModuleTest, ...] = ()
         if self.config.evaluation.null_draws:
             modules = module_tests(split, self.task, self.world, self.config, rows["split"], removed)
         stopped, seconds = why_stopped(self.state.rounds, self.config.rounds[-1].separation), time.time() - self.began
         rounds, steps = self.state.rounds, self.config.training.steps
-        return summarize(self.task, split, rounds, rows, rises, modules, stopped, steps, seconds)
+        return summarize(self.task, split, rounds, rows, removed, modules, stopped, steps, seconds)
 
     def _measure(self, model: SplitModel, round_: int, relabel: Relabel = iter) -> AttributionTable:
         """Return the attribution of every unit to every category, of all workers' rows together."""
