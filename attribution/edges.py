@@ -55,6 +55,11 @@ def measure_edges(
     Products are in the activations' precision (half precision is widened to float32), sums over rows in float64. The
     subject's ``sample`` is not used. Raises ValueError for entries, pairs, blocks or values that make no sense, by
     name.
+
+    >>> from attribution.edge_taps import Writer
+    >>> edges = measure_edges(asked, rows, [Entry("second", (Writer("2"),))])
+    >>> edges.taylor("first", "second").tolist()  # categories x sources x targets, nats
+    [[[2.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]]
     """
     run = _Pass(subject, entries, pairs, blocks or {}, errors)
     with ExitStack() as stack:

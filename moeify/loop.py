@@ -75,6 +75,22 @@ def run(
     ``twins_url``: where machines share theirs. ``stop``: asked often, on rank 0; where it says so, the run leaves a
     checkpoint and raises StoppedError (``moeify.stopping``). Raises ValueError, before any training, for categories
     that the data lacks and separations out of reach.
+
+    >>> from moeify.tasks.build import build_task
+    >>> config = RunConfig.model_validate(
+    ...     {
+    ...         "name": "brief",
+    ...         "data": {"kind": "digits"},
+    ...         "model": {"kind": "autoencoder", "hidden": 24, "code": 4},
+    ...         "training": {"steps": 4, "rows": 20},
+    ...         "partition": {"multiple": 2, "min_units": 2},
+    ...         "rounds": [{"train": 2, "recover": 1, "separation": 0.3}],
+    ...         "evaluation": {"validation_rows": 2, "test_rows": 2},
+    ...     }
+    ... )
+    >>> result = run(config, build_task(config, cache=Path("cache"), base=Path(".")))
+    >>> result.categories[:3], [each.outcome for each in result.rounds], sorted(result.test_loss)
+    (('0', '1', '2'), ['kept'], ['dense', 'random', 'split'])
     """
     world = world or Solo()
     known = TwinCache(twins, config, task, world, twins_url) if twins else None
