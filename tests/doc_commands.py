@@ -54,6 +54,7 @@ ALSO = {
     "study": ["--quick", "--local", "--seeds", "1"],
     "export": ["--no-verify"],
     "init": ["--force"],
+    "plan": ["--categories", "2"],
 }
 """What keeps a command short: without Ray, few steps, no process that compares."""
 
