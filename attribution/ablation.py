@@ -21,7 +21,11 @@ time (a channel's over its map, too)."""
 
 
 def single(units: int) -> Bool[Tensor, "units units"]:
-    """Return the sets of one unit each."""
+    """Return the sets of one unit each.
+
+    >>> single(2).tolist()
+    [[True, False], [False, True]]
+    """
     return torch.eye(units, dtype=torch.bool)
 
 
@@ -39,6 +43,9 @@ def ablation_rises(
     Nats per token. Rows are repeated next to each other, once a set, so that many sets share a forward pass of at most
     ``at_once`` rows and a batch in category order stays so. Costs one forward pass of the data a set and one more, two
     with ``value="mean"``. ValueError for sets of another shape than the site's and for categories without rows.
+
+    >>> ablation_rises(asked, rows, "first", single(2)).tolist()  # units x categories
+    [[2.0, 0.0], [0.0, 1.0]]
     """
     where = subject.site(site)
     if sets.shape[1] != where.units:
@@ -73,6 +80,9 @@ def joint_rises(
 
     ``removed``: by site, the same units for all categories, or each category its own, as a partition does. Nats per
     token; two forward passes of the data, three with ``value="mean"``.
+
+    >>> joint_rises(asked, rows, {"first": torch.tensor([True, False]), "second": torch.tensor([True, True])}).tolist()
+    [2.0, 1.0]
     """
     check_value(value)
     sites = [subject.site(name) for name in removed]
@@ -170,7 +180,10 @@ class _Part:
 
 
 def check_value(value: str) -> None:
-    """Refuse what is not a ``Value``."""
+    """Refuse what is not a ``Value``.
+
+    >>> check_value("zero")
+    """
     if value not in ("zero", "mean"):
         raise ValueError(f"value must be 'zero' or 'mean', got {value!r}")
 

@@ -30,12 +30,20 @@ def profile_affinity(table: AttributionTable, kind: Score) -> Float64[Tensor, "c
     affinity in a pair and the largest across was .85 (Fisher) and 1.20 (absolute); plain cosine .17 and .19, without
     the mean but of raw scores .51 and 1.05, of logarithms .02. On ten classes of digits, the rank correlation of
     affinities from two halves of 20 examples a class was .90 and .93; plain cosine .73 and .87.
+
+    >>> profile_affinity(table, "absolute").round(decimals=3).tolist()  # two categories alone are opposites
+    [[1.0, -1.0], [-1.0, 1.0]]
     """
     return affinity_of(_scores(table, kind))
 
 
 def affinity_of(scores_UC: Float64[Tensor, "units categories"]) -> Float64[Tensor, "categories categories"]:
-    """Return the affinity, see ``profile_affinity``, of categories whose scores, none below 0, are given."""
+    """Return the affinity, see ``profile_affinity``, of categories whose scores, none below 0, are given.
+
+    >>> scores = torch.tensor([[4.0, 3.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 5.0]], dtype=torch.float64)
+    >>> [[round(value, 1) for value in row] for row in affinity_of(scores).tolist()]
+    [[1.0, 1.0, -1.0], [1.0, 1.0, -1.0], [-1.0, -1.0, 1.0]]
+    """
     products_CC = _products(scores_UC)
     norms_C = products_CC.diagonal().sqrt()
     norms_C = torch.where(norms_C > 1e-9, norms_C, torch.inf)
@@ -58,6 +66,10 @@ def profile_interval(
 
     The interval may therefore leave out the affinity of the table itself; then that has too much noise in it. From -1
     to 1 where a category cannot be told from the mean. Scores of different units are drawn as if independent.
+
+    >>> lower, upper = profile_interval(table, "absolute", draws=20)
+    >>> lower.shape == upper.shape == (2, 2)
+    True
     """
     if not 0 < level < 1 or draws < 2:
         raise ValueError(f"level must be between 0 and 1 and draws at least 2, got {level} and {draws}")
@@ -110,6 +122,10 @@ def affinity_graph(
     """Return the complete graph of the categories, for drawing and for export.
 
     An edge has the affinity as ``weight``, and of a given ``interval`` the ends as ``lower`` and ``upper``.
+
+    >>> graph = affinity_graph(torch.tensor([[1.0, 0.5], [0.5, 1.0]]), ["left", "right"])
+    >>> graph.edges["left", "right"]["weight"]
+    0.5
     """
     ends = {} if interval is None else dict(zip(("lower", "upper"), interval, strict=True))
     for values in (matrix, *ends.values()):
@@ -130,6 +146,10 @@ def group(matrix: Float[Tensor, "categories categories"], count: int, balanced: 
     The two groups with the highest mean affinity across merge, again and again; of equals the pair with the lowest
     members. With ``balanced`` no group gets more than ceil(categories / count) members. Groups are sorted, and in order
     of their smallest member.
+
+    >>> alike = torch.tensor([[1.0, -0.5, 0.75], [-0.5, 1.0, -0.25], [0.75, -0.25, 1.0]])
+    >>> group(alike, count=2, balanced=False)
+    [[0, 2], [1]]
     """
     _check(matrix)
     number = len(matrix)
@@ -145,7 +165,11 @@ def group(matrix: Float[Tensor, "categories categories"], count: int, balanced: 
 
 
 def by_linkage(affinity: Sequence[Sequence[float]], groups: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """Return the pairs of groups, the highest mean affinity across first, of equals the first pair."""
+    """Return the pairs of groups, the highest mean affinity across first, of equals the first pair.
+
+    >>> by_linkage([[1.0, -0.5, 0.75], [-0.5, 1.0, -0.25], [0.75, -0.25, 1.0]], [[0], [1], [2]])
+    [(0, 2), (1, 2), (0, 1)]
+    """
     return sorted(
         combinations(range(len(groups)), 2),
         key=lambda pair: (-_linkage(affinity, groups[pair[0]], groups[pair[1]]), pair),

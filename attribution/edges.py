@@ -56,6 +56,11 @@ def measure_edges(
     subject's ``sample`` is not used. Of a network sharded by ``fully_shard`` every worker gathers the weights of the
     sites' readers and writers, and needs as many batches as the others. Raises ValueError for entries, pairs, blocks or
     values that make no sense, by name.
+
+    >>> from attribution.edge_taps import Writer
+    >>> edges = measure_edges(asked, rows, [Entry("second", (Writer("2"),))])
+    >>> edges.taylor("first", "second").tolist()  # categories x sources x targets, nats
+    [[[2.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]]
     """
     with ExitStack() as stack:
         stack.enter_context(subject.still())

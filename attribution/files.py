@@ -24,7 +24,14 @@ class CorruptTableError(ValueError):
 
 
 def save(table: AttributionTable, path: str | Path) -> None:
-    """Write a table with all its sums, moments included, to one file, which appears whole or not at all."""
+    """Write a table with all its sums, moments included, to one file, which appears whole or not at all.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "table.safetensors"
+    >>> save(table, path)
+    >>> load(path).score("first", "taylor").equal(table.score("first", "taylor"))
+    True
+    """
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -43,7 +50,14 @@ def save(table: AttributionTable, path: str | Path) -> None:
 
 
 def load(path: str | Path) -> AttributionTable:
-    """Return the table that ``save`` wrote, bit for bit. Raises CorruptTableError, or OSError where no file is."""
+    """Return the table that ``save`` wrote, bit for bit. Raises CorruptTableError, or OSError where no file is.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "table.safetensors"
+    >>> path.write_bytes(b"something else") and load(path)
+    Traceback (most recent call last):
+    attribution.files.CorruptTableError: ... cannot be read as a table ...
+    """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -75,6 +89,13 @@ def to_parquet(table: AttributionTable, path: str | Path) -> None:
 
     Columns ``site``, ``unit``, ``category``, then of each score its name and (not for ``rate``) ``<name>_se``, then
     ``dead`` and ``without_gradient``. Scores that need labels sampled from the model are left out without them.
+
+    >>> import tempfile
+    >>> from pyarrow import parquet
+    >>> path = Path(tempfile.mkdtemp()) / "table.parquet"
+    >>> to_parquet(table, path)
+    >>> parquet.read_table(path).select(["site", "unit", "category", "taylor"]).to_pylist()[0]
+    {'site': 'first', 'unit': 0, 'category': 'left', 'taylor': 2.0}
     """
     import pyarrow
     from pyarrow import parquet

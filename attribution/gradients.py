@@ -137,6 +137,9 @@ def measure_gradients(
     own and hashes every parameter once: large batches in category order are cheapest. ``.grad`` and ``requires_grad``
     stay as they were. Memory: a gradient and ``folds * categories * size`` numbers. Sketches of shards add up. Raises
     ValueError for settings, rows or gradients that make no sense, by name.
+
+    >>> measure_gradients(asked, rows, folds=2).cosines().diagonal().tolist()
+    [1.0, 1.0]
     """
     if size < 1 or folds < 2:
         raise ValueError(f"size must be at least 1 and folds at least 2, got {size} and {folds}; raise them")

@@ -29,7 +29,12 @@ _MOST_ROWS = 400
 
 
 def draw(table: AttributionTable, path: str | Path, kind: Score = "fisher") -> Path:
-    """Write what ``plot`` draws as a PNG, and return its path."""
+    """Write what ``plot`` draws as a PNG, and return its path.
+
+    >>> import tempfile
+    >>> draw(table, Path(tempfile.mkdtemp()) / "units.png").stat().st_size > 1000
+    True
+    """
     return save_png(plot(table, kind), Path(path))
 
 
@@ -38,6 +43,9 @@ def plot(table: AttributionTable, kind: Score = "fisher") -> "Figure":
 
     Units stand by the category they matter most to, within it the strongest first. The scale is logarithmic, since
     units differ by orders of magnitude; signed scores have a colour for rising and one for falling losses.
+
+    >>> plot(table).axes[0].get_title().splitlines()
+    ['first', '2 units']
     """
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm, SymLogNorm

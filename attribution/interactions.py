@@ -158,6 +158,10 @@ def measure_interactions(
     to float32), batches in float64: all bounds are up to that rounding. Few large batches leave tighter bounds
     than many small ones. Results of shards add up with ``+``. Raises ValueError for settings, rows or values that make
     no sense, by name.
+
+    >>> found = measure_interactions(asked, rows, sites=["first"], k=1)["first"]
+    >>> found.exact, found.totals.tolist()  # no row has both units active
+    (True, [0.0, 0.0])
     """
     if k < 1 or oversample < 1:
         raise ValueError(f"k and oversample must be at least 1, got {k} and {oversample}; ask for more neighbours")

@@ -68,7 +68,11 @@ class Uncounted:
 
 
 def strongest_category(table: AttributionTable) -> dict[str, Int[Tensor, " units"]]:
-    """Return, as the simplest implied partition, the category that each unit matters to most."""
+    """Return, as the simplest implied partition, the category that each unit matters to most.
+
+    >>> strongest_category(measure(asked, rows))["first"].tolist()
+    [0, 1]
+    """
     return {site: table.score(site, "absolute").argmax(1) for site in table.sites}
 
 
@@ -90,6 +94,15 @@ def measure(
     up in float64 from products in float64 of what the network computed; second moments of a batch are matrix products
     in the activations' precision (half precision is widened to float32), for float32 a relative error of some 1e-7.
     Raises ValueError for sites, categories or values that make no sense, by name.
+
+    Of a network whose loss each active unit takes its activation off; 2.0 in rows of the category "left", 1.0 in those
+    of "right" (so in all examples of this package):
+
+    >>> table = measure(asked, rows)
+    >>> table.score("first", "taylor").tolist()  # units x categories, nats
+    [[2.0, 0.0], [0.0, 1.0]]
+    >>> (measure(asked, rows[:1]) + measure(asked, rows[1:])).score("first", "fisher").tolist()  # of shards
+    [[2.0, 0.0], [0.0, 0.5]]
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}; leave out the subject's 'sample' for none")

@@ -196,7 +196,11 @@ METHODS: tuple[type, ...] = get_args(Method)
 
 
 def scores(method: Method, subject: Subject, batches: Sequence[Probe], *, seed: int = 0) -> Scores:
-    """Return a method's score of every unit for every category; ``seed`` is that of labels sampled from the model."""
+    """Return a method's score of every unit for every category; ``seed`` is that of labels sampled from the model.
+
+    >>> scores(Ablation("zero"), asked, rows)["first"].tolist()
+    [[2.0, 0.0], [0.0, 1.0]]
+    """
     return all_scores([method], subject, batches, seed=seed)[method]
 
 
@@ -206,6 +210,10 @@ def all_scores(
     """Return the scores of several methods; those that ``measure`` knows share its passes.
 
     ``batches`` are gone through again and again. ValueError where a method makes no sense for the network.
+
+    >>> found = all_scores([Taylor(), WeightMagnitude()], asked, rows)
+    >>> found[Taylor()]["first"].tolist()
+    [[2.0, 0.0], [0.0, 1.0]]
     """
     tables: dict[int, AttributionTable] = {}
     found: dict[Method, Scores] = {}

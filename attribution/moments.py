@@ -156,7 +156,11 @@ def _omega(features: int, columns: int) -> Float64[Tensor, "x columns"]:
 
 
 def default_damping(units: int) -> float:
-    """Return a damping above the rounding noise of moments of so many units that were added up from float32."""
+    """Return a damping above the rounding noise of moments of so many units that were added up from float32.
+
+    >>> default_damping(4) <= default_damping(4096)
+    True
+    """
     return max(_LEAST_DAMPING, 8 * torch.finfo(torch.float32).eps * units**0.5)
 
 
@@ -176,6 +180,15 @@ def schur_residual(
     ``default_damping``, what float32 sums need) times the mean second moment of the kept and removed units on its whole
     diagonal, as if every activation carried a little independent noise; so moving a unit from removed to kept never
     raises J. Computed in float64. Where A has the low-rank form, by Woodbury's identity in O(inputs rank^2).
+
+    Two units that are always active alike: either makes up for the other, but nothing for both.
+
+    >>> inputs, curvature, weight = torch.ones(2, 2), torch.eye(1), torch.ones(2, 1)
+    >>> first, none = torch.tensor([True, False]), torch.tensor([False, False])
+    >>> round(schur_residual(inputs, curvature, weight, kept=~first, removed=first), 4)
+    0.0
+    >>> round(schur_residual(inputs, curvature, weight, kept=none, removed=~none), 4)
+    2.0
     """
     inputs_K, inputs_R = _sets(inputs, curvature, weight, kept, removed, damping)
     both = torch.cat([inputs_K, inputs_R])
@@ -212,6 +225,11 @@ def marginals(
     Exact, damping as in ``schur_residual``: 1/2 tr(H V_k^T ((A_KK^-1)_kk)^-1 V_k), where V_k are the unit's output
     weights after the best correction for the units that are removed already; for a unit of one input this is
     1/2 v_k H v_k^T / (A_KK^-1)_kk.
+
+    >>> inputs, curvature, weight = torch.eye(2), torch.eye(1), torch.tensor([[2.0], [1.0]])
+    >>> both, none = torch.tensor([True, True]), torch.tensor([False, False])
+    >>> [round(value, 3) for value in marginals(inputs, curvature, weight, kept=both, removed=none).tolist()]
+    [2.0, 0.5]
     """
     inputs_K, inputs_R = _sets(inputs, curvature, weight, kept, removed, damping)
     rises_U = torch.zeros(len(kept), dtype=torch.float64, device=weight.device)

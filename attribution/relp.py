@@ -63,6 +63,9 @@ def relevance(subject: Subject, batches: Sequence[Probe]) -> dict[str, Float64[T
     activation function is its ratio f(x)/x, a product of two things that depend on the input hands half to each, what
     is linear is left alone and biases keep their share. One forward and one backward pass for all sites. ValueError for
     functions without a rule.
+
+    >>> relevance(asked, rows)["first"].tolist()
+    [[2.0, 0.0], [0.0, 1.0]]
     """
     sums = {site.name: CategorySums(subject.categories, site.units) for site in subject.sites}
     with subject.still():

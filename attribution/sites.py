@@ -57,6 +57,9 @@ def output_weight(reader: nn.Module, site: Site) -> Float[Tensor, "inputs dim"]:
 
     For a convolution an input is a channel at one place of the kernel: ``units * kernel`` rows, a unit's rows side by
     side, as ``torch.nn.functional.unfold`` orders them. A sharded weight is gathered: all workers must ask.
+
+    >>> output_weight(asked.reader(asked.site("first")), asked.site("first")).shape
+    torch.Size([2, 2])
     """
     weight = getattr(reader, "weight", None)
     if isinstance(reader, nn.Conv2d) and reader.groups == 1:

@@ -58,7 +58,12 @@ class Rows:
 
 
 def batched(inputs: Tensor, targets: Tensor, categories: Int[Tensor, " rows"], rows_at_once: int) -> list[Rows]:
-    """Cut a whole data set into batches, each an even mix of the categories and in their order."""
+    """Cut a whole data set into batches, each an even mix of the categories and in their order.
+
+    >>> labels = torch.tensor([1, 0, 1, 0])
+    >>> [batch.ids.tolist() for batch in batched(torch.eye(4), labels, labels, rows_at_once=2)]
+    [[1, 0], [3, 2]]
+    """
     order = torch.argsort(categories, stable=True)
     count = -(-len(order) // rows_at_once)
     whole = Rows(inputs, targets, categories, torch.arange(len(order)))
@@ -66,7 +71,11 @@ def batched(inputs: Tensor, targets: Tensor, categories: Int[Tensor, " rows"], r
 
 
 def plain_forward(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a forward pass that has no use for categories; logits are taken out of a model output."""
+    """Return a forward pass that has no use for categories; logits are taken out of a model output.
+
+    >>> plain_forward(nn.Identity())(torch.ones(2), torch.zeros(2)).tolist()
+    [1.0, 1.0]
+    """
 
     def forward(inputs: Tensor, _: Tensor) -> Tensor:
         outputs: Any = network(inputs)

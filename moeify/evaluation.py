@@ -124,6 +124,15 @@ def own_other(removed: Mapping[str, RowLosses], intact: RowLosses, task: Task) -
     }
 
 
+def own_other_errors(removed: Mapping[str, RowLosses], intact: RowLosses, task: Task) -> dict[str, dict[str, float]]:
+    """Return category -> {expert: standard error of the rise of ``own_other``}, as ``tax_errors`` has it."""
+    each = {expert: tax_errors(rows, intact, task) for expert, rows in removed.items()}
+    return {
+        category: {expert: errors[category] for expert, errors in each.items() if category in errors}
+        for category in task.categories
+    }
+
+
 def tax(loss: Mapping[str, float], twin: Mapping[str, float]) -> dict[str, float]:
     """Return category -> nats above a twin, and their ``mean``."""
     rises = {category: loss[category] - twin[category] for category in twin}
@@ -135,13 +144,13 @@ def summarize(
     split: SplitModel,
     rounds: Sequence[RoundEnded],
     tested: Mapping[Arm, RowLosses],
-    rises: dict[str, dict[str, float]],
+    removed: Mapping[str, RowLosses],
     modules: tuple[ModuleTest, ...],
     stopped: Stop,
     steps: int,
     seconds: float,
 ) -> Result:
-    """Put a run's test figures together; ``tested`` and ``rises`` (of ``own_other``) are on the test split."""
+    """Put a run's test figures together; ``tested`` and ``removed`` (``losses_without``) are on the test split."""
     partition, flops = split.partition, split.active_flops(tokens_read(task))
     losses = {arm: rows.by_category(task) for arm, rows in tested.items()}
     bits = {arm: task.bits_per_byte(loss, "test") for arm, loss in losses.items()}
@@ -157,7 +166,8 @@ def summarize(
         test_loss=losses,
         bits_per_byte={arm: each for arm, each in bits.items() if each is not None} or None,
         accuracy={arm: each for arm, each in accuracies.items() if each is not None} or None,
-        own_other=rises,
+        own_other=own_other(removed, tested["split"], task),
+        own_other_error=own_other_errors(removed, tested["split"], task),
         modules=modules,
         tax=tax(losses["split"], losses["dense"]),
         tax_error=tax_error(tested["split"], tested["dense"], task),

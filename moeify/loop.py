@@ -32,7 +32,7 @@ from moeify.control import (
 )
 from moeify.distillation import Teacher
 from moeify.divergence import DivergedError, memory
-from moeify.evaluation import RowLosses, losses_without, own_other, row_losses, summarize, tax, tax_errors
+from moeify.evaluation import RowLosses, losses_without, row_losses, summarize, tax, tax_errors
 from moeify.events import MemoryTracker, Tracker
 from moeify.mishaps import get_over
 from moeify.recipe.arms import Arm
@@ -75,6 +75,22 @@ def run(
     ``twins_url``: where machines share theirs. ``stop``: asked often, on rank 0; where it says so, the run leaves a
     checkpoint and raises StoppedError (``moeify.stopping``). Raises ValueError, before any training, for categories
     that the data lacks and separations out of reach.
+
+    >>> from moeify.tasks.build import build_task
+    >>> config = RunConfig.model_validate(
+    ...     {
+    ...         "name": "brief",
+    ...         "data": {"kind": "digits"},
+    ...         "model": {"kind": "autoencoder", "hidden": 24, "code": 4},
+    ...         "training": {"steps": 4, "rows": 20},
+    ...         "partition": {"multiple": 2, "min_units": 2},
+    ...         "rounds": [{"train": 2, "recover": 1, "separation": 0.3}],
+    ...         "evaluation": {"validation_rows": 2, "test_rows": 2},
+    ...     }
+    ... )
+    >>> result = run(config, build_task(config, cache=Path("cache"), base=Path(".")))
+    >>> result.categories[:3], [each.outcome for each in result.rounds], sorted(result.test_loss)
+    (('0', '1', '2'), ['kept'], ['dense', 'random', 'split'])
     """
     world = world or Solo()
     known = TwinCache(twins, config, task, world, twins_url) if twins else None
@@ -312,13 +328,12 @@ class _Loop:
         rows = self._evaluate(last, "test", tuple(self.state.arms))
         split = self.state.arms["split"].model
         removed = losses_without(split, self.task, self.world, self.config.evaluation)
-        rises = own_other(removed, rows["split"], self.task)
         modules: tuple[ModuleTest, ...] = ()
         if self.config.evaluation.null_draws:
             modules = module_tests(split, self.task, self.world, self.config, rows["split"], removed)
         stopped, seconds = why_stopped(self.state.rounds, self.config.rounds[-1].separation), time.time() - self.began
         rounds, steps = self.state.rounds, self.config.training.steps
-        return summarize(self.task, split, rounds, rows, rises, modules, stopped, steps, seconds)
+        return summarize(self.task, split, rounds, rows, removed, modules, stopped, steps, seconds)
 
     def _measure(self, model: SplitModel, round_: int, relabel: Relabel = iter) -> AttributionTable:
         """Return the attribution of every unit to every category, of all workers' rows together."""

@@ -90,6 +90,9 @@ class Result(BaseModel):
     right or wrong."""
     own_other: dict[str, dict[str, float]]
     """Category -> expert -> rise of the category's test loss, in nats per unit, when that expert is ablated."""
+    own_other_error: dict[str, dict[str, float]] = {}
+    """Category -> expert -> standard error of that rise over the category's test rows, which are the same with and
+    without the expert; left out where it is not known, as in results from before it was kept."""
     modules: tuple[ModuleTest, ...] = ()
     """Whether each expert is a clean module; empty where the recipe does not ask (``evaluation.null_draws``)."""
     tax: dict[str, float]

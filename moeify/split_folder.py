@@ -45,6 +45,12 @@ def save_split(
 
     ``dtype``: of the weights in the file, running statistics stay as they are; what ``load_split`` gives is float32
     again, with the values in the file.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp()) / "split"
+    >>> save_split(model, folder, {})
+    >>> load_split(folder).partition == model.partition
+    True
     """
     facts = {
         "network": describe(model.network),
@@ -60,6 +66,13 @@ def load_split(folder: str | Path) -> SplitModel:
     """Return the split model that ``moeify export RUN --split`` wrote to a folder or a URL, in eval mode.
 
     Raises CorruptCheckpointError (a ValueError) when a file is missing or is not what was written.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp()) / "split"
+    >>> save_split(model, folder, {"note.txt": b"mine"})
+    >>> back = load_split(folder)
+    >>> back.categories, back.training
+    (('dark', 'light'), False)
     """
     if isinstance(folder, str) and is_url(folder):
         with TemporaryDirectory(prefix="moeify-split-") as copy:

@@ -276,7 +276,7 @@ def _driven(folder: RunFolder, config: RunConfig, followers: Sequence[Follower])
 
     The note is the driver's, for only the driver outlives every worker; workers must have let go of the journal.
     """
-    with stoppable(), hold(folder), follow(folder.journal, [*followers, MlflowFollower(folder, config)]):
+    with stoppable(), hold(folder), follow(folder.journal, [*followers, MlflowFollower(folder, config, machine=True)]):
         try:
             yield
         except Exception as error:

@@ -86,6 +86,7 @@ def _of_result(result: Result) -> Summary:
         "tax_told": result.tax_told,
         "error_over": dict(result.error_over),
         "own_other": result.own_other,
+        "own_other_error": result.own_other_error or None,
         "modules": [{**each.model_dump(), "p": each.p, "verdict": each.verdict} for each in result.modules] or None,
     }
 
@@ -122,6 +123,7 @@ def _of_journal(folder: RunFolder) -> Summary:
         "tax_told": _tax(tested, "split", "told"),
         "error_over": None,
         "own_other": None,
+        "own_other_error": None,
         "modules": None,
     }
 

@@ -37,6 +37,7 @@ from pipelines.mlflow_store import (
     told_as_delivery_error,
     tracking_uri,
 )
+from pipelines.mlflow_system import SystemMetrics
 from pipelines.mlflow_tags import log_data, outcome_tags, recipe_tags
 from pipelines.mlflow_terms import final_points, flat, points_of, summary
 from pipelines.report.page import write_or_warn
@@ -89,8 +90,11 @@ class Progress(BaseModel):
 class MlflowFollower:
     """Draws the run's plots, writes its report and delivers its journal to MLflow."""
 
-    def __init__(self, folder: RunFolder, config: RunConfig, *, driven: bool = True) -> None:
+    def __init__(self, folder: RunFolder, config: RunConfig, *, driven: bool = True, machine: bool = False) -> None:
         self._folder = folder
+        self._machine = machine
+        """Whether how busy this machine is belongs to the run."""
+        self._system: SystemMetrics | None = None
         self._driven = driven
         """Whether the run is under way, as against delivered later."""
         self._config = config
@@ -120,6 +124,8 @@ class MlflowFollower:
                 self._drawn.add(event.id)
                 self._draw(event)
         client = self._connected()
+        if self._system:
+            self._system.start()
         self._progress.closed = False
         for event in events:
             if isinstance(event, Started):
@@ -147,6 +153,8 @@ class MlflowFollower:
         status, ended_as = _ending(end)
         write_or_warn(self._folder, ended_as)
         client = self._connected()
+        if self._system:
+            self._system.stop()
         parent = self._progress.parent
         if isinstance(end, Failed):
             client.set_tag(parent, "moeify.last_failure", end.reason[:LONGEST_TAG])
@@ -201,6 +209,8 @@ class MlflowFollower:
                 self._progress.save(self._folder.tracking)
         client.update_run(self._progress.parent, status="RUNNING")
         self._summarise(client, "running")
+        if self._machine:
+            self._system = SystemMetrics(tracking_uri(home), self._progress.parent)
         self._client = client
         return client
 

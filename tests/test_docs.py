@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -24,7 +22,10 @@ from moeify.models import families
 from moeify.recipe.config import RunConfig
 from moeify.recipe.load import load_recipe, to_yaml
 from moeify.routed.proof import prove
-from pipelines.cli import main
+from pipelines.cli import COMMANDS, main
+from tests.checkpoints import save_checkpoint
+from tests.doc_commands import DOCUMENTS, WITHOUT, elsewhere, tried, variants, written
+from tests.doc_commands import TRIED as TRIED_IN
 from tests.finished_runs import TINY, environment, finish
 from tests.networks import tiny_decoder
 from tests.test_owners import random_units
@@ -40,18 +41,10 @@ WORDS = {
     "medicine": "patient dose fever artery nurse tissue symptom blood clinic therapy",
 }
 
-
-ELSEWHERE = {
-    "moeify compare": "trains many runs; the quickstart's test compares",
-    "moeify doctor": "starts Ray; the quickstart's test asks it",
-    "moeify run": "needs data that the project does not carry, or is named without a recipe",
-}
-STAND_INS = {"RUN": "last", "DIR": "out", "FILE": "texts.jsonl", "web": "prose"}
-"""What the documents' placeholders, and their example of a category, are in the run that the commands are tried on."""
-TRIED = """
+PROGRAM = """
 import json, sys
 from click.testing import CliRunner
-from pipelines.cli import main
+from pipelines.cli import COMMANDS, main
 for words in json.load(sys.stdin):
     said = CliRunner().invoke(main, words)
     if said.exit_code:
@@ -69,20 +62,16 @@ def test_links_lead_somewhere(document: Path):
         assert (document.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_command_that_is_named_exists_with_its_options(document: Path):
-    text = document.read_text(encoding="utf-8")
-    for name, rest in named(text):
+    for command in written(document):
+        name, *rest = command.split()
         said = CliRunner().invoke(main, [name, "--help"])
         assert said.exit_code == 0, name
-        for option in re.findall(r"(?<!\S)(--[a-z-]+)", rest):
-            assert option in said.output, f"{name} {option}"
-
-
-def named(text: str) -> list[tuple[str, str]]:
-    """Return command and arguments of every `moeify ...`, in the text and in blocks."""
-    places = re.findall(r"`(moeify [^`]+)`", text) + re.findall(r"^(moeify .+)$", text, re.MULTILINE)
-    return [(words[1], " ".join(words[2:])) for place in places if len(words := place.split()) > 1]
+        if name == "cluster" and rest:
+            said = CliRunner().invoke(main, [name, rest[0], "--help"])
+        for option in re.findall(r"(?<![\w-])(--[a-z-]+)", " ".join(rest)):
+            assert option in said.output, command
 
 
 def write_corpus(base: Path) -> None:
@@ -163,19 +152,41 @@ def test_the_notebook_runs_as_a_script(tmp_path: Path):
     assert float(re.search(r"differs from the whole by (\S+) at most", said)[1]) < 1e-5
 
 
+def test_every_command_is_tried_or_run_by_another_test():
+    """Those that lack an argument, such as `moeify split` in a sentence, are names; each is tried in another place."""
+    named, run = set(), set()
+    for document in TRIED_IN:
+        for command in (each for whole in written(document) for each in variants(whole)):
+            if test := elsewhere(command):
+                assert f"def {test[1]}(" in (ROOT / "tests" / test[0]).read_text(encoding="utf-8"), command
+                run.add(command.split()[0])
+            elif command in WITHOUT:
+                continue
+            else:
+                (run if tried(command) else named).add(command.split()[0])
+    in_order = {command.split()[0] for command in written(QUICKSTART)}
+    assert named <= run | in_order
+    assert run | in_order == set(COMMANDS)
+
+
 @pytest.mark.slow
 def test_every_command_of_the_other_documents_runs(tmp_path: Path, laid_out: Path):
-    """In the order of the text, on a small run; those that lack an argument are names and no commands."""
-    asked = []
-    for document in ("concepts", "routing", "report", "faq"):
-        text = (ROOT / "docs" / f"{document}.md").read_text(encoding="utf-8")
-        asked += [words for name, rest in named(text) if (words := tried(name, rest))]
-    assert len(asked) > 8
+    """On a small run; what makes another run comes last, for the newest is meant by many."""
+    asked = [
+        words
+        for document in TRIED_IN
+        for whole in written(document)
+        for command in variants(whole)
+        if not elsewhere(command) and command not in WITHOUT and (words := tried(command))
+    ]
     once = list(dict.fromkeys(map(tuple, asked)))
+    assert len(once) > 30
+    once.sort(key=lambda words: words[0] in ("run", "resume", "split", "study"))
     asked = [[f"out-{place}" if word == "out" else word for word in words] for place, words in enumerate(once)]
     finish(tmp_path, {"tiny": TINY}, laid_out)
+    save_checkpoint(tmp_path / "checkpoint", "llama")
     done = subprocess.run(
-        [sys.executable, "-c", TRIED],
+        [sys.executable, "-c", PROGRAM],
         input=json.dumps(asked),
         cwd=tmp_path,
         env={**os.environ, **environment(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -183,19 +194,6 @@ def test_every_command_of_the_other_documents_runs(tmp_path: Path, laid_out: Pat
         text=True,
     )
     assert done.returncode == 0, done.stderr
-
-
-def tried(name: str, rest: str) -> list[str]:
-    """Return a command's words as it is tried; none where it is tried elsewhere, or only named."""
-    words = [STAND_INS.get(word, word) for word in shlex.split(rest)]
-    command = main.get_command(click.Context(main), name)
-    if f"moeify {name}" in ELSEWHERE or command is None:
-        return []
-    try:
-        command.make_context(name, list(words))
-    except click.UsageError:
-        return []
-    return [name, *words]
 
 
 def test_the_code_of_the_concepts_runs():

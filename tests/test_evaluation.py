@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from moeify.evaluation import RowLosses, held_out_loss, row_losses, tax_error, tax_errors
+from moeify.evaluation import RowLosses, held_out_loss, own_other_errors, row_losses, tax_error, tax_errors
 from moeify.loop import run
 from moeify.recipe.parallel import Replicate
 from moeify.routed.split_model import SplitModel
@@ -58,6 +58,24 @@ def test_the_error_of_a_tax_is_that_of_paired_rows() -> None:
     assert tax_error(losses(5.0, 1.1, 2.3, 9.1, 4.6, 3.1), twin, TASK) == pytest.approx((0.09 / 3) ** 0.5 / 2)
     errors = tax_errors(losses(5.0, 1.1, 2.3, 9.1, 4.6, 3.1), twin, TASK)
     assert errors == pytest.approx({"a": (0.09 / 3) ** 0.5, "b": 0.0}, abs=1e-12)
+
+
+def test_a_removals_error_is_that_of_the_same_rows_with_and_without_the_expert() -> None:
+    intact = losses(5.0, 1.0, 2.0, 9.0, 4.0, 3.0)
+    removed = {"e": losses(5.0, 1.0, 2.3, 9.0, 4.6, 3.0), "one": losses(5.5, 1.0)}
+    found = own_other_errors({"e": removed["e"]}, intact, TASK)
+    assert found["a"] == pytest.approx({"e": (0.09 / 3) ** 0.5})
+    assert found["b"] == {"e": 0.0}
+    assert own_other_errors({"one": removed["one"]}, losses(5.0, 1.0), TASK) == {"a": {}, "b": {}}
+
+
+def test_every_rise_of_a_run_has_its_error() -> None:
+    config = toy_config()
+    result = run(config, ToyTask(config))
+    for category, rises in result.own_other.items():
+        errors = result.own_other_error[category]
+        assert errors.keys() == rises.keys()
+        assert all((errors[expert] > 0.0) == (rise != 0.0) for expert, rise in rises.items())
 
 
 def test_draws_of_rows_scatter_as_the_error_says() -> None:

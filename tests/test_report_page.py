@@ -299,6 +299,34 @@ def test_a_router_shows_whom_it_sends_where_and_colours_text_by_who_serves_it(ht
     assert '<span class="missed" title="python 50%">def</span>' in served
 
 
+def test_a_rise_without_an_expert_stands_with_its_interval(tmp_path: Path) -> None:
+    folder = full_run(tmp_path)
+    assert "95 % interval over the category's test rows" not in build(folder)
+    result = json.loads(folder.result.read_text())
+    result["own_other_error"] = {c: dict.fromkeys(rises, 0.01) for c, rises in result["own_other"].items()}
+    result["own_other_error"]["prose"] = {}
+    folder.result.write_text(json.dumps(result))
+    html = build(folder)
+    assert "95 % interval over the category's test rows" in html
+    assert html.count("+0.5000 <small>± 0.0196</small>") == 6  # three categories, each with its leaf and its group
+    assert html.count(">+0.5000</td>") == 1
+
+
+def test_the_tree_tells_operations(tmp_path: Path) -> None:
+    folder = full_run(tmp_path)
+    sites = {f"layers.{site}.ffn": 384 for site in range(3)}
+    told = {"sites": sites, "unit_parameters": dict.fromkeys(sites, 100)}
+    folder.journal.unlink()
+    tell(folder, [each.model_copy(update=told) if isinstance(each, Started) else each for each in story(CONTROLS)])
+    result = json.loads(folder.result.read_text())
+    result["active_flops"] = {**dict.fromkeys(CATEGORIES, 0.75), "mean": 0.75}
+    folder.result.write_text(json.dumps(result))
+    text = Page(build(folder)).text
+    own = [node["units"] for node in walk(tree_of_nodes(folder)) if node["name"] == "prose"]
+    assert f"Owns {own[0]} units, which take {2 * 100 * own[0] / 1e3:.3g} k operations a token" in text
+    assert text.count("and 75.0% of the whole network's operations") == len(CATEGORIES)
+
+
 def test_a_damaged_router_is_left_out_and_told(tmp_path: Path) -> None:
     folder = full_run(tmp_path)
     leave_router(folder)
@@ -466,6 +494,7 @@ def large_run(home: Path, sites: int = 32, units: int = 8192, categories: int = 
     result |= {key: {**dict.fromkeys(names, 0.1), "mean": 0.1} for key in ("tax", "tax_random", "tax_told")}
     result["test_loss"] = {arm: dict.fromkeys(names, 3.0) for arm in result["test_loss"]}
     result["own_other"] = {name: {e: float(name in e.split("+")) for e in experts} for name in names}
+    result["own_other_error"] = {name: dict.fromkeys(experts, 0.1) for name in names}
     folder.result.write_text(json.dumps(result))
     return folder
 

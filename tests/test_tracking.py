@@ -296,6 +296,59 @@ def test_while_the_server_is_away_nothing_is_lost(
     assert runs(home)[folder.id].info.status == "FINISHED"
 
 
+def test_a_driven_run_has_system_metrics_until_it_is_closed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    folder = fake_run(home)
+    follower = MlflowFollower(folder, recipe(), machine=True)
+    follower.take(story()[:20])
+    run = follower._progress.parent
+
+    def sampled() -> list[tuple[int, float]]:
+        history = client(home).get_metric_history(run, "system/cpu_utilization_percentage")
+        return sorted((point.step, point.value) for point in history)
+
+    deadline = time.monotonic() + 60
+    while len(sampled()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    follower.close()
+    steps = [step for step, _ in sampled()]
+    assert steps == list(range(len(steps)))
+    assert len(steps) >= 3
+    assert all(0.0 <= value <= 100.0 for _, value in sampled())
+    again = MlflowFollower(folder, recipe(), machine=True)
+    again.take(story()[20:24])
+    again.close()
+    assert {step for step, _ in sampled()} >= set(steps)
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
+    switched_off = MlflowFollower(folder, recipe(), machine=True)
+    switched_off.take(story()[24:25])
+    assert switched_off._system is not None
+    assert not switched_off._system._alive()
+    switched_off.close()
+
+
+def test_a_server_that_goes_away_costs_system_metrics_and_no_time(
+    home: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    monkeypatch.setattr("pipelines.mlflow_system._PATIENCE", 0.2)
+    follower = MlflowFollower(folder, recipe(), machine=True)
+    follower.take(story()[:2])
+    system = follower._system
+    assert system is not None
+
+    def hang(*_: Any) -> None:
+        time.sleep(3)
+        raise ConnectionError
+
+    monkeypatch.setattr(MlflowClient, "get_run", hang)
+    began = time.monotonic()
+    system.stop()
+    assert time.monotonic() - began < 2.5
+
+
 def test_a_server_that_is_away_is_told_in_one_line(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

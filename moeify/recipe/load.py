@@ -42,7 +42,11 @@ class RecipeError(ValueError):
 
 
 def load_recipe(path: Path) -> RunConfig:
-    """Read a recipe from a file."""
+    """Read a recipe from a file.
+
+    >>> load_recipe(recipes / "digits.yaml").training.steps
+    1000
+    """
     return parse_recipe(read_text(path), where=str(path))
 
 

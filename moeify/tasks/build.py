@@ -13,6 +13,10 @@ def build_task(config: RunConfig, *, cache: Path, base: Path) -> Task:
     """Prepare the recipe's data and return its task; what was prepared before is read from ``cache``.
 
     ``base`` is the folder that the recipe's relative paths start at.
+
+    >>> from moeify.recipe.load import load_recipe
+    >>> build_task(load_recipe(recipes / "digits.yaml"), cache=Path("cache"), base=Path(".")).unit
+    'example'
     """
     match config.data:
         case TextData():

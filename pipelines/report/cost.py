@@ -73,6 +73,21 @@ def _active_weights(ownership: Ownership, started: Started) -> dict[str, float]:
     return active
 
 
+def operations_of(run: Recorded) -> dict[str, float]:
+    """Return expert -> operations of its own units in a forward pass, per token or example; empty where not known."""
+    started, ownership = run.started, run.ownership()
+    if started is None or not all(started.unit_parameters.get(site) for site in started.sites):
+        return {}
+    if ownership is None:
+        whole = _PER_WEIGHT * sum(units * started.unit_parameters[site] for site, units in started.sites.items())
+        return {} if run.kept or run.tree is None else {run.tree["name"]: float(whole)}
+    found = dict.fromkeys((node.name for node in ownership.nodes), 0.0)
+    for site, counts in owned(ownership).items():
+        for node, count in zip(ownership.nodes, counts, strict=True):
+            found[node.name] += _PER_WEIGHT * count * started.unit_parameters[site]
+    return found
+
+
 def owned(ownership: Ownership) -> dict[str, list[int]]:
     """Return site -> units that each expert owns itself, experts in the tree's order."""
     found = {}

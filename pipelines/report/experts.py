@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pipelines.report.cost import owned
+from pipelines.report.cost import operations_of, owned
 from pipelines.report.recorded import Recorded
 from pipelines.show import Summary, active_fraction, walk
-from pipelines.wording import nats
+from pipelines.wording import interval, nats
 
 _MOST_ROWS = 400
 """Experts in the matrix of removals, the first in the tree's order."""
@@ -29,6 +29,11 @@ class Expert:
     """Of all units, 0..1."""
     active: float | None
     """Of a leaf: fraction of all units on the way from the core to it."""
+    flops: float | None
+    """Operations of its own units in a forward pass, per token or example; None where units' parameters were not
+    recorded."""
+    active_flops: float | None
+    """Of a leaf: fraction 0..1 of the whole network's operations that what it serves runs; None where not recorded."""
     sites: list[tuple[str, int, float]]
     """Site, units, fraction of the site's."""
     removal: list[tuple[str, float]]
@@ -48,6 +53,7 @@ def expert_tree(run: Recorded, look: dict[str, str], serves: dict[str, str]) -> 
     active = active_fraction(run.tree)
     sites = _own_units(run)
     removed: dict[str, dict[str, float | None]] = run.known["own_other"] or {}
+    operations, whole = operations_of(run), run.known["active_flops"] or {}
 
     def expert(node: Summary, depth: int) -> Expert:
         name = node["name"]
@@ -60,6 +66,8 @@ def expert_tree(run: Recorded, look: dict[str, str], serves: dict[str, str]) -> 
             units=node["units"],
             share=node["units"] / total,
             active=None if node["children"] else active[node["categories"][0]],
+            flops=operations.get(name),
+            active_flops=None if node["children"] else whole.get(node["categories"][0]),
             sites=sites.get(name, []),
             removal=sorted(rises, key=lambda each: -each[1]),
             below=sum(1 for _ in walk(node)) - 1,
@@ -90,6 +98,8 @@ class Cell:
     kind: Literal["rise", "fall", "never", "unknown"]
     """``never``: the category does not run the expert; ``unknown``: not measured, or not finite."""
     text: str
+    reach: str
+    """Half of the rise's 95 % interval; empty where it is not known."""
     strength: float
     """Size beside the largest of the matrix, 0..1."""
 
@@ -113,22 +123,30 @@ def removals(
     if not matrix or run.tree is None:
         return None
     nodes = [(node, depth) for node, depth in walk(run.tree) if depth]
+    errors: dict[str, dict[str, float | None]] = run.known["own_other_error"] or {}
     rises = [rise for each in matrix.values() for rise in each.values() if rise is not None]
     largest = max(map(abs, rises), default=0.0) or 1.0
     rows = []
     for node, depth in nodes[:_MOST_ROWS]:
         name = node["name"]
         cells = [
-            _cell(category, matrix.get(category, {}).get(name), category in node["categories"], largest)
+            _cell(
+                category,
+                matrix.get(category, {}).get(name),
+                errors.get(category, {}).get(name),
+                category in node["categories"],
+                largest,
+            )
             for category in run.tree["categories"]
         ]
         rows.append(Removal(name, depth, look[name], serves[name], cells))
     return (run.tree["categories"], rows, len(nodes) - len(rows)) if rows else None
 
 
-def _cell(category: str, rise: float | None, runs: bool, largest: float) -> Cell:
+def _cell(category: str, rise: float | None, error: float | None, runs: bool, largest: float) -> Cell:
     if not runs and (rise is None or rise == 0.0):
-        return Cell(category, "never", "·", 0.0)
+        return Cell(category, "never", "·", "", 0.0)
     if rise is None:
-        return Cell(category, "unknown", "?", 0.0)
-    return Cell(category, "rise" if rise >= 0.0 else "fall", nats(rise, signed=True), abs(rise) / largest)
+        return Cell(category, "unknown", "?", "", 0.0)
+    reach = "" if error is None else interval(error)
+    return Cell(category, "rise" if rise >= 0.0 else "fall", nats(rise, signed=True), reach, abs(rise) / largest)
