@@ -70,11 +70,11 @@ def run(
     """Run the recipe, from the store's newest checkpoint where there is one, and return what came out.
 
     ``twins``: a folder of twins that runs which differ in their cuts share (``moeify.twin_cache``);
-    ``twins_url``: where machines share theirs. Raises ValueError, before any training, for categories that the data
-    lacks and separations out of reach.
+    ``twins_url``: where machines share theirs; not of models that workers share out. Raises ValueError, before any
+    training, for categories that the data lacks and separations out of reach.
     """
     world = world or Solo()
-    known = TwinCache(twins, config, task, world, twins_url) if twins else None
+    known = TwinCache(twins, config, task, world, twins_url) if twins and not shares_models(world) else None
     return _Loop(config, task, world, store or MemoryStore(), tracker or MemoryTracker(), known).run()
 
 
