@@ -1,8 +1,9 @@
 """Kill a run anywhere: it must end with the same bits, and a damaged checkpoint must never pass for a good one.
 
 Short runs of a shrunken digits recipe are SIGKILLed at moments drawn over the length of an undisturbed one, each a few
-times, and started again with the same command until they end. Four things are killed: the driver of a run in one
-process (``local``), the driver of a run on Ray (``driver``), a Ray Train worker (``worker``), and the MLflow server
+times, and started again with the same command until they end. Five things are killed: the driver of a run in one
+process (``local``), the driver of a run on Ray (``driver``), a Ray Train worker (``worker``), a whole node of a Ray
+cluster with all that runs on it (``node``; another one joins, and the run must go on by itself), and the MLflow server
 that a run is tracked by, which is started again (``server``). A run is wrong unless it has the undisturbed run's
 
 - weights and optimizer state of all arms in the last checkpoint (hashes), partitions and rounds;
@@ -39,7 +40,6 @@ import psutil
 from benchmarks.damage import damage
 from benchmarks.killable import (
     LONGEST,
-    Attempt,
     Outcome,
     Runs,
     Tally,
@@ -55,12 +55,14 @@ from benchmarks.killable import (
     spawned,
     tail,
     wait,
+    workers_below,
 )
+from benchmarks.killed_nodes import storm_nodes
 from benchmarks.report import Figure, parser, report
 
 KILLS = 110
-RAY_SHARE, SERVER_SHARE = 0.12, 0.04
-"""Shares of the kills that hit a run on Ray (half of them its driver, half a worker), and MLflow's server."""
+RAY_SHARE, NODE_SHARE, SERVER_SHARE = 0.12, 0.04, 0.04
+"""Shares of the kills that hit a run on Ray (half of them its driver, half a worker), a node, and MLflow's server."""
 PER_RUN = 5
 MARK = "MOEIFY_BENCHMARK_KILL"
 """Environment variable that every process of the benchmark inherits."""
@@ -71,7 +73,9 @@ def main() -> None:
     parsed = parser(__doc__)
     parsed.add_argument("--kills", type=int, metavar="N", help=f"at least so many ({KILLS}; 3 where quick)")
     parsed.add_argument("--seed", type=int, default=0, help="of the moments")
-    parsed.add_argument("--only", choices=("local", "server", "ray"), help="what is killed; otherwise each its share")
+    parsed.add_argument(
+        "--only", choices=("local", "server", "ray", "node"), help="what is killed; otherwise each its share"
+    )
     asked = parsed.parse_args()
     kills = asked.kills or (3 if asked.quick else KILLS)
     tally, draw = Tally(), random.Random(asked.seed)
@@ -79,21 +83,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mk-") as place:
         home = Path(place)
         prepare(home)
-        ray, server = (0, 0) if asked.quick else (round(kills * RAY_SHARE), max(1, round(kills * SERVER_SHARE)))
+        shares = {"ray": RAY_SHARE, "node": NODE_SHARE, "server": SERVER_SHARE}
+        wanted_of = {kind: 0 if asked.quick else max(1, round(kills * share)) for kind, share in shares.items()}
         if asked.only:
-            ray, server = kills * (asked.only == "ray"), kills * (asked.only == "server")
+            wanted_of = {kind: kills * (asked.only == kind) for kind in shares}
+        ray, node, server = wanted_of.values()
         corruptions = missed = 0
-        if asked.only != "ray":
+        if asked.only not in ("ray", "node"):
             calm = in_process(home)
             calm.check(1)
             calm.sync(1)
             length, wanted = calm.length(1), calm.outcome(1)
-            _storm(calm, wanted, length, kills - ray - server, draw, tally, "local", first=10)
+            _storm(calm, wanted, length, kills - ray - node - server, draw, tally, "local", first=10)
             if server:
                 _storm_server(home, wanted, length, server, draw, tally)
             corruptions, missed = damage(calm, wanted, draw, tally, quick=asked.quick)
         if ray:
             _storm_ray(home, ray, draw, tally)
+        if node:
+            storm_nodes(home, node, draw, tally)
         left_behind = _left_behind(token)
     rows: list[dict[str, str | int]] = [
         {"killed": target, "phase": phase, "kills": count} for (target, phase), count in sorted(tally.kills.items())
@@ -223,10 +231,10 @@ def _storm_ray(home: Path, kills: int, draw: random.Random, tally: Tally) -> Non
         with judged(runs, number, wanted, tally, target):
             for _ in range(2):
                 process = runs.attempt(number)
-                while alive(process) and not _workers(process):
+                while alive(process) and not workers_below(process.pid):
                     time.sleep(0.05)
                 wait(process, draw.uniform(0.0, length))
-                victims = _workers(process)
+                victims = workers_below(process.pid)
                 if not alive(process) or not victims:
                     break
                 phase = phase_of(runs.folder(number))
@@ -239,17 +247,6 @@ def _storm_ray(home: Path, kills: int, draw: random.Random, tally: Tally) -> Non
                 if target == "worker" and (code := ended(process)) != 0:
                     raise WrongError(f"exit code {code}: {tail(home / 'told.txt')}")
             runs.check(number)
-
-
-def _workers(driver: Attempt) -> list[psutil.Process]:
-    """Return the train workers below a driver."""
-    found = []
-    with suppress(psutil.NoSuchProcess):
-        for process in psutil.Process(driver.pid).children(recursive=True):
-            with suppress(psutil.Error):
-                if "RayTrainWorker" in " ".join(process.cmdline()):
-                    found.append(process)
-    return found
 
 
 def _left_behind(token: str, seconds: float = 60.0) -> int:

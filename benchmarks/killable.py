@@ -17,6 +17,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from moeify.store import FolderStore
 from pipelines.journal import read_events
 from pipelines.runs import RunFolder
@@ -38,7 +40,7 @@ tracking: {{every: 5}}
 LONGEST = 900.0
 """Seconds of one attempt, before it counts as hung."""
 
-Target = Literal["local", "driver", "worker", "server"]
+Target = Literal["local", "driver", "worker", "node", "server"]
 
 
 @dataclass
@@ -172,6 +174,17 @@ def spawned(arguments: Sequence[str], told: Path) -> "subprocess.Popen[bytes]":
 def alive(process: Attempt) -> bool:
     """Say whether an attempt goes on."""
     return process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
+
+
+def workers_below(pid: int | None) -> list[psutil.Process]:
+    """Return the train workers below a process."""
+    found = []
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    found.append(process)
+    return found
 
 
 def ended(process: Attempt) -> int | None:

@@ -1,10 +1,10 @@
 """Whether ``moeify plan`` is right: what it foresees of whole runs, over what those runs take.
 
 Each recipe runs twice in this process, one worker of one thread: once with every operation counted, once against the
-clock. Operations are foreseen for rounds that are all kept; time from the speed of a few training steps right before.
-What is not foreseen (finding the partition, checkpoints) is in what is taken, and of a network as small as the digits'
-it is nearly all. A checkpoint's size is that of its files. The text recipe is cut to a fifth of its steps; the whole
-takes about five minutes on an idle core.
+clock. Operations are foreseen for rounds that are all kept; time from a few training steps right before: what their
+operations take, and what they take besides. What is not foreseen (finding the partition, calls of attribution and
+evaluation, checkpoints) is in what is taken. Both are the processor's time of this thread. A checkpoint's size is that
+of its files. The text recipe is cut to a fifth of its steps; the whole takes about five minutes on an idle core.
 """
 
 import tempfile
@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import Cell, Figure, arguments, report
-from moeify.dry_run import FlopCounter, sizes, speed
+from moeify.dry_run import FlopCounter, sizes
 from moeify.forecast import forecast
 from moeify.loop import run
+from moeify.pace import pace
 from moeify.recipe.config import RunConfig
 from moeify.recipe.load import parse_recipe
 from moeify.store import FolderStore
@@ -63,11 +64,13 @@ def compared(name: str, config: RunConfig) -> Mapping[str, Cell]:
     found = forecast(config, known, len(task.categories))
     with FlopCounter() as counter:
         run(config, task)
-    foreseen = found.flops / speed(config, Path(), known)
+    measured = pace(config, Path(), known, len(task.categories), steps=20)
+    foreseen = found.flops / measured.flops
+    foreseen += sum(each.steps * (measured.routed if each.routed else measured.step) for each in found.work)
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
+        began = time.thread_time()
         run(config, task, store=FolderStore(Path(folder), config.checkpoints.keep))
-        taken = time.perf_counter() - began
+        taken = time.thread_time() - began
         last = max((Path(folder) / "checkpoints").iterdir())
         stored = sum(path.stat().st_size for path in last.iterdir())
     return {

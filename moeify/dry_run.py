@@ -5,8 +5,6 @@ on a laptop, by the code that will train it.
 """
 
 import math
-import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never, get_args
@@ -42,6 +40,9 @@ class Sizes:
     """What the dense network costs, in floating-point operations and bytes."""
 
     parameters: int
+    layer: int
+    """Parameters of the largest layer, or of what is in no layer where that is more: what is gathered at a time where
+    workers share models out."""
     units: dict[str, int]
     """Site -> units, of what the recipe splits."""
     split: float
@@ -88,7 +89,8 @@ def sizes(config: RunConfig, base: Path, workers: int, categories: int) -> Sizes
         if config.training.checkpoint_activations:
             again, kept = _recomputing(config, network, share, own, backward, kept)
         return Sizes(
-            parameters=sum(parameter.numel() for parameter in network.parameters()),
+            parameters=_numbers(network),
+            layer=_largest(network),
             units={site.name: site.units for site in space.sites},
             split=_split_share(network, space, units_per_row(config)),
             forward=forward // share,
@@ -99,6 +101,15 @@ def sizes(config: RunConfig, base: Path, workers: int, categories: int) -> Sizes
             table=sum(tensor.nbytes for sums in tables.values() for tensor in sums.tensors()),
             moments=units_per_row(config) * sum(_moments(tables[site.name], site) for site in space.sites),
         )
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _largest(network: nn.Module) -> int:
+    each = [_numbers(layer) for layer in layers(network)]
+    return max([*each, _numbers(network) - sum(each)])
 
 
 def build(config: RunConfig, base: Path) -> nn.Module:
@@ -154,7 +165,7 @@ def _image(config: RunConfig) -> tuple[int, int, int]:
             raise AssertionError(config.data)
 
 
-def _rows(config: RunConfig, network: nn.Module, rows: int) -> tuple[Tensor, Tensor]:
+def rows_of(config: RunConfig, network: nn.Module, rows: int) -> tuple[Tensor, Tensor]:
     """Return inputs and targets of the shape that the network takes, all zero."""
     match config.data:
         case TextData(length=length):
@@ -169,7 +180,8 @@ def _rows(config: RunConfig, network: nn.Module, rows: int) -> tuple[Tensor, Ten
             return torch.zeros(rows, *image), torch.zeros(rows, dtype=torch.long)
 
 
-def _nats(config: RunConfig, outputs: Tensor, targets: Tensor) -> Tensor:
+def nats_of(config: RunConfig, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return each row's loss as the recipe's task has it."""
     match config.data:
         case TextData():
             return token_nats(outputs, targets)
@@ -190,10 +202,10 @@ def _step(config: RunConfig, network: nn.Module, rows: int, own: set[int]) -> tu
         return tensor
 
     network.train()
-    inputs, targets = _rows(config, network, rows)
+    inputs, targets = rows_of(config, network, rows)
     with FlopCounter() as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = logits(network, inputs, autocast=PRECISIONS[config.training.autocast])
-        loss = _nats(config, outputs, targets).sum()
+        loss = nats_of(config, outputs, targets).sum()
     with FlopCounter() as backward:
         loss.backward()
     network.zero_grad(set_to_none=True)
@@ -254,20 +266,3 @@ def _split_share(network: nn.Module, space: UnitSpace, length: int) -> float:
     sites = unit_space(network, get_args(UnitKind)).sites
     costs = {site.name: site.units * flops(network, site, length) for site in sites}
     return sum(costs[site.name] for site in space.sites) / (sum(outside_flops(network).values()) + sum(costs.values()))
-
-
-def speed(config: RunConfig, base: Path, known: Sizes, steps: int = 3) -> float:
-    """Return the operations a second that this machine reaches in training steps of the dense network; a median.
-
-    Runs one worker's rows of numbers that mean nothing, after one step that warms up.
-    """
-    network, rows = build(config, base).train(), config.training.rows // config.cluster.workers
-    inputs, targets = _rows(config, network, rows)
-    seconds = []
-    for _ in range(steps + 1):
-        began = time.perf_counter()
-        outputs = logits(network, inputs, autocast=PRECISIONS[config.training.autocast])
-        _nats(config, outputs, targets).sum().backward()
-        network.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - began)
-    return rows * (known.forward + known.backward) / statistics.median(seconds[1:])

@@ -14,6 +14,7 @@ from typing import Literal
 from moeify.dry_run import Sizes, units_per_row
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
+from moeify.recipe.parallel import Fsdp
 
 FLOAT = 4
 """Bytes of a number that is trained, of its gradient, and of each of AdamW's two moments."""
@@ -31,6 +32,10 @@ class Work:
     """None: several."""
     rows: int
     flops: float
+    steps: int = 0
+    """Of the optimizer."""
+    routed: bool = False
+    """Whether rows run along their routes."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Memory:
     """What lies on one worker's device at the worst moment; bytes."""
 
     parameters: int
-    """Of every arm, and of the teacher where there is one: all stay on the device."""
+    """Of every arm, and of the teacher where there is one: all stay on the device. Of arms that workers share out, a
+    worker's part, and all of what is gathered at a time."""
     optimizer: int
     gradients: int
     """Of the arm that trains."""
@@ -71,17 +77,23 @@ class Forecast:
         return sum(each.flops for each in self.work)
 
 
-def forecast(config: RunConfig, known: Sizes, categories: int) -> Forecast:
-    """Return what a run takes whose rounds are all kept and go as deep as they ask."""
+def forecast(config: RunConfig, known: Sizes, categories: int, workers: int | None = None) -> Forecast:
+    """Return what a run takes whose rounds are all kept and go as deep as they ask.
+
+    ``workers``: that share it, those of the recipe if not given; where ``cluster.parallel`` has them share models out,
+    each holds its part, and the whole of one layer while that runs.
+    """
     arms = len(config.arms)
     teacher = int(config.distillation is not None)
+    shares = (workers or config.cluster.workers) if isinstance(config.cluster.parallel, Fsdp) else 1
+    own, layer = -(-known.parameters // shares), known.layer if shares > 1 else 0
     return Forecast(
         sizes=known,
         work=tuple(_work(config, known, categories)),
         memory=Memory(
-            parameters=(arms + teacher) * known.parameters * FLOAT,
-            optimizer=arms * 2 * known.parameters * FLOAT,
-            gradients=known.parameters * FLOAT,
+            parameters=(arms * own + teacher * known.parameters + layer) * FLOAT,
+            optimizer=arms * 2 * own * FLOAT,
+            gradients=(own + layer) * FLOAT,
             training=known.kept,
             attribution=known.table + known.kept_measuring,
         ),
@@ -105,7 +117,8 @@ def _work(config: RunConfig, known: Sizes, categories: int) -> Iterator[Work]:
                 rows = more * config.training.rows
                 share = active if arm in config.cut_arms else 1.0
                 if rows:
-                    yield Work("train", min(number, len(config.rounds)), arm, rows, rows * (step * share + taught))
+                    flops, routed = rows * (step * share + taught), arm in config.cut_arms and active < 1.0
+                    yield Work("train", min(number, len(config.rounds)), arm, rows, flops, more, routed)
             steps += more
         if not last:
             yield _read(config, known, "evaluate", number, config.evaluation.validation_rows * categories, active)

@@ -72,9 +72,9 @@ def run(
     """Run the recipe, from the store's newest checkpoint where there is one, and return what came out.
 
     ``twins``: a folder of twins that runs which differ in their cuts share (``moeify.twin_cache``);
-    ``twins_url``: where machines share theirs. ``stop``: asked often, on rank 0; where it says so, the run leaves a
-    checkpoint and raises StoppedError (``moeify.stopping``). Raises ValueError, before any training, for categories
-    that the data lacks and separations out of reach.
+    ``twins_url``: where machines share theirs; not of models that workers share out. ``stop``: asked often, on rank 0;
+    where it says so, the run leaves a checkpoint and raises StoppedError (``moeify.stopping``). Raises ValueError,
+    before any training, for categories that the data lacks and separations out of reach.
 
     >>> from moeify.tasks.build import build_task
     >>> config = RunConfig.model_validate(
@@ -93,7 +93,7 @@ def run(
     (('0', '1', '2'), ['kept'], ['dense', 'random', 'split'])
     """
     world = world or Solo()
-    known = TwinCache(twins, config, task, world, twins_url) if twins else None
+    known = TwinCache(twins, config, task, world, twins_url) if twins and not shares_models(world) else None
     return _Loop(config, task, world, store or MemoryStore(), tracker or MemoryTracker(), known, stop).run()
 
 

@@ -43,7 +43,8 @@ def write_parts(draft: Path | None, tensors: Tensors, world: World) -> dict[str,
         )
     files = {}
     for part, held in tensors.items():
-        shared = world.size > 1 and any(isinstance(tensor, DTensor) for tensor in held.values())
+        shared = any(isinstance(tensor, DTensor) for tensor in held.values())
+        assert world.size > 1 or not shared, "every worker has to write its share"
         name = f"{part}.{world.rank}-of-{world.size}.safetensors" if shared else f"{part}.safetensors"
         mine = {key: own(t) for key, t in held.items() if world.rank == 0 or isinstance(t, DTensor)}
         if shared or world.rank == 0:

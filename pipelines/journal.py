@@ -49,7 +49,8 @@ class JournalTracker:
             path.parent.mkdir(parents=True, exist_ok=True)
         self._sole = FileLock(path.with_suffix(".lock"), timeout=wait_seconds, thread_local=False)
         try:
-            self._sole.acquire()
+            with storing(path):  # a lock is a file too
+                self._sole.acquire()
         except Timeout:
             raise JournalError(
                 f"{path} is still written by a worker of an earlier attempt, {wait_seconds:g} s on; stop that process"

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from moeify.dry_run import sizes, speed
+from moeify.dry_run import Sizes, sizes
 from moeify.forecast import FLOAT, Forecast, Work, forecast
+from moeify.pace import Pace, pace
 from moeify.recipe.config import RunConfig
 from pipelines.accelerators import Gpu
 from pipelines.tables import console_for, table_for
@@ -21,6 +22,8 @@ _KINDS = {
     "evaluate": "validation",
     "test": "test and removals",
 }
+_SHORT = 0.01
+"""Seconds of a step's operations up to which what a step takes besides is most of it (3 to 10 ms on a CPU core)."""
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 
 
@@ -46,10 +49,12 @@ def on_gpus(number: int, name: str, gpu: Gpu, config: RunConfig, utilization: fl
 def planned(config: RunConfig, base: Path, categories: int, machine: Machine, *, here: bool = False) -> Summary:
     """Return the plan as JSON-ready data; ``here``: after measuring how fast this machine is."""
     known = sizes(config, base, machine.workers, categories)
-    flops = speed(config, base, known) if here else machine.flops
-    found = forecast(config, known, categories)
+    measured = pace(config, base, known, categories) if here else None
+    flops = measured.flops if measured else machine.flops
+    found = forecast(config, known, categories, machine.workers)
     rate = flops * machine.workers if flops else None
     memory = found.memory
+    work = [_work(label, parts, found, rate, measured) for label, parts in _groups(found)]
     return {
         "recipe": config.name,
         "categories": categories,
@@ -62,8 +67,9 @@ def planned(config: RunConfig, base: Path, categories: int, machine: Machine, *,
         "device": machine.name,
         "flops": found.flops,
         "flops_per_second": rate,
-        "seconds": found.flops / rate if rate else None,
-        "work": [_work(label, parts, found, rate) for label, parts in _groups(found)],
+        "seconds": sum(row["seconds"] for row in work) if rate else None,
+        "step_seconds": _step_seconds(config, known, rate, measured) if rate else None,
+        "work": work,
         "memory": {
             "parameters": memory.parameters,
             "optimizer": memory.optimizer,
@@ -88,15 +94,23 @@ def _groups(found: Forecast) -> Iterator[tuple[str, list[Work]]]:
     yield from grouped.items()
 
 
-def _work(label: str, parts: list[Work], found: Forecast, rate: float | None) -> Summary:
+def _step_seconds(config: RunConfig, known: Sizes, rate: float, measured: Pace | None) -> Summary:
+    """Return what a step takes: its operations, of a whole model, and all else; None: not measured."""
+    operations = config.training.rows * (known.forward + known.backward + known.again) / rate
+    besides = {"whole": measured.step, "routed": measured.routed} if measured else None
+    return {"operations": operations, "besides": besides}
+
+
+def _work(label: str, parts: list[Work], found: Forecast, rate: float | None, measured: Pace | None) -> Summary:
     flops = sum(each.flops for each in parts)
     rows = sum(each.rows for each in parts)
+    besides = sum(each.steps * (measured.routed if each.routed else measured.step) for each in parts if measured)
     return {
         "what": label,
         "units": rows * found.units_per_row,
         "flops": flops,
         "share": flops / found.flops,
-        "seconds": flops / rate if rate else None,
+        "seconds": flops / rate + besides if rate else None,
     }
 
 
@@ -126,6 +140,8 @@ def print_plan(plan: Summary, stream: TextIO) -> None:
     table.add_row("all", "", short(plan["flops"]), "", *([clock(plan["seconds"])] if timed else []), style="bold")
     console.print(table)
     console.print("Not foreseen: finding the partition, data preparation, rolled-back rounds.", style="dim")
+    if said := doubts(plan):
+        console.print(said)
     console.print()
     memory = plan["memory"]
     table = table_for(console, "memory of a worker", "bytes")
@@ -138,6 +154,17 @@ def print_plan(plan: Summary, stream: TextIO) -> None:
     console.print(f"Checkpoints: {plan['checkpoints']} of {short(plan['checkpoint'])}B are kept.", style="dim")
     if memory["device"]:
         console.print(verdict(plan))
+
+
+def doubts(plan: Summary) -> str:
+    """Return what the time leaves out where steps are short: all that they take besides their operations."""
+    step = plan["step_seconds"]
+    if step is None or step["besides"] or step["operations"] > _SHORT:
+        return ""
+    return (
+        f"A step's operations take {1000 * step['operations']:.2g} ms. Starting them, the optimizer and rows\n"
+        f"take longer on any machine and are left out: it will take many times that."
+    )
 
 
 def verdict(plan: Summary) -> str:

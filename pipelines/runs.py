@@ -326,7 +326,8 @@ def hold_lock(path: Path, what: str) -> Iterator[None]:
     """
     lock = FileLock(path, timeout=1.0)  # long enough to outlast the probe in ``status``
     try:
-        lock.acquire()
+        with storing(path):
+            lock.acquire()
     except Timeout:
         raise RunBusyError(f"{what} is driven by another process; wait for it, or stop it first") from None
     try:

@@ -1,9 +1,10 @@
-"""An S3 server on loopback, and a failing one; stores of every kind, for tests of all of them."""
+"""Servers on loopback that stand in for S3 and for Google's storage, and a failing one, for tests of all stores."""
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -42,6 +43,68 @@ def s3_server() -> Iterator[str]:
         yield endpoint
     finally:
         there.stop()
+
+
+def gs_credentials(endpoint: str) -> dict[str, str]:
+    """Return the environment of whoever may use the stand-in for Google's storage there."""
+    return {
+        "STORAGE_EMULATOR_HOST": endpoint,
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # which would ask Google itself what sort of bucket it is
+        "NO_GCE_CHECK": "true",
+    }
+
+
+@contextmanager
+def gs_server() -> Iterator[str]:
+    """Serve an empty Google storage with one bucket on loopback; give its address. Skips where its packages are not.
+
+    The stand-in knows no preconditions, so that of a write which must find nothing there (``ifGenerationMatch=0``,
+    refused with 412) is added here.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in gs_credentials("").items():  # gcsfs looks at them as it is imported
+            patch.setenv(name, value)
+        pytest.importorskip("gcsfs")
+    server = pytest.importorskip("gcp_storage_emulator.server")
+    from gcp_storage_emulator.exceptions import NotFound
+    from gcp_storage_emulator.handlers import objects
+
+    class ThereError(Exception):
+        """An object is there that must not be."""
+
+    class OnlyNew:
+        def __init__(self, storage: Any) -> None:
+            self.storage = storage
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.storage, name)
+
+        def create_file(self, bucket: str, name: str, *rest: Any) -> Any:
+            with suppress(NotFound):
+                self.storage.get_file_obj(bucket, name)
+                raise ThereError
+            return self.storage.create_file(bucket, name, *rest)
+
+    def refusing(upload: Callable[..., Any]) -> Callable[..., Any]:
+        def uploaded(request: Any, response: Any, storage: Any) -> Any:
+            new = request.query.get("ifGenerationMatch") == ["0"]
+            try:
+                return upload(request, response, OnlyNew(storage) if new else storage)
+            except ThereError:
+                response.status = HTTPStatus.PRECONDITION_FAILED
+
+        return uploaded
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_multipart_upload", "_media_upload"):
+            patch.setattr(objects, name, refusing(getattr(objects, name)))
+        there = server.create_server("127.0.0.1", 0, in_memory=True, default_bucket=BUCKET)
+        there.start()
+        there._api._httpd.handle_error = lambda *_: None  # of clients that hung up, it says on the command's stderr
+        try:
+            yield f"http://127.0.0.1:{there._api._httpd.server_address[1]}"
+        finally:
+            there.stop()
 
 
 @contextmanager

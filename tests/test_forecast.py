@@ -89,6 +89,20 @@ def test_memory_is_that_of_the_tensors_that_there_are() -> None:
     assert sum(tensor.nbytes for tensor in sums) == known.sizes.table
 
 
+def test_workers_that_share_models_out_hold_a_part_each_and_one_layer() -> None:
+    sharing = toy_config(**{**TEXT_CONFIG, "cluster": {"workers": 2, "parallel": {"kind": "fsdp"}}})
+    known = sizes(sharing, BASE, 2, 4)
+    whole, part = forecast(TEXT, known, 4).memory, forecast(sharing, known, 4).memory
+    arms, half = len(sharing.arms), known.parameters // 2
+    embedding = 300 * 16 + 16  # tied, and the last norm: more than a layer
+    assert known.layer == embedding
+    assert part.parameters == (arms * half + embedding) * 4
+    assert part.optimizer == whole.optimizer // 2
+    assert part.peak < whole.peak
+    assert forecast(sharing, known, 4, workers=4).memory.optimizer == whole.optimizer // 4
+    assert forecast(sharing, known, 4).checkpoint == forecast(TEXT, known, 4).checkpoint
+
+
 def test_more_workers_keep_less_each_and_sharing_unequally_is_refused() -> None:
     one, two = (sizes(TEXT, BASE, workers, 4) for workers in (1, 2))
     assert two.kept < one.kept

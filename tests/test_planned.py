@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from pipelines import accelerators
 from pipelines.cli import main
-from pipelines.planned import short
+from pipelines.planned import doubts, short
 
 JSONL = """
 name: mine
@@ -66,7 +66,22 @@ def test_a_plan_for_people_fits_80_columns_and_says_whether_a_device_does(
 def test_this_machine_is_measured_when_asked(recipe: str) -> None:
     code, text = asked(recipe, "--categories", "2", "--here", "--json")
     assert code == 0
-    assert 0 < json.loads(text)["seconds"] < 3600
+    plan = json.loads(text)
+    assert 0 < plan["seconds"] < 3600
+    besides = plan["step_seconds"]["besides"]
+    assert min(besides.values()) > 0
+    counted = plan["flops"] / plan["flops_per_second"] + 10 * besides["whole"] + 16 * besides["routed"]
+    assert plan["seconds"] == pytest.approx(counted)  # two arms fork after two steps
+    assert sum(row["seconds"] for row in plan["work"]) == pytest.approx(plan["seconds"])
+
+
+def test_steps_that_are_too_short_to_be_foreseen_are_told(recipe: str) -> None:
+    code, text = asked(recipe, "--categories", "2", "--gpus", "H100")
+    assert code == 0
+    assert "take longer on any machine and are left out: it will take many times that." in text
+    measured = {"operations": 0.001, "besides": {"whole": 0.1, "routed": 0.2}}
+    for step in (None, measured, {"operations": 1.0, "besides": None}):
+        assert doubts({"step_seconds": step}) == ""
 
 
 @pytest.mark.parametrize(

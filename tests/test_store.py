@@ -12,7 +12,7 @@ import torch
 from moeify.place import Place
 from moeify.store import CorruptCheckpointError, FolderStore, MemoryStore, Store
 from moeify.url_store import UrlStore
-from tests.stores import BUCKET, credentials, s3_server
+from tests.stores import BUCKET, credentials, gs_credentials, gs_server, s3_server
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")
 
@@ -67,7 +67,15 @@ def s3() -> Iterator[str]:
         yield f"s3://{BUCKET}"
 
 
-KINDS = ["folder", "file", "memory-url", "s3"]
+@pytest.fixture(scope="module")
+def gs() -> Iterator[str]:
+    with gs_server() as endpoint, pytest.MonkeyPatch.context() as patch:
+        for name, value in gs_credentials(endpoint).items():
+            patch.setenv(name, value)
+        yield f"gs://{BUCKET}"
+
+
+KINDS = ["folder", "file", "memory-url", "s3", "gs"]
 
 
 @pytest.fixture(params=KINDS)
@@ -89,7 +97,7 @@ def of_kind(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Kept:
         case "memory-url":
             return behind(f"memory://{secrets.token_hex(4)}", tmp_path)
         case _:
-            return behind(f"{request.getfixturevalue('s3')}/{secrets.token_hex(4)}", tmp_path)
+            return behind(f"{request.getfixturevalue(kind)}/{secrets.token_hex(4)}", tmp_path)
 
 
 def test_what_is_saved_comes_back(store: Store) -> None:
@@ -277,3 +285,17 @@ def test_a_manifest_from_elsewhere_fetches_nothing_outside(far: Kept) -> None:
     far.write("checkpoints/0001/manifest.json", json.dumps(manifest).encode())
     with pytest.raises(CorruptCheckpointError, match="no good checkpoint"):
         far.opened(1).newest()
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs", "memory-url"])
+def test_of_several_that_write_an_object_where_none_is_one_succeeds(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    kept = of_kind(kind, request, tmp_path)
+    store = kept.opened(1)
+    assert isinstance(store, UrlStore)
+    store.place.create("owner", b"one")
+    store.place.create("owner", b"one")  # a request that was repeated
+    with pytest.raises(FileExistsError):
+        store.place.create("owner", b"two")
+    assert kept.read("owner") == b"one"

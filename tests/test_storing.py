@@ -62,6 +62,9 @@ CONFIG = toy_config(
 )
 
 
+EVERY_WRITE = [pytest.mark.slow, pytest.mark.timeout(3600)]  # hundreds of runs
+
+
 def attempt(place: Path) -> Any:
     with JournalTracker(place / "journal.jsonl") as journal:
         return run(CONFIG, ToyTask(CONFIG), store=FolderStore(place, 2), tracker=journal)
@@ -72,8 +75,8 @@ def attempt(place: Path) -> Any:
     [
         (errno.EROFS, True, 2),
         (errno.ENOSPC, False, 5),
-        pytest.param(errno.ENOSPC, False, 1000, marks=pytest.mark.slow),
-        pytest.param(errno.ENOSPC, True, 1000, marks=pytest.mark.slow),
+        pytest.param(errno.ENOSPC, False, 1000, marks=EVERY_WRITE),
+        pytest.param(errno.ENOSPC, True, 1000, marks=EVERY_WRITE),
     ],
 )
 def test_whatever_write_fails_the_run_says_so_and_goes_on_from_the_last_good_checkpoint(

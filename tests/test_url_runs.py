@@ -30,7 +30,17 @@ from pipelines.remote_run import RemoteRun, part_name
 from pipelines.runs import RunFolder
 from pipelines.url_journal import UrlJournal
 from tests.finished_runs import TINY
-from tests.stores import BUCKET, KEY, SECRET, answering, credentials, error_body, s3_server
+from tests.stores import (
+    BUCKET,
+    KEY,
+    SECRET,
+    answering,
+    credentials,
+    error_body,
+    gs_credentials,
+    gs_server,
+    s3_server,
+)
 from tests.test_launch import Deaf
 from tests.test_storing import RECIPE
 from tests.test_twin_cache import CountingTask
@@ -50,6 +60,12 @@ def s3() -> Iterator[str]:
         yield endpoint
 
 
+@pytest.fixture(scope="module")
+def gs() -> Iterator[str]:
+    with gs_server() as endpoint:
+        yield endpoint
+
+
 class Machine:
     """A folder that stands for a machine: all it shares with others is the URL and its environment."""
 
@@ -58,7 +74,7 @@ class Machine:
         self.place = place
         self.url = url
         self.environment = {
-            **credentials(endpoint),
+            **(gs_credentials if url.startswith("gs://") else credentials)(endpoint),
             "MOEIFY_HOME": url,
             "MOEIFY_CACHE": str(place / "cache"),
             "COLUMNS": "80",
@@ -108,16 +124,27 @@ def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
 def machines(tmp_path: Path, s3: str) -> tuple[Machine, Machine]:
     url = f"s3://{BUCKET}/{tmp_path.name}"
     one, other = Machine(tmp_path / "one", url, s3), Machine(tmp_path / "other", url, s3)
-    write_texts(one.place)
-    (one.place / "tiny.yaml").write_text(TINY)
-    (one.place / "long.yaml").write_text(LONG)
-    return one, other
+    return furnished(one), other
+
+
+def furnished(machine: Machine) -> Machine:
+    write_texts(machine.place)
+    (machine.place / "tiny.yaml").write_text(TINY)
+    (machine.place / "long.yaml").write_text(LONG)
+    return machine
+
+
+@pytest.fixture(params=["s3", "gs"])
+def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Machine, Machine]:
+    """Two machines behind a URL of either kind."""
+    endpoint, url = request.getfixturevalue(request.param), f"{request.param}://{BUCKET}/{tmp_path.name}"
+    return furnished(Machine(tmp_path / "one", url, endpoint)), Machine(tmp_path / "other", url, endpoint)
 
 
 def test_a_run_behind_a_url_is_read_reported_exported_and_resumed_from_a_machine_that_has_the_url_alone(
-    machines: tuple[Machine, Machine],
+    anywhere: tuple[Machine, Machine],
 ) -> None:
-    one, other = machines
+    one, other = anywhere
     done = one.call("run", str(one.place / "tiny.yaml"), "--local", "--quiet")
     assert (done.exit_code, done.output) == (0, "")
     shutil.rmtree(one.place)  # nothing of the first machine is needed any more
