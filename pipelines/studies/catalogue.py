@@ -13,8 +13,11 @@ QUESTIONS: Mapping[str, str] = {
     "cifar_split": "Do routed features, or split channels, keep two halves of CIFAR-10 apart, and at what cost?",
     "class_imbalance": "Where few classes are routed and the rest train as ever, is regularisation still needed?",
     "edge_choices": "Which gradients must be kept from other units for a category to be removable, and at what tax?",
+    "fine_tuning": "After pre-training, do routing, adapters or the loop still put a category where it can be removed?",
+    "hard_neighbours": "Can a small category with a near neighbour be removed, where only some of it is labelled?",
     "mnist_split": "What does a half of a code hold that was routed, by hand or by attribution, regularised or not?",
     "spurious_cue": "Does separating categories in training help where a cue that was learned turns round?",
+    "unlearning": "Does expand, route, ablate unlearn a category better than other ways, robustly, and at what tax?",
     "whole_blocks": "Do whole layers for categories, by hand, do as well as a split of every layer?",
     "worth_separating": "Does the affinity of two categories foresee what separating them costs?",
 }
