@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -177,10 +178,19 @@ def run_arm(order: ArmOrder) -> EndedArm:
 def _code_of(arm: Arm) -> str:
     """Return a hash of the studies' modules that an arm's function stands on; this frame has no say in its measures."""
     own = arm.work.__module__
-    used = {getattr(each, "__module__", None) or "" for each in vars(sys.modules[own]).values()}
-    others = sorted(name for name in used - {own, study.__name__} if name.startswith(f"{studies.__name__}."))
-    paths = [Path(str(sys.modules[name].__file__)) for name in (own, *others)]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    found, waiting = dict[str, Path](), [own]
+    while waiting:
+        name = waiting.pop()
+        if name not in found and name != study.__name__ and name.startswith(f"{studies.__name__}."):
+            found[name] = Path(str(sys.modules[name].__file__))
+            waiting += [_module_of(each) for each in vars(sys.modules[name]).values()]
+    others = [found[name] for name in sorted(found) if name != own]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in (found[own], *others))).hexdigest()
+
+
+def _module_of(thing: object) -> str:
+    """Return the module that something is, or was made in."""
+    return thing.__name__ if isinstance(thing, ModuleType) else str(getattr(thing, "__module__", None))
 
 
 def _understood(content: bytes | None) -> Done | None:

@@ -1,0 +1,132 @@
+"""Realistic unlearning: a small category with a near neighbour, where only some of it is labelled.
+
+The chapter on viruses of a textbook of microbiology is to be removed: 4 % of all tokens. Its neighbour, 16 %, is the
+chapters on cells before it; all else is a textbook of anatomy and physiology. Rows of the category without a label
+teach everything, or are filtered out by nobody: what SGTM asks (arXiv 2512.05648).
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from moeify.recipe.config import RunConfig
+from moeify.recipe.routing import Routing
+from moeify.routed.gradients import GradientRouter
+from moeify.routed.split_model import SplitModel
+from moeify.task import Batch, Task
+from pipelines.studies import removal
+from pipelines.studies.removal import Removed, in_shares
+from pipelines.studies.study import Arm, Bench, Column, Measures, Size, Study, changed
+from pipelines.studies.training import Redrawn, test_losses, trained
+from pipelines.studies.unlearning import ROWS, terms, texts_recipe
+
+SHARES = (0.04, 0.16, 0.8)
+"""Of the tokens: what is to be removed, its neighbour, and the rest."""
+_FIELDS = {"kind": "jsonl", "path": "text-openstax-bio/openstax-bio.jsonl.xz"}
+_CELLS = ["The Cell", "Prokaryotic Diversity", "The Eukaryotes of Microbiology"]
+_TEXTS: Mapping[str, Any] = {
+    "viruses": {**_FIELDS, "where": {"chapter": ["Acellular Pathogens"]}},
+    "cells": {**_FIELDS, "where": {"chapter": _CELLS}},
+    "anatomy": {**_FIELDS, "where": {"label": ["anatomy-physiology"]}},
+}
+_FICTION = {"kind": "jsonl", "path": "text-fiction/fiction-6genres.jsonl.xz", "group": "author"}
+_GENRES: Mapping[str, Any] = {
+    name: {**_FICTION, "where": {"label": [name]}} for name in ("detective", "horror", "society-novel")
+}
+_INSTALLED: Mapping[str, Any] = {name: {"kind": "installed", "source": name} for name in ("python", "prose", "c")}
+"""Of ``--quick``, which needs no data of its own."""
+
+
+def arms(size: Size) -> tuple[Arm, ...]:
+    """Return the dense twin, and each way to remove with all, some and few labels; ``large``: a second pair too."""
+    if size == "large":
+        return (*_arms(size, "viruses: ", _TEXTS), *_arms(size, "detective: ", _GENRES))
+    return _arms(size, "", _INSTALLED if size == "quick" else _TEXTS)
+
+
+def _arms(size: Size, prefix: str, texts: Mapping[str, Any]) -> tuple[Arm, ...]:
+    dense = texts_recipe(size, texts)
+    found = [Arm(f"{prefix}dense twin", dense, dense_twin), Arm(f"{prefix}attribution", dense, attributed)]
+    for labelled in (1.0, 0.4, 0.1):
+        label = f"{labelled:.0%}".replace("%", " %")
+        told = changed(dense, routing={"labelled": labelled})
+        found.append(Arm(f"{prefix}filtered, {label}", told, filtered))
+        found.append(Arm(f"{prefix}routed, {label}", told, routed))
+        found.append(Arm(f"{prefix}routed, whole, {label}", told, routed_whole))
+    return tuple(found)
+
+
+def unlabelled(task: Task, config: RunConfig) -> Redrawn:
+    """Return the task without the train rows of its first category whose label is known."""
+    sites = SplitModel(task.build(), task.categories).space.readers
+    router = GradientRouter(Routing(labelled=config.routing.labelled), task.categories, sites, config.seed)
+
+    def some(step: int) -> Batch:
+        batch = task.train_batch(step)
+        known = router.labelled(batch.categories, batch.ids if batch.examples is None else batch.examples)
+        return batch.take((~known | (batch.categories != 0)).nonzero()[:, 0])
+
+    return Redrawn(task, some)
+
+
+def dense_twin(bench: Bench) -> Measures:
+    """Remove nothing."""
+    return _judged(bench, None)
+
+
+def filtered(bench: Bench) -> Measures:
+    """Never learn what is labelled."""
+    mine = _bench(bench)
+    model = trained(mine.config, unlabelled(mine.task, bench.config))
+    return _judged(bench, Removed(test_losses(model, mine), model.network))
+
+
+def routed(bench: Bench) -> Measures:
+    """Expand, route, ablate, as moeify's recipes do it."""
+    mine, known = _bench(bench), bench.config.routing.labelled
+    return _judged(bench, removal.routed(mine, terms(mine), hard=True, labelled=known))
+
+
+def routed_whole(bench: Bench) -> Measures:
+    """Expand, route, ablate, where labelled rows teach fresh units and nothing else in the whole network."""
+    mine, known = _bench(bench), bench.config.routing.labelled
+    return _judged(bench, removal.routed(mine, terms(mine), hard=True, whole=True, labelled=known))
+
+
+def attributed(bench: Bench) -> Measures:
+    """Remove as many units of a network that was trained as ever."""
+    mine = _bench(bench)
+    return _judged(bench, removal.attributed(mine, terms(mine)))
+
+
+def _bench(bench: Bench) -> Bench:
+    """Return the bench as all arms have it but for what is their own: rows in their shares, all labels known."""
+    config = changed(bench.config, routing={"labelled": 1.0})
+    return replace(bench, config=config, task=in_shares(bench.task, SHARES, ROWS))
+
+
+def _judged(bench: Bench, removed: Removed | None) -> Measures:
+    mine = _bench(bench)
+    found = removal.judged(mine, terms(mine), removed)
+    _, neighbour, rest = bench.task.categories
+    return found | {"tax_neighbour": found[f"tax/{neighbour}"], "tax_rest": found[f"tax/{rest}"]}
+
+
+STUDY = Study(
+    arms,
+    columns=(
+        Column("gone_before", "gone before", against=False),
+        Column("gone_after", "gone after", against=False),
+        Column("gone", "gone, recovered", against=False),
+        Column("relearned", "gone, attacked", against=False),
+        Column("tax_neighbour", "tax, neighbour", against=False),
+        Column("tax_rest", "tax, rest", against=False),
+    ),
+    note=(
+        "Nats per token above the dense twin of the seed, from which nothing is removed and which has the same "
+        "recovery and attack. gone: of what is removed, before that, right after it, after a recovery on rows of what "
+        "is kept, and at the best of an attack that trains on 64 of its rows; what never saw it (filtered, 100 %) says "
+        "how much there is to go. tax: of its neighbour and of the rest, after the recovery. 100, 40, 10 %: of each "
+        "category's rows, those whose label is known; filtered: the rows of the category that are known are left out."
+    ),
+)
