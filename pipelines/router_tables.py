@@ -13,11 +13,10 @@ def print_router(run: str, report: RouterReport, stream: TextIO) -> None:
     """Print how the router is used and why, what it costs, and how far it can be believed."""
     console = console_for(stream)
     console.print(f"{run} · {_use(report)}", style="bold")
-    text = report.unit == "token"
-    if text:
+    if report.later:
         _print_choices(console, report)
     if report.whole:
-        where = ", all tokens" if text else ""
+        where = ", all tokens" if report.later else ""
         _print_losses(console, report.whole, f"Test loss (nats per {report.unit}{where})")
     if report.later:
         _print_losses(
@@ -29,7 +28,7 @@ def print_router(run: str, report: RouterReport, stream: TextIO) -> None:
 
 def _use(report: RouterReport) -> str:
     each = {"token": "a decision a token", "document": "a decision a row"}[report.kind]
-    return f"router: {each}, second opinion {_below(report.threshold)}" if report.unit == "token" else f"router: {each}"
+    return f"router: {each}, second opinion {_below(report.threshold)}" if report.later else f"router: {each}"
 
 
 def _below(threshold: float) -> str:

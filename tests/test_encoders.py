@@ -14,18 +14,24 @@ from click.testing import CliRunner, Result
 from attribution.measure import measure
 from attribution.subject import IGNORED, Rows, Subject
 from moeify.data.images import load
-from moeify.evaluation import position_nats
+from moeify.evaluation import position_nats, row_losses
 from moeify.export.publish import How, export_dense, export_split
 from moeify.loop import run
 from moeify.models.families import readers
 from moeify.recipe.config import RunConfig
 from moeify.recipe.partition import Partition
+from moeify.routed.split_model import SplitModel
+from moeify.routers import training
+from moeify.routers.training import route
 from moeify.rows import generator
 from moeify.split_folder import load_from_run, load_split
+from moeify.splitting.partition import Partition as Partitioned
+from moeify.splitting.tree import ExpertTree
 from moeify.store import FolderStore
 from moeify.task import Partial, Task, tokens_read
 from moeify.tasks.build import build_task
 from moeify.tasks.masked import MaskedTask, hide, masked_nats
+from moeify.world import Solo
 from pipelines.cli import main
 from tests.checkpoints import save_checkpoint
 from tests.networks import tiny_decoder
@@ -277,13 +283,17 @@ def test_commands_split_a_masked_model_and_say_what_it_cannot_do(place: Path) ->
     said = call("export", "last", "--category", "code", "--no-verify", "-o", "code")
     assert said.exit_code == 0, said.output
     for asked, told in (
-        (["route", "last"], "predicts hidden tokens of whole rows"),
+        (["route", "last", "--kind", "token"], "this model's tokens see each other; take 'document'"),
         (["generate", "last", "--prompt", "a", "--category", "code"], "only causal language models write text"),
         (["export", "last", "--moe", "glm4_moe", "-o", "moe"], "no stock MoE holds a network of family 'bert'"),
     ):
         said = call(*asked)
         assert said.exit_code == 2, said.output
         assert told in said.output
+    said = call("route", "last")
+    assert said.exit_code == 0, said.output
+    assert "router: a decision a row" in said.output
+    assert "Right after so many tokens" in said.output
 
 
 @pytest.mark.slow
@@ -321,3 +331,30 @@ def test_phi3_goes_through_the_loop_and_leaves_as_a_stock_model(tmp_path: Path) 
     with torch.no_grad():
         wanted = split(tokens, torch.zeros(len(tokens), dtype=torch.long))
         torch.testing.assert_close(loaded(tokens).logits, wanted, rtol=0, atol=1e-4)
+
+
+def test_a_router_of_a_masked_model_reads_whole_rows_and_is_judged_on_what_is_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "TRAIN_ROWS", 32)
+    config, task = masked_recipe(tmp_path)
+    network = task.build()
+    leaves = [(category,) for category in task.categories]
+    tree = ExpertTree.undivided(task.categories).split({0: leaves})
+    split = SplitModel(network, task.categories, Partitioned(tree, {f"layers.{i}.ffn": (8, 6, 6) for i in (0, 1)}))
+    dense = SplitModel(task.build(), task.categories)
+    router, report = route(split, {"dense": dense}, task, config)
+    assert router.kind == "document"
+    assert report.prefix == 12
+    assert report.later is None
+    assert report.whole is not None
+    assert set(report.accuracy_after) == {12}
+    label = row_losses(split, task, Solo(), config.evaluation, "test").by_category(task)
+    for category, loss in label.items():
+        assert report.whole.loss["label"][category] == pytest.approx(loss, rel=1e-5)
+    if report.accuracy == 1.0:
+        assert report.whole.loss["router"] == pytest.approx(report.whole.loss["label"])
+    with pytest.raises(ValueError, match=r"kind 'token' needs rows .*: this model's tokens see each other"):
+        route(split, {"dense": dense}, task, config, kind="token")
+    with pytest.raises(ValueError, match="threshold: a second opinion needs tokens with routes of their own"):
+        route(split, {"dense": dense}, task, config, threshold=0.5)

@@ -6,6 +6,9 @@ later tokens attend to stays that of the first. Running every unit instead was t
 every loss worse, the more the higher the threshold: a split model has learned to work along routes
 (benchmarks/LOG.md).
 
+Where tokens are hidden from the network, so they are from the router: it reads all of a row, which is one position of
+the mean nats of what is hidden.
+
 Axes: R rows, P positions (1 where a row is one example), E experts, K opinions (first, second).
 """
 
@@ -21,7 +24,7 @@ from moeify.evaluation import position_nats
 from moeify.recipe.config import Evaluation
 from moeify.routed.split_model import SplitModel
 from moeify.routers.router import Kind, Router, category_of_leaf, early, leaf_of_category
-from moeify.task import Batch, HeldOut, Task
+from moeify.task import Batch, HeldOut, Partial, Task
 
 Twin = Literal["dense", "told"]
 
@@ -77,11 +80,14 @@ def read(
 ) -> Readings:
     """Return what every policy of these kinds costs on a held-out split."""
     number = settings.validation_rows if split == "validation" else settings.test_rows
-    prefix = max(1, task.units_per_row // 4) if task.unit == "token" else 1
+    alone = one_route(model, task)
+    prefix = 1 if isinstance(task, Partial) or task.unit == "example" else max(1, task.units_per_row // 4)
     parts: list[Readings] = []
     for batch in task.held_out_batches(split, number, settings.rows_at_once):
         log_p_RPE = router.read(early(model.network, batch.inputs))
-        opinions = 1 if task.unit == "example" or model.whole_rows else 2
+        if isinstance(task, Partial):
+            log_p_RPE = log_p_RPE[:, -1:]
+        opinions = 1 if alone else 2
         routed: dict[Kind, Tensor] = {}
         for kind in kinds:
             choices_RPK = decided(log_p_RPE, kind, prefix).topk(opinions).indices
@@ -95,9 +101,9 @@ def read(
                 leaf_of_category(model)[batch.categories],
                 prefix,
                 log_p_RPE,
-                position_nats(task, model(batch.inputs, batch.categories), batch.targets),
+                _nats(task, model(batch.inputs, batch.categories), batch.targets),
                 {
-                    name: position_nats(task, twin(batch.inputs, batch.categories), batch.targets)
+                    name: _nats(task, twin(batch.inputs, batch.categories), batch.targets)
                     for name, twin in twins.items()
                 },
                 routed,
@@ -124,8 +130,8 @@ def opinion_nats(
     """
     categories_RPK = category_of_leaf(model)[choices_RPK]
     rows, positions, opinions = choices_RPK.shape
-    if task.unit == "example" or model.whole_rows:
-        return position_nats(task, model(batch.inputs, categories_RPK[:, 0, 0]), batch.targets).unsqueeze(-1)
+    if one_route(model, task):
+        return _nats(task, model(batch.inputs, categories_RPK[:, 0, 0]), batch.targets).unsqueeze(-1)
     place = torch.arange(positions).repeat(opinions)
     copy = torch.arange(opinions).repeat_interleave(positions)
     before = (copy == 0) & (place < place.unsqueeze(1))
@@ -140,6 +146,18 @@ def opinion_nats(
     )
     nats = position_nats(task, outputs, batch.targets.repeat(1, opinions))
     return nats.view(rows, opinions, positions).transpose(1, 2)
+
+
+def one_route(model: SplitModel, task: Task) -> bool:
+    """Say whether a row has one route: an example, one that heads look over, or one whose tokens see each other."""
+    return task.unit == "example" or model.whole_rows or isinstance(task, Partial)
+
+
+def _nats(task: Task, outputs: Tensor, targets: Tensor) -> Float64[Tensor, "rows positions"]:
+    """Return the nats of every position; of a row with hidden tokens, as one position, the mean of these."""
+    if isinstance(task, Partial):
+        return task.nats(outputs, targets).double().unsqueeze(1) / task.units_per_row
+    return position_nats(task, outputs, targets)
 
 
 def _joined(parts: Sequence[Readings]) -> Readings:

@@ -13,7 +13,7 @@ from moeify.result import MEAN
 from moeify.routers.readings import Readings
 from moeify.routers.router import Kind, Router
 from moeify.routers.served import ServedText
-from moeify.task import Task
+from moeify.task import Partial, Task
 
 _BINS = 15
 """Of equal width, for the expected calibration error."""
@@ -63,7 +63,8 @@ class RouterReport(Closed):
     experts: tuple[str, ...]
     unit: Literal["token", "example"]
     prefix: int
-    """Tokens (1 for an example) that a ``document`` router reads before it decides, in these figures."""
+    """Tokens (1 for an example; all, where some are hidden) that a ``document`` router reads before it decides, in
+    these figures."""
     choices: tuple[Choice, ...]
     asked: float
     """Fraction of tokens (or examples) with a second opinion."""
@@ -108,7 +109,7 @@ def report(
     router: Router, readings: Readings, task: Task, choices: Sequence[Choice], texts: Sequence[ServedText] = ()
 ) -> RouterReport:
     """Return a router's figures; ``choices`` and ``texts`` are kept beside them."""
-    text, kind = task.unit == "token", router.kind
+    text, kind = task.unit == "token" and not isinstance(task, Partial), router.kind
     log_p_RPE = readings.log_p_RPE if kind == "token" else readings.log_p_RPE[:, [readings.prefix - 1]]
     confidence_RP, chosen_RP = log_p_RPE.exp().max(-1)
     right_RP = (chosen_RP == readings.leaves_R.unsqueeze(1)).double()
@@ -128,19 +129,28 @@ def report(
         threshold=router.threshold,
         experts=router.experts,
         unit=task.unit,
-        prefix=readings.prefix,
+        prefix=read_first(task, readings),
         choices=tuple(choices),
         asked=readings.asked(kind, router.threshold).double().mean().item(),
         accuracy=right_RP.mean().item(),
         accuracy_sure=_mean_or_none(right_RP[~unsure_RP]),
         accuracy_unsure=_mean_or_none(right_RP[unsure_RP]),
-        accuracy_after={length: likeliest_RP[:, length - 1].double().mean().item() for length in lengths},
+        accuracy_after=(
+            {read_first(task, readings): right_RP.mean().item()}
+            if isinstance(task, Partial)
+            else {length: likeliest_RP[:, length - 1].double().mean().item() for length in lengths}
+        ),
         confusion=confusion,
         calibration_error=calibration_error(confidence_RP.flatten(), right_RP.flatten()),
         whole=_compared(router, readings, task, slice(None)) if kind == "token" or not text else None,
         later=_compared(router, readings, task, readings.causal) if text else None,
         texts=tuple(texts),
     )
+
+
+def read_first(task: Task, readings: Readings) -> int:
+    """Return how many tokens of a row a ``document`` router reads before it decides."""
+    return task.length if isinstance(task, Partial) else readings.prefix
 
 
 def calibration_error(confidence_N: Float[Tensor, " n"], right_N: Float[Tensor, " n"]) -> float:

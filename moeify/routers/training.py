@@ -1,15 +1,16 @@
 """A router for a split model: trained, its use chosen on validation data, measured once on test data.
 
 Every way to use it is judged on tokens that its decision could not see: a ``document`` router, which reads the first
-tokens of a row and then decides for the whole of it, on those after them.
+tokens of a row and then decides for the whole of it, on those after them. Of a network that tokens are hidden from it
+reads whole rows, in which they are hidden too.
 """
 
 from collections.abc import Iterable, Mapping
 
 from moeify.recipe.config import RunConfig
 from moeify.routed.split_model import SplitModel
-from moeify.routers.readings import Twin, read
-from moeify.routers.report import Choice, RouterReport, judge, report
+from moeify.routers.readings import Twin, one_route, read
+from moeify.routers.report import Choice, RouterReport, judge, read_first, report
 from moeify.routers.router import Kind, Router, leaves, train
 from moeify.routers.served import served_texts
 from moeify.task import Partial, Task
@@ -35,12 +36,10 @@ def route(
     ``twins``: the dense twin, and the told twin where there is one. No weight of a model changes. ValueError where
     there is one expert alone, or what is given does not fit the task.
     """
-    if isinstance(task, Partial):
-        raise ValueError(
-            "a router reads rows from their first token on; this model predicts hidden tokens of whole rows"
-        )
-    tokens = task.unit == "token" and not model.whole_rows
+    tokens = not one_route(model, task)
     why = "this model's heads are split, and look over whole rows" if model.whole_rows else "these are single examples"
+    if isinstance(task, Partial):
+        why = "this model's tokens see each other"
     if kind == "token" and not tokens:
         raise ValueError(f"kind 'token' needs rows of tokens with routes of their own: {why}; take 'document'")
     if threshold and not tokens:
@@ -60,7 +59,7 @@ def route(
     taken = best(choices, threshold)
     router = Router(taken.kind, reader.experts, weight_EF, bias_E, taken.threshold)
     tested = read(model, twins, task, settings, "test", router, (router.kind,))
-    return router, report(router, tested, task, choices, served_texts(model, router, task, tested.prefix))
+    return router, report(router, tested, task, choices, served_texts(model, router, task, read_first(task, tested)))
 
 
 def best(choices: Iterable[Choice], threshold: float | None) -> Choice:

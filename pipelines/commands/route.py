@@ -70,5 +70,5 @@ def command(run_: str, kind: "Kind | None", threshold: float | None, as_json: bo
     print_router(folder.id, report, sys.stdout)
     click.echo(f"\nfiles:   {place}")
     click.echo(f"report:  {folder.report}")
-    if report.unit == "token":
+    if report.later:
         click.echo(f"try it:  moeify generate {folder.id} --prompt '...'")

@@ -124,7 +124,7 @@ def _cell(expert: str, share: float, own: bool) -> Cell:
 def _losses(known: "RouterReport") -> list[Losses]:
     found = []
     if known.whole:
-        found.append(_table(known.whole, "Test loss" + (", all tokens" if known.unit == "token" else "")))
+        found.append(_table(known.whole, "Test loss" + (", all tokens" if known.later else "")))
     if known.later:
         found.append(_table(known.later, f"Test loss, behind the first {known.prefix} tokens of a row"))
     return found
