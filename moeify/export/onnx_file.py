@@ -63,6 +63,11 @@ class Signature:
                 return ("inputs",)
 
     @property
+    def masked(self) -> bool:
+        """Whether rows come with a mask of the tokens that are there."""
+        return self.takes == "masked tokens"
+
+    @property
     def text(self) -> bool:
         """Whether inputs are rows of tokens, of any length."""
         return self.takes in ("tokens", "masked tokens", "texts")

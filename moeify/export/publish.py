@@ -159,6 +159,8 @@ def _export_stock(
 ) -> Checked:
     if how.speed and how.gguf:
         speed.refuse_gguf(source.whole)
+    if how.speed and how.onnx:
+        speed.refuse_onnx()
     route = stock.forced or next(iter(stock.price.routes))
     with _published(out) as draft:
         differences, speeds = None, None
@@ -176,6 +178,8 @@ def _export_stock(
             _write_assets(run, draft)
             if how.verify:
                 differences = source.against_onnx(path, stock)
+            if how.speed:
+                speeds = speed.of_onnx(source.part, source.whole, path, route, how.torch_dtype)
         else:
             _save_pretrained(stock.network.to(how.torch_dtype), draft)
             _write_assets(run, draft)

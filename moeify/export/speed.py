@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from moeify.export import gguf_file
+from moeify.export import gguf_file, onnx_file
 from moeify.export.limits import Bound, bound_of, needed
 from moeify.export.stock import without_bars
-from moeify.export.works import Kind, Work, dense_run, routed_run, works_of
-from moeify.models.families import describe, rebuild, transformer_of
+from moeify.export.works import Kind, Work, dense_run, prompts_of, routed_run, works_of
+from moeify.models.families import describe, example_inputs, rebuild, transformer_of
 from moeify.models.fused import closed
 from moeify.models.transformer import config_of
 from moeify.routed.split_model import SplitModel
@@ -142,6 +143,42 @@ def of_gguf(
     return _speeds(rows, whole, dtype)
 
 
+def of_onnx(split: SplitModel, whole: SplitModel, file: Path, category: str, dtype: torch.dtype) -> Speeds:
+    """Time an ONNX file in onnxruntime against the dense network's file of the same dtype.
+
+    A graph has no cache: one of a language model reads whole rows, and is not timed at adding tokens.
+    """
+    dense = dense_like(whole, torch.float32)
+    works = [work for work in works_of(whole.network) if work.kind != "decode"]
+    signature = onnx_file.Signature.of(dense)
+    given: dict[str, torch.Tensor] = {}
+    for number, work in enumerate(works):
+        rows = prompts_of(dense, work) if work.kind == "prefill" else example_inputs(dense, work.batch, seed=0)
+        whole_rows = signature.of_rows(rows) | ({"attention_mask": torch.ones_like(rows)} if signature.masked else {})
+        given |= {f"{number}/{name}": tensor.contiguous() for name, tensor in whole_rows.items()}
+    with tempfile.TemporaryDirectory() as place:
+        rival, inputs = Path(place) / "dense.onnx", Path(place) / "given.safetensors"
+        onnx_file.write(dense, rival, dtype=dtype, name="dense")
+        save_file(given, inputs)
+        asked = (TURNS, AT_LEAST, inputs, rival.absolute(), file.absolute())
+        found = _program(_PROGRAM.with_name("timed_onnx.py"), asked, "onnxruntime")
+        times = {name: found[str(path.absolute())] for name, path in (("", rival), ("own", file))}
+    rows_ = []
+    for number, work in enumerate(works):
+        each = {name: seconds_[number] for name, seconds_ in times.items()}
+        share = needed(dense, split, work, (category,))
+        rows_.append(_speed(work, (category,), each, "own", work.units, share, dense))
+    return _speeds(rows_, whole, dtype)
+
+
+def refuse_onnx() -> None:
+    """Raise ValueError where no graph can be run here."""
+    if find_spec("onnxruntime") is None:
+        raise ValueError(
+            "timing an ONNX file needs the onnxruntime package; pip install 'moeify[onnx]', or do without --speed"
+        )
+
+
 def refuse_gguf(whole: SplitModel) -> None:
     """Raise ValueError where the dense network that a GGUF file is to be timed against cannot be one itself."""
     if (found := describe(whole.network)["family"]) != "llama":
@@ -158,14 +195,19 @@ def gguf_rates(
 ) -> dict[Path, tuple[list[float], list[float]]]:
     """Return file -> tokens a second of llama.cpp reading a prompt, and of writing behind it, a value a turn."""
     asked = (turns, work.prompt, work.new, vocabulary, *(path.absolute() for path in files))
+    found = _program(_PROGRAM, asked, "llama.cpp")
+    return {path: (found[str(path.absolute())][0], found[str(path.absolute())][1]) for path in files}
+
+
+def _program(program: Path, asked: Sequence[object], name: str) -> dict[str, Any]:
+    """Return what a program of its own prints last, as JSON."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-P", str(_PROGRAM), *map(str, asked)]
+    command = [sys.executable, "-P", str(program), *map(str, asked)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
     if done.returncode != 0:
         said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise RuntimeError(f"llama.cpp could not be timed ({done.returncode}); it said: {said}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return {path: (found[str(path.absolute())][0], found[str(path.absolute())][1]) for path in files}
+        raise RuntimeError(f"{name} could not be timed ({done.returncode}); it said: {said}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def _taking_turns(
