@@ -108,11 +108,11 @@ def test_a_mixture_is_no_graph(tmp_path: Path) -> None:
 
 def test_a_missing_package_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_file, "find_spec", lambda name: None if name == "onnxruntime" else object())
-    onnx_file.require(verify=False)
+    onnx_file.require(runs=False)
     with pytest.raises(ValueError, match=r"needs the onnxruntime package; pip install 'moeify\[onnx\]', or do without"):
-        onnx_file.require(verify=True)
+        onnx_file.require(runs=True)
     monkeypatch.setattr(onnx_file, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match=r"^writing an ONNX file needs the onnx package; pip install 'moeify\[onnx\]'$"
     ):
-        onnx_file.require(verify=False)
+        onnx_file.require(runs=False)

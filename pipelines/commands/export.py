@@ -103,7 +103,8 @@ def command(
     that keep their experts. The README says what that took, and what it did to every category's validation loss.
 
     --speed takes a minute or so: tokens a second of reading prompts and of adding tokens, with one row and with 32, or
-    rows a second where the model writes no text. The figures go to the model card and to speed.json, too.
+    rows a second where the model writes no text. An ONNX graph has no cache, so it reads alone. The figures go to the
+    model card and to speed.json, too.
 
     --register makes it a version of the model that is named as RUN's recipe, with an alias such as 'python-only',
     'moe', 'split' or 'without-web'. Where MLflow is away, 'moeify sync RUN' does so later.
@@ -116,8 +117,6 @@ def command(
     _refuse_odd(keep, drop, split, moe, force, gguf, onnx)
     if recover and not drop:
         raise click.UsageError("--recover is for --without NAME")
-    if speed and onnx:
-        raise click.UsageError("--speed does not time ONNX graphs; leave one of the two out")
     folder = runs.find(run_, runs.home())
     known = summary(folder)
     if known["status"] != "finished":
