@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from moeify.export import onnx_file, speed
+from moeify.export import onnx_file
 from moeify.export.publish import Dtype, How, Origin, export_dense, export_moe
 from moeify.export.stock import to_dense
 from moeify.export.verification import TOLERANCE, Source
@@ -16,7 +16,7 @@ from moeify.models.families import transformer_of, unit_space
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
 from moeify.splitting.tree import ExpertTree
-from tests.networks import DECODER_CONFIGS, tiny_autoencoder, tiny_decoder, tiny_llama, tiny_resnet
+from tests.networks import DECODER_CONFIGS, tiny_autoencoder, tiny_decoder, tiny_resnet
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -31,31 +31,6 @@ def split_of(network: nn.Module, *, heads: bool = False) -> SplitModel:
             own = site.units // 3
             widths[site.name] = (site.units - 2 * own, own + more, own - more)
     return SplitModel(network, "ab", Partition(tree, widths)).eval()
-
-
-@pytest.mark.parametrize(
-    ("build", "work"), [(tiny_autoencoder, "rows"), pytest.param(tiny_llama, "prefill", marks=pytest.mark.slow)]
-)
-def test_a_graph_is_timed_in_onnxruntime_against_the_dense_networks(
-    build: Callable[[], nn.Module], work: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(speed, "TURNS", 2)
-    monkeypatch.setattr(speed, "AT_LEAST", 0.0)
-    how = How(onnx=True, verify=False, speed=True)
-    done = export_dense(Origin(split_of(build().float())), ["a"], tmp_path / "out", how).speed
-    assert done is not None
-    assert [(row.work, row.batch, row.route) for row in done.rows] == [(work, 1, "a"), (work, 32, "a")]
-    assert all(row.limit > 1.0 and row.export > 0.0 and row.dense > 0.0 for row in done.rows)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) >= ["README.md", "model.onnx", "speed.json"]
-    text = (tmp_path / "out" / "README.md").read_text()
-    assert "In onnxruntime, float32, on 1 thread of a CPU" in text
-    assert "decode: adds" not in text
-
-
-def test_what_a_graph_is_timed_with_is_told_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="timing an ONNX file needs the onnxruntime package"):
-        speed.refuse_onnx()
 
 
 def written(network: nn.Module, place: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -133,11 +108,11 @@ def test_a_mixture_is_no_graph(tmp_path: Path) -> None:
 
 def test_a_missing_package_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_file, "find_spec", lambda name: None if name == "onnxruntime" else object())
-    onnx_file.require(verify=False)
+    onnx_file.require(runs=False)
     with pytest.raises(ValueError, match=r"needs the onnxruntime package; pip install 'moeify\[onnx\]', or do without"):
-        onnx_file.require(verify=True)
+        onnx_file.require(runs=True)
     monkeypatch.setattr(onnx_file, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match=r"^writing an ONNX file needs the onnx package; pip install 'moeify\[onnx\]'$"
     ):
-        onnx_file.require(verify=False)
+        onnx_file.require(runs=False)

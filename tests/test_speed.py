@@ -121,3 +121,17 @@ def test_a_gguf_file_is_timed_only_where_llama_cpp_and_a_dense_file_are(monkeypa
         speed.refuse_gguf(split_of(tiny_llama()))
     with pytest.raises(ValueError, match="and knows llama, not mistral"):
         speed.refuse_gguf(split_of(tiny_decoder("mistral")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "work"), [(tiny_llama, "prefill"), (lambda: tiny_decoder("bert"), "rows")])
+def test_an_onnx_graph_is_timed_in_onnxruntime_reading_rows(
+    make: Callable[[], nn.Module], work: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    how = How(verify=False, speed=True, onnx=True)
+    done = export_dense(Origin(split_of(make())), ["a"], tmp_path / "a", how).speed
+    assert done is not None
+    assert [(row.work, row.batch, row.route) for row in done.rows] == [(work, 1, "a"), (work, 32, "a")]
+    assert all(row.limit > 1.0 and row.dense > 0 and row.export > 0 for row in done.rows)
+    assert "In onnxruntime, float32" in (tmp_path / "a" / "README.md").read_text()

@@ -12,7 +12,6 @@ from moeify.routers.by_layer import LayerRouterReport
 
 FileForm = Literal["gguf", "onnx"]
 """What a model in one file may be."""
-_RUNTIMES: dict[FileForm, str] = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
 
 
 def recovered(recovery: Recovery | None, part: SplitModel) -> Iterator[str]:
@@ -60,13 +59,13 @@ def timed(speed: Speeds | None, stock: Stock | None, file: FileForm | None) -> I
     yield from (f"## Speed ({speed.unit}s a second)", "")
     columns = ["work", "batch", "route", "dense", "this", "times as fast", "limit", "of the limit"]
     yield from table(columns, [_cells(row) for row in speed.rows])
-    runtime = _RUNTIMES[file] if file else "this package" if stock is None else "transformers"
+    runtime = "this package" if stock is None else "transformers"
+    runtime = {"gguf": "llama.cpp", "onnx": "onnxruntime"}[file] if file else runtime
     threads = f"{speed.threads} thread" + ("s" if speed.threads > 1 else "")
     yield ""
     yield f"In {runtime}, {speed.dtype}, on {threads} of a CPU; dense: a network as large as the dense twin, likewise."
     if speed.prompt is not None:
-        adds = any(row.work == "decode" for row in speed.rows)
-        decode = "; decode: adds tokens, one a row and step, behind as many" if adds else ""
+        decode = "; decode: adds tokens, one a row and step, behind as many" if file != "onnx" else ", with no cache"
         yield f"prefill: reads {speed.prompt} tokens a row{decode}."
     yield "limit: what the work saved on the route allows, in bytes that are read or in operations (FLOPs)."
 

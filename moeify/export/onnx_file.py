@@ -63,11 +63,6 @@ class Signature:
                 return ("inputs",)
 
     @property
-    def masked(self) -> bool:
-        """Whether rows come with a mask of the tokens that are there."""
-        return self.takes == "masked tokens"
-
-    @property
     def text(self) -> bool:
         """Whether inputs are rows of tokens, of any length."""
         return self.takes in ("tokens", "masked tokens", "texts")
@@ -96,15 +91,15 @@ class _Graph(nn.Module):
         return logits(self.network, inputs, **self.plain, **more)
 
 
-def require(*, verify: bool) -> None:
-    """Raise ValueError where a package is missing that writing, or checking, needs."""
+def require(*, runs: bool) -> None:
+    """Raise ValueError where a package is missing that writing needs, or, where it ``runs``, checking and timing."""
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         raise ValueError(f"writing an ONNX file needs the {missing[0]} package; pip install 'moeify[onnx]'")
-    if verify and find_spec("onnxruntime") is None:
+    if runs and find_spec("onnxruntime") is None:
         raise ValueError(
-            "checking an ONNX file needs the onnxruntime package; pip install 'moeify[onnx]', "
-            "or do without the check (--no-verify)"
+            "checking or timing an ONNX file needs the onnxruntime package; pip install 'moeify[onnx]', "
+            "or do without both (--no-verify, no --speed)"
         )
 
 

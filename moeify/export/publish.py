@@ -159,8 +159,6 @@ def _export_stock(
 ) -> Checked:
     if how.speed and how.gguf:
         speed.refuse_gguf(source.whole)
-    if how.speed and how.onnx:
-        speed.refuse_onnx()
     route = stock.forced or next(iter(stock.price.routes))
     with _published(out) as draft:
         differences, speeds = None, None
@@ -186,7 +184,8 @@ def _export_stock(
             if how.verify:
                 differences = source.against_stock(draft, stock)
             if how.speed:
-                speeds = speed.of_stock(source.part, source.whole, draft, route, how.torch_dtype)
+                chosen = None if stock.routers else route
+                speeds = speed.of_stock(source.part, source.whole, draft, chosen, how.torch_dtype)
         checked = Checked(source.rounding, differences, source.recovery, speeds, routers)
         _describe(draft, card(how.about, source, checked, dtype=how.dtype, stock=stock, file=how.file), speeds)
     return checked
@@ -234,7 +233,7 @@ def _refuse_lacking(run: Path | Origin, how: How) -> None:
         if "tokenizer.json" not in _assets(run):
             raise ValueError(f"{run.name} has no tokenizer, which a GGUF file must hold; GGUF is for language models")
     if how.onnx:
-        onnx_file.require(verify=how.verify)
+        onnx_file.require(runs=how.verify or how.speed)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from moeify.export import gguf_file, onnx_file
 from moeify.export.limits import Bound, bound_of, needed
@@ -38,7 +38,7 @@ _WRITTEN = 64
 """Tokens that llama.cpp writes in a turn, which it times by itself."""
 FILE = "speed.json"
 """What an export's folder holds of it."""
-_PROGRAM = Path(__file__).parent / "timed_gguf.py"
+_PROGRAMS = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,10 @@ def dense_like(whole: SplitModel, dtype: torch.dtype) -> nn.Module:
         return closed(rebuild(describe(whole.network))).to(dtype).eval()
 
 
-def of_stock(split: SplitModel, whole: SplitModel, folder: Path, category: str, dtype: torch.dtype) -> Speeds:
+def of_stock(split: SplitModel, whole: SplitModel, folder: Path, category: str | None, dtype: torch.dtype) -> Speeds:
     """Time what plain ``transformers`` loads from a folder, which runs the route of a category.
+
+    None: routers choose, so its limit is that of all categories, or of the longest route where there is one row.
 
     ``split``: the split model that the export equals; ``whole``: of which that is a part, and which the dense network
     is as large as.
@@ -104,10 +106,12 @@ def of_stock(split: SplitModel, whole: SplitModel, folder: Path, category: str, 
     with without_bars():
         export = auto.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False).eval()
     dense = dense_like(whole, dtype)
+    longest = category or max(split.categories, key=split.partition.active_units)
     rows = [
         row
         for work in works_of(whole.network)
-        for row in _taking_turns(dense, split, work, {(category,): dense_run(export, work)})
+        for route in [split.categories if category is None and work.batch > 1 else (longest,)]
+        for row in _taking_turns(dense, split, work, {route: dense_run(export, work)})
     ]
     return _speeds(rows, whole, dtype)
 
@@ -143,42 +147,6 @@ def of_gguf(
     return _speeds(rows, whole, dtype)
 
 
-def of_onnx(split: SplitModel, whole: SplitModel, file: Path, category: str, dtype: torch.dtype) -> Speeds:
-    """Time an ONNX file in onnxruntime against the dense network's file of the same dtype.
-
-    A graph has no cache: one of a language model reads whole rows, and is not timed at adding tokens.
-    """
-    dense = dense_like(whole, torch.float32)
-    works = [work for work in works_of(whole.network) if work.kind != "decode"]
-    signature = onnx_file.Signature.of(dense)
-    given: dict[str, torch.Tensor] = {}
-    for number, work in enumerate(works):
-        rows = prompts_of(dense, work) if work.kind == "prefill" else example_inputs(dense, work.batch, seed=0)
-        whole_rows = signature.of_rows(rows) | ({"attention_mask": torch.ones_like(rows)} if signature.masked else {})
-        given |= {f"{number}/{name}": tensor.contiguous() for name, tensor in whole_rows.items()}
-    with tempfile.TemporaryDirectory() as place:
-        rival, inputs = Path(place) / "dense.onnx", Path(place) / "given.safetensors"
-        onnx_file.write(dense, rival, dtype=dtype, name="dense")
-        save_file(given, inputs)
-        asked = (TURNS, AT_LEAST, inputs, rival.absolute(), file.absolute())
-        found = _program(_PROGRAM.with_name("timed_onnx.py"), asked, "onnxruntime")
-        times = {name: found[str(path.absolute())] for name, path in (("", rival), ("own", file))}
-    rows_ = []
-    for number, work in enumerate(works):
-        each = {name: seconds_[number] for name, seconds_ in times.items()}
-        share = needed(dense, split, work, (category,))
-        rows_.append(_speed(work, (category,), each, "own", work.units, share, dense))
-    return _speeds(rows_, whole, dtype)
-
-
-def refuse_onnx() -> None:
-    """Raise ValueError where no graph can be run here."""
-    if find_spec("onnxruntime") is None:
-        raise ValueError(
-            "timing an ONNX file needs the onnxruntime package; pip install 'moeify[onnx]', or do without --speed"
-        )
-
-
 def refuse_gguf(whole: SplitModel) -> None:
     """Raise ValueError where the dense network that a GGUF file is to be timed against cannot be one itself."""
     if (found := describe(whole.network)["family"]) != "llama":
@@ -195,19 +163,42 @@ def gguf_rates(
 ) -> dict[Path, tuple[list[float], list[float]]]:
     """Return file -> tokens a second of llama.cpp reading a prompt, and of writing behind it, a value a turn."""
     asked = (turns, work.prompt, work.new, vocabulary, *(path.absolute() for path in files))
-    found = _program(_PROGRAM, asked, "llama.cpp")
+    found = _told("timed_gguf.py", "llama.cpp", asked)
     return {path: (found[str(path.absolute())][0], found[str(path.absolute())][1]) for path in files}
 
 
-def _program(program: Path, asked: Sequence[object], name: str) -> dict[str, Any]:
-    """Return what a program of its own prints last, as JSON."""
+def of_onnx(split: SplitModel, whole: SplitModel, file: Path, category: str, dtype: torch.dtype) -> Speeds:
+    """Time an ONNX graph in onnxruntime, which reads rows from the start, against the dense network's of that dtype."""
+    dense = dense_like(whole, dtype).float()
+    works = [work for work in works_of(whole.network) if work.kind != "decode"]
+    names = onnx_file.Signature.of(dense).names
+    given: dict[str, Tensor] = {}
+    for number, work in enumerate(works):
+        rows = prompts_of(dense, work) if work.kind == "prefill" else example_inputs(dense, work.batch, seed=0)
+        given |= {f"{number}/{name}": torch.ones_like(rows) if name == "attention_mask" else rows for name in names}
+    with tempfile.TemporaryDirectory() as place:
+        rival, asked = Path(place) / "dense.onnx", Path(place) / "works.safetensors"
+        onnx_file.write(dense, rival, dtype=dtype, name="dense")
+        save_file({name: tensor.contiguous() for name, tensor in given.items()}, asked)
+        found = _told("timed_onnx.py", "onnxruntime", (TURNS, AT_LEAST, asked, rival, file.absolute()))
+        each = {"": found[str(rival)], "own": found[str(file.absolute())]}
+    rows = []
+    for number, work in enumerate(works):
+        times = {name: seconds_[number] for name, seconds_ in each.items()}
+        share = needed(dense, split, work, (category,))
+        rows.append(_speed(work, (category,), times, "own", work.units, share, dense))
+    return _speeds(rows, whole, dtype)
+
+
+def _told(program: str, what: str, asked: Sequence[object]) -> Any:
+    """Return what a program of its own tells; RuntimeError with its last words where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-P", str(program), *map(str, asked)]
+    command = [sys.executable, "-P", str(_PROGRAMS / program), *map(str, asked)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
     if done.returncode != 0:
         said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise RuntimeError(f"{name} could not be timed ({done.returncode}); it said: {said}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+        raise RuntimeError(f"{what} could not be timed ({done.returncode}); it said: {said}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _taking_turns(

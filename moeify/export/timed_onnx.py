@@ -1,54 +1,47 @@
-"""A program of its own: seconds of ONNX files in onnxruntime, away from torch's threads.
+"""A program of its own: seconds that onnxruntime takes for graphs of ONNX files, away from torch's threads.
 
-``python timed_onnx.py TURNS AT_LEAST GIVEN FILE ...`` prints a line of JSON: FILE -> for each work the seconds of one
-run, a value a turn. GIVEN is a safetensors file: ``<work>/<input>``, what a graph is given, works numbered from 0.
-FILEs take turns, in alternating order; a turn of one lasts AT_LEAST seconds. OMP_NUM_THREADS says on how many threads.
+``python timed_onnx.py TURNS AT_LEAST WORKS FILE ...`` prints a line of JSON: FILE -> for each work the seconds of one
+run, a value a turn. WORKS is a safetensors file, ``<number>/<input>`` what the graphs are given. FILEs take turns, in
+alternating order; a turn lasts AT_LEAST seconds. OMP_NUM_THREADS says on how many threads.
 """
 
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
 
 import onnxruntime
-from safetensors.numpy import load_file
+from safetensors import safe_open
 
 
-def main(turns: int, at_least: float, given: str, paths: list[str]) -> None:
+def main(turns: int, at_least: float, works: str, paths: list[str]) -> None:
     """Print the figures."""
-    works: dict[int, dict[str, object]] = {}
-    for name, values in load_file(given).items():
-        place, _, each = name.partition("/")
-        works.setdefault(int(place), {})[each] = values
-    sessions = {path: _session(path) for path in paths}
-    found: dict[str, list[list[float]]] = {path: [[] for _ in works] for path in paths}
-    for number, inputs in sorted(works.items()):
-
-        def run(path: str, inputs: dict[str, object] = inputs) -> None:
-            sessions[path].run(["logits"], inputs)
-
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = int(os.environ["OMP_NUM_THREADS"])
+    providers = ["CPUExecutionProvider"]
+    sessions = {path: onnxruntime.InferenceSession(path, options, providers=providers) for path in paths}
+    given: dict[int, dict[str, object]] = {}
+    with safe_open(works, framework="np") as file:
+        for key in file.keys():  # noqa: SIM118
+            number, _, name = key.partition("/")
+            given.setdefault(int(number), {})[name] = file.get_tensor(key)
+    found: dict[str, list[list[float]]] = {path: [[] for _ in given] for path in paths}
+    for number in range(len(given)):
         often = {}
-        for path in paths:  # the first run warms up
-            run(path)
-            often[path] = max(1, round(at_least / max(1e-9, _seconds(run, path, 1))))
+        for path, session in sessions.items():  # the first run warms up
+            session.run(["logits"], given[number])
+            often[path] = max(1, round(at_least / max(1e-9, _seconds(session, given[number], 1))))
         for turn in range(turns):
             for path in reversed(paths) if turn % 2 else paths:
-                found[path][number].append(_seconds(run, path, often[path]) / often[path])
+                found[path][number].append(_seconds(sessions[path], given[number], often[path]) / often[path])
     print(json.dumps(found))  # noqa: T201
 
 
-def _seconds(run: Callable[[str], None], path: str, often: int) -> float:
+def _seconds(session: onnxruntime.InferenceSession, given: dict[str, object], often: int) -> float:
     began = time.perf_counter()
     for _ in range(often):
-        run(path)
+        session.run(["logits"], given)
     return time.perf_counter() - began
-
-
-def _session(path: str) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = int(os.environ["OMP_NUM_THREADS"])
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 if __name__ == "__main__":
