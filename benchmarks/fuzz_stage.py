@@ -28,7 +28,7 @@ class Untracked:
 
     offset = 0
 
-    def __init__(self, *_: Any) -> None: ...
+    def __init__(self, *_: Any, **__: Any) -> None: ...
 
     def take(self, events: Any) -> None:
         """Drop the events."""

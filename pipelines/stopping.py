@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from moeify.events import Finished
+from moeify.place import Place
 from pipelines.journal import read_events
 from pipelines.runs import RunFolder
 
@@ -25,29 +26,34 @@ _PATIENCE = 3.0
 
 
 class Watch:
-    """Says whether the run's driver has asked for a stop; cheap to ask at every step."""
+    """Says whether the run's driver has asked for a stop; cheap to ask at every step.
+
+    Behind a URL a thread looks, so that a store that is slow or away holds up no step.
+    """
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         self._next = 0.0
+        self._looking: threading.Thread | None = None
         self._asked = False
 
     def __call__(self) -> bool:
         """Return whether it has; once True, always."""
         now = time.monotonic()
-        if not self._asked and now >= self._next:
-            self._asked = self._look()
-            self._next = now + (_LOOK_FAR if self._folder.remote else _LOOK)
+        if not self._asked and now >= self._next and not (self._looking and self._looking.is_alive()):
+            remote = self._folder.remote
+            self._next = now + (_LOOK_FAR if remote else _LOOK)
+            if remote is None:
+                self._asked = (self._folder.path / NOTE).exists()
+            else:
+                self._looking = threading.Thread(target=self._look, args=(remote.place,), daemon=True)
+                self._looking.start()
         return self._asked
 
-    def _look(self) -> bool:
-        remote = self._folder.remote
-        if remote is None:
-            return (self._folder.path / NOTE).exists()
+    def _look(self, place: Place) -> None:
         with suppress(OSError):  # it is not there, or the storage is away for a while
-            remote.place.read(NOTE)
-            return True
-        return False
+            place.read(NOTE)
+            self._asked = True
 
 
 class Asking:

@@ -45,8 +45,10 @@ STAND_INS = {
     "python": "code",
     "SHELL": "bash",
     "NAME": "edge_choices",
+    "spurious_cue": "edge_choices",
+    "worth_separating": "edge_choices",
 }
-"""What the documents' placeholders, and their examples of categories, are where the commands are tried."""
+"""What the documents' placeholders, and their examples of categories and studies, are where commands are tried."""
 ALSO = {
     "run": ["--local"],
     "resume": ["--local"],

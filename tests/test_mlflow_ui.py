@@ -96,7 +96,7 @@ async def seen(page: Page, address: str, run: str) -> None:
         await page.wait(f"document.body.innerText.includes({words!r})")
     await page.go(address.replace("?", "/artifacts/report.html?"))
     report = await page.frame("blob:")
-    await page.wait("document.readyState === 'complete' && document.querySelector('h1')", session=report)
+    await page.wait("document.readyState === 'complete' && document.querySelector('h1') !== null", session=report)
     assert "separated" in await page.value("document.querySelector('h1').innerText", report)
     drawn = "[...document.querySelectorAll('section')].filter((each) => each.offsetHeight > 50).map((each) => each.id)"
     assert {"tree", "ownership", "attribution", "tax", "training", "cost"} <= set(await page.value(drawn, report))

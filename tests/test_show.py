@@ -43,6 +43,7 @@ KEYS = {
     "tax_told",
     "error_over",
     "own_other",
+    "own_other_error",
     "modules",
 }
 

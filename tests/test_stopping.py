@@ -193,7 +193,11 @@ def test_behind_a_url_the_note_lies_where_workers_elsewhere_see_it(
         heard.append(work())
     assert heard == [False]
     assert watch()
-    assert not Watch(folder)()
+    last = Watch(folder)
+    assert not last()
+    assert last._looking is not None
+    last._looking.join()
+    assert not last()
 
 
 @pytest.mark.filterwarnings("ignore")
