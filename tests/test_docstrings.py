@@ -28,7 +28,7 @@ PARTS = {
     "attribution.heatmap": {"figure", "save_png", "thinned"},
     "attribution.measure": {"unmeasured"},
     "attribution.relp": {"rules"},
-    "attribution.sites": {"patches"},
+    "attribution.sites": {"patches", "whole"},
     "attribution.subject": {"segments", "row_seed"},
 }
 """Functions that others of their package are made of."""
