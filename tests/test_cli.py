@@ -391,6 +391,7 @@ def test_export_knows_kinds_and_parts(
         (["--category", "a", "--onnx", "--gguf"], "--onnx is for --category NAME, alone; a graph has no routes"),
         (["--split", "--recover", "5"], "--recover is for --without NAME"),
         (["--without", "a", "--recover", "0"], "0 is not in the range x>=1"),
+        (["--category", "a", "--cache"], "--cache is for --onnx, which --speed times without one"),
         (["--split", "--onnx"], "--onnx is for --category NAME"),
         (["--moe", "mixtral"], "'mixtral' is not one of 'glm4_moe', 'granitemoeshared'"),
     ],

@@ -108,6 +108,7 @@ def test_the_card_of_a_mixture_with_routers_says_what_they_cost_and_how_to_force
     assert "(here a; set the bias to 0 to undo it)" in text
     assert "| category | routed by label | by its routers | dense |" in text
     assert "| mean | 3.5500 | 3.5600 | 3.5000 |" in text
+    assert "**On text without labels it is +0.0600 nats a token against the dense twin.**" in text
     assert "That is +0.28% above routing by label." in text
     assert "to their label's expert: 75%, 90%." in text
     assert "| (its own routers) | 1.0e-06 |" in text

@@ -101,6 +101,38 @@ def test_padding_behind_the_mask_changes_nothing_before_it(tmp_path: Path) -> No
     assert np.abs(plain - behind[:, :5]).max() <= TOLERANCE
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_graph_with_a_cache_goes_on_behind_what_it_gave(family: str, tmp_path: Path) -> None:
+    split = split_of(tiny_decoder(family))
+    done = export_dense(Origin(split), ["a"], tmp_path / "out", How(onnx=True, cache=True))
+    assert done.differences is not None
+    assert done.differences["a"] <= TOLERANCE
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [each.name for each in session.get_inputs()][:3] == [
+        "input_ids",
+        "past_key_values.0.key",
+        "past_key_values.0.value",
+    ]
+    row = np.arange(1, 9)[None]
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {"np": np, "session": session, "input_ids": row[:, :5]}
+    exec(code[code.index("empty =") :], names)
+    (rest, *_) = session.run(None, {"input_ids": row[:, 5:], **names["past"]})
+    with torch.no_grad():
+        wanted = split(torch.from_numpy(row), torch.zeros(1, dtype=torch.long)).numpy()
+    assert np.abs(np.concatenate([names["logits"], rest], 1) - wanted).max() <= TOLERANCE
+
+
+def test_what_keeps_no_cache_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a cache is for models that write text, and this is another"):
+        onnx_file.write(tiny_decoder("bert"), tmp_path / "a.onnx", dtype=torch.float32, name="a", cache=True)
+    with pytest.raises(ValueError, match=r"layers keep a part of the earlier tokens alone \(DynamicSlidingWindowLayer"):
+        onnx_file.write(tiny_decoder("gemma2"), tmp_path / "a.onnx", dtype=torch.float32, name="a", cache=True)
+    with pytest.raises(ValueError, match="a cache is for ONNX graphs, which are timed without one"):
+        export_dense(Origin(split_of(tiny_decoder("gpt2"))), ["a"], tmp_path / "out", How(cache=True))
+
+
 def test_a_mixture_is_no_graph(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="an ONNX graph is of one category's route"):
         export_moe(Origin(split_of(tiny_autoencoder())), "glm4_moe", tmp_path / "none", How(onnx=True))

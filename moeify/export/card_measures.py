@@ -43,8 +43,11 @@ def routed(report: LayerRouterReport | None, result: Result | None) -> Iterator[
     yield from ("## Its own routers (test loss, nats per token)", "")
     rows = [[category, *(f"{loss[category]:.4f}" for loss in losses.values())] for category in report.label]
     yield from table(["category", *losses], rows)
-    right = ", ".join(f"{share:.0%}" for share in report.accuracy.values())
     yield ""
+    if "dense" in losses:
+        over = report.router[MEAN] - losses["dense"][MEAN]
+        yield f"**On text without labels it is {over:+.4f} nats a token against the dense twin.**"
+    right = ", ".join(f"{share:.0%}" for share in report.accuracy.values())
     yield (
         f"That is {report.router_tax:+.2%} above routing by label. A router is a linear map of what its layer's "
         f"experts read, trained to tell the label of text that labels route, all else frozen. By layer it sends so "

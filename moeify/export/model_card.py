@@ -72,12 +72,13 @@ def card(
     dtype: str,
     stock: Stock | None = None,
     file: FileForm | None = None,
+    cache: bool = False,
 ) -> str:
     """Return the model card of a stock export, ``file`` where that is one, or without ``stock`` of a split folder."""
     parts = [
         _head(stock, file),
         _what(about, source, dtype, stock),
-        _loading(source.part, stock, file),
+        _loading(source.part, stock, file, cache=cache),
         _origin(about, source.whole),
         _losses(about.result, source, stock),
         recovered(source.recovery, source.part),
@@ -138,7 +139,7 @@ def _removal(source: Source) -> Iterator[str]:
         )
 
 
-def _loading(part: SplitModel, stock: Stock | None, file: FileForm | None) -> Iterator[str]:
+def _loading(part: SplitModel, stock: Stock | None, file: FileForm | None, *, cache: bool) -> Iterator[str]:
     yield from ("## Load", "")
     if stock is None:
         yield from ("```python", "import moeify, torch", "", 'model = moeify.load_split("FOLDER")')
@@ -148,7 +149,7 @@ def _loading(part: SplitModel, stock: Stock | None, file: FileForm | None) -> It
         yield "```"
         return
     if file == "onnx":
-        yield from onnx_file.loading(stock.network)
+        yield from onnx_file.loading(stock.network, cache=cache)
     elif file == "gguf":
         yield from ("```bash", 'llama-completion -m FOLDER/model.gguf -p "TEXT"  # or any other llama.cpp', "```")
     else:

@@ -2,7 +2,7 @@
 
 A graph has no single width for all layers, so every layer stays as wide as it is and nothing is padded, but for heads
 of families whose attention counts on one number of them (Phi-3). The number of rows is free, and for text their length.
-No row holds keys of earlier calls: each call reads its rows from the start.
+A call reads its rows from the start, or, with ``cache``, goes on behind the keys and values that an earlier one gave.
 
 Needs the ``onnx`` and ``onnxscript`` packages; checking a file needs ``onnxruntime``: all come with ``moeify[onnx]``.
 """
@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from moeify.export.works import empty_cache
 from moeify.models.build import logits
 from moeify.models.families import example_inputs, transformer_of
 
@@ -91,6 +92,40 @@ class _Graph(nn.Module):
         return logits(self.network, inputs, **self.plain, **more)
 
 
+class _CachedGraph(nn.Module):
+    """A causal language model as its graph with a cache is: keys and values of earlier tokens in, those of all out."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Tensor, past: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the logits of ``inputs``, then every layer's keys and values [batch heads all size]."""
+        cache, keyword = empty_cache(self.network)
+        for layer, (keys, values) in enumerate(zip(past[::2], past[1::2], strict=True)):
+            cache.update(keys, values, layer)
+        found = logits(self.network, inputs, use_cache=True, **{keyword: cache})
+        return found, *_held(cache)
+
+
+def _held(cache: Any) -> Iterator[Tensor]:
+    for layer in cache.layers:
+        yield from (layer.keys, layer.values)
+
+
+@torch.no_grad()
+def _past(network: nn.Module) -> tuple[Tensor, ...]:
+    """Return keys and values of a few tokens, as an example; ValueError for a network that keeps none, or not all."""
+    family = transformer_of(network)
+    if family is None or family.learns != "next token":
+        raise ValueError("a cache is for models that write text, and this is another; export without it")
+    cache, keyword = empty_cache(network)
+    logits(network, example_inputs(network, rows=2, seed=0)[:, :4], use_cache=True, **{keyword: cache})
+    if odd := {type(layer).__name__ for layer in cache.layers} - {"DynamicLayer"}:
+        raise ValueError(f"layers keep a part of the earlier tokens alone ({', '.join(odd)}); export without a cache")
+    return tuple(_held(cache))
+
+
 def require(*, runs: bool) -> None:
     """Raise ValueError where a package is missing that writing needs, or, where it ``runs``, checking and timing."""
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
@@ -103,24 +138,37 @@ def require(*, runs: bool) -> None:
         )
 
 
-def write(network: nn.Module, path: Path, *, dtype: torch.dtype, name: str) -> None:
+def write(network: nn.Module, path: Path, *, dtype: torch.dtype, name: str, cache: bool = False) -> None:
     """Write a network to an ONNX file that computes in float32, whatever the dtype of the weights in it.
 
+    ``cache``: the graph is also given ``past_key_values.<layer>.key`` and ``.value``, empty at first, and gives
+    ``present...``, to be given with the tokens that follow. ValueError for networks that keep no such thing.
     Weights that ``dtype`` holds exactly are stored in it. Those of a large network lie in a second file, ``.data``
     behind the first one's name, which belongs beside it.
     """
     signature = Signature.of(network)
-    examples = tuple(signature.of_rows(example_inputs(network, rows=2, seed=0)).values())
-    free = {0: "batch", 1: "sequence"} if signature.text else {0: "batch"}
+    examples: tuple[Any, ...] = tuple(signature.of_rows(example_inputs(network, rows=2, seed=0)).values())
+    free: dict[int, str] = {0: "batch", 1: "sequence"} if signature.text else {0: "batch"}
+    shapes: tuple[Any, ...] = (free,) * len(examples)
+    given, told = list(signature.names), ["logits"]
+    graph: nn.Module
+    if cache:
+        past = _past(network)
+        each = [f"{layer}.{what}" for layer in range(len(past) // 2) for what in ("key", "value")]
+        examples, shapes = (examples[0][:, :3], past), (free, ({0: "batch", 2: "past"},) * len(past))
+        given, told = given + [f"past_key_values.{n}" for n in each], told + [f"present.{n}" for n in each]
+        graph = _CachedGraph(network)
+    else:
+        graph = _Graph(network, signature)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            _Graph(network, signature).eval(),
+            graph.eval(),
             examples,
             dynamo=True,
             verbose=False,
-            input_names=list(signature.names),
-            output_names=["logits"],
-            dynamic_shapes=(free,) * len(examples),
+            input_names=given,
+            output_names=told,
+            dynamic_shapes=shapes,
         )
         assert program is not None
         _strip(program.model, name)
@@ -129,7 +177,7 @@ def write(network: nn.Module, path: Path, *, dtype: torch.dtype, name: str) -> N
         program.save(str(path))
 
 
-def loading(network: nn.Module) -> Iterator[str]:
+def loading(network: nn.Module, *, cache: bool = False) -> Iterator[str]:
     """Say on a model card how onnxruntime runs the graph of a network."""
     signature = Signature.of(network)
     first, *_ = signature.names
@@ -143,6 +191,13 @@ def loading(network: nn.Module) -> Iterator[str]:
         sizes = ", ".join(str(size) for size in example_inputs(network, rows=1, seed=0).shape[1:])
         yield from ("", f"{first} = np.zeros((1, {sizes}), np.float32)  # yours")
     yield 'session = onnxruntime.InferenceSession("FOLDER/model.onnx", providers=["CPUExecutionProvider"])'
+    if cache:
+        yield "empty = {each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32)"
+        yield '         for each in session.get_inputs() if each.name != "input_ids"}'
+        yield 'logits, *present = session.run(None, {"input_ids": input_ids, **empty})'
+        yield "past = dict(zip(empty, present))  # give it in place of empty, with the tokens that follow alone"
+        yield from ("```", "", "Keys and values of earlier tokens go in and out, so that tokens are read once.")
+        return
     given = ", ".join(f'"{name}": {name}' for name in signature.names)
     yield from (f'(logits,) = session.run(["logits"], {{{given}}})', "```", "")
     yield "Any number of rows" + (", of any length up to the positions named below." if signature.text else ".")

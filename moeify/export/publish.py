@@ -45,6 +45,8 @@ class How:
     """Write stock forms as one GGUF file, ``model.gguf``, in place of a folder of ``transformers``."""
     onnx: bool = False
     """Write a dense model as one ONNX graph, ``model.onnx``, instead; of any network that can be rebuilt."""
+    cache: bool = False
+    """Of an ONNX graph: keys and values of earlier tokens go in and out. For models that write text."""
     verify: bool = True
     speed: bool = False
     """Time it against the dense network, see ``moeify.export.speed``: on the card, and in a file beside it."""
@@ -172,7 +174,8 @@ def _export_stock(
                 speeds = speed.of_gguf(source.part, source.whole, path, tokenizer, route, how.torch_dtype)
         elif how.onnx:
             path = draft / "model.onnx"
-            onnx_file.write(stock.network, path, dtype=how.torch_dtype, name=how.about.run or out.name)
+            name = how.about.run or out.name
+            onnx_file.write(stock.network, path, dtype=how.torch_dtype, name=name, cache=how.cache)
             _write_assets(run, draft)
             if how.verify:
                 differences = source.against_onnx(path, stock)
@@ -187,7 +190,8 @@ def _export_stock(
                 chosen = None if stock.routers else route
                 speeds = speed.of_stock(source.part, source.whole, draft, chosen, how.torch_dtype)
         checked = Checked(source.rounding, differences, source.recovery, speeds, routers)
-        _describe(draft, card(how.about, source, checked, dtype=how.dtype, stock=stock, file=how.file), speeds)
+        text = card(how.about, source, checked, dtype=how.dtype, stock=stock, file=how.file, cache=how.cache)
+        _describe(draft, text, speeds)
     return checked
 
 
@@ -232,6 +236,8 @@ def _refuse_lacking(run: Path | Origin, how: How) -> None:
         gguf_file.require(verify=how.verify)
         if "tokenizer.json" not in _assets(run):
             raise ValueError(f"{run.name} has no tokenizer, which a GGUF file must hold; GGUF is for language models")
+    if how.cache and (how.speed or not how.onnx):
+        raise ValueError("a cache is for ONNX graphs, which are timed without one; leave one of the two out")
     if how.onnx:
         onnx_file.require(runs=how.verify or how.speed)
 

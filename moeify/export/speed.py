@@ -174,8 +174,8 @@ def of_onnx(split: SplitModel, whole: SplitModel, file: Path, category: str, dty
     names = onnx_file.Signature.of(dense).names
     given: dict[str, Tensor] = {}
     for number, work in enumerate(works):
-        read = prompts_of(dense, work) if work.kind == "prefill" else example_inputs(dense, work.batch, seed=0)
-        given |= {f"{number}/{name}": torch.ones_like(read) if name == "attention_mask" else read for name in names}
+        inputs = prompts_of(dense, work) if work.kind == "prefill" else example_inputs(dense, work.batch, seed=0)
+        given |= {f"{number}/{name}": torch.ones_like(inputs) if name == "attention_mask" else inputs for name in names}
     with tempfile.TemporaryDirectory() as place:
         rival, asked = Path(place) / "dense.onnx", Path(place) / "works.safetensors"
         onnx_file.write(dense, rival, dtype=dtype, name="dense")

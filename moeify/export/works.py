@@ -85,13 +85,18 @@ def prompts_of(network: nn.Module, work: Work) -> Int[Tensor, "batch prompt"]:
     return torch.randint(min(_FIRST, vocabulary - 1), vocabulary, (work.batch, work.prompt), generator=generator)
 
 
+def empty_cache(network: nn.Module) -> tuple[Any, str]:
+    """Return an empty cache for a network of ``transformers``, and the keyword by which it takes one."""
+    from transformers import DynamicCache
+
+    keyword = "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"
+    return DynamicCache(config=config_of(network)), keyword
+
+
 @torch.no_grad()
 def filled_cache(network: nn.Module, prompts: Tensor, forward: Callable[..., object]) -> tuple[str, Any]:
     """Return a cache that holds the prompts' keys and values, and the keyword by which the network takes it."""
-    from transformers import DynamicCache
-
-    cache: Any = DynamicCache(config=config_of(network))
-    keyword = "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"
+    cache, keyword = empty_cache(network)
     forward(prompts, use_cache=True, **{keyword: cache})
     return keyword, cache
 

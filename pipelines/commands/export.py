@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 @click.option("--force", metavar="NAME", help="With --moe: no routers; this category's expert runs.")
 @click.option("--gguf", is_flag=True, help="For llama.cpp: a dense model or --moe as one file.")
 @click.option("--onnx", is_flag=True, help="For onnxruntime: a dense model as one graph, whatever its network.")
+@click.option("--cache", is_flag=True, help="With --onnx: keys and values of earlier tokens go in and out.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -74,6 +75,7 @@ def command(
     force: str | None,
     gguf: bool,
     onnx: bool,
+    cache: bool,
     dtype: "Dtype",
     verify: bool,
     speed: bool,
@@ -116,6 +118,8 @@ def command(
     from pipelines.show import summary
 
     _refuse_odd(keep, drop, split, moe, force, gguf, onnx)
+    if cache and (speed or not onnx):
+        raise click.UsageError("--cache is for --onnx, which --speed times without one")
     if recover and not drop:
         raise click.UsageError("--recover is for --without NAME")
     folder = runs.find(run_, runs.home())
@@ -135,7 +139,7 @@ def command(
         recovery = recovery_on(folder, recover) if recover else None
         if recover:
             click.echo(f"training on for {recover:,} steps ...", err=True)
-        how = How(dtype=dtype, gguf=gguf, onnx=onnx, verify=verify, speed=speed, about=_about(folder))
+        how = How(dtype, gguf=gguf, onnx=onnx, cache=cache, verify=verify, speed=speed, about=_about(folder))
         if moe:
             distil = None if force else routers_on(folder)
             if distil:
