@@ -36,6 +36,7 @@ _SETTINGS = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "3",
+    "RAY_memory_monitor_refresh_ms": "0",
 }
 """A dead node is told from a busy one within seconds, where Ray's own settings take half a minute."""
 _STORE_BYTES = 100 * 10**6

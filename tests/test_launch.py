@@ -15,6 +15,7 @@ from filelock import FileLock
 from moeify.events import Failed
 from moeify.recipe.config import Cluster, RunConfig
 from moeify.recipe.load import to_yaml
+from moeify.split_folder import load_from_run
 from pipelines import launch
 from pipelines.cli import main
 from pipelines.journal import JournalTracker, read_events
@@ -22,7 +23,7 @@ from pipelines.launch import RayStartError, RunFailedError, cluster, fit, in_pro
 from pipelines.runs import RunBusyError, RunFolder, hold, status
 
 
-def recipe(**cluster: int) -> RunConfig:
+def recipe(**cluster: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "name": "tiny",
@@ -353,6 +354,21 @@ class TestOnOneCluster:
         in_process(beside, config, tmp_path, [])
         losses = [json.loads(run.result.read_text())["test_loss"] for run in (folder, beside)]
         assert losses[0] == losses[1]
+
+    @pytest.mark.slow
+    @pytest.mark.usefixtures("untracked")
+    def test_workers_that_share_models_out_end_as_one_process_does(self, folder: RunFolder, tmp_path: Path) -> None:
+        config = recipe(workers=2, parallel={"kind": "fsdp"})
+        launch.on_ray(folder, config, tmp_path, [])
+        alone = RunFolder(tmp_path / "tiny-20260101-000001-abcd")
+        alone.path.mkdir()
+        in_process(alone, recipe(workers=1), tmp_path, [])
+        shared, whole = (json.loads(run.result.read_text())["test_loss"] for run in (folder, alone))
+        for arm, losses in whole.items():
+            assert shared[arm] == pytest.approx(losses, abs=1e-3), arm
+        newest = max(folder.checkpoints.iterdir())
+        assert {path.name for path in newest.glob("split.*")} == {f"split.{n}-of-2.safetensors" for n in (0, 1)}
+        assert load_from_run(folder.path).partition.widths == load_from_run(alone.path).partition.widths
 
 
 @pytest.mark.ray
