@@ -106,8 +106,8 @@ def command(
     that keep their experts. The README says what that took, and what it did to every category's validation loss.
 
     --speed takes a minute or so: tokens a second of reading prompts and of adding tokens, with one row and with 32, or
-    rows a second where the model writes no text. An ONNX graph is timed at reading alone. The figures go to the model card
-    and to speed.json, too, and RUN keeps them for its report.
+    rows a second where the model writes no text. An ONNX graph is timed at reading alone. The figures go to the
+    model card and to speed.json, too, and RUN keeps them for its report.
 
     --register makes it a version of the model that is named as RUN's recipe, with an alias such as 'python-only',
     'moe', 'split' or 'without-web'. Where MLflow is away, 'moeify sync RUN' does so later.
