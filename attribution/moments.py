@@ -12,7 +12,8 @@ G = sum_p g_p, as if dy were the same all over the map: H of "KFAC-reduce", with
 "Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures", 2023). Had the gradients of places
 nothing to do with each other, H = E[sum_p g_p g_p^T] / places (Grosse and Martens, "A Kronecker-factored approximate
 Fisher matrix for convolution layers", 2016) would be right; behind a mean over the map they have one sign, and on a
-ResNet that form told 21 to 44 times too little, this one 1.3 to 2.7 times too much (benchmarks/LOG.md).
+ResNet that form told 21 to 44 times too little, this one 1.3 to 2.7 times too much, and on a trained ResNet-20 8 times
+(benchmarks/LOG.md).
 
 Axes: categories C, terms T, features X of a moment, sketch columns S; inputs U of a weight (``width`` side by side
 belong to one unit), kept inputs K, removed inputs R, output dim D. A = E[a a^T], H = E[g_y g_y^T], y = a W.
