@@ -1,5 +1,6 @@
 """Studies of removal: who learns from which rows, what is left, and every arm of the quick forms."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 
 from moeify.models.build import build_llama
 from moeify.models.resizing import widened
+from moeify.recipe.config import RunConfig
+from moeify.recipe.data import MixedText, TextData
 from moeify.recipe.model import LlamaModel
 from moeify.routed.split_model import SplitModel
 from moeify.tasks.build import build_task
@@ -19,6 +22,7 @@ from pipelines.studies.catalogue import find_study
 from pipelines.studies.low_rank import adapt, merge
 from pipelines.studies.study import Bench, changed, shipped_recipe
 from pipelines.studies.training import trained
+from tests.texts import WORDS
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")
 DIGITS = shipped_recipe("digits", training={"steps": 3}, rounds=[{"train": 0, "recover": 0, "separation": 0.4}])
@@ -93,15 +97,28 @@ def test_the_equivalent_share_lies_between_the_points_of_the_curve() -> None:
     assert found == pytest.approx([0.25, 0.25, 0.375, 0.875, 1.0, 1.0])
 
 
-@pytest.fixture
-def bench(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    config = unlearning.arms("quick")[0].config
-    return Bench(config, build_task(config, cache=cache(tmp_path_factory), base=Path()), tmp_path)
+def bench_of(config: RunConfig, base: Path) -> Bench:
+    """Return a bench of three kinds of small texts, or of two, in place of those that are installed."""
+    draw = random.Random(0)
+    patterns = {"python": "def {}_{}({}): return 0\n", "prose": "The {} and the {} are {}.\n", "c": "int {}({}, {});\n"}
+    for name, pattern in patterns.items():
+        (base / name).mkdir(parents=True)
+        for number in range(30):
+            lines = (pattern.format(*draw.choices(WORDS, k=3)) for _ in range(16))
+            (base / name / f"{number}.txt").write_text("".join(lines), encoding="utf-8")
+    assert isinstance(config.data, TextData)
+    assert isinstance(config.data.source, MixedText)
+    parts = {name: {"kind": "folder", "path": str(base / name)} for name in config.data.source.categories}
+    source = {"kind": "mixed", "categories": parts}
+    data = {**config.model_dump(mode="json")["data"], "source": source, "vocabulary": 300, "length": 16}
+    mine = RunConfig.model_validate({**config.model_dump(mode="json"), "data": data})
+    return Bench(mine, build_task(mine, cache=base / "cache", base=base), base / "twins")
 
 
-def cache(factory: pytest.TempPathFactory) -> Path:
-    """Texts are read once for all tests of this file."""
-    return factory.getbasetemp() / "texts"
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """Return that of the quick form of ``unlearning``."""
+    return bench_of(unlearning.arms("quick")[0].config, tmp_path_factory.mktemp("pair") / "texts")
 
 
 def test_where_the_whole_network_is_routed_what_was_removed_left_no_trace(bench: Bench) -> None:
@@ -134,17 +151,18 @@ def test_rows_without_a_label_are_not_filtered_out(bench: Bench) -> None:
         ("fine_tuning", ("filtered twin", "new: adapters, base frozen", "adapters, base learns the rest")),
     ],
 )
-def test_arms_of_the_quick_forms_end_with_every_measure(
-    name: str, some: tuple[str, ...], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_arms_of_the_quick_forms_end_with_every_measure(name: str, some: tuple[str, ...], tmp_path: Path) -> None:
     study = find_study(name)
-    for arm in study.arms("quick"):
-        if arm.name in some:
-            task = build_task(arm.config, cache=cache(tmp_path_factory), base=Path())
-            found = arm.work(Bench(arm.config, task, tmp_path))
-            assert {column.measure for column in study.columns} <= set(found)
-            assert all(0.0 < value < 10.0 for key, value in found.items() if key.startswith(("before/", "attack-")))
-            assert all(found[key] == 0.0 for key in ("tax", "gone", "relearned") if arm.name == "dense twin")
+    arms = {arm.name: arm for arm in study.arms("quick")}
+    known = bench_of(arms["dense twin"].config, tmp_path / "texts")
+    for arm in map(arms.__getitem__, some):
+        config = RunConfig.model_validate(
+            {**arm.config.model_dump(mode="json"), "data": known.config.model_dump()["data"]}
+        )
+        found = arm.work(replace(known, config=config))
+        assert {column.measure for column in study.columns} <= set(found)
+        assert all(0.0 < value < 10.0 for key, value in found.items() if key.startswith(("before/", "attack-")))
+        assert all(found[key] == 0.0 for key in ("tax", "gone", "relearned") if arm.name == "dense twin")
 
 
 def test_what_is_new_in_fine_tuning_is_not_in_the_network_that_it_starts_from(bench: Bench) -> None:

@@ -42,7 +42,7 @@ ROWS = 16
 """Of a step."""
 
 
-_SKIPPED = ("routed", "routed, hard", "fixed experts", "fixed, no core")
+_SKIPPED = ("routed", "fixed experts", "fixed, no core")
 """By the second pair."""
 
 
