@@ -19,6 +19,7 @@ ELSEWHERE = {
     "doctor": ("test_docs.py", "test_the_quickstart_runs_from_top_to_bottom"),
     "ui": ("test_mlflow_ui.py", "test_the_real_pages_show_the_run_and_ctrl_c_leaves_no_process"),
     "run text": ("test_main_path.py", "test_text_runs_on_ray_and_exports_what_stock_transformers_load"),
+    "run cifar": ("test_main_path.py", "test_cifar_runs_where_its_data_is"),
     "run digits --local": ("test_main_path.py", "test_digits_run_on_ray_and_are_tracked"),
     "submit": ("test_cluster.py", "test_a_run_is_submitted_and_told_of_as_a_local_one"),
     "stop": ("test_cluster.py", "test_a_run_that_was_stopped_or_whose_driver_was_killed_ends_with_the_same_bits"),
@@ -26,7 +27,6 @@ ELSEWHERE = {
     "cluster down": ("test_cluster.py", "service"),
 }
 """What a command begins with -> the test that runs it, because it starts Ray or a server, or takes its time."""
-WITHOUT = {"run cifar": "needs data that the project does not carry"}
 STAND_INS = {
     "RUN": "last",
     "RUN_OR_MODEL": "last",

@@ -22,8 +22,8 @@ CODE = "def main() -> None:\n    return sum(x for x in range(10))\n"
 PYTHON = [sys.executable, "-m", "pipelines"]
 
 
-def moeify_command(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "MOEIFY_HOME": str(home), "PYTHONWARNINGS": "default"}
+def moeify_command(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "MOEIFY_HOME": str(home), "PYTHONWARNINGS": "default", **more}
     return subprocess.run([*PYTHON, *arguments], env=environment, capture_output=True, text=True, timeout=900)
 
 
@@ -65,6 +65,16 @@ def test_digits_run_on_ray_and_are_tracked(tmp_path: Path, laid_out: Path) -> No
     found = client.search_runs([experiment.experiment_id])
     assert len(found) == 1 + len(summary["rounds"])
     assert all(run.info.status == "FINISHED" for run in found)
+
+
+@pytest.mark.slow
+def test_cifar_runs_where_its_data_is(tmp_path: Path, published: Path) -> None:
+    done = moeify_command(tmp_path, "run", "cifar", "--local", MOEIFY_DATA=str(published))
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = shown(tmp_path)
+    assert summary["status"] == "finished"
+    assert set(leaves(summary["tree"])) == {"land", "craft", "mammals", "others"}
+    assert summary["accuracy"]["split"]["mean"] > 0.2, "of ten classes"
 
 
 def a_fifth(folder: Path) -> str:
