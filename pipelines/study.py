@@ -181,7 +181,8 @@ def _code_of(arm: Arm) -> str:
     found, waiting = dict[str, Path](), [own]
     while waiting:
         name = waiting.pop()
-        if name not in found and name != study.__name__ and name.startswith(f"{studies.__name__}."):
+        counts = name == own or (name != study.__name__ and name.startswith(f"{studies.__name__}."))
+        if counts and name not in found:
             found[name] = Path(str(sys.modules[name].__file__))
             waiting += [_module_of(each) for each in vars(sys.modules[name]).values()]
     others = [found[name] for name in sorted(found) if name != own]

@@ -13,6 +13,7 @@ from moeify.loop import _Loop, run
 from moeify.models.pretrained import look
 from moeify.recipe.config import RunConfig
 from moeify.recipe.model import PretrainedModel
+from moeify.stopping import never
 from moeify.store import MemoryStore
 from moeify.world import Solo
 from tests.checkpoints import save_checkpoint
@@ -78,7 +79,7 @@ def test_a_whole_run_takes_the_operations_foreseen() -> None:
 
 def test_memory_is_that_of_the_tensors_that_there_are() -> None:
     task, store = ToyTextTask(TEXT), MemoryStore()
-    loop = _Loop(TEXT, task, Solo(), store, MemoryTracker(), None)
+    loop = _Loop(TEXT, task, Solo(), store, MemoryTracker(), None, never)
     loop.run()
     held = [tensor for arm in loop.state.arms.values() for tensor in arm.tensors().values() if tensor.numel() > 1]
     known = foreseen(TEXT)
