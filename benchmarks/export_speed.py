@@ -36,9 +36,10 @@ from moeify.data.tokens import train_tokenizer
 from moeify.export import gguf_file
 from moeify.export.limits import needed
 from moeify.export.speed import gguf_rates
+from moeify.export.speeds import Kind
 from moeify.export.stock import Form, to_dense
 from moeify.export.stock_moe import to_moe
-from moeify.export.works import BATCHES, NEW, PROMPT, Kind, Work, dense_run, routed_run
+from moeify.export.works import BATCHES, NEW, PROMPT, Work, dense_run, routed_run
 from moeify.routed.split_model import SplitModel
 from moeify.timing import ratio, seconds
 

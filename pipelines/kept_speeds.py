@@ -2,43 +2,14 @@
 
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from moeify.export.speeds import Speeds
 from moeify.storing import storing
 from pipelines.runs import RunFolder
-
-if TYPE_CHECKING:
-    from moeify.export.speed import Speeds
-
-
-class TimedWork(BaseModel):
-    """One kind of work, done by an export and by the dense network; see ``moeify.export.speed.Speed``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    work: str
-    batch: int
-    route: str
-    """The category that rows are of; ``mixed``: of all categories in turn."""
-    dense: float
-    """Tokens (or rows) a second; so is ``export``."""
-    export: float
-    over_dense: float
-    """How many times as fast as the dense network."""
-    limit: float
-    """What that can be, by the work that the route needs."""
-    bound: str
-    """Of what work."""
-
-    @property
-    def of_limit(self) -> float:
-        """Fraction of the limit."""
-        return self.over_dense / self.limit
 
 
 class KeptSpeed(BaseModel):
@@ -52,13 +23,7 @@ class KeptSpeed(BaseModel):
     """How it is written, and so what runs it: ``dense``, ``split``, ``glm4_moe``, ``gguf``, ``onnx``."""
     time: float
     """Seconds since the epoch."""
-    unit: str
-    """That rates count: ``token`` or ``row``."""
-    dtype: str
-    threads: int
-    prompt: int | None
-    """Tokens of a prompt; None where the model writes no text."""
-    rows: tuple[TimedWork, ...]
+    speeds: Speeds
 
 
 _KEPT: TypeAdapter[tuple[KeptSpeed, ...]] = TypeAdapter(tuple[KeptSpeed, ...])
@@ -69,15 +34,14 @@ def path_of(folder: RunFolder) -> Path:
     return folder.path / "speeds.json"
 
 
-def keep_speed(folder: RunFolder, export: str, form: str, speeds: "Speeds") -> None:
+def keep_speed(folder: RunFolder, export: str, form: str, speeds: Speeds) -> None:
     """Keep what an export was timed at, in place of what the same export was timed at before.
 
     Raises ValueError where the file that is there is damaged, StorageError where it cannot be written.
     """
     from moeify.store import write_atomically  # here, since readers need no torch
 
-    known: dict[str, Any] = {**asdict(speeds), "export": export, "form": form, "time": time.time()}
-    new = KeptSpeed.model_validate(known)
+    new = KeptSpeed(export=export, form=form, time=time.time(), speeds=speeds)
     path = path_of(folder)
     with storing(path), FileLock(path.with_name(f".{path.name}.lock")):
         others = [each for each in read_speeds(folder) if _same(each) != _same(new)]
@@ -100,4 +64,4 @@ def read_speeds(folder: RunFolder) -> tuple[KeptSpeed, ...]:
 
 
 def _same(kept: KeptSpeed) -> tuple[str, ...]:
-    return kept.export, kept.form, kept.dtype, str(kept.threads)
+    return kept.export, kept.form, kept.speeds.dtype, str(kept.speeds.threads)

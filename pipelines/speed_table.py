@@ -2,7 +2,7 @@
 
 from typing import TextIO
 
-from moeify.export.speed import Speeds
+from moeify.export.speeds import Speeds
 from pipelines.tables import console_for, table_for
 from pipelines.wording import percent
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from moeify.events import Finished, Started
 from moeify.export.model_card import Checked
 from moeify.export.publish import Dtype, How
-from moeify.export.speed import Speed, Speeds
+from moeify.export.speeds import Speed, Speeds
 from moeify.export.stock import Form
 from moeify.recipe.config import RunConfig
 from moeify.result import Result as RunResult

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fake_runs import fake_run, finish, story, tell
 
-from moeify.export.speed import Speed, Speeds
+from moeify.export.speeds import Speed, Speeds
 from pipelines.kept_speeds import keep_speed, path_of, read_speeds
 from pipelines.report.page import build
 from pipelines.runs import RunFolder
@@ -30,13 +30,13 @@ def test_what_was_timed_comes_back_and_the_same_export_timed_again_takes_its_pla
     keep_speed(folder, "python-only", "dense", replace(SPEEDS, dtype="bfloat16"))
     keep_speed(folder, "python-only", "dense", replace(SPEEDS, rows=(replace(ROW, export=2_400.0),)))
     kept = read_speeds(folder)
-    assert [(each.export, each.dtype) for each in kept] == [
+    assert [(each.export, each.speeds.dtype) for each in kept] == [
         ("split", "float32"),
         ("python-only", "bfloat16"),
         ("python-only", "float32"),
     ]
-    assert [row.export for row in kept[-1].rows] == [2_400.0]
-    assert kept[0].rows[0].of_limit == ROW.of_limit
+    assert [row.export for row in kept[-1].speeds.rows] == [2_400.0]
+    assert kept[0].speeds.rows[0].of_limit == ROW.of_limit
 
 
 def test_the_cost_panel_has_a_row_for_all_that_was_timed(folder: RunFolder) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from moeify.export.recovery import Recovery
-from moeify.export.speed import Speed, Speeds
+from moeify.export.speeds import Speed, Speeds
 from moeify.export.stock import Stock
 from moeify.result import MEAN, Result
 from moeify.routed.split_model import SplitModel

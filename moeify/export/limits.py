@@ -6,11 +6,12 @@ attention. What a route needs is what its own units need: padding and copies of 
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from moeify.export.speeds import Bound
 from moeify.export.works import Work, dense_run, filled_cache, prompts_of, routed_run
 from moeify.models.build import logits
 from moeify.models.families import example_inputs
@@ -18,8 +19,6 @@ from moeify.models.transformer import config_of
 from moeify.models.units import HeadUnits, unit_parameters
 from moeify.routed.split_model import SplitModel
 from moeify.timing import flops
-
-Bound = Literal["bytes", "FLOPs"]
 
 
 def bound_of(network: nn.Module, work: Work) -> Bound:

@@ -11,7 +11,7 @@ from moeify.data.images import NORMS
 from moeify.export import fresh_check, onnx_file
 from moeify.export.card_measures import FileForm, recovered, routed, table, timed
 from moeify.export.recovery import Recovery
-from moeify.export.speed import Speeds
+from moeify.export.speeds import Speeds
 from moeify.export.stock import Form, Stock, counted_sites, ffn_sites
 from moeify.export.verification import Source
 from moeify.models.families import describe, transformer_of

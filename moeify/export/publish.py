@@ -21,6 +21,7 @@ from moeify.export import gguf_file, onnx_file, speed
 from moeify.export.card_measures import FileForm
 from moeify.export.model_card import NOTHING, About, Checked, card
 from moeify.export.recovery import Recover
+from moeify.export.speeds import Speeds
 from moeify.export.stock import Form, Stock, ffn_sites, to_dense, without_bars
 from moeify.export.stock_moe import to_moe
 from moeify.export.verification import Source
@@ -209,7 +210,7 @@ def _write_assets(run: Path | Origin, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def _describe(folder: Path, text: str, speeds: speed.Speeds | None) -> None:
+def _describe(folder: Path, text: str, speeds: Speeds | None) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
     if speeds:
         (folder / speed.FILE).write_text(json.dumps(speeds.as_json(), indent=2) + "\n", encoding="utf-8")

@@ -12,19 +12,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moeify.export import gguf_file, onnx_file
-from moeify.export.limits import Bound, bound_of, needed
+from moeify.export.limits import bound_of, needed
+from moeify.export.speeds import Speed, Speeds
 from moeify.export.stock import without_bars
-from moeify.export.works import Kind, Work, dense_run, prompts_of, routed_run, works_of
+from moeify.export.works import Work, dense_run, prompts_of, routed_run, works_of
 from moeify.models.families import describe, example_inputs, rebuild, transformer_of
 from moeify.models.fused import closed
 from moeify.models.transformer import config_of
@@ -39,49 +40,6 @@ _WRITTEN = 64
 FILE = "speed.json"
 """What an export's folder holds of it."""
 _PROGRAMS = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Speed:
-    """One kind of work, done by an export and by the dense network."""
-
-    work: Kind
-    batch: int
-    route: str
-    """The category that rows are of; ``mixed``: of all categories in turn."""
-    dense: float
-    """Tokens (or rows) a second; so is ``export``."""
-    export: float
-    over_dense: float
-    """How many times as fast as the dense network."""
-    limit: float
-    """What that can be: the dense network's work over what the route needs."""
-    bound: Bound
-    """Of what work."""
-
-    @property
-    def of_limit(self) -> float:
-        """Fraction of the limit."""
-        return self.over_dense / self.limit
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """All that was timed of an export."""
-
-    rows: tuple[Speed, ...]
-    unit: Literal["token", "row"]
-    """That rates count."""
-    dtype: str
-    """Of both sides' weights."""
-    threads: int
-    prompt: int | None
-    """Tokens of a prompt; None where the model writes no text."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return it as plain data, fractions of the limit among it."""
-        rows = [asdict(row) | {"of_limit": row.of_limit} for row in self.rows]
-        return asdict(self) | {"rows": rows}
 
 
 def dense_like(whole: SplitModel, dtype: torch.dtype) -> nn.Module:

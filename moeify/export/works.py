@@ -7,19 +7,19 @@ in a cache (``decode``). All others take in rows (``rows``). Each with one row, 
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from moeify.export.speeds import Kind
 from moeify.models.build import logits
 from moeify.models.families import example_inputs, transformer_of
 from moeify.models.transformer import config_of
 from moeify.routed.split_model import SplitModel
 from moeify.timing import Run
 
-Kind = Literal["prefill", "decode", "rows"]
 BATCHES = (1, 32)
 PROMPT, NEW = 128, 8
 """Tokens that are read before, and written in, one run; fewer where the model has fewer positions."""

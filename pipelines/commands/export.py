@@ -14,7 +14,7 @@ from pipelines.commands.options import JSON
 if TYPE_CHECKING:
     from moeify.export.model_card import About, Checked
     from moeify.export.publish import Dtype
-    from moeify.export.speed import Speeds
+    from moeify.export.speeds import Speeds
     from moeify.export.stock import Form
     from pipelines.runs import RunFolder
 
