@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from moeify.comparison import Interval
 from moeify.store import write_atomically
@@ -16,7 +18,7 @@ from pipelines.studies.catalogue import QUESTIONS
 from pipelines.studies.study import ArmJob, Cell, Row, table
 from pipelines.study import EndedArm, Progress
 from pipelines.study_plot import draw
-from pipelines.tables import console_for, table_for
+from pipelines.tables import console_for, in_columns, table_for
 
 Summary = dict[str, Any]
 
@@ -83,16 +85,27 @@ def print_study(progress: Progress, folder: JobsFolder, stream: TextIO) -> None:
     found = table(progress.study, progress.measures)
     for title, head, rows in _tables(progress, found):
         console.print(f"\n{title}", style="bold")
-        shown = table_for(console, *head)
-        for row in rows:
-            shown.add_row(*row)
-        console.print(shown)
+        for shown in _fitting(console, head, rows):
+            console.print(shown)
     if found:
         console.print(f"{progress.study.note} {_intervals(found)}.", style="dim")
     for line in _failures(progress):
         console.print(f"\n{line}")
     if progress.broken and folder.traces.is_dir():
         console.print(f"tracebacks: {folder.traces}", style="dim")
+
+
+def _fitting(console: Console, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[Table]:
+    """Yield the table, in as many as the width asks for, each with the arms' names."""
+    names, each = (max(len(row[0]) for row in rows), max(len(cell) for row in (head, *rows) for cell in row[1:]))
+    start = 1
+    for part in in_columns(console, head[1:], names + 2, each + 2):
+        end = start + len(part)
+        shown = table_for(console, head[0], *part)
+        for row in rows:
+            shown.add_row(row[0], *row[start:end])
+        yield shown
+        start = end
 
 
 def markdown(progress: Progress) -> str:

@@ -1,5 +1,6 @@
 """Studies: what their arms are, what their tables say, and how they are run and kept; Ray is test_compare's matter."""
 
+import io
 import json
 import math
 import re
@@ -10,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from filelock import FileLock
+from rich.console import Console
 
 from moeify.comparison import mean_interval
 from moeify.models.build import build_llama
@@ -372,3 +374,19 @@ def test_blocks_by_hand_are_one_for_each_category_and_run_with_the_shared_one() 
         active = [int(partition.active(site.name, category).sum()) for site in others]
         assert active == [128 if place == here else 8 for here in range(4)]
     assert {round(each, 4) for each in partition.active_fraction.values()} == {0.4375}
+
+
+def test_a_table_that_is_too_wide_becomes_several_and_names_stay_whole() -> None:
+    console = Console(file=io.StringIO(), width=60)
+    head, rows = ["arm", *("abcdef")], [["a name of some words", *["3.553 ±0.001"] * 6], ["other", *["1"] * 6]]
+    tables = list(study_report._fitting(console, head, rows))
+    assert [[column.header for column in each.columns] for each in tables] == [
+        ["arm", "a", "b"],
+        ["arm", "c", "d"],
+        ["arm", "e", "f"],
+    ]
+    for each in tables:
+        console.print(each)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert sum(line.startswith("a name of some words ") for line in lines) == 3
+    assert max(map(len, lines)) <= 60
