@@ -26,7 +26,7 @@ PERMUTATIONS = 8
 LEVEL = 0.05
 FORETELLS = (
     "Affinity foretells little of what separating costs (`moeify study worth_separating`: rank correlation .19 over "
-    "pairs of kinds of text, none over pairs of digits): what is recommended is to be tried first, not known to be best."
+    "pairs of kinds of text, none over digits): what is recommended is to be tried first, not known to be best."
 )
 UNTRAINED = (
     "This network is untrained: what is measured are the categories' data through random weights. Train the recipe "
