@@ -56,7 +56,7 @@ def driver(folder: RunFolder) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_stop_ends_the_driver_as_ctrl_c_does(folder: RunFolder, driver: subprocess.Popen[str]) -> None:
+def test_stop_ends_the_driver_at_once(folder: RunFolder, driver: subprocess.Popen[str]) -> None:
     standing.stop(folder)
     assert driver.stdout
     assert driver.stdout.read() == "stopped\n"

@@ -13,7 +13,7 @@ from pipelines.commands.options import ADDRESS
 @RUN
 @ADDRESS
 def command(run_: str, address: str | None) -> None:
-    """Stop RUN as Ctrl-C does.
+    """Stop RUN at once, as Ctrl-C twice does.
 
     Nothing is lost; 'moeify resume' goes on from its last checkpoint.
     """
