@@ -27,7 +27,7 @@ from moeify.storing import StorageError
 from moeify.task import Task
 from moeify.world import Group, Solo, World, shares_models
 from pipelines import homes
-from pipelines.copies import publish
+from pipelines.copies import fetch_checkpoint, publish
 from pipelines.runs import RunFolder
 from pipelines.stopping import Watch
 from pipelines.url_journal import Journal, UrlJournal, journal_of
@@ -181,8 +181,8 @@ def _loop(order: Order, folder: RunFolder, world: World, tracker: Journal | _Sil
     store = _store(folder, order.config.checkpoints.keep, tracker)
     result = run(order.config, task, world=world, store=store, tracker=tracker, stop=Watch(folder))
     if world.rank == 0:
-        if folder.remote and shares_models(world):
-            store.newest()  # has a copy of all of it here, where this worker wrote its share alone
+        if shares_models(world):  # this worker has written its share alone
+            fetch_checkpoint(folder)
         store.put(folder.result.name, (result.model_dump_json(indent=2) + "\n").encode())
         if keep_or_warn(folder, order.config, task):
             path = folder.portraits.name
