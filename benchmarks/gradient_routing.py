@@ -107,6 +107,7 @@ def main() -> None:
         "both": contestant(gradients="both", experts=experts),
         "both, half of the rows labelled": contestant(gradients="both", experts=experts, labelled=0.5),
         "both, core frozen": contestant(gradients="both", experts=experts, core="frozen"),
+        "both, one category apart": contestant(gradients="both", experts=experts, apart=task.categories[:1]),
         "split into four, both": contestant(split, gradients="both", routes_after_cut="soft"),
         "split into four, hard routes": contestant(split, gradients="both"),
         "split into four, as ever": contestant(split),

@@ -37,6 +37,7 @@ from moeify.events import MemoryTracker, Tracker
 from moeify.mishaps import get_over
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
+from moeify.recipe.partition import AttributionOwners
 from moeify.recipe.plan import PlannedPhase, check_categories, plan
 from moeify.recipe.rounds import Round
 from moeify.report import Reporter
@@ -44,6 +45,7 @@ from moeify.result import ModuleTest, Result
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.grouping import NothingToSplitError, divisible_leaves
 from moeify.splitting.null_test import Relabel, null_test
+from moeify.splitting.owners import Given
 from moeify.splitting.partition import Partition
 from moeify.splitting.propose import Proposal, menu, shuffled
 from moeify.splitting.terms import costs, terms_in_reach
@@ -239,7 +241,8 @@ class _Loop:
         self.say.phase("partition", phase.round)
         score, tree, seed = self.config.attribution.score, self.config.tree, self.config.seed
         known = split.partition, tables["split"], split.output_weights
-        choices = menu(*known, partition, rounds, score, tree, passed, split.input_weight, seed, self.terms)
+        given, terms = self._handed_over(), self.terms
+        choices = menu(*known, partition, rounds, score, tree, passed, split.input_weight, seed, terms, given)
 
         def fits(cut: Proposal) -> bool:
             then = self._standing(self._tried(cut, tables["split"]), rows["dense"])
@@ -251,6 +254,12 @@ class _Loop:
         if (got := self._separation(proposal.partition)) < asked - 1e-9:
             self.say.phase("partition", phase.round, f"separation {got:.3f} of {asked:.3f}: {why}")
         return proposal, tables
+
+    def _handed_over(self) -> Mapping[str, Sequence[Given]]:
+        """Return the units of each site that the cut to come gives to the categories that had them."""
+        split, owners = self.state.arms["split"], self.config.partition.owners
+        asked = isinstance(owners, AttributionOwners) and owners.hand_over
+        return split.router.handed_over(split.model.partition) if asked and split.router else {}
 
     def _tried(self, proposal: Proposal, table: AttributionTable) -> RowLosses:
         """Return the losses right after a cut that is undone again."""

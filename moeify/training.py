@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool
@@ -23,6 +24,16 @@ from moeify.task import Batch, Task
 from moeify.world import World
 
 
+class Pass(NamedTuple):
+    """Rows that go through the model, and back, at once."""
+
+    rows: Batch
+    apart: bool
+    """Whether what is no unit's does not learn from them (``routing.apart``)."""
+    idle: bool = False
+    """Whether they stand in for none, since every rank has to run as many passes: nothing learns from them."""
+
+
 class Contestant:
     """A model in training with its optimizer; ``step`` is its place in the data stream and the schedule.
 
@@ -36,6 +47,8 @@ class Contestant:
         self.step = 0
         self.health = Health()
         self._exchange: tuple[World, Exchange] | None = None
+        units = {part.parameter for site in model.space.sites for part in site.slices}
+        self._shared = [p for name, p in model.network.named_parameters() if name not in units]
         model.autocast = PRECISIONS[training.autocast]
         if training.checkpoint_activations:
             recompute(model)
@@ -72,6 +85,30 @@ class Contestant:
         """Return the rows as the model runs them: by leaf, and in each category those with a known label first."""
         places = self.model.positions(rows.categories)
         return rows.take(torch.argsort(places * 2 + ~self._labelled(rows), stable=True))
+
+    def passes(self, rows: Batch, world: World, parts: int) -> list[Pass]:
+        """Return this rank's share of a step's rows as the model runs them, in ``parts``.
+
+        Those from which units alone learn come first, in passes of their own. Every rank has as many passes.
+        """
+        rows = self.arranged(rows)
+        kinds = [(rows, False)]
+        if self.router:
+            mask = self.router.apart(self.model.partition, rows.categories, self._labelled(rows))
+            if mask.any():
+                kinds = [(rows.take(mask.nonzero()[:, 0]), True), (rows.take((~mask).nonzero()[:, 0]), False)]
+        found = []
+        for every, apart in kinds:
+            mine = every.shard(world.rank, world.size)
+            for part in (mine.shard(number, parts) for number in range(parts)):
+                idle = len(part.categories) == 0
+                found.append(Pass(rows.shard(0, len(rows.categories)) if idle else part, apart, idle))
+        return found
+
+    def forget_shared(self) -> None:
+        """Drop the gradients of all that is no unit's."""
+        for parameter in self._shared:
+            parameter.grad = None
 
     def outputs(self, batch: Batch, run: nn.Module | None = None) -> Tensor:
         """Return what the network gives for rows that are ``arranged``, gradients routed.
@@ -167,21 +204,24 @@ def train(
     since, units = time.perf_counter(), 0
     while contestant.step < until:
         rows = task.train_batch(contestant.step)
-        mine = contestant.arranged(rows).shard(world.rank, world.size)
-        parts = [mine.shard(number, training.accumulate) for number in range(training.accumulate)]
+        passes = contestant.passes(rows, world, training.accumulate)
         before = [buffer.clone() for buffer in gathered]
         nats = []
-        for number, part in enumerate(parts, 1):
-            with exchanged.passing(last=number == len(parts)):
+        for number, (part, apart, idle) in enumerate(passes, 1):
+            with exchanged.passing(last=number == len(passes)):
                 nats_R, loss_R = losses(part, exchanged.run)
-                (loss_R.sum() / (len(rows.categories) * task.units_per_row)).backward()
-            nats.append((nats_R.detach(), part.categories))
+                (loss_R.sum() * (not idle) / (len(rows.categories) * task.units_per_row)).backward()
+            if apart:
+                contestant.forget_shared()
+            real = slice(0 if idle else None)
+            nats.append((nats_R.detach()[real], part.categories[real]))
         sums_C = torch.stack([sums_by_category(*each, len(task.categories)) for each in nats]).sum(0)
         asked = sums_C.new_tensor([float(stop())])
         exchanged.finish([sums_C, asked])
         norm = whole(nn.utils.clip_grad_norm_(parameters, training.clip)).item()
         try:
             check_loss(sums_C, rows.categories, task, contestant.health, training, contestant.step + 1)
+            parts = [each.rows for each in passes]
             check_gradient(norm, losses, parameters, parts, rows, task, world, contestant.step + 1)
         except DivergedError:
             contestant.optimizer.zero_grad(set_to_none=True)

@@ -48,7 +48,7 @@ def trained(world: World, training: dict[str, Any], *, heads: bool, steps: int =
     model = SplitModel(task.build(), task.categories, told=True, kinds=kinds)
     widths = {site.name: (0, 1, 1) if site.width > 1 else (16, 8, 8) for site in model.space.readers}
     model.repartition(Partition(TREE, widths))
-    routing = Routing.model_validate({"gradients": "both", "routes": "soft"})
+    routing = Routing.model_validate({"gradients": "both", "routes": "soft", "apart": ["a"], "labelled": 0.5})
     router = None if heads else GradientRouter(routing, CATEGORIES, model.space.readers, 0)
     contestant = Contestant(model, config.training, router)
     train(contestant, task, world, config.training, steps, 9, lambda *_: None)

@@ -56,7 +56,7 @@ def trained(world: Group, training: dict[str, Any], *, heads: bool) -> dict[str,
     model.repartition(Partition(TREE, widths))
     if shares_models(world):
         shard(model)
-    routing = Routing.model_validate({"gradients": "both", "routes": "soft"})
+    routing = Routing.model_validate({"gradients": "both", "routes": "soft", "apart": ["a"], "labelled": 0.5})
     router = None if heads else GradientRouter(routing, CATEGORIES, model.space.readers, 0)
     contestant = Contestant(model, config.training, router)
     train(contestant, task, world, config.training, 3, 9, lambda *_: None)

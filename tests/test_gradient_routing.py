@@ -19,13 +19,20 @@ from moeify.models.build import logits
 from moeify.models.families import unit_space
 from moeify.models.resizing import widened
 from moeify.models.units import input_weight
+from moeify.recipe.config import RunConfig
 from moeify.recipe.routing import GivenExpert, Routing
+from moeify.recipe.training import Training
 from moeify.routed.gradients import GradientRouter
 from moeify.routed.learning import Damped, Factors, damp
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
 from moeify.splitting.tree import ExpertTree
+from moeify.task import Batch, Task
+from moeify.training import Contestant, train
+from moeify.world import Solo
+from pipelines.studies.training import Redrawn
 from tests.networks import CATEGORIES, grouped_llama, rows_for, tiny_autoencoder, tiny_llama
+from tests.toy import TEXT_CONFIG, ToyTextTask
 from tests.trees import partitions
 
 NETWORKS = {"llama": tiny_llama(), "autoencoder": tiny_autoencoder(), "biased": grouped_llama(bias=True)}
@@ -78,8 +85,10 @@ def oracle(
                 factor = torch.ones(site.units, dtype=torch.float64)
                 factor[off] = write if part.parameter == site.output else read
                 grad *= factor.view(-1, *[1] * (grad.dim() - 1 - part.axis))
+        units = {part.parameter for site in space.sites for part in site.slices}
+        apart = labelled and category in routing.apart
         for name, parameter in alone.named_parameters():
-            if parameter.grad is not None:
+            if parameter.grad is not None and (name in units or not apart):
                 total[name] += parameter.grad
     return torch.stack([outputs[row] for row in range(len(inputs))]), total
 
@@ -186,6 +195,71 @@ def test_a_mixed_batch_along_given_experts_equals_one_pass_a_category(family: st
 
     undivided = Partition.undivided(CATEGORIES, SITES[family])
     compare(family, undivided, CATEGORIES, routing, on, seed=5)
+
+
+def rows_of(family: str, number: int) -> Batch:
+    """Rows of all categories in turn, each of which is its own target."""
+    random, ids = torch.Generator().manual_seed(1), torch.arange(number)
+    inputs = torch.rand(number, 10, generator=random, dtype=torch.float64)
+    if family != "autoencoder":
+        inputs = torch.randint(40, (number, 12), generator=random)
+    return Batch(inputs, ids, ids % len(CATEGORIES), ids)
+
+
+def task_of(batch: Batch) -> Task:
+    """A task that has this batch at every step, and whose loss is ``weighted``."""
+    task = Redrawn(ToyTextTask(RunConfig.model_validate(TEXT_CONFIG)), lambda _: batch)
+    task.units_per_row, task.nats = 1, each_weighted
+    return task
+
+
+def each_weighted(outputs: Tensor, rows: Tensor) -> Tensor:
+    return torch.stack([weighted(out[None], row[None]) for out, row in zip(outputs, rows, strict=True)])
+
+
+GROUPS = (("a",), ("b", "c"), ("d",))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("gradients", ["parameters", "both"])
+@pytest.mark.parametrize("family", sorted(NETWORKS))
+def test_rows_that_are_apart_teach_their_own_experts_units_and_nothing_else(
+    family: str, gradients: str, cut: bool, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites, rows = SITES[family], rows_of(family, 16)  # dividing by 16 rounds nothing, where norms are float32
+    experts = [{"categories": group, "units": 0.0 if group == ("d",) else 0.25} for group in GROUPS]
+    asked = {"gradients": gradients, "experts": experts, "apart": ["a", "c", "d"], "labelled": 0.6}
+    routing = Routing.model_validate({**asked, "routes_after_cut": "soft"})
+    ends = {site.name: (site.units, round(site.units / 4), round(site.units / 2)) for site in sites}
+    widths = {name: (units - half, quarter, half - quarter, 0) for name, (units, quarter, half) in ends.items()}
+    partition = Partition(ExpertTree.undivided(CATEGORIES).split({0: GROUPS}), widths)
+    model = SplitModel(
+        copy.deepcopy(NETWORKS[family]), CATEGORIES, partition if cut else Partition.undivided(CATEGORIES, sites)
+    ).double()
+    router, found = GradientRouter(routing, CATEGORIES, sites, 0), dict[str, Tensor]()
+
+    def look(contestant: Contestant, _: Training) -> float:
+        for name, parameter in contestant.model.network.named_parameters():
+            found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        contestant.step += 1
+        return 0.0
+
+    monkeypatch.setattr("moeify.training._update", look)
+    settings = Training(steps=1, rows=16, clip=1e9, accumulate=accumulate, explosion=1e9)
+    train(Contestant(model, settings, router), task_of(rows), Solo(), settings, 1, 1, lambda *_: None)
+
+    def on(site: str, category: str) -> Tensor:
+        owners = partition.owners(site)
+        own = next(number for number, group in enumerate(GROUPS, 1) if category in group)
+        return owners == own if category in ("a", "c") else (owners == own) | (owners == 0)
+
+    labelled = router.labelled(rows.categories, rows.ids)
+    assert 0 < labelled.sum() < 16
+    really = routing.model_copy(update={"apart": ("a", "c")})  # d has no units of its own, so it teaches the core
+    segments = segments_of(CATEGORIES, rows.categories, labelled)
+    _, wanted = oracle(NETWORKS[family], really, segments, rows.inputs, on)
+    torch.testing.assert_close(found, {name: grad / 16 for name, grad in wanted.items()}, rtol=1e-9, atol=1e-11)
 
 
 def test_hard_given_routes_run_only_what_is_on_them() -> None:
@@ -350,7 +424,7 @@ def test_damping_stops_gradients_of_rectangles_only() -> None:
 def test_the_documents_examples_are_sections_of_a_recipe() -> None:
     text = (Path(__file__).parents[1] / "docs" / "routing.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         routing = Routing.model_validate(yaml.safe_load(block)["routing"])
         assert routing.early

@@ -6,6 +6,7 @@ from attribution.table import AttributionTable, SiteSums
 from moeify.recipe.partition import Partition as PartitionConfig
 from moeify.recipe.rounds import Round
 from moeify.splitting.grouping import NothingToSplitError
+from moeify.splitting.owners import Given
 from moeify.splitting.partition import Partition
 from moeify.splitting.propose import shuffled
 from moeify.splitting.terms import SiteTerms, Terms, costs
@@ -219,6 +220,25 @@ def test_an_expert_with_too_few_units_for_its_children_is_named() -> None:
     config = PartitionConfig(multiple=4, min_units=16)
     with pytest.raises(ValueError, match="'core' owns 16 units of site 's', too few for 2 children of 16"):
         propose(whole(table), table, weights(table), config, rounds(0.2), "fisher")
+
+
+def test_units_that_were_given_go_to_the_expert_of_their_categories_whatever_is_measured() -> None:
+    table = table_of({"s": CLEAR, "frozen": CLEAR})
+    given = [Given(slice(8, 11), ("b", "d")), Given(slice(11, 12), ("a",)), Given(slice(12, 16), ("a", "b"))]
+    terms = {"s": SiteTerms(1, 1, 0.0), "frozen": SiteTerms(1, 1, 1.0)}
+    known = whole(table), table, weights(table), CONFIG, rounds(0.125), "fisher"
+    proposal = propose(*known, terms=terms, given={"s": given, "frozen": given})
+    tree, partition = proposal.partition.tree, proposal.partition
+    owners = torch.empty(UNITS, dtype=torch.long)
+    owners[proposal.order["s"]] = partition.owners("s")
+    assert owners[8:11].tolist() == [tree.index("b+d")] * 3
+    assert owners[11] == tree.index("a+c")
+    assert partition.widths == {"s": (8, 4, 4), "frozen": (UNITS, 0, 0)}
+    assert owners[:8].tolist().count(tree.index("a+c")) == 3, "attribution finds the owners of the others"
+    assert owners[4:8].tolist().count(tree.index("b+d")) == 1
+    told = r"routing\.experts: got 9 of the 16 units of site 's' for one expert, wanted at most 8"
+    with pytest.raises(ValueError, match=told):
+        propose(*known, given={"s": [Given(slice(7, 16), ("b",))]})
 
 
 def unrouted(*names: str, **changes: object) -> PartitionConfig:

@@ -146,7 +146,7 @@ def test_rows_without_a_label_are_not_filtered_out(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("name", "some"),
     [
-        ("unlearning", ("dense twin", "routed, whole", "attribution", "loop")),
+        ("unlearning", ("dense twin", "routed, whole", "attribution", "loop", "loop, apart")),
         ("hard_neighbours", ("filtered, 40 %", "routed, 40 %")),
         ("fine_tuning", ("filtered twin", "new: adapters, base frozen", "adapters, base learns the rest")),
     ],

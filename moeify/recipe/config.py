@@ -33,7 +33,7 @@ from moeify.recipe.data import (
 from moeify.recipe.given_tree import Nested, names, read_tree
 from moeify.recipe.model import Model
 from moeify.recipe.parallel import Parallel, Replicate
-from moeify.recipe.partition import PLAIN, Partition
+from moeify.recipe.partition import PLAIN, AttributionOwners, Partition
 from moeify.recipe.rounds import Budget, Round
 from moeify.recipe.routing import Routing
 from moeify.recipe.training import Distillation, Training
@@ -250,6 +250,14 @@ class RunConfig(Closed):
                 f"routing.gradients: got {self.routing.gradients!r} beside model.kind 'resnet', wanted 'none'; "
                 f"gradients of channels are not routed"
             )
+        if self.routing.apart and self.partition.compensation:
+            yield (
+                f"partition.compensation: got a mapping beside routing.apart, wanted null: what is shared would be "
+                f"fitted to the rows of {', '.join(self.routing.apart)} too"
+            )
+        owners = self.partition.owners
+        if isinstance(owners, AttributionOwners) and owners.hand_over and not self.routing.early:
+            yield "partition.owners.hand_over: got true, wanted false where routing.experts are not given"
 
     def _training_misfits(self) -> Iterator[str]:
         share, parts = self.training.rows // self.cluster.workers, self.training.accumulate

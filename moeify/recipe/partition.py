@@ -48,6 +48,9 @@ class AttributionOwners(Closed):
     """Units go where the most attribution stays active, by exact assignment on ``attribution.score``."""
 
     kind: Literal["attribution"]
+    hand_over: bool = False
+    """At the first cut, units of ``routing.experts`` go to the expert that is made for all of their categories,
+    whatever is measured; attribution finds the owners of the others, and of those whose categories part."""
 
 
 class RandomOwners(Closed):

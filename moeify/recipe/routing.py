@@ -32,7 +32,7 @@ class Routing(Closed):
     """Gradient routing: rows of a category teach the units on its route only (Cloud et al. 2024, arXiv 2410.04332).
 
     It acts in training alone, on the arms that are cut. What lies between the units' sites (embeddings, attention,
-    norms) learns from every row.
+    norms) learns from every row, but for those of categories that are ``apart``.
     """
 
     gradients: Gradients = "none"
@@ -62,6 +62,10 @@ class Routing(Closed):
     core: Literal["learns", "frozen"] = "learns"
     """Whether the core's units learn from labelled rows of categories that have an expert; ``frozen``: the same is kept
     from them as from units off the route."""
+    apart: tuple[Name, ...] = ()
+    """Categories whose labelled rows teach their own experts' units and nothing else in the network: neither the core's
+    units nor embeddings, attention, norms. What they alone could teach then leaves with their expert (``moeify export
+    --without``). A category that has no expert yet teaches everything: before the first cut, name it in ``experts``."""
 
     def is_hard(self, category: str, *, cut: bool) -> bool:
         """Say whether units off the category's route do not run, before the first cut or after it."""
@@ -90,6 +94,14 @@ class Routing(Closed):
                     f"routing.strength: got {category!r}, whose routes are hard: nothing reaches units off them, "
                     f"wanted categories with soft routes"
                 )
+        if self.apart and self.gradients not in ("parameters", "both"):
+            yield (
+                f"routing.apart: got {list(self.apart)} beside gradients {self.gradients!r}, with which other units "
+                f"learn from their rows, wanted gradients 'parameters' or 'both'"
+            )
+        for category in self.apart:
+            if (share := self.strength.get(category, 1.0)) < 1:
+                yield f"routing.apart: got {category!r}, whose strength is {share:g}, wanted strength 1"
 
     @property
     def categories(self) -> dict[str, tuple[str, ...]]:
@@ -98,4 +110,5 @@ class Routing(Closed):
             "routing.experts": tuple(c for expert in self.experts for c in expert.categories),
             "routing.hard": self.hard,
             "routing.strength": tuple(self.strength),
+            "routing.apart": self.apart,
         }

@@ -4,7 +4,7 @@ Sources: Cloud et al., "Gradient Routing", 2024 (arXiv 2410.04332), where masks 
 2512.05648), where the gradients of parameters, not of activations, are masked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import accumulate, pairwise
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from attribution.sites import Site
 from moeify.recipe.routing import GivenExpert, Routing
 from moeify.routed.learning import ALL, Experts, Factors, Learning, Treatment
+from moeify.splitting.owners import Given
 from moeify.splitting.partition import Partition
 
 _FULL = Treatment(True, ALL)
@@ -50,20 +51,16 @@ class GradientRouter:
 
         Rows of a category, and of those the labelled ones, lie side by side; the order of categories is free.
         """
-        cut = len(partition.tree.nodes) > 1
-        if cut:
-            widths, below = partition.widths, [node.categories for node in partition.tree.nodes[1:]]
-        elif self._given:
-            widths, below = self._given, [expert.categories for expert in self.routing.experts]
-        else:
+        cut = _is_cut(partition)
+        widths, below = self._experts(partition)
+        if not below:
             return None
-        owned = [sum(column) for column in zip(*widths.values(), strict=True)][1:]
-        own = {category for categories, units in zip(below, owned, strict=True) if units for category in categories}
+        own = _with_units(widths, below)
         kinds, counts = torch.unique_consecutive(categories * 2 + labelled, return_counts=True)
         segments = [(self._categories[kind // 2], bool(kind % 2)) for kind in kinds.tolist()]
         routed = {category for categories in below for category in categories}
         off = {category: self._off_route(category, cut=cut) for category in routed}
-        frozen = own if self.routing.core == "frozen" else set[str]()
+        frozen = own if self.routing.core == "frozen" else own.intersection(self.routing.apart)
         core = [
             off[category]._replace(runs=True) if known and category in frozen else _FULL for category, known in segments
         ]
@@ -76,6 +73,30 @@ class GradientRouter:
         ]
         sites = {site: Experts(_slices(each), [core, *experts]) for site, each in widths.items()}
         return Learning((0, *counts.cumsum(0).tolist()), sites)
+
+    def apart(
+        self, partition: Partition, categories: Int[Tensor, " rows"], labelled: Bool[Tensor, " rows"]
+    ) -> Bool[Tensor, " rows"]:
+        """Say from which rows nothing is to learn but units, and of these (``learning``) their own experts' alone."""
+        own = _with_units(*self._experts(partition)) if self.routing.apart else set[str]()
+        kinds = [category in self.routing.apart and category in own for category in self._categories]
+        return torch.tensor(kinds, device=categories.device)[categories] & labelled
+
+    def handed_over(self, partition: Partition) -> dict[str, list[Given]]:
+        """Return the units of each site that a first cut may hand over to the categories they were given to."""
+        if _is_cut(partition):
+            return {}
+        asked = [expert.categories for expert in self.routing.experts]
+        return {
+            site: [Given(*each) for each in zip(_slices(widths)[1:], asked, strict=True)]
+            for site, widths in self._given.items()
+        }
+
+    def _experts(self, partition: Partition) -> tuple[Mapping[str, tuple[int, ...]], list[tuple[str, ...]]]:
+        """Return each site's units of the core and of each expert, and the categories that each expert serves."""
+        if _is_cut(partition):
+            return partition.widths, [node.categories for node in partition.tree.nodes[1:]]
+        return self._given, [expert.categories for expert in self.routing.experts]
 
     def _off_route(self, category: str, *, cut: bool) -> Treatment:
         """Return how the category's labelled rows use units off their route."""
@@ -90,6 +111,16 @@ class GradientRouter:
             case "both":
                 factors = Factors(kept, 1.0, kept)
         return Treatment(not self.routing.is_hard(category, cut=cut), factors)
+
+
+def _is_cut(partition: Partition) -> bool:
+    return len(partition.tree.nodes) > 1
+
+
+def _with_units(widths: Mapping[str, Sequence[int]], below: Sequence[Sequence[str]]) -> set[str]:
+    """Return the categories whose experts have units of their own."""
+    owned = [sum(column) for column in zip(*widths.values(), strict=True)][1:]
+    return {category for categories, units in zip(below, owned, strict=True) if units for category in categories}
 
 
 def _check_patterns(experts: Sequence[GivenExpert], sites: Sequence[str]) -> None:

@@ -38,6 +38,14 @@ _STARTS = 4
 """Starts of k-means, of which the best is taken."""
 
 
+class Given(NamedTuple):
+    """Units of one site that some categories have been given before there is a cut."""
+
+    units: slice
+    """Their places."""
+    categories: Sequence[str]
+
+
 class Dealt(NamedTuple):
     """Who owns the leaf's units at some widths."""
 
@@ -68,6 +76,8 @@ class LeafUnits:
     reads: Callable[[str], Float[Tensor, "units inputs"]] | None = None
     """Returns the weights through which a site's units read."""
     seed: int = 0
+    given: Sequence[Given] = ()
+    """Units that go to the part which has all of their categories, where one has; of no leaf but the undivided root."""
 
     def mine(self, values_U: Tensor) -> Tensor:
         """Return the leaf's part of what is known of all units."""
@@ -97,6 +107,15 @@ class LeafUnits:
         part_KL = self.by_part(self.table.score(self.site, score) * self.table.shares)
         return torch.cat([part_KL, part_KL.sum(0, keepdim=True)]).t().contiguous().numpy()
 
+    def homes(self) -> Int[np.ndarray, " leaf_units"]:
+        """Return the bin of each unit that was given to categories of one part; -1 for the others."""
+        home_L = np.full(self.number, -1)
+        for units, categories in self.given:
+            for bin_, part in enumerate(self.parts):
+                if set(categories) <= set(part):
+                    home_L[units] = bin_
+        return home_L
+
     def inputs(self) -> Float64[np.ndarray, "leaf_units inputs"]:
         """Return the leaf's input weights."""
         if self.reads is None:
@@ -115,7 +134,7 @@ def owners(way: Owners, units: LeafUnits) -> Deal:
         return lambda _: Dealt(np.zeros(0, dtype=np.int64))
     match way:
         case AttributionOwners():
-            value_LB = units.mass(units.score)
+            value_LB = _bound(units.mass(units.score), units.homes())
             return lambda capacity_B: _assigned(value_LB, capacity_B)
         case RandomOwners():
             drawn_L = units.random().permutation(units.number)
@@ -132,6 +151,14 @@ def owners(way: Owners, units: LeafUnits) -> Deal:
             return _llama_moe(units)
         case _:
             assert_never(way)
+
+
+def _bound(
+    value_LB: Float64[np.ndarray, "leaf_units bins"], home_L: Int[np.ndarray, " leaf_units"]
+) -> Float64[np.ndarray, "leaf_units bins"]:
+    """Take so much from the value of units with a home in any other bin that it is never worth it to go there."""
+    away_LB = (home_L[:, None] >= 0) & (home_L[:, None] != np.arange(value_LB.shape[1]))
+    return value_LB - away_LB * 2 * value_LB.max(1).sum()
 
 
 def _assigned(value_LB: Float64[np.ndarray, "leaf_units bins"], capacity_B: Capacity) -> Dealt:

@@ -23,7 +23,7 @@ from moeify.recipe.partition import Partition as PartitionConfig
 from moeify.recipe.rounds import Round
 from moeify.splitting.grouping import Groups, choose_groups, is_routed
 from moeify.splitting.knapsack import Curve, cheapest
-from moeify.splitting.owners import Deal, LeafUnits, owners
+from moeify.splitting.owners import Given, LeafUnits, owners
 from moeify.splitting.partition import Partition
 from moeify.splitting.refine import Exchange
 from moeify.splitting.terms import SiteTerms, Terms, costs, plain_terms
@@ -97,14 +97,16 @@ def menu(
     reads: Callable[[str], Float[Tensor, "units inputs"]] | None = None,
     seed: int = 0,
     terms: Terms | None = None,
+    given: Mapping[str, Sequence[Given]] | None = None,
 ) -> Menu:
     """Return what the first of ``rounds`` to come may choose from, to split every leaf that has several categories.
 
     ``rounds`` are this round and those after it, whose experts need room as well; ``weights`` holds each site's output
     weights [dim features], ``reads`` returns its input weights, for those ``config.owners`` that ask; ``tree`` is the
     recipe's; ``only`` are the leaves that may be split, ``None`` for all; ``seed`` is what ways to find owners draw
-    from; ``terms``: not given, those of ``config`` for every site, each unit of cost 1. Raises NothingToSplitError
-    where no leaf can be split, ValueError where an expert has too few units for its children.
+    from; ``terms``: not given, those of ``config`` for every site, each unit of cost 1; ``given``: the units of each
+    site that are handed over to categories, in a network that is not divided yet. Raises NothingToSplitError where no
+    leaf can be split, ValueError where an expert has too few units for its children.
     """
     terms = terms or plain_terms(config, partition.widths)
     groups = choose_groups(partition, table, weights, config, rounds[0], score, tree, only, terms)
@@ -112,10 +114,9 @@ def menu(
     for site in partition.widths:
         for leaf, parts in groups.items():
             start, own = partition.starts(site)[leaf], partition.widths[site][leaf]
-            deal = owners(config.owners, LeafUnits(table, site, start, own, parts, score, weights[site], reads, seed))
-            choices[site, leaf] = _choices(
-                partition, table, weights[site], config, terms[site], rounds, site, leaf, parts, tree, deal
-            )
+            handed = (given or {}).get(site, ()) if not terms[site].frozen else ()
+            units = LeafUnits(table, site, start, own, parts, score, weights[site], reads, seed, handed)
+            choices[site, leaf] = _choices(partition, config, terms[site], rounds, units, leaf, tree)
             if config.refine and not terms[site].frozen:
                 exchanges[site, leaf] = Exchange(partition, table, weights[site].double(), site, leaf, parts)
     return Menu(partition, config, terms, groups, choices, exchanges)
@@ -149,32 +150,39 @@ def shuffled(
 
 def _choices(
     partition: Partition,
-    table: AttributionTable,
-    weight_DU: Tensor,
     config: PartitionConfig,
     terms: SiteTerms,
     rounds: Sequence[Round],
-    site: str,
+    units: LeafUnits,
     leaf: int,
-    parts: Sequence[Sequence[str]],
     tree: Nested | None,
-    deal: Deal,
 ) -> list[_Choice]:
     """Return what each expert width would cost, from the narrowest allowed to the widest there is room for."""
-    width, children = partition.widths[site][leaf], sum(is_routed(part, config) for part in parts)
+    site, width, parts = units.site, units.number, units.parts
+    children = sum(is_routed(part, config) for part in parts)
     widest = terms.given(width, root=leaf == 0) // children // terms.multiple * terms.multiple
     need = max(_need(part, rounds[1:], terms, tree) for part in parts if is_routed(part, config))
+    deal, home_L = owners(config.owners, units), units.homes()
+    handed = max(int((home_L == bin_).sum()) for bin_, part in enumerate(parts) if is_routed(part, config))
     if widest < need:
         raise ValueError(
             f"expert {partition.tree.nodes[leaf].name!r} owns {width} units of site {site!r}, too few for {children} "
             f"children of {need} ({terms.where}.min_units, room for later rounds); lower {terms.where}.min_units, "
             f"{terms.where}.multiple or the separation of earlier rounds"
         )
+    if handed > widest:
+        raise ValueError(
+            f"routing.experts: got {handed} of the {width} units of site {site!r} for one expert, wanted at most "
+            f"{widest}, which {children} experts of equal width leave room for; give it fewer, or set "
+            f"partition.owners.hand_over to false"
+        )
+    need = max(need, -(-handed // terms.multiple) * terms.multiple)
     found = []
     for each in sorted({need, *range(max(need, terms.multiple), widest + 1, terms.multiple)}):
         capacity = np.array([*[each * is_routed(part, config) for part in parts], width - each * children])
         owner_L, gap = deal(capacity)
-        found.append(_Choice(each, owner_L, _residual(partition, table, weight_DU, site, leaf, parts, owner_L), gap))
+        predicted = _residual(partition, units.table, units.output_DF, site, leaf, parts, owner_L)
+        found.append(_Choice(each, owner_L, predicted, gap))
     return found
 
 

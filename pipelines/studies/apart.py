@@ -1,8 +1,8 @@
 """Training in which rows of a category teach some parameters alone, wherever these lie: a backward pass for each.
 
-Gradient routing (``moeify.routed.gradients``) acts on units of feed-forward sites. Here it is said for whole tensors,
-embeddings and attention too: what SGTM does (arXiv 2512.05648), and what adapters on a base that is frozen for some
-rows need. Slower, since categories run one after the other.
+Gradient routing (``moeify.routed.gradients``) acts on units, and on all that lies between them (``routing.apart``).
+Here it is said for any tensors: what adapters on a base that is frozen for some rows need. Slower, since categories run
+one after the other.
 """
 
 from collections.abc import Callable, Sequence

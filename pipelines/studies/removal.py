@@ -7,8 +7,9 @@ of the removed one. All arms of a bench have the same budgets, rates and rows, t
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +23,11 @@ from moeify.models.families import describe
 from moeify.models.resizing import copy_units, shaped, widened
 from moeify.recipe.config import RunConfig
 from moeify.recipe.training import Training
-from moeify.routed.gradients import GradientRouter
 from moeify.routed.split_model import SplitModel
 from moeify.task import Batch, Task
 from moeify.training import Contestant, train
 from moeify.twin_cache import fingerprint
 from moeify.world import Solo
-from pipelines.studies.apart import train_apart
 from pipelines.studies.study import Bench, Measures, changed
 from pipelines.studies.training import Redrawn, mean_of, run_loop, test_losses, trained, without_rows
 
@@ -116,15 +115,8 @@ def routed(bench: Bench, terms: Terms, *, hard: bool = False, whole: bool = Fals
     feed-forward unit does not learn from rows of the removed category either; ``labelled``: the share of rows whose
     label is known, the others teach everything.
     """
-    kept = terms.kept(bench)
-    experts = [{"categories": [terms.removed], "fresh": terms.fresh}, {"categories": kept}]
-    routing = {"gradients": "parameters", "core": "frozen", "labelled": labelled, "experts": experts}
-    config = changed(bench.config, routing={**routing, "hard": kept if hard else []})
-    model = _expanded(bench, terms)
-    if whole:
-        _train_units(model, config, bench.task, terms.removed)
-    else:
-        trained(config, bench.task, model)
+    config = _routing(bench, terms, hard=hard, whole=whole, core="frozen", labelled=labelled)
+    model = trained(config, bench.task, _expanded(bench, terms))
     old = {site.name: torch.arange(site.units - terms.fresh) for site in model.space.sites}
     return Removed(test_losses(model, bench), with_units(model, old))
 
@@ -146,20 +138,25 @@ def attributed(bench: Bench, terms: Terms) -> Removed:
     return Removed(test_losses(model, bench), with_units(model, left))
 
 
+def handed_over(bench: Bench, terms: Terms) -> Removed:
+    """Route the whole network's gradients in the recipe, whose cut then gives the fresh units to the removed category's
+    expert, and keep the part that the one other category runs."""
+    config = _routing(bench, terms, hard=True, whole=True)
+    owners = {"kind": "attribution", "hand_over": True}
+    return split(replace(bench, config=changed(config, partition={"owners": owners})), terms)
+
+
 def split(bench: Bench, terms: Terms) -> Removed:
     """Run the recipe, and keep the part that the one other category runs."""
     _, model = run_loop(bench)
     return Removed(test_losses(model, bench), prune(model, only(model.partition, terms.kept(bench))).network)
 
 
-def _train_units(model: SplitModel, config: RunConfig, task: Task, removed: str) -> None:
-    """Train, and let rows of the removed category teach feed-forward units alone, of which those that are fresh."""
-    router = GradientRouter(config.routing, model.categories, model.space.readers, config.seed)
-    names = {part.parameter for site in model.space.sites for part in site.slices}
-    named = dict(model.network.named_parameters())
-    units, everything = [named[name] for name in sorted(names)], list(named.values())
-    contestant = Contestant(model, config.training, router)
-    train_apart(contestant, task, config.training, lambda category: units if category == removed else everything)
+def _routing(bench: Bench, terms: Terms, *, hard: bool, whole: bool, **more: Any) -> RunConfig:
+    kept = terms.kept(bench)
+    experts = [{"categories": [terms.removed], "fresh": terms.fresh}, {"categories": kept}]
+    sets = {"hard": kept if hard else [], "apart": [terms.removed] if whole else []}
+    return changed(bench.config, routing={"gradients": "parameters", "experts": experts, **sets, **more})
 
 
 def _expanded(bench: Bench, terms: Terms) -> SplitModel:

@@ -66,6 +66,7 @@ def _pair(size: Size, prefix: str, texts: Mapping[str, Any], *, few: bool = Fals
         Arm(f"{prefix}fixed experts", fixed, split),
         Arm(f"{prefix}fixed, no core", _without_core(fixed), split),
         Arm(f"{prefix}loop", dense, split),
+        Arm(f"{prefix}loop, apart", dense, handed_over),
     )
     return tuple(arm for arm in found if not few or arm.name.removeprefix(prefix) not in _SKIPPED)
 
@@ -132,6 +133,11 @@ def attributed(bench: Bench) -> Measures:
 def split(bench: Bench) -> Measures:
     """Run the recipe, which routes rows by their labels from its cut on, and keep one category's part."""
     return _judged(bench, removal.split)
+
+
+def handed_over(bench: Bench) -> Measures:
+    """Run the recipe with a category apart, and keep the other's part."""
+    return _judged(bench, removal.handed_over)
 
 
 def _judged(bench: Bench, way: Callable[[Bench, Terms], Removed | None]) -> Measures:
