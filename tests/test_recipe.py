@@ -276,6 +276,18 @@ def test_gradient_routing_must_fit_the_rest() -> None:
         "routing.strength: got '1', whose routes are hard: nothing reaches units off them, wanted categories with soft "
         "routes",
     )
+    apart = changed(routing={**routing, "gradients": "activations", "apart": ["1"]})
+    assert problems(apart) == (
+        "routing.apart: got ['1'] beside gradients 'activations', with which other units learn from their rows, wanted "
+        "gradients 'parameters' or 'both'",
+        "routing.apart: got '1', whose strength is 0.5, wanted strength 1",
+        "partition.compensation: got a mapping beside routing.apart, wanted null: what is shared would be fitted to "
+        "the rows of 1 too",
+    )
+    owners = {"owners": {"kind": "attribution", "hand_over": True}}
+    parse_recipe(changed(routing=routing, partition=owners), where="x")
+    (line,) = problems(changed(routing={**routing, "experts": []}, partition=owners))
+    assert line.startswith("partition.owners.hand_over: got true, wanted false where routing.experts are not given")
     (line,) = problems(changed(routing={**routing, "hard": ["ten"]}))
     assert line.startswith("routing.hard: got 'ten', which is no category of the data")
     heads = {"data": {"kind": "text", "source": {"kind": "installed"}}, "model": {"kind": "llama"}}
