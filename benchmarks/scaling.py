@@ -3,8 +3,9 @@
 Each worker is a process with one thread, pinned to a core of its own, and runs the loop's own training step: the rows
 of a step are shared out, gradients summed. Worker 0 alone, both together, and both with gradients on the way during the
 backward pass (``cluster.parallel: {kind: ddp}``) take turns in the same processes, on the same rows; the figures are
-medians of the ratios of neighbouring turns. The machine must be idle and have two cores: with other work on them the
-figures are theirs.
+medians of the ratios of neighbouring turns. Both together without any exchange, which learns nothing of use, says how
+much of what is missing is the machine's. It must be idle and have two cores: with other work on them the figures are
+theirs.
 
 The full benchmark takes about six minutes on two cores, --quick a few steps.
 """
@@ -14,11 +15,12 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from benchmarks.gloo import run_together
 from benchmarks.report import Cell, Figure, arguments, report
@@ -33,7 +35,7 @@ from pipelines.runs import cache
 
 TURNS, STEPS = 9, 24
 QUICK_TURNS, QUICK_STEPS = 3, 2
-_TURNS = ("one", "two", "two, ddp")
+_TURNS = ("one", "two", "two, ddp", "two, without exchange")
 _SECONDS = "seconds.json"
 _NEVER = 10**9
 """Steps between two reports: none comes but the last of each turn."""
@@ -48,7 +50,7 @@ def main() -> None:
     turns, steps = (QUICK_TURNS, QUICK_STEPS) if asked.quick else (TURNS, STEPS)
     seconds = _measured(config, turns, steps)
     tokens = steps * config.training.rows * config.data.length if config.data.kind == "text" else 0
-    one, two, ddp = (seconds[name] for name in _TURNS)
+    one, two, ddp, bound = (seconds[name] for name in _TURNS)
     ratios = [alone / both for alone, both in zip(one, two, strict=True)]
     rows: list[Mapping[str, Cell]] = [
         {"workers": name, "tokens_per_second": round(tokens / statistics.median(each)), "turns": turns}
@@ -58,6 +60,11 @@ def main() -> None:
     overlapped = statistics.median(both / during for both, during in zip(two, ddp, strict=True))
     figures = [
         Figure("two_workers_over_one", statistics.median(ratios), ">= 1.8 on two idle cores"),
+        Figure(
+            "without_exchange_over_one",
+            statistics.median(alone / both for alone, both in zip(one, bound, strict=True)),
+            "what the machine allows",
+        ),
         Figure("ddp_over_replicate", overlapped, "the default is the faster one where this is below 1"),
     ]
     report("scaling", rows, figures, asked.json, quick=asked.quick)
@@ -70,12 +77,19 @@ def _measured(config: RunConfig, turns: int, steps: int) -> dict[str, list[float
         return json.loads((Path(folder) / _SECONDS).read_text(encoding="utf-8"))
 
 
+class _Silent(Group):
+    """Two workers that share out rows and keep what they find to themselves."""
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Leave the tensors as they are."""
+
+
 def _worker(rank: int, folder: Path, recipe: str, turns: int, steps: int) -> None:
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     config = RunConfig.model_validate_json(recipe)
     task = build_task(config, cache=cache(), base=Path())
-    worlds: tuple[World, ...] = (Solo(), Group(), Group(Ddp(kind="ddp")))
+    worlds: tuple[World, ...] = (Solo(), Group(), Group(Ddp(kind="ddp")), _Silent())
     contestants = [Contestant(SplitModel(task.build(), task.categories), config.training) for _ in worlds]
 
     def turn(contestant: Contestant, world: World) -> float:
