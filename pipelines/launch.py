@@ -67,9 +67,11 @@ _STEADY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(512 * 2**20),
     "OMP_WAIT_POLICY": "passive",
+    "RAY_worker_niceness": "0",
 }
-"""For the workers' arithmetic: freed activations stay for the next step (thousands of page faults a step less), and
-torch threads that wait leave the core to whoever has work."""
+"""For the workers' arithmetic: freed activations stay for the next step (thousands of page faults a step less), torch
+threads that wait leave the core to whoever has work, and on a busy machine workers get their share (Ray's own niceness
+of 15 leaves them a thirtieth of what another process gets)."""
 
 
 class RunFailedError(RuntimeError):

@@ -78,7 +78,7 @@ def tell(folder: RunFolder, display: PlainDisplay | JsonDisplay, *, follow: bool
 
 
 def stop(folder: RunFolder) -> None:
-    """End the process that drives the run, at once as Ctrl-C twice does, and wait for it.
+    """Ask the process that drives the run to end, with a checkpoint where there is time (``stopping``), and wait.
 
     Raises:
         ValueError: nobody drives it, or a process that is not on this machine.

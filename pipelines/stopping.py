@@ -1,9 +1,11 @@
-"""Ctrl-C: pressed once, a run's workers leave a checkpoint and stop; pressed twice, everything ends at once.
+"""Ctrl-C: pressed once, a run's workers leave a checkpoint and stop; pressed twice, everything ends at once. SIGTERM,
+which ``moeify stop`` and cluster managers send, is Ctrl-C once, and twice where that takes too long for those.
 
 The process that drives a run lays a note in the run's folder, or behind its URL, and rank 0 of the workers looks for
 it, wherever that is.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -21,6 +23,8 @@ _LOOK = 0.2
 """Seconds between two looks for the note in a folder."""
 _LOOK_FAR = 3.0
 """The same behind a URL."""
+GRACE = 20.0
+"""Seconds after SIGTERM in which there may be a checkpoint. Kubernetes kills after 30."""
 _PATIENCE = 3.0
 """Seconds that the note may take to be written before it is taken back."""
 
@@ -57,11 +61,12 @@ class Watch:
 
 
 class Asking:
-    """What has become of Ctrl-C so far."""
+    """What has become of Ctrl-C and SIGTERM so far."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         self._thread = threading.Thread(target=self._ask, daemon=True)
+        self._timer: threading.Timer | None = None
         self.pressed = 0
 
     def press(self, signum: int, frame: object) -> None:
@@ -70,6 +75,13 @@ class Asking:
         if self.pressed > 1:
             raise KeyboardInterrupt
         self._thread.start()  # a signal may come in the middle of any write
+
+    def terminate(self, signum: int, frame: object) -> None:
+        """Do as ``press`` does, and so once more when the time is up."""
+        self.press(signum, frame)
+        self._timer = threading.Timer(GRACE, os.kill, (os.getpid(), signal.SIGTERM))
+        self._timer.daemon = True
+        self._timer.start()
 
     def _ask(self) -> None:
         sys.stderr.write("moeify: stopping after a checkpoint; Ctrl-C again stops at once\n")
@@ -84,6 +96,8 @@ class Asking:
 
     def take_back(self) -> None:
         """Take the note away, which would stop the next attempt."""
+        if self._timer:
+            self._timer.cancel()
         if self.pressed:
             self._thread.join(_PATIENCE)
         with suppress(OSError):
@@ -97,19 +111,22 @@ class Asking:
 def asking(folder: RunFolder) -> Iterator[None]:
     """Let the first Ctrl-C ask the run's workers to stop while the body waits for them, and the second end it at once.
 
-    Raises KeyboardInterrupt, which says that there is a checkpoint, where the body then returns before the run has
-    ended. In another thread than the main one, where no signal arrives, it does nothing.
+    SIGTERM is the first, and the second, too, where the body is not over in ``GRACE`` seconds. Raises
+    KeyboardInterrupt, which says that there is a checkpoint, where the body then returns before the run has ended. In
+    another thread than the main one, where no signal arrives, it does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     mine = Asking(folder)
     mine.take_back()
-    before = signal.signal(signal.SIGINT, mine.press)
+    heard = {signal.SIGINT: mine.press, signal.SIGTERM: mine.terminate}
+    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if mine.pressed:
             mine.take_back()
     if mine.pressed and not _over(folder):
@@ -126,7 +143,8 @@ def _over(folder: RunFolder) -> bool:
 def stoppable() -> Iterator[None]:
     """Let SIGTERM end the body like Ctrl-C, with everything taken down in order.
 
-    Ray puts handlers of its own in the way, which exit with 0 or dump core, and leaves them behind.
+    Ray puts handlers of its own in the way, which exit with 0 or dump core, and leaves them behind. Where ``asking``
+    hears SIGTERM already, it goes on to.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -136,7 +154,8 @@ def stoppable() -> Iterator[None]:
         raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, stop)
+    if not isinstance(getattr(before[signal.SIGTERM], "__self__", None), Asking):
+        signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except SystemExit:

@@ -116,6 +116,7 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(folder: RunFolder, monkeypatch: pytes
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(30)
 
+    monkeypatch.setattr("pipelines.stopping.GRACE", 0.5)
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(pipelines.worker, "work", work)
     with pytest.raises(KeyboardInterrupt):

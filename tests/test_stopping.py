@@ -161,6 +161,38 @@ def test_ctrl_c_twice_ends_a_run_at_once(folder: RunFolder, monkeypatch: pytest.
     assert not (folder.path / NOTE).exists()
 
 
+def test_sigterm_leaves_a_checkpoint_where_there_is_time(folder: RunFolder, tmp_path: Path) -> None:
+    class Terminates(Presses):
+        def take(self, events: Sequence[Event]) -> None:
+            if self.times and any(isinstance(event, Step) for event in events):
+                os.kill(os.getpid(), signal.SIGTERM)
+                self.times = 0
+
+    config = recipe().model_copy(update={"training": recipe().training.model_copy(update={"steps": 400})})
+    config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"every": 1})})
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt, match="stopped with a checkpoint"):
+        launch.in_process(folder, config, tmp_path, [Terminates()])
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert status(folder) == "interrupted"
+    newest = FolderStore(folder.path, 2).newest()
+    heard = [event.step for event in read_events(folder.journal, 0)[0] if isinstance(event, Step)]
+    assert newest is not None
+    assert FolderStore(folder.path, 2).facts(newest.name)["arms"]["dense"]["step"] == heard[-1] < 400
+
+
+def test_sigterm_again_ends_a_run_at_once(folder: RunFolder) -> None:
+    def twice() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    with pytest.raises(KeyboardInterrupt) as stopped, asking(folder):
+        twice()
+    assert str(stopped.value) == ""
+    assert not (folder.path / NOTE).exists()
+
+
 def test_a_run_that_ends_before_it_can_stop_has_ended(folder: RunFolder, tmp_path: Path) -> None:
     launch.in_process(folder, recipe(), tmp_path, [])
     with asking(folder):

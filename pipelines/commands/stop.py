@@ -1,4 +1,4 @@
-"""``moeify stop``: end the process that drives a run."""
+"""``moeify stop``: ask the process that drives a run to end."""
 
 import click
 
@@ -13,9 +13,10 @@ from pipelines.commands.options import ADDRESS
 @RUN
 @ADDRESS
 def command(run_: str, address: str | None) -> None:
-    """Stop RUN at once, as Ctrl-C twice does.
+    """Stop RUN, which leaves a checkpoint first.
 
-    Nothing is lost; 'moeify resume' goes on from its last checkpoint.
+    Where that takes more than 20 seconds, it ends without. Either way nothing that was reported is lost, and 'moeify
+    resume' goes on from the newest checkpoint.
     """
     from pipelines import ray_jobs, runs
 
