@@ -4,7 +4,7 @@ The loop sees nothing else of a task, so it does not know whether it trains a la
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal, Protocol, Self, runtime_checkable
@@ -113,6 +113,17 @@ class Partial(Protocol):
 
     length: int
     """Tokens a row, all of which the network reads."""
+
+
+class Redrawn:
+    """A task whose train rows are drawn in another way; all else is as it was."""
+
+    def __init__(self, task: Task, draw: Callable[[int], Batch]) -> None:
+        self.categories, self.unit, self.units_per_row = task.categories, task.unit, task.units_per_row
+        self.train_batch = draw
+        self.build, self.nats, self.sample, self.right = task.build, task.nats, task.sample, task.right
+        self.probe_batches, self.held_out_batches = task.probe_batches, task.held_out_batches
+        self.bits_per_byte, self.assets = task.bits_per_byte, task.assets
 
 
 def tokens_read(task: Task) -> int:

@@ -4,13 +4,12 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from moeify.distillation import Teacher
 from moeify.divergence import DivergedError, Health, check_gradient, check_loss, sums_by_category
 from moeify.exchange import Exchange, exchange
 from moeify.models.build import PRECISIONS
@@ -22,6 +21,17 @@ from moeify.shares import assign, like, whole
 from moeify.stopping import Asked, never
 from moeify.task import Batch, Task
 from moeify.world import World
+
+
+@runtime_checkable
+class Lesson(Protocol):
+    """What is learned besides, or instead, of the task's own loss."""
+
+    def loss(
+        self, inputs: Tensor, outputs: Tensor, nats: Float[Tensor, " rows"], targets: Tensor | None = None
+    ) -> Float[Tensor, " rows"]:
+        """Return what a model that gave ``outputs`` with a loss of ``nats`` has to lower, summed over each row."""
+        ...
 
 
 class Pass(NamedTuple):
@@ -180,7 +190,7 @@ def train(
     until: int,
     every: int,
     report: Report,
-    teacher: Teacher | None = None,
+    teacher: Lesson | None = None,
     stop: Asked = never,
 ) -> bool:
     """Train up to step ``until`` in place; every rank calls ``report`` after each ``every``-th step and the last one.

@@ -1,13 +1,15 @@
 """Exports that learn: on the run's data, if it is what the run read; and what came of a recovery on one line."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from moeify.events import Started
 from moeify.export.recovery import Recover, Recovery
 from moeify.recipe.config import RunConfig
 from moeify.recipe.load import load_recipe
+from moeify.routed.split_model import SplitModel
 from moeify.routers.by_layer import Distil
-from moeify.split_folder import began_of_run
+from moeify.routers.joint import Joined, Joint
+from moeify.split_folder import began_of_run, load_from_run
 from moeify.task import Task, data_hash
 from moeify.tasks.build import build_task
 from pipelines import runs
@@ -24,6 +26,13 @@ def routers_on(folder: runs.RunFolder) -> Distil:
     """Return what trains a mixture's routers on a run's data; ValueError where that is not there, or has changed."""
     config, task = _data_of(folder, "--moe trains routers on", "name a category to --force, which needs no router")
     return Distil(task, config)
+
+
+def joint_on(folder: runs.RunFolder, steps: int) -> Callable[[SplitModel], Joined]:
+    """Return what has a run's split model learn with its routers, on the run's data, and its dense twin beside it."""
+    config, task = _data_of(folder, "--joint needs", "export without --joint")
+    joint = Joint(task, config, steps, began_of_run(folder.path))
+    return lambda split: joint(split, load_from_run(folder.path, "dense"))
 
 
 def _data_of(folder: runs.RunFolder, asks: str, way_out: str) -> tuple[RunConfig, Task]:

@@ -385,6 +385,7 @@ def test_export_knows_kinds_and_parts(
         (["--category", "a", "--without", "b"], "give either --category or --without"),
         (["--split", "--moe", "glm4_moe"], "give either --split or --moe"),
         (["--split", "--force", "a"], "--force is for --moe"),
+        (["--split", "--joint", "5"], "--joint is for --moe, with all categories and without --force"),
         (["--split", "--category", "a", "--category", "a"], "'a' is named twice"),
         (["--split", "--gguf"], "--gguf is for --category NAME or --moe; only moeify loads a split model"),
         (["--without", "a", "--gguf"], "--gguf is for --category NAME or --moe"),

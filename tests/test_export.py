@@ -15,6 +15,7 @@ from moeify.loop import run
 from moeify.recipe.config import RunConfig
 from moeify.routed.split_model import SplitModel
 from moeify.routers.by_layer import Distil
+from moeify.routers.joint import Joint
 from moeify.split_folder import load_from_run
 from moeify.splitting.partition import Partition
 from moeify.splitting.tree import ExpertTree
@@ -102,6 +103,25 @@ def test_a_mixture_leaves_with_routers_that_are_checked_too(
     assert all(weight.abs().max() > 0.01 for key, weight in moe.named_parameters() if key.endswith(name))
     with pytest.raises(ValueError, match="got category 'a' to force and routers to train"):
         export_moe(text_run, form, tmp_path / "other", forced="a", distil=distil)
+
+
+@pytest.mark.slow
+def test_a_mixture_that_learned_with_its_routers_says_what_that_took(text_run: Path, tmp_path: Path) -> None:
+    config = RunConfig.model_validate(TEXT_CONFIG)
+    task = ToyTextTask(config)
+    joint, distil = Joint(task, config, 6), Distil(task, config)
+    twin = SplitModel(task.build(), "abcd")
+    done = export_moe(text_run, "glm4_moe", tmp_path / "moe", distil=distil, join=lambda split: joint(split, twin))
+    assert done.differences is not None
+    assert done.differences.keys() == {ROUTED, *"abcd"}
+    assert done.routers is not None
+    assert done.routers.joint is not None
+    assert done.routers.joint.label != done.routers.label
+    card = (tmp_path / "moe" / "README.md").read_text()
+    assert "| category | by label, before | routed by label | by its routers | dense, trained on as long |" in card
+    assert "learned together for 6 steps, on 1,152 tokens" in card
+    with pytest.raises(ValueError, match="joint training is for the whole mixture and its routers"):
+        export_moe(text_run, "glm4_moe", tmp_path / "other", distil=distil, keep=["a", "b"], join=joint)
 
 
 @pytest.mark.slow

@@ -27,10 +27,9 @@ from moeify.routed.learning import Damped, Factors, damp
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
 from moeify.splitting.tree import ExpertTree
-from moeify.task import Batch, Task
+from moeify.task import Batch, Redrawn, Task
 from moeify.training import Contestant, train
 from moeify.world import Solo
-from pipelines.studies.training import Redrawn
 from tests.networks import CATEGORIES, grouped_llama, rows_for, tiny_autoencoder, tiny_llama
 from tests.toy import TEXT_CONFIG, ToyTextTask
 from tests.trees import partitions

@@ -37,21 +37,31 @@ def routed(report: LayerRouterReport | None, result: Result | None) -> Iterator[
     if report is None:
         return
     losses = {"routed by label": report.label, "by its routers": report.router}
-    if result and "dense" in result.test_loss:
+    if report.joint:
+        losses = {"by label, before": report.joint.label, **losses}
+    twin = "dense, trained on as long" if report.joint and report.joint.dense else "dense"
+    if report.joint and report.joint.dense:
+        losses[twin] = report.joint.dense
+    elif result and "dense" in result.test_loss:
         dense = {c: result.test_loss["dense"][c] for c in report.label if c != MEAN}
-        losses["dense"] = dense | {MEAN: sum(dense.values()) / len(dense)}
+        losses[twin] = dense | {MEAN: sum(dense.values()) / len(dense)}
     yield from ("## Its own routers (test loss, nats per token)", "")
     rows = [[category, *(f"{loss[category]:.4f}" for loss in losses.values())] for category in report.label]
     yield from table(["category", *losses], rows)
     yield ""
-    if "dense" in losses:
-        over = report.router[MEAN] - losses["dense"][MEAN]
-        yield f"**On text without labels it is {over:+.4f} nats a token against the dense twin.**"
+    if twin in losses:
+        over, same = report.router[MEAN] - losses[twin][MEAN], ", trained on as long" if twin != "dense" else ""
+        yield f"**On text without labels it is {over:+.4f} nats a token against the dense twin{same}.**"
+    if report.joint:
+        yield (
+            f"Network and routers learned together for {report.joint.steps:,} steps, on {report.joint.tokens:,} tokens "
+            f"beyond the run's own, so the losses of the run above are of the network before that."
+        )
     right = ", ".join(f"{share:.0%}" for share in report.accuracy.values())
     yield (
         f"That is {report.router_tax:+.2%} above routing by label. A router is a linear map of what its layer's "
-        f"experts read, trained to tell the label of text that labels route, all else frozen. By layer it sends so "
-        f"many of the tokens to their label's expert: {right}."
+        f"experts read, trained to tell the label, all else frozen. By layer it sends so many of the tokens to their "
+        f"label's expert: {right}."
     )
 
 

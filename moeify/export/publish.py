@@ -8,7 +8,7 @@ beside the weights.
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from moeify.export.verification import Source
 from moeify.models.families import transformer_of
 from moeify.routed.split_model import SplitModel
 from moeify.routers.by_layer import Distil, LayerRouterReport
+from moeify.routers.joint import Joined
 from moeify.split_folder import load_from_run, load_split, save_split
 
 SHARD = "5GB"
@@ -106,28 +107,39 @@ def export_moe(
     drop: Sequence[str] = (),
     recover: Recover | None = None,
     distil: Distil | None = None,
+    join: Callable[[SplitModel], Joined] | None = None,
 ) -> Checked:
     """Write the split model as a stock ``transformers`` mixture of experts.
 
     ``distil``: trains its routers, so that it routes text without labels by itself. ``forced``: the category along
     whose route every token goes instead; without both it is the first that is whole. The model card says how to force
-    a category after loading. ``keep``, ``drop``, ``recover``: as in ``export_split``.
+    a category after loading. ``join``: has the whole split model and its routers learn together first
+    (``moeify.routers.joint``). ``keep``, ``drop``, ``recover``: as in ``export_split``.
     """
     if forced and distil:
         raise ValueError(f"got category {forced!r} to force and routers to train; leave one of the two out")
+    if join and (distil is None or keep or drop):
+        raise ValueError("joint training is for the whole mixture and its routers; export all categories, force none")
     if how.onnx:
         raise ValueError("an ONNX graph is of one category's route; export a dense model, or the mixture without onnx")
     _refuse_occupied(out)
     _refuse_lacking(run, how)
-    source = Source.of(_split_of(run), how.torch_dtype, keep=keep, drop=drop, recover=recover)
+    split = _split_of(run)
+    joined = None
+    if join:
+        to_moe(split, form, split.categories[0])  # says what does not fit before anything is trained
+        joined = join(split)
+    source = Source.of(split, how.torch_dtype, keep=keep, drop=drop, recover=recover)
     intact = [category for category in source.part.categories if category not in drop]
     if distil is None:
         stock = to_moe(source.part, form, forced or (intact or source.part.categories)[0])
         return _export_stock(run, source, stock, out, how)
-    to_moe(source.part, form, source.part.categories[0])  # says what does not fit before anything is trained
-    found = distil(source.part)
-    stock = to_moe(source.part, form, found.routers.rounded(how.torch_dtype))
-    return _export_stock(run, source, stock, out, how, found.report)
+    to_moe(source.part, form, source.part.categories[0])
+    routers, report = distil(source.part, joined.routers if joined else None)
+    if joined:
+        report = report.model_copy(update={"joint": joined.report})
+    stock = to_moe(source.part, form, routers.rounded(how.torch_dtype))
+    return _export_stock(run, source, stock, out, how, report)
 
 
 def export_split(

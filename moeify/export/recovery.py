@@ -4,13 +4,11 @@ Rows go on where the run's training ended, in the recipe's settings; the rate wa
 of a category whose expert was taken out is read, but on validation data, to say what is left.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
 
 from moeify.distillation import Teacher
 from moeify.divergence import DivergedError, memory
@@ -18,7 +16,7 @@ from moeify.evaluation import held_out_loss
 from moeify.recipe.config import RunConfig
 from moeify.recipe.training import Training
 from moeify.routed.split_model import SplitModel
-from moeify.task import Batch, HeldOut, Task, tokens_read
+from moeify.task import Batch, Redrawn, Task, tokens_read
 from moeify.training import Contestant, train
 from moeify.world import Solo
 
@@ -98,21 +96,17 @@ class Recover:
         return held_out_loss(model, self.task, Solo(), self.config.evaluation, "validation")
 
 
-class _Retained:
+class _Retained(Redrawn):
     """A task whose train rows are those of some categories, from a step on; all else is the task's own."""
 
     def __init__(self, task: Task, retained: Sequence[str], first: int, steps: int) -> None:
+        super().__init__(task, self._rows)
         self.task, self.first, self.steps = task, first, steps
         self.retained = torch.tensor([category in retained for category in task.categories])
-        self.categories, self.unit, self.units_per_row = task.categories, task.unit, task.units_per_row
         self.seen = 0
         """Train rows that were returned."""
 
-    def build(self) -> nn.Module:
-        """Return the task's network."""
-        return self.task.build()
-
-    def train_batch(self, step: int) -> Batch:
+    def _rows(self, step: int) -> Batch:
         """Return the retained rows of a step; of a later one, that no other step returns, where it has none.
 
         ValueError where a recipe takes so few rows a step that none of them ever comes.
@@ -124,31 +118,3 @@ class _Retained:
                 return batch.take(kept)
         names = ", ".join(each for each, stays in zip(self.categories, self.retained.tolist(), strict=True) if stays)
         raise ValueError(f"recovery: rows of {names} never came in {_TURNS} steps; raise training.rows in a new run")
-
-    def probe_batches(self, round_: int, rows: int, rows_at_once: int) -> Iterator[Batch]:
-        """Yield the task's rows."""
-        return self.task.probe_batches(round_, rows, rows_at_once)
-
-    def held_out_batches(self, split: HeldOut, rows: int, rows_at_once: int) -> Iterator[Batch]:
-        """Yield the task's rows."""
-        return self.task.held_out_batches(split, rows, rows_at_once)
-
-    def nats(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " rows"]:
-        """Return the task's loss."""
-        return self.task.nats(outputs, targets)
-
-    def sample(self, outputs: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Draw the task's targets."""
-        return self.task.sample(outputs, seeds)
-
-    def right(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, " rows"] | None:
-        """Say which rows are right."""
-        return self.task.right(outputs, targets)
-
-    def bits_per_byte(self, loss: dict[str, float], split: HeldOut) -> dict[str, float] | None:
-        """Return the task's figures."""
-        return self.task.bits_per_byte(loss, split)
-
-    def assets(self) -> dict[str, bytes]:
-        """Return the task's files."""
-        return self.task.assets()

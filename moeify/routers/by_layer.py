@@ -11,9 +11,11 @@ they will read in use. Of the two those are kept whose choices have the lower lo
 Axes: N tokens, D numbers that a block reads, E leaves.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -52,6 +54,18 @@ class LayerRouters:
         return LayerRouters(self.experts, {name: weight.to(dtype).float() for name, weight in self.weights.items()})
 
 
+class JointReport(Closed):
+    """A phase in which network and routers learned together (``moeify.routers.joint``); test losses as below."""
+
+    steps: int
+    tokens: int
+    """That were read, beyond the run's own."""
+    label: dict[str, float]
+    """Loss by category before it, routed by label."""
+    dense: dict[str, float] | None
+    """Loss of the dense twin after as many steps; None where there was none at hand."""
+
+
 class LayerRouterReport(Closed):
     """How well routers inside of the network route, on test data: losses in nats per token, and their mean."""
 
@@ -61,6 +75,8 @@ class LayerRouterReport(Closed):
     """Loss by category, routed by label."""
     router: dict[str, float]
     """The same, routed by themselves."""
+    joint: JointReport | None = None
+    """What went before, where the network learned with them."""
 
     @property
     def router_tax(self) -> float:
@@ -83,18 +99,16 @@ class Distil:
     config: RunConfig
 
     @torch.no_grad()
-    def __call__(self, model: SplitModel) -> Distilled:
+    def __call__(self, model: SplitModel, known: LayerRouters | None = None) -> Distilled:
         """Return routers of a split model that serves some or all of the task's categories, and what they cost.
 
-        No weight of the model changes; the same bits each time. ValueError where its blocks cannot route tokens.
+        ``known``: those that sent its tokens in training, where there were any. No weight of the model changes; the
+        same bits each time. ValueError where its blocks cannot route tokens.
         """
-        if isinstance(self.task, Partial) or self.task.unit != "token":
-            raise ValueError("routers inside of the network are for text that is read from its first token on")
-        if len(leaves(model)) < 2:
-            raise ValueError(f"the split model has one leaf, {leaves(model)[0]!r}; there is nothing to route")
+        self._check(model)
         found: list[tuple[float, LayerRouters]] = []
         for _ in range(2):
-            routers = self._fit(model, found[-1][1] if found else None)
+            routers = self._fit(model, found[-1][1] if found else known)
             found.append((self._losses(model, "validation", routers)[MEAN], routers))
         _, routers = min(found, key=lambda each: each[0])
         report = LayerRouterReport(
@@ -103,6 +117,23 @@ class Distil:
             router=self._losses(model, "test", routers),
         )
         return Distilled(routers, report)
+
+    @torch.no_grad()
+    def start(self, model: SplitModel) -> LayerRouters:
+        """Return routers that learned from what blocks read along labels' routes; ValueError as above."""
+        self._check(model)
+        return self._fit(model, None)
+
+    @torch.no_grad()
+    def losses(self, model: SplitModel, routers: LayerRouters | None) -> dict[str, float]:
+        """Return category -> test loss, nats per token, and the mean over categories; None: routed by label."""
+        return self._losses(model, "test", routers)
+
+    def _check(self, model: SplitModel) -> None:
+        if isinstance(self.task, Partial) or self.task.unit != "token":
+            raise ValueError("routers inside of the network are for text that is read from its first token on")
+        if len(leaves(model)) < 2:
+            raise ValueError(f"the split model has one leaf, {leaves(model)[0]!r}; there is nothing to route")
 
     def _fit(self, model: SplitModel, routers: LayerRouters | None) -> LayerRouters:
         """Return routers for what blocks read where tokens go as these routers say; None: as labels say."""
@@ -143,7 +174,8 @@ class Distil:
         """Yield batches, what each site reads of them [tokens dim], and each token's leaf by label."""
         leaf_C = leaf_of_category(model)
         for batch in self._batches(model, part):
-            inputs = inputs_of_sites(model, lambda batch=batch: _run(model, batch, routers))
+            with reading(model) as inputs:
+                _run(model, batch, routers)
             yield batch, inputs, leaf_C[batch.categories].repeat_interleave(batch.inputs.shape[1])
 
     def _batches(self, model: SplitModel, part: _Part) -> Iterator[Batch]:
@@ -164,22 +196,22 @@ class Distil:
                 yield Batch(taken.inputs, taken.targets, own_R[kept], taken.ids)
 
 
-def inputs_of_sites(model: SplitModel, run: Any) -> dict[str, Float[Tensor, "tokens dim"]]:
-    """Return site -> what its block reads while ``run`` runs the model once, tokens in the order of its inputs."""
+@contextmanager
+def reading(model: SplitModel) -> Iterator[dict[str, Float[Tensor, "tokens dim"]]]:
+    """Give site -> what its block reads while the model runs in the context, tokens in the order of its inputs."""
     found: dict[str, Tensor] = {}
 
     def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
         assert isinstance(module, RoutedFfn)
-        found[module.units.name] = given[0].detach().flatten(0, -2)
+        found[module.units.name] = given[0].flatten(0, -2)
 
     blocks = [module for module in model.network.modules() if isinstance(module, RoutedFfn)]
     hooks = [block.register_forward_pre_hook(hook) for block in blocks]
     try:
-        run()
+        yield found
     finally:
         for each in hooks:
             each.remove()
-    return found
 
 
 def margin(model: SplitModel, routers: LayerRouters, rows: Int[Tensor, "rows positions"]) -> float:
@@ -187,7 +219,8 @@ def margin(model: SplitModel, routers: LayerRouters, rows: Int[Tensor, "rows pos
 
     Rounding cannot move a token to another leaf where this is well above it.
     """
-    read = inputs_of_sites(model, lambda: model.by_layer(rows, routers.weights))
+    with reading(model) as read:
+        model.by_layer(rows, routers.weights)
     least = float("inf")
     for name, x_ND in read.items():
         score_NE = x_ND @ routers.weights[name].t()
@@ -203,6 +236,7 @@ def _run(model: SplitModel, batch: Batch, routers: LayerRouters | None) -> Tenso
 
 def _classifier(x_ND: Float[Tensor, "tokens dim"], leaf_N: Int[Tensor, " tokens"]) -> Float[Tensor, "leaves dim"]:
     """Return weights of a logistic regression without intercept; the largest score of a token is 1 or -1."""
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     deviation_D = x_ND.double().std(0).clamp_min(1e-9)
@@ -211,7 +245,9 @@ def _classifier(x_ND: Float[Tensor, "tokens dim"], leaf_N: Int[Tensor, " tokens"
     found = []
     for penalty in _PENALTIES:
         fit = LogisticRegression(C=penalty, fit_intercept=False, max_iter=300)
-        fit.fit(scaled_ND[~back_N].numpy(), leaf_N[~back_N].numpy())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # what it has found by then is judged like any other
+            fit.fit(scaled_ND[~back_N].numpy(), leaf_N[~back_N].numpy())
         weight_ED = torch.from_numpy(fit.coef_)
         if len(weight_ED) == 1:  # scikit-learn keeps one row of two, of the second against the first
             weight_ED = torch.cat([-weight_ED, weight_ED]) / 2

@@ -3,6 +3,7 @@
 import difflib
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
         "moeify export last --category law --onnx -o law-onnx",
         "moeify export last --split --without law -o without-law",
         "moeify export last --without law --recover 50 -o without-law",
-        "moeify export last --moe glm4_moe --dtype bfloat16 -o mixture",
+        "moeify export last --moe glm4_moe --joint 64 --dtype bfloat16 -o mixture",
         "moeify export last --category law --speed -o law-model",
     ),
 )
@@ -46,6 +47,12 @@ if TYPE_CHECKING:
     "--moe", type=click.Choice(["glm4_moe", "granitemoeshared"]), help="A mixture of experts that transformers loads."
 )
 @click.option("--force", metavar="NAME", help="With --moe: no routers; this category's expert runs.")
+@click.option(
+    "--joint",
+    metavar="STEPS",
+    type=click.IntRange(min=1),
+    help="With --moe: first network and routers learn together.",
+)
 @click.option("--gguf", is_flag=True, help="For llama.cpp: a dense model or --moe as one file.")
 @click.option("--onnx", is_flag=True, help="For onnxruntime: a dense model as one graph, whatever its network.")
 @click.option("--cache", is_flag=True, help="With --onnx: keys and values of earlier tokens go in and out.")
@@ -73,6 +80,7 @@ def command(
     split: bool,
     moe: "Form | None",
     force: str | None,
+    joint: int | None,
     gguf: bool,
     onnx: bool,
     cache: bool,
@@ -100,7 +108,9 @@ def command(
     other outputs: it is written only where they share one route.
 
     --moe reads the run's data again to train its routers, one in each layer; the README says what routing without
-    labels costs. With --force NAME it reads no data: every token runs that category's expert.
+    labels costs. With --force NAME it reads no data: every token runs that category's expert. Routers of a network that
+    never learned with them cost a lot: --joint trains both for so many steps first, a tenth of the run's, say. The
+    README says what these did for the dense twin.
 
     --recover reads the run's data again, and trains what is left by the recipe's settings on train rows of categories
     that keep their experts. The README says what that took, and what it did to every category's validation loss.
@@ -122,6 +132,8 @@ def command(
         raise click.UsageError("--cache is for --onnx, which --speed times without one")
     if recover and not drop:
         raise click.UsageError("--recover is for --without NAME")
+    if joint and (not moe or force or keep or drop):
+        raise click.UsageError("--joint is for --moe, with all categories and without --force")
     folder = runs.find(run_, runs.home())
     known = summary(folder)
     if known["status"] != "finished":
@@ -133,7 +145,7 @@ def command(
             raise ValueError(f"no category {category!r}; the run has {', '.join(known['categories'])}{nearest}")
     with outlet(target) as out:
         from moeify.export.publish import How, export_dense, export_moe, export_split
-        from pipelines.recovered import recovery_on, routers_on
+        from pipelines.recovered import joint_on, recovery_on, routers_on
 
         copies.fetch_checkpoint(folder)
         recovery = recovery_on(folder, recover) if recover else None
@@ -143,14 +155,15 @@ def command(
         if moe:
             distil = None if force else routers_on(folder)
             if distil:
-                click.echo("training routers ...", err=True)
-            parts = {"keep": keep, "drop": drop}
-            done = export_moe(folder.path, moe, out, how, forced=force, recover=recovery, distil=distil, **parts)
+                click.echo(f"training on for {joint:,} steps ..." if joint else "training routers ...", err=True)
+            join = joint_on(folder, joint) if joint else None
+            mixture = partial(export_moe, forced=force, distil=distil, join=join)
+            done = mixture(folder.path, moe, out, how, keep=keep, drop=drop, recover=recovery)
         elif split or drop:
             done = export_split(folder.path, out, how, keep=keep, drop=drop, recover=recovery)
         else:
             done = export_dense(folder.path, keep, out, how)
-    alias = _alias(keep, drop, moe, how.file, recover)
+    alias = _alias(keep, drop, moe, how.file, recover, joint)
     if done.speed:
         _keep_speed(folder, alias, how.file or moe or ("split" if split or drop else "dense"), done.speed)
     if as_json:
@@ -188,7 +201,14 @@ def _tell(done: "Checked", target: str, moe: "Form | None", dtype: "Dtype") -> N
         print_speeds(done.speed, sys.stdout)
 
 
-def _alias(keep: Sequence[str], drop: Sequence[str], moe: str | None, file: str | None, recover: int | None) -> str:
+def _alias(
+    keep: Sequence[str],
+    drop: Sequence[str],
+    moe: str | None,
+    file: str | None,
+    recover: int | None,
+    joint: int | None,
+) -> str:
     """Return the alias of an export: what it is, then what is in it or left out."""
     from pipelines.mlflow_models import alias_of
 
@@ -196,6 +216,7 @@ def _alias(keep: Sequence[str], drop: Sequence[str], moe: str | None, file: str 
     words += [f"{'-'.join(keep)}-only"] if keep else []
     words += [f"without-{'-'.join(drop)}"] if drop else []
     words += ["recovered"] if recover else []
+    words += ["joint"] if joint else []
     return alias_of("-".join([*(words or ["split"]), *([file] if file else [])]))
 
 

@@ -13,11 +13,11 @@ from moeify.recipe.config import RunConfig
 from moeify.recipe.routing import Routing
 from moeify.routed.gradients import GradientRouter
 from moeify.routed.split_model import SplitModel
-from moeify.task import Batch, Task
+from moeify.task import Batch, Redrawn, Task
 from pipelines.studies import removal
 from pipelines.studies.removal import Removed, in_shares
 from pipelines.studies.study import Arm, Bench, Column, Measures, Size, Study, changed
-from pipelines.studies.training import Redrawn, test_losses, trained
+from pipelines.studies.training import test_losses, trained
 from pipelines.studies.unlearning import ROWS, terms, texts_recipe
 
 SHARES = (0.04, 0.16, 0.8)

@@ -24,12 +24,12 @@ from moeify.models.resizing import copy_units, shaped, widened
 from moeify.recipe.config import RunConfig
 from moeify.recipe.training import Training
 from moeify.routed.split_model import SplitModel
-from moeify.task import Batch, Task
+from moeify.task import Batch, Redrawn, Task
 from moeify.training import Contestant, train
 from moeify.twin_cache import fingerprint
 from moeify.world import Solo
 from pipelines.studies.study import Bench, Measures, changed
-from pipelines.studies.training import Redrawn, mean_of, run_loop, test_losses, trained, without_rows
+from pipelines.studies.training import mean_of, run_loop, test_losses, trained, without_rows
 
 _ATTACK_ROWS = 8
 """Of a step of the attack."""

@@ -24,11 +24,11 @@ from moeify.clean_modules import without_units
 from moeify.models.build import Autoencoder
 from moeify.recipe.model import AutoencoderModel
 from moeify.routed.split_model import SplitModel
-from moeify.task import Batch
+from moeify.task import Batch, Redrawn
 from moeify.tasks.tensors import TensorTask
 from pipelines.studies.recipes import UNCUT
 from pipelines.studies.study import Arm, Bench, Column, Measures, Size, Study, shipped_recipe
-from pipelines.studies.training import Redrawn, trained
+from pipelines.studies.training import trained
 
 _AGREES = 0.95
 """Share of train images whose cue agrees with their class."""

@@ -1,6 +1,6 @@
 """What arms of studies do with a bench: run the loop, train a model their own way, read its test losses."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from statistics import fmean
 
 from torch import isin, tensor
@@ -13,7 +13,7 @@ from moeify.routed.gradients import GradientRouter
 from moeify.routed.split_model import SplitModel
 from moeify.state import State
 from moeify.store import MemoryStore
-from moeify.task import Batch, Task
+from moeify.task import Batch, Redrawn, Task
 from moeify.training import Contestant, train
 from moeify.world import Solo
 from pipelines.studies.study import Bench
@@ -54,7 +54,7 @@ def mean_of(losses: dict[str, float], categories: Collection[str]) -> float:
     return fmean(losses[category] for category in categories)
 
 
-def without_rows(task: Task, kept: Collection[str]) -> "Redrawn":
+def without_rows(task: Task, kept: Collection[str]) -> Redrawn:
     """Return the task with the train rows of these categories alone: a step has fewer rows, and they are the same."""
     places = tensor([task.categories.index(name) for name in kept])
 
@@ -63,14 +63,3 @@ def without_rows(task: Task, kept: Collection[str]) -> "Redrawn":
         return batch.take(isin(batch.categories, places).nonzero()[:, 0])
 
     return Redrawn(task, some)
-
-
-class Redrawn:
-    """A task whose train rows are drawn in another way; all else is as it was."""
-
-    def __init__(self, task: Task, draw: Callable[[int], Batch]) -> None:
-        self.categories, self.unit, self.units_per_row = task.categories, task.unit, task.units_per_row
-        self.train_batch = draw
-        self.build, self.nats, self.sample, self.right = task.build, task.nats, task.sample, task.right
-        self.probe_batches, self.held_out_batches = task.probe_batches, task.held_out_batches
-        self.bits_per_byte, self.assets = task.bits_per_byte, task.assets

@@ -1,0 +1,107 @@
+"""What routing by itself costs a stock mixture of experts, before and after the network learned with its routers.
+
+A recipe is run on several seeds, the dense twin and the split model alone. Then the split model routes by routers
+inside of its blocks (``moeify.routers.by_layer``, what ``moeify export --moe`` writes): by those that are distilled
+from it as it is, and after so many steps in which both learn together (``moeify.routers.joint``, ``--joint``), to which
+the dense twin is then trained as well. Test losses, nats per token, means over categories and seeds with 95 % intervals
+(Student's t). router tax: of its own routers above labels, after the same training; over dense: above the dense twin,
+which had as many tokens. All runs in one process, one after the other; those that have ended are kept in ``--work``.
+
+About ten minutes on one thread; ``--quick`` runs a few steps of one seed.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.report import Cell, Figure, parser, report
+from moeify.comparison import Interval, mean_interval
+from moeify.loop import run
+from moeify.recipe.config import RunConfig
+from moeify.recipe.load import parse_recipe
+from moeify.result import MEAN
+from moeify.routers.by_layer import Distil
+from moeify.routers.joint import Joint
+from moeify.split_folder import load_from_run
+from moeify.store import FolderStore
+from moeify.task import Task
+from moeify.tasks.build import build_task
+from pipelines.find_recipe import find_recipe, shipped
+from pipelines.runs import cache
+
+STEPS = (0, 64, 128)
+"""Of the joint phase."""
+Losses = Mapping[str, float]
+"""``label`` (routed by label), ``router`` (by its own routers) and ``dense`` (the dense twin): mean test losses."""
+
+
+def main() -> None:
+    """Run, train routers, and compare."""
+    asks = parser(__doc__)
+    asks.add_argument("--recipe", choices=shipped(), default="text", help="of text in categories")
+    asks.add_argument("--seeds", type=int, default=3)
+    asks.add_argument("--steps", type=int, nargs="+", default=list(STEPS), metavar="N", help="of the joint phase")
+    asks.add_argument("--work", type=Path, default=cache() / "mixture", help="runs that have ended")
+    asked = asks.parse_args()
+    seeds, numbers = (1, [0, 4]) if asked.quick else (asked.seeds, asked.steps)
+    found: dict[int, list[Losses]] = {number: [] for number in numbers}
+    for seed in range(seeds):
+        config = _config(asked.recipe, seed, quick=asked.quick)
+        task, folder = (
+            build_task(config, cache=cache(), base=Path()),
+            asked.work / f"{config.name}-{seed}-{asked.quick}",
+        )
+        run(config, task, store=FolderStore(folder, 1))
+        for number, each in found.items():
+            each.append(_losses(config, task, folder, number))
+    rows = [_row(number, each) for number, each in found.items()]
+    last = found[max(found)]
+    figures = [
+        Figure("router_tax", mean_interval(_taxes(last)).mean, "<= .005, after the most joint steps"),
+        Figure("over_dense", mean_interval(_over(last)).mean, "<= 0, nats per token"),
+    ]
+    report("mixture", rows, figures, asked.json, quick=asked.quick)
+
+
+def _config(recipe: str, seed: int, *, quick: bool) -> RunConfig:
+    text, where, _ = find_recipe(recipe)
+    config = parse_recipe(text, where=where).model_copy(update={"seed": seed, "controls": ()})
+    if not quick:
+        return config
+    rounds = tuple(round_.model_copy(update={"train": 2, "recover": 1}) for round_ in config.rounds)
+    few = config.evaluation.model_copy(update={"validation_rows": 8, "test_rows": 8})
+    training = config.training.model_copy(update={"steps": 8})
+    return config.model_copy(update={"rounds": rounds, "training": training, "evaluation": few})
+
+
+def _losses(config: RunConfig, task: Task, folder: Path, steps: int) -> Losses:
+    """Return the losses of a run's models after so many joint steps."""
+    split, dense, distil = load_from_run(folder), load_from_run(folder, "dense"), Distil(task, config)
+    joined = Joint(task, config, steps)(split, dense) if steps else None
+    report = distil(split, joined.routers if joined else None).report
+    return {"label": report.label[MEAN], "router": report.router[MEAN], "dense": distil.losses(dense, None)[MEAN]}
+
+
+def _row(steps: int, each: Sequence[Losses]) -> dict[str, Cell]:
+    found = {name: mean_interval([losses[name] for losses in each]) for name in each[0]}
+    return {
+        "joint steps": steps,
+        **{name: f"{interval.mean:.4f} ±{interval.half:.4f}" for name, interval in found.items()},
+        "router tax": _shown(mean_interval(_taxes(each)), ".2%"),
+        "over dense": _shown(mean_interval(_over(each)), ".4f"),
+    }
+
+
+def _taxes(each: Sequence[Losses]) -> list[float]:
+    return [losses["router"] / losses["label"] - 1.0 for losses in each]
+
+
+def _over(each: Sequence[Losses]) -> list[float]:
+    return [losses["router"] - losses["dense"] for losses in each]
+
+
+def _shown(interval: Interval, form: str) -> str:
+    return f"{interval.mean:+{form}} ±{interval.half:{form}}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""A short phase in which a network and the routers inside of it learn together.
+
+Routers that are distilled from labels in a frozen network (``moeify.routers.by_layer``) send many tokens elsewhere than
+their label would, to experts that never saw such, and read states in which nothing had to be said of the category.
+Here every block routes by its own router while the whole network goes on learning: experts from the tokens that they
+get. Routers learn their tokens' labels still, and so, through what they read, does what lies before them: attention
+learns to carry the category. Their part of the loss is small (``_WEIGHT``).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moeify.distillation import Teacher
+from moeify.divergence import DivergedError, memory
+from moeify.recipe.config import RunConfig
+from moeify.recipe.training import Training
+from moeify.routed.split_model import SplitModel
+from moeify.routers.by_layer import Distil, JointReport, LayerRouters, reading
+from moeify.routers.router import leaf_of_category
+from moeify.task import Batch, Redrawn, Task, tokens_read
+from moeify.training import Contestant, train
+from moeify.world import Solo
+
+_RATE = 0.3
+"""Of the recipe's learning rate; it warms up to it and falls as the recipe's does."""
+_WEIGHT = 0.1
+"""Of a token's nats about its leaf, mean over sites, beside its nats about the next token. From .03 to 1 were tried
+(benchmarks/LOG.md)."""
+_SHARPEST = 10
+"""Scores begin at the power of two, up to two to this, that foretells labels best."""
+
+
+class Joined(NamedTuple):
+    """What came of it."""
+
+    routers: LayerRouters
+    report: JointReport
+
+
+@dataclass(frozen=True)
+class Joint:
+    """So many optimizer steps on a run's data, on rows that come after those of its training."""
+
+    task: Task
+    config: RunConfig
+    """The run's."""
+    steps: int
+    began: str = ""
+    """Hash of the network that the run began with, for recipes that distil from it; empty: unknown."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"joint training: got {self.steps} steps, wanted one at least")
+
+    def __call__(self, model: SplitModel, dense: SplitModel | None = None) -> Joined:
+        """Train a split model that serves all of the task's categories, in place, and return routers for it.
+
+        ``dense``: the run's dense twin, which is trained on the same rows at the same rates, in place, to say what the
+        same tokens do for it. The same bits each time, in one process. Raises ValueError as ``Distil`` does, and where
+        training diverges.
+        """
+        if model.categories != self.task.categories:
+            raise ValueError("joint training is for the whole split model, which serves all of the run's categories")
+        distil, training = Distil(self.task, self.config), self._training()
+        first, before = distil.start(model), distil.losses(model, None)
+        learner = _Learner(model, training, first)
+        learner.sharpen(self._rows().train_batch(0))
+        self._train(learner, _Lesson(learner, self._teacher()))
+        if dense is not None:
+            self._train(Contestant(dense, training), self._teacher())
+        return Joined(
+            learner.routers,
+            JointReport(
+                steps=self.steps,
+                tokens=self.steps * training.rows * tokens_read(self.task),
+                label=before,
+                dense=distil.losses(dense, None) if dense is not None else None,
+            ),
+        )
+
+    def _train(self, contestant: Contestant, lesson: "Teacher | _Lesson | None") -> None:
+        training = self._training()
+        try:
+            with memory(lambda: "joint training"):
+                train(contestant, self._rows(), Solo(), training, self.steps, self.steps, lambda _, __: None, lesson)
+        except DivergedError as error:
+            raise ValueError(f"joint training: {error.what}; take fewer steps, or none") from None
+        contestant.model.autocast = None
+        contestant.model.eval()
+
+    def _rows(self) -> Redrawn:
+        return Redrawn(self.task, lambda step: self.task.train_batch(self.config.training.steps + step))
+
+    def _training(self) -> Training:
+        given = self.config.training
+        return given.model_copy(update={"steps": self.steps, "learning_rate": _RATE * given.learning_rate})
+
+    def _teacher(self) -> Teacher | None:
+        teacher = Teacher.of(self.config, self.task)
+        if teacher:
+            teacher.check(self.began)
+        return teacher
+
+
+class _Learner(Contestant):
+    """A split model whose blocks route by routers that learn with it."""
+
+    def __init__(self, model: SplitModel, training: Training, routers: LayerRouters) -> None:
+        super().__init__(model, training)
+        self._experts = routers.experts
+        self._weights = {site: nn.Parameter(weight.clone()) for site, weight in routers.weights.items()}
+        self.optimizer.add_param_group({"params": list(self._weights.values()), "weight_decay": 0.0})
+        self._leaf_C = leaf_of_category(model)
+        self.missed: Float[Tensor, " rows"] | None = None
+        """Nats about their leaves, summed over the tokens of each row of the pass before, mean over sites."""
+
+    @property
+    def routers(self) -> LayerRouters:
+        """The routers as they are now."""
+        return LayerRouters(self._experts, {site: weight.detach().clone() for site, weight in self._weights.items()})
+
+    def outputs(self, batch: Batch, run: nn.Module | None = None) -> Tensor:
+        """Return what the network gives where its own routers choose."""
+        with reading(self.model) as read:
+            found = self.model.by_layer(batch.inputs, self.routers.weights)
+        self.missed = self._missed(batch, read)
+        return found
+
+    @torch.no_grad()
+    def sharpen(self, batch: Batch) -> None:
+        """Scale each router's scores by the power of two that foretells a batch's leaves best: it chooses as before."""
+        self.model.eval()
+        with reading(self.model) as read:
+            self.model.by_layer(batch.inputs, self.routers.weights)
+        leaf_N = self._leaves(batch)
+        for site, weight in self._weights.items():
+            score_NE = read[site].float() @ weight.t()
+            missed = [F.cross_entropy(score_NE * 2**power, leaf_N).item() for power in range(_SHARPEST + 1)]
+            weight.mul_(2 ** missed.index(min(missed)))
+
+    def _missed(self, batch: Batch, read: dict[str, Tensor]) -> Float[Tensor, " rows"]:
+        leaf_N = self._leaves(batch)
+        each = [
+            F.cross_entropy(read[site].float() @ weight.t(), leaf_N, reduction="none")
+            for site, weight in self._weights.items()
+        ]
+        return torch.stack(each).mean(0).view(batch.inputs.shape).sum(1)
+
+    def _leaves(self, batch: Batch) -> Tensor:
+        return self._leaf_C[batch.categories].repeat_interleave(batch.inputs.shape[1])
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """What a learner has to lower: its nats, as a teacher sees them where there is one, and those about leaves."""
+
+    learner: _Learner
+    teacher: Teacher | None
+
+    def loss(
+        self, inputs: Tensor, outputs: Tensor, nats: Float[Tensor, " rows"], targets: Tensor | None = None
+    ) -> Float[Tensor, " rows"]:
+        """Return it for the rows of the learner's pass before."""
+        assert self.learner.missed is not None
+        own = self.teacher.loss(inputs, outputs, nats, targets) if self.teacher else nats
+        return own + _WEIGHT * self.learner.missed
