@@ -362,7 +362,12 @@ def test_export_writes_a_part_or_the_whole_into_a_new_folder(launched: Launched,
         (
             ["--moe", "glm4_moe", "--force", "b"],
             "moe",
-            ["glm4_moe", "float32", True, {"forced": "b", "keep": [], "drop": [], "recover": None, "distil": None}],
+            [
+                "glm4_moe",
+                "float32",
+                True,
+                {"forced": "b", "distil": None, "join": None, "keep": [], "drop": [], "recover": None},
+            ],
         ),
     ],
 )
