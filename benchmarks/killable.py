@@ -210,13 +210,16 @@ def _timeless(data: Any) -> Any:
 
 
 def _points(database: Path, run: str) -> tuple[tuple[Any, ...], ...]:
-    """Return what MLflow's database has of a run: round, key, step, value; a point twice is there twice."""
+    """Return what MLflow's database has of a run: round, key, step, value; a point twice is there twice.
+
+    What MLflow samples of the machine every ten seconds is left out: two runs share none of that.
+    """
     with sqlite3.connect(database) as connection:
         found = connection.execute(
             "select coalesce(r.value, ''), m.key, m.step, m.value, m.is_nan from metrics m "
             "join tags t on t.run_uuid = m.run_uuid and t.key = 'moeify.run' "
             "left join tags r on r.run_uuid = m.run_uuid and r.key = 'moeify.round' "
-            "where t.value = ? and m.key not like '%_per_second%'",
+            "where t.value = ? and m.key not like '%_per_second%' and m.key not like 'system/%'",
             (run,),
         ).fetchall()
     connection.close()

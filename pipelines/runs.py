@@ -80,7 +80,13 @@ class RunFolder:
         """The folder that relative paths of the recipe start at."""
         if self.inputs.is_dir():
             return self.inputs
-        return Path(json.loads(self.origin.read_text(encoding="utf-8"))["base"])
+        try:
+            return Path(json.loads(self.origin.read_text(encoding="utf-8"))["base"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.origin} is not what moeify wrote there ({type(error).__name__}), so nobody knows where the "
+                f"recipe's paths start; put it back"
+            ) from None
 
     @property
     def inputs(self) -> Path:

@@ -43,6 +43,14 @@ def test_a_new_run_holds_its_recipe_as_given_and_as_resolved_and_where_its_paths
     assert runs.every(tmp_path / "home") == [folder]
 
 
+@pytest.mark.parametrize("written", ["", "[]", "{}", '{"base": ["a"]}', '{"base": null}', '"base"'])
+def test_where_paths_start_is_told_to_be_unknown_where_it_is(tmp_path: Path, written: str) -> None:
+    folder = make(tmp_path / "home", "20260101-000000")
+    folder.origin.write_text(written)
+    with pytest.raises(ValueError, match=r"origin\.json is not what moeify wrote there \(\w+\), so nobody knows"):
+        _ = folder.base
+
+
 def test_a_run_may_be_given_its_id_once_and_data_of_its_own(tmp_path: Path) -> None:
     run = "tiny-20260101-000000-abcd"
     folder = runs.create(CONFIG, RECIPE, tmp_path, run=run, fill=lambda to: (to / "data").write_text("x"))
