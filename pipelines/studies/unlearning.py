@@ -2,7 +2,7 @@
 
 Of Cloud et al. 2024 (arXiv 2410.04332, section 4.2): stories with a word for trees or woods are to be removed, the
 other stories kept. The larger pair: mathematics is removed, fiction kept. Every arm ends as a plain network that runs
-all rows (``removal``). Gradients are routed in feed-forward units alone, here as everywhere in moeify.
+all rows (``removal``).
 """
 
 from collections.abc import Callable, Mapping
