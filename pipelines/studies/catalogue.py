@@ -17,6 +17,7 @@ QUESTIONS: Mapping[str, str] = {
     "hard_neighbours": "Can a small category with a near neighbour be removed, where only some of it is labelled?",
     "mnist_split": "What does a half of a code hold that was routed, by hand or by attribution, regularised or not?",
     "spurious_cue": "Does separating categories in training help where a cue that was learned turns round?",
+    "spurious_word": "And in text, where a word that foretold the genre in training misleads?",
     "unlearning": "Does expand, route, ablate unlearn a category better than other ways, robustly, and at what tax?",
     "when_to_cut": "Does it pay to wait with the first cut until attribution knows the units?",
     "whole_blocks": "Do whole layers for categories, by hand, do as well as a split of every layer?",
