@@ -1,6 +1,6 @@
 """Spurious correlations in text: a word that foretells the genre in training and misleads in use.
 
-Fiction of six genres, split into train and test by author, in passages of 64 tokens. A classifier reads how often each
+Fiction of six genres, split into train and test by work, in passages of 64 tokens. A classifier reads how often each
 token of the vocabulary is in a passage, and besides a word that is in 95 % of the train passages of three genres and in
 5 % of those of the others. Ways to train, and what is asked of them, are those of ``spurious_cue``.
 """
@@ -21,7 +21,7 @@ from pipelines.studies.spurious_cue import Examples, ways
 from pipelines.studies.study import Arm, Bench, Size
 
 _GENRES = ("children", "detective", "horror", "philosophy", "science-fiction", "society-novel")
-_FILE = {"kind": "jsonl", "path": "text-fiction/fiction-6genres.jsonl.xz", "group": "author"}
+_FILE = {"kind": "jsonl", "path": "text-fiction/fiction-6genres.jsonl.xz"}
 _LOUD = 2.0
 """The word's feature where it is there; of a token it is the logarithm of 1 + its count."""
 
@@ -34,7 +34,7 @@ def arms(size: Size) -> tuple[Arm, ...]:
     data: Mapping[str, Any] = {"length": 64, "vocabulary": 1024}
     if size != "quick":
         genres = {genre: {**_FILE, "where": {"label": [genre]}} for genre in _GENRES}
-        data = {**data, "source": {"kind": "mixed", "categories": genres, "megabytes": 2.0}}
+        data = {**data, "source": {"kind": "mixed", "categories": genres, "megabytes": 4.0}}
 
     def recipe(routing: Mapping[str, Any]) -> RunConfig:
         changes = {"training": training, "rounds": UNCUT, "routing": routing}
@@ -78,7 +78,7 @@ STUDY = replace(
     spurious_cue.STUDY,
     arms=arms,
     note=(
-        "Share of test passages of 64 tokens whose genre is read right, six genres, authors that training never saw, "
+        "Share of test passages of 64 tokens whose genre is read right, six genres, works that training never saw, "
         "with the word as in training and turned round, and the worse of the two. 'cue at random' is what training "
         "without the correlation gives. Needs text-fiction in the folder that MOEIFY_DATA names."
     ),
