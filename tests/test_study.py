@@ -64,7 +64,7 @@ def test_every_study_has_arms_of_their_own_names_and_its_reference_among_them(na
     names = [arm.name for arm in found.arms(size)]
     assert len({str(job) for job in jobs(found.arms(size), [0])}) == len(names)
     assert found.reference is None or found.reference in names
-    assert all(arm.work.__module__ == f"pipelines.studies.{name}" for arm in found.arms(size))
+    assert all(arm.work.__module__.startswith("pipelines.studies.") for arm in found.arms(size))
     assert QUESTIONS[name].endswith("?")
 
 
