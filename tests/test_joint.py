@@ -95,5 +95,5 @@ def test_what_cannot_learn_jointly_is_told_in_one_line() -> None:
         phase(other)
     training = CONFIG.training.model_copy(update={"learning_rate": 1e6, "explosion": 1.01})
     hot = CONFIG.model_copy(update={"training": training})
-    with pytest.raises(ValueError, match=r"joint training: step \d+: .*; take fewer steps, or none"):
+    with pytest.raises(ValueError, match=r"joint training: step \d+: .*; take fewer steps, or export without"):
         Joint(phase.task, hot, 5)(model)

@@ -6,18 +6,16 @@ of a category whose expert was taken out is read, but on validation data, to say
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
-from moeify.distillation import Teacher
-from moeify.divergence import DivergedError, memory
 from moeify.evaluation import held_out_loss
-from moeify.recipe.config import RunConfig
+from moeify.further import Further
 from moeify.recipe.training import Training
 from moeify.routed.split_model import SplitModel
 from moeify.task import Batch, Redrawn, Task, tokens_read
-from moeify.training import Contestant, train
+from moeify.training import Contestant
 from moeify.world import Solo
 
 _LEAST_RATE = 0.1
@@ -46,19 +44,10 @@ class Recovery:
 
 
 @dataclass(frozen=True)
-class Recover:
+class Recover(Further):
     """So many optimizer steps on a run's data."""
 
-    task: Task
-    config: RunConfig
-    """The run's."""
-    steps: int
-    began: str = ""
-    """Hash of the network that the run began with, for recipes that distil from it; empty: unknown."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"recovery: got {self.steps} steps, wanted one at least")
+    what: ClassVar[str] = "recovery"
 
     def __call__(self, whole: SplitModel, part: SplitModel, dropped: Collection[str]) -> Recovery:
         """Train ``part``, which is ``whole`` without the experts of ``dropped``, in place.
@@ -69,20 +58,10 @@ class Recover:
         retained = tuple(category for category in self.task.categories if category not in dropped)
         if not retained:
             raise ValueError("every category's expert is taken out, so there is nothing to recover; export without")
-        teacher = Teacher.of(self.config, self.task)
-        if teacher:
-            teacher.check(self.began)
+        teacher, training = self.teacher(), self._training()
         intact, before = self._losses(whole), self._losses(part)
-        training = self._training()
         rows = _Retained(self.task, retained, self.config.training.steps, self.steps)
-        contestant = Contestant(part, training)
-        try:
-            with memory(lambda: "recovery"):
-                train(contestant, rows, Solo(), training, self.steps, self.steps, lambda _, __: None, teacher)
-        except DivergedError as error:
-            raise ValueError(f"recovery: {error.what}; take fewer steps, or export without recovery") from None
-        part.autocast = None
-        part.eval()
+        self.train(Contestant(part, training), rows, training, teacher)
         read = rows.seen * tokens_read(self.task)
         return Recovery(self.steps, rows.seen, read, self.task.unit, retained, intact, before, self._losses(part))
 

@@ -8,7 +8,7 @@ learns to carry the category. Their part of the loss is small (``_WEIGHT``).
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moeify.distillation import Teacher
-from moeify.divergence import DivergedError, memory
-from moeify.recipe.config import RunConfig
+from moeify.further import Further
 from moeify.recipe.training import Training
 from moeify.routed.split_model import SplitModel
 from moeify.routers.by_layer import Distil, JointReport, LayerRouters, reading
 from moeify.routers.router import leaf_of_category
-from moeify.task import Batch, Redrawn, Task, tokens_read
-from moeify.training import Contestant, train
-from moeify.world import Solo
+from moeify.task import Batch, Redrawn, tokens_read
+from moeify.training import Contestant
 
 _RATE = 0.3
 """Of the recipe's learning rate; it warms up to it and falls as the recipe's does."""
@@ -43,19 +41,10 @@ class Joined(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Joint:
-    """So many optimizer steps on a run's data, on rows that come after those of its training."""
+class Joint(Further):
+    """So many optimizer steps on rows that come after those of a run's training."""
 
-    task: Task
-    config: RunConfig
-    """The run's."""
-    steps: int
-    began: str = ""
-    """Hash of the network that the run began with, for recipes that distil from it; empty: unknown."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"joint training: got {self.steps} steps, wanted one at least")
+    what: ClassVar[str] = "joint training"
 
     def __call__(self, model: SplitModel, dense: SplitModel | None = None) -> Joined:
         """Train a split model that serves all of the task's categories, in place, and return routers for it.
@@ -70,9 +59,9 @@ class Joint:
         first, before = distil.start(model), distil.losses(model, None)
         learner = _Learner(model, training, first)
         learner.sharpen(self._rows().train_batch(0))
-        self._train(learner, _Lesson(learner, self._teacher()))
+        self.train(learner, self._rows(), training, _Lesson(learner, self.teacher()))
         if dense is not None:
-            self._train(Contestant(dense, training), self._teacher())
+            self.train(Contestant(dense, training), self._rows(), training, self.teacher())
         return Joined(
             learner.routers,
             JointReport(
@@ -83,28 +72,12 @@ class Joint:
             ),
         )
 
-    def _train(self, contestant: Contestant, lesson: "Teacher | _Lesson | None") -> None:
-        training = self._training()
-        try:
-            with memory(lambda: "joint training"):
-                train(contestant, self._rows(), Solo(), training, self.steps, self.steps, lambda _, __: None, lesson)
-        except DivergedError as error:
-            raise ValueError(f"joint training: {error.what}; take fewer steps, or none") from None
-        contestant.model.autocast = None
-        contestant.model.eval()
-
     def _rows(self) -> Redrawn:
         return Redrawn(self.task, lambda step: self.task.train_batch(self.config.training.steps + step))
 
     def _training(self) -> Training:
         given = self.config.training
         return given.model_copy(update={"steps": self.steps, "learning_rate": _RATE * given.learning_rate})
-
-    def _teacher(self) -> Teacher | None:
-        teacher = Teacher.of(self.config, self.task)
-        if teacher:
-            teacher.check(self.began)
-        return teacher
 
 
 class _Learner(Contestant):
