@@ -37,6 +37,7 @@ from moeify.events import MemoryTracker, Tracker
 from moeify.mishaps import get_over
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
+from moeify.recipe.given_tree import foreseen
 from moeify.recipe.partition import AttributionOwners
 from moeify.recipe.plan import PlannedPhase, check_categories, plan
 from moeify.recipe.rounds import Round
@@ -47,7 +48,7 @@ from moeify.splitting.grouping import NothingToSplitError, divisible_leaves
 from moeify.splitting.null_test import Relabel, null_test
 from moeify.splitting.owners import Given
 from moeify.splitting.partition import Partition
-from moeify.splitting.propose import Proposal, menu, shuffled
+from moeify.splitting.propose import Proposal, check_handed_over, menu, shuffled
 from moeify.splitting.terms import costs, terms_in_reach
 from moeify.state import Cut, State
 from moeify.stopping import Asked, Stoppable, StoppedError, never
@@ -122,6 +123,7 @@ class _Loop:
         self.teacher = Teacher.of(config, task)
         self.say = Reporter(config, store, tracker, speaks=group.rank == 0)
         self.state = self._begin()
+        self._check_handed_over()
         self.began = time.time() - self.state.seconds
 
     def run(self) -> Result:
@@ -257,9 +259,16 @@ class _Loop:
 
     def _handed_over(self) -> Mapping[str, Sequence[Given]]:
         """Return the units of each site that the cut to come gives to the categories that had them."""
-        split, owners = self.state.arms["split"], self.config.partition.owners
-        asked = isinstance(owners, AttributionOwners) and owners.hand_over
-        return split.router.handed_over(split.model.partition) if asked and split.router else {}
+        split, owners = self.state.arms.get("split"), self.config.partition.owners
+        if not (split and split.router and isinstance(owners, AttributionOwners) and owners.hand_over):
+            return {}
+        return split.router.handed_over(split.model.partition)
+
+    def _check_handed_over(self) -> None:
+        if given := self._handed_over():
+            split, first = self.state.arms["split"].model, self.config.rounds[0]
+            parts = foreseen(self.config.tree, self.task.categories, first.branching)
+            check_handed_over(split.partition, given, self.config.partition, self.terms, parts)
 
     def _tried(self, proposal: Proposal, table: AttributionTable) -> RowLosses:
         """Return the losses right after a cut that is undone again."""

@@ -8,7 +8,7 @@ from moeify.recipe.rounds import Round
 from moeify.splitting.grouping import NothingToSplitError
 from moeify.splitting.owners import Given
 from moeify.splitting.partition import Partition
-from moeify.splitting.propose import shuffled
+from moeify.splitting.propose import check_handed_over, shuffled
 from moeify.splitting.terms import SiteTerms, Terms, costs
 from tests.proposals import propose
 
@@ -237,8 +237,12 @@ def test_units_that_were_given_go_to_the_expert_of_their_categories_whatever_is_
     assert owners[:8].tolist().count(tree.index("a+c")) == 3, "attribution finds the owners of the others"
     assert owners[4:8].tolist().count(tree.index("b+d")) == 1
     told = r"routing\.experts: got 9 of the 16 units of site 's' for one expert, wanted at most 8"
+    many = {"s": [Given(slice(7, 16), ("b",))]}
     with pytest.raises(ValueError, match=told):
-        propose(*known, given={"s": [Given(slice(7, 16), ("b",))]})
+        propose(*known, given=many)
+    with pytest.raises(ValueError, match=told):
+        check_handed_over(whole(table), many, CONFIG, terms, [("a", "c"), ("b", "d")])
+    check_handed_over(whole(table), {"s": given, "frozen": many["s"]}, CONFIG, terms, [("a", "c"), ("b", "d")])
 
 
 def unrouted(*names: str, **changes: object) -> PartitionConfig:

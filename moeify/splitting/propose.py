@@ -122,6 +122,34 @@ def menu(
     return Menu(partition, config, terms, groups, choices, exchanges)
 
 
+def check_handed_over(
+    partition: Partition,
+    given: Mapping[str, Sequence[Given]],
+    config: PartitionConfig,
+    terms: Terms,
+    parts: Sequence[Sequence[str]],
+) -> None:
+    """Raise ValueError where units that are handed over have no room in the experts of a first cut into such parts.
+
+    Said before anything is trained. Which categories will part is not known then: where an expert takes over from
+    several, the cut itself may find too little room.
+    """
+    children = sum(is_routed(part, config) for part in parts)
+    for site, each in given.items():
+        width, mine = partition.units(site), terms[site]
+        handed = max((units.stop - units.start for units, _ in each), default=0)
+        if not mine.frozen and handed > (widest := mine.widest(width, children, root=True)):
+            raise _too_many(site, handed, width, widest, children)
+
+
+def _too_many(site: str, handed: int, width: int, widest: int, children: int) -> ValueError:
+    return ValueError(
+        f"routing.experts: got {handed} of the {width} units of site {site!r} for one expert, wanted at most {widest}, "
+        f"which {children} experts of equal width leave room for; give it fewer, or set partition.owners.hand_over to "
+        f"false"
+    )
+
+
 def shuffled(
     partition: Partition,
     proposal: Proposal,
@@ -160,7 +188,7 @@ def _choices(
     """Return what each expert width would cost, from the narrowest allowed to the widest there is room for."""
     site, width, parts = units.site, units.number, units.parts
     children = sum(is_routed(part, config) for part in parts)
-    widest = terms.given(width, root=leaf == 0) // children // terms.multiple * terms.multiple
+    widest = terms.widest(width, children, root=leaf == 0)
     need = max(_need(part, rounds[1:], terms, tree) for part in parts if is_routed(part, config))
     deal, home_L = owners(config.owners, units), units.homes()
     handed = max(int((home_L == bin_).sum()) for bin_, part in enumerate(parts) if is_routed(part, config))
@@ -171,11 +199,7 @@ def _choices(
             f"{terms.where}.multiple or the separation of earlier rounds"
         )
     if handed > widest:
-        raise ValueError(
-            f"routing.experts: got {handed} of the {width} units of site {site!r} for one expert, wanted at most "
-            f"{widest}, which {children} experts of equal width leave room for; give it fewer, or set "
-            f"partition.owners.hand_over to false"
-        )
+        raise _too_many(site, handed, width, widest, children)
     need = max(need, -(-handed // terms.multiple) * terms.multiple)
     found = []
     for each in sorted({need, *range(max(need, terms.multiple), widest + 1, terms.multiple)}):

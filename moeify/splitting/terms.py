@@ -45,6 +45,10 @@ class SiteTerms:
         """Return how many of its ``width`` units a leaf may give to children."""
         return width - (math.ceil(self.core * width) if root or self.frozen else 0)
 
+    def widest(self, width: int, children: int, *, root: bool) -> int:
+        """Return how many of its ``width`` units a leaf may give to each of its children, which get equally many."""
+        return self.given(width, root=root) // children // self.multiple * self.multiple
+
 
 Terms = Mapping[str, SiteTerms]
 """Site -> its terms."""
