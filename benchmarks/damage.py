@@ -1,7 +1,6 @@
 """Every file of a checkpoint damaged in turn: it must be seen, told, and what lies before it used."""
 
 import random
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -12,24 +11,17 @@ from moeify.store import FolderStore
 from pipelines.journal import read_events
 from pipelines.runs import RunFolder
 
+_FIRST = 1000
+"""Number of the first run that is damaged."""
+
 
 def damage(runs: Runs, wanted: Outcome, draw: random.Random, tally: Tally, *, quick: bool) -> tuple[int, int]:
     """Damage every file of the newest checkpoint of a run that was stopped; return damages, and those that were missed.
 
     Some of them are resumed from, which counts as a run in ``tally``.
     """
-    number = 1000
-    process = runs.attempt(number)
-    folder = runs.folder(number)
-    while alive(process) and len(_checkpoints(folder)) < 3:
-        time.sleep(0.002)
-    process.kill()
-    ended(process)
-    names = _checkpoints(folder)
-    newest, before = folder.checkpoints / names[-1], names[-2]
+    folder, before, newest = _stopped(runs, _FIRST)
     count = missed = 0
-    pristine = runs.home / "pristine"
-    shutil.copytree(folder.path, pristine)
     for path in sorted(newest.iterdir()):
         content = path.read_bytes()
         for way, spoilt in _damages(content, draw, 8 if quick else 40):
@@ -41,15 +33,27 @@ def damage(runs: Runs, wanted: Outcome, draw: random.Random, tally: Tally, *, qu
                 print(f"missed: {path.name}, {way}: {found}", file=sys.stderr)
         path.write_bytes(content)
     for place, (way, spoilt) in enumerate([("emptied", b""), ("removed", None)][: 1 if quick else 2]):
-        shutil.rmtree(folder.path, ignore_errors=True)  # gone already where the run before it ended well
-        shutil.copytree(pristine, folder.path)
-        _write(newest / ("split.safetensors" if place and "split" in names[-1] else "dense.safetensors"), spoilt)
+        number = _FIRST + place
+        if place:
+            folder, before, newest = _stopped(runs, number)
+        _write(sorted(newest.glob("*.safetensors"))[-place], spoilt)
         with judged(runs, number, wanted, tally, "local"):
             runs.check(number)
             notes = [event.note for event in read_events(folder.journal, 0)[0] if event.kind == "phase"]
             if not any(newest.name in note and f"going on from checkpoint {before}" in note for note in notes):
                 raise WrongError(f"a checkpoint that was {way} is not told of in the journal")
     return count, missed
+
+
+def _stopped(runs: Runs, number: int) -> tuple[RunFolder, str, Path]:
+    """Kill a run that has three checkpoints; return its folder, the name of the last but one and the newest's path."""
+    process, folder = runs.attempt(number), runs.folder(number)
+    while alive(process) and len(_checkpoints(folder)) < 3:
+        time.sleep(0.002)
+    process.kill()
+    ended(process)
+    *_, before, newest = _checkpoints(folder)
+    return folder, before, folder.checkpoints / newest
 
 
 def _checkpoints(folder: RunFolder) -> list[str]:
