@@ -140,20 +140,23 @@ def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, A
     payload = {**payload, "attempt": secrets.token_hex(4)} if folder.remote else payload
     failure_path(folder.path).unlink(missing_ok=True)
     scratch = folder.path / "ray"
-    trainer = Trainer(
-        entry,
-        train_loop_config=payload,
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(num_workers=wanted.workers, resources_per_worker={"CPU": wanted.threads}),
-        run_config=RayRunConfig(
-            name=secrets.token_hex(4),  # Ray silently continues a fit of the same name; our own store does that
-            storage_path=str(scratch),
-            failure_config=FailureConfig(max_failures=wanted.retries),
-        ),
-    )
+
+    def trainer() -> Trainer:
+        return Trainer(
+            entry,
+            train_loop_config=payload,
+            torch_config=TorchConfig(backend="gloo"),
+            scaling_config=ScalingConfig(num_workers=wanted.workers, resources_per_worker={"CPU": wanted.threads}),
+            run_config=RayRunConfig(
+                name=secrets.token_hex(4),  # Ray silently continues a fit of the same name; our own store does that
+                storage_path=str(scratch),
+                failure_config=FailureConfig(max_failures=wanted.retries),
+            ),
+        )
+
     try:
         with stoppable():  # once more: Ray has set its handlers since
-            trainer.fit()
+            _fit(trainer, wanted.retries)
     except TrainingFailedError as error:
         raise RunFailedError(
             f"the workers of {folder.id} died, and died again on each of {wanted.retries} restarts "
@@ -168,6 +171,21 @@ def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, A
         shutil.rmtree(scratch, ignore_errors=True)
     if failure := failure_of(payload):
         raise _raised(failure)
+
+
+def _fit(trainer: Callable[[], Any], retries: int) -> None:
+    """Fit a trainer, and another one where a worker dies while its group is being set up: Ray takes that for a failure
+    of its own, and gives up."""
+    from ray.exceptions import RayActorError
+    from ray.train.v2.api.exceptions import ControllerError
+
+    for left in reversed(range(retries + 1)):
+        try:
+            trainer().fit()
+            return
+        except ControllerError as error:
+            if not left or not isinstance(error.controller_failure, RayActorError):
+                raise
 
 
 @contextmanager

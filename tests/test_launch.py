@@ -4,6 +4,7 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,32 @@ class TestOnOneCluster:
         assert (folder.path / "attempts-0").read_text() == (folder.path / "attempts-1").read_text() == "xx"
         assert (folder.path / "seen-0").read_text() == (folder.path / "seen-1").read_text() == "2 workers"
         assert not (folder.path / "ray").exists()
+
+    @pytest.mark.parametrize(("deaths", "tries"), [(0, 1), (2, 3), (3, 3)])
+    def test_a_worker_that_dies_while_its_group_is_set_up_is_started_again(
+        self, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, deaths: int, tries: int
+    ) -> None:
+        from ray.exceptions import RayActorError
+        from ray.train.torch import TorchTrainer
+        from ray.train.v2.api.exceptions import ControllerError
+
+        failures: list[Exception] = [RayActorError() for _ in range(deaths)]
+        fits = []
+
+        def dies(self: TorchTrainer) -> None:
+            fits.append(self)
+            if failures:
+                raise ControllerError(failures.pop())
+
+        monkeypatch.setattr(TorchTrainer, "fit", dies)
+        told = (folder, Cluster(workers=2, threads=1, retries=2), lambda _: None, {"folder": str(folder.path)})
+        with pytest.raises(RunFailedError, match="died again on each of 2") if deaths > 2 else nullcontext():
+            fit(*told)
+        assert len(fits) == tries
+        failures, fits = [ValueError("a bug of Ray's own")], []
+        with pytest.raises(RunFailedError, match="a bug of Ray's own"):
+            fit(*told)
+        assert len(fits) == 1
 
     def test_an_error_of_one_worker_ends_the_run_in_its_own_words(self, folder: RunFolder) -> None:
         def worker(payload: dict[str, Any]) -> None:
