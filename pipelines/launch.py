@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from moeify.events import Failed
 from moeify.recipe.config import Cluster, RunConfig
 from pipelines.journal import Follower, JournalError, follow
+from pipelines.restarts import fit_again
 from pipelines.runs import RunFolder, cache, hold
 from pipelines.stopping import asking, stoppable
 from pipelines.tracking import MlflowFollower
@@ -156,7 +157,7 @@ def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, A
 
     try:
         with stoppable():  # once more: Ray has set its handlers since
-            _fit(trainer, wanted.retries)
+            fit_again(trainer, wanted.retries)
     except TrainingFailedError as error:
         raise RunFailedError(
             f"the workers of {folder.id} died, and died again on each of {wanted.retries} restarts "
@@ -171,21 +172,6 @@ def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, A
         shutil.rmtree(scratch, ignore_errors=True)
     if failure := failure_of(payload):
         raise _raised(failure)
-
-
-def _fit(trainer: Callable[[], Any], retries: int) -> None:
-    """Fit a trainer, and another one where a worker dies while its group is being set up: Ray takes that for a failure
-    of its own, and gives up."""
-    from ray.exceptions import RayActorError
-    from ray.train.v2.api.exceptions import ControllerError
-
-    for left in reversed(range(retries + 1)):
-        try:
-            trainer().fit()
-            return
-        except ControllerError as error:
-            if not left or not isinstance(error.controller_failure, RayActorError):
-                raise
 
 
 @contextmanager

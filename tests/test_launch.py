@@ -17,7 +17,7 @@ from moeify.events import Failed
 from moeify.recipe.config import Cluster, RunConfig
 from moeify.recipe.load import to_yaml
 from moeify.split_folder import load_from_run
-from pipelines import launch
+from pipelines import launch, restarts
 from pipelines.cli import main
 from pipelines.journal import JournalTracker, read_events
 from pipelines.launch import RayStartError, RunFailedError, cluster, fit, in_process
@@ -315,6 +315,7 @@ class TestOnOneCluster:
                 raise ControllerError(failures.pop())
 
         monkeypatch.setattr(TorchTrainer, "fit", dies)
+        monkeypatch.setattr("pipelines.restarts.release", lambda: None)
         told = (folder, Cluster(workers=2, threads=1, retries=2), lambda _: None, {"folder": str(folder.path)})
         with pytest.raises(RunFailedError, match="died again on each of 2") if deaths > 2 else nullcontext():
             fit(*told)
@@ -323,6 +324,14 @@ class TestOnOneCluster:
         with pytest.raises(RunFailedError, match="a bug of Ray's own"):
             fit(*told)
         assert len(fits) == 1
+
+    def test_what_a_lost_group_of_workers_held_is_given_back(self) -> None:
+        import ray
+        from ray.util import placement_group, placement_group_table
+
+        ray.get(placement_group([{"CPU": 1}]).ready())
+        restarts.release()
+        assert {known["state"] for known in placement_group_table().values()} == {"REMOVED"}
 
     def test_an_error_of_one_worker_ends_the_run_in_its_own_words(self, folder: RunFolder) -> None:
         def worker(payload: dict[str, Any]) -> None:
