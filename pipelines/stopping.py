@@ -125,10 +125,12 @@ def asking(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if mine.pressed:
-            mine.take_back()
+        try:
+            if mine.pressed:
+                mine.take_back()  # first of all the timer, whose signal nobody would expect any more
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     if mine.pressed and not _over(folder):
         raise KeyboardInterrupt("stopped with a checkpoint")
 

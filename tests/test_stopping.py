@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from moeify.events import Event, MemoryTracker, Step
 from moeify.loop import run
+from moeify.recipe.config import RunConfig
 from moeify.stopping import Stoppable, StoppedError
 from moeify.store import FolderStore
 from moeify.world import Solo
@@ -46,6 +47,12 @@ class Impatient:
 def press(times: int = 1) -> None:
     for _ in range(times):
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def talkative() -> RunConfig:
+    """A run of 400 steps that tells each of them."""
+    config = recipe().model_copy(update={"tracking": recipe().tracking.model_copy(update={"every": 1})})
+    return config.model_copy(update={"training": config.training.model_copy(update={"steps": 400})})
 
 
 class Presses:
@@ -123,8 +130,7 @@ def test_only_rank_0_is_asked_and_a_sum_still_adds_up() -> None:
 def test_ctrl_c_in_process_leaves_a_checkpoint_and_the_run_goes_on_to_the_same_bits(
     folder: RunFolder, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    config = recipe().model_copy(update={"tracking": recipe().tracking.model_copy(update={"every": 1})})
-    config = config.model_copy(update={"training": config.training.model_copy(update={"steps": 400})})
+    config = talkative()
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match="stopped with a checkpoint"):
         launch.in_process(folder, config, tmp_path, [Presses()])
@@ -168,8 +174,7 @@ def test_sigterm_leaves_a_checkpoint_where_there_is_time(folder: RunFolder, tmp_
                 os.kill(os.getpid(), signal.SIGTERM)
                 self.times = 0
 
-    config = recipe().model_copy(update={"training": recipe().training.model_copy(update={"steps": 400})})
-    config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"every": 1})})
+    config = talkative()
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt, match="stopped with a checkpoint"):
         launch.in_process(folder, config, tmp_path, [Terminates()])
