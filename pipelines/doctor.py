@@ -38,6 +38,7 @@ _WRITTEN = 1 << 20
 _EXTRAS = {
     "gguf": (("gguf", "xllamacpp"), "moeify export --gguf"),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "moeify export --onnx"),
+    "peft": (("peft",), "moeify study fine_tuning"),
     "s3": (("s3fs",), "s3:// in MOEIFY_HOME, MOEIFY_CACHE and exports"),
     "gs": (("gcsfs",), "gs:// in the same places"),
     "service": (("boto3", "psycopg2", "flask_wtf"), "the servers of docker/"),

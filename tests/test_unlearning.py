@@ -19,7 +19,7 @@ from moeify.training import Contestant
 from pipelines.studies import fine_tuning, hard_neighbours, removal, unlearning
 from pipelines.studies.apart import train_apart
 from pipelines.studies.catalogue import find_study
-from pipelines.studies.low_rank import adapt, merge
+from pipelines.studies.low_rank import Adapters
 from pipelines.studies.study import Bench, changed, shipped_recipe
 from pipelines.studies.training import trained
 from tests.texts import WORDS
@@ -62,23 +62,43 @@ def test_what_a_category_does_not_teach_is_left_as_it_is() -> None:
     assert moved == [True] + [False] * (len(names) - 1)
 
 
-def test_adapters_add_nothing_at_first_and_run_for_their_own_rows_alone() -> None:
+def test_adapters_add_nothing_at_first_and_one_runs_at_a_time() -> None:
     model = language_model()
     tokens, kinds = torch.randint(300, (4, 8)), torch.tensor([0, 0, 1, 1])
     with torch.no_grad():
         before = model(tokens, kinds)
-        added = adapt(model, rank=2, seed=0)
-        assert len(added) == 16  # two for each of four maps of two layers
+        plain = len(list(model.network.parameters()))
+        adapters = Adapters(model, rank=2, seed=0)
+        assert [len(adapters.of(name)) for name in ("a", "b")] == [16, 16]  # two for each of four maps of two layers
+        assert len(adapters.base()) == plain
         torch.testing.assert_close(model(tokens, kinds), before)
-        for parameter in added:
-            parameter[1] += 0.3 * torch.randn_like(parameter[1])
+        for parameter in adapters.of("b"):
+            parameter += 0.3 * torch.randn_like(parameter)
+        torch.testing.assert_close(model(tokens, kinds), before)
+        adapters.run("b")
         after = model(tokens, kinds)
-        torch.testing.assert_close(after[:2], before[:2])
-        assert not torch.allclose(after[2:], before[2:], atol=1e-2)
-        everywhere = model(tokens, torch.ones_like(kinds))
-        left = SplitModel(merge(model, "b"), ("a", "b"))
-        torch.testing.assert_close(left(tokens, kinds), everywhere, rtol=1e-4, atol=1e-4)
-    assert {type(module).__name__ for module in left.modules()}.isdisjoint({"Adapted"})
+        assert not torch.allclose(after, before, atol=1e-2)
+        left = SplitModel(adapters.merged("b"), ("a", "b"))
+        torch.testing.assert_close(left(tokens, kinds), after, rtol=1e-4, atol=1e-4)
+    assert len(list(left.network.parameters())) == plain
+
+
+def test_an_adapter_and_the_base_learn_from_the_rows_that_teach_them() -> None:
+    model = language_model()
+    adapters = Adapters(model, rank=2, seed=0)
+    tokens = torch.randint(300, (4, 8))
+    adapters.run("a")
+    loss = model(tokens, torch.tensor([0, 0, 0, 0])).square().mean()
+    taught = [*adapters.of("a"), *adapters.base()]
+    assert all(torch.isfinite(grad).all() for grad in torch.autograd.grad(loss, taught, retain_graph=True))
+    idle = torch.autograd.grad(loss, adapters.of("b"), allow_unused=True)
+    assert idle == (None,) * len(idle)
+
+
+def test_adapters_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.studies.low_rank.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"pip install 'moeify\[peft\]'"):
+        Adapters(language_model(), rank=2, seed=0)
 
 
 def test_a_network_without_its_fresh_units_is_the_one_before() -> None:

@@ -15,7 +15,8 @@ from moeify.task import Task
 from moeify.training import Contestant, learning_rate
 
 Learners = Callable[[str], Sequence[nn.Parameter]]
-"""Category -> the parameters that its labelled rows teach; rows without a label teach all."""
+"""Category -> the parameters that its labelled rows teach; rows without a label teach all. Asked right before
+these rows run, so it may also say what runs for them."""
 
 
 def train_apart(contestant: Contestant, task: Task, settings: Training, learners: Learners) -> None:

@@ -18,7 +18,7 @@ from moeify.twin_cache import fingerprint
 from moeify.world import Solo
 from pipelines.studies import removal
 from pipelines.studies.apart import train_apart
-from pipelines.studies.low_rank import adapt, merge
+from pipelines.studies.low_rank import Adapters
 from pipelines.studies.removal import Removed, in_shares
 from pipelines.studies.study import Arm, Bench, Column, Measures, Size, Study, changed
 from pipelines.studies.subsets import Subset
@@ -32,7 +32,7 @@ _PRETRAINED: dict[str, nn.Module] = {}
 
 def arms(size: Size) -> tuple[Arm, ...]:
     """Return every way to fine-tune."""
-    steps = {"quick": 8, "full": 80, "large": 1000}[size]
+    steps = {"quick": 8, "full": 320, "large": 1000}[size]
     recipe = texts_recipe(size, INSTALLED if size == "quick" else STORIES, steps)
     return (
         Arm("dense twin", recipe, dense_twin),
@@ -159,17 +159,20 @@ def _pretrained(bench: Bench, kept: Sequence[str], steps: int) -> nn.Module:
 
 def _adapters(mine: Bench, base: Literal["frozen", "learns", "learns the rest"]) -> Measures:
     model, removed = SplitModel(copy.deepcopy(mine.task.build()), mine.task.categories), terms(mine).removed
-    added = adapt(model, _RANK, mine.config.seed)
-    everything = list(model.parameters())
+    adapters = Adapters(model, _RANK, mine.config.seed)
 
     def learners(category: str) -> Sequence[nn.Parameter]:
-        apart = base == "frozen" or (base == "learns the rest" and category == removed)
-        return added if apart else everything
+        adapters.run(category)
+        alone = base == "frozen" or (base == "learns the rest" and category == removed)
+        return adapters.of(category) if alone else [*adapters.of(category), *adapters.base()]
 
     train_apart(Contestant(model, mine.config.training), mine.task, mine.config.training, learners)
-    before = test_losses(model, mine)
+    before: dict[str, float] = {}
+    for category in mine.task.categories:
+        adapters.run(category)
+        before[category] = test_losses(model, mine)[category]
     (kept,) = terms(mine).kept(mine)
-    return _judged(mine, Removed(before, merge(model, kept)))
+    return _judged(mine, Removed(before, adapters.merged(kept)))
 
 
 STUDY = Study(

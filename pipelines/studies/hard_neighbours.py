@@ -1,8 +1,9 @@
 """Realistic unlearning: a small category with a near neighbour, where only some of it is labelled.
 
-The chapter on viruses of a textbook of microbiology is to be removed: 4 % of all tokens. Its neighbour, 16 %, is the
-chapters on cells before it; all else is a textbook of anatomy and physiology. Rows of the category without a label
-teach everything, or are filtered out by nobody: what SGTM asks (arXiv 2512.05648).
+Of all tokens 4 % are of the category to be removed, 16 % of its neighbour, the rest of a third: the chapter on viruses
+of a textbook of microbiology beside its chapters on cells; that textbook beside one of anatomy and physiology;
+detective stories beside tales of horror. Rows of the category without a label teach everything, or are filtered out by
+nobody: what SGTM asks (arXiv 2512.05648).
 """
 
 from collections.abc import Mapping
@@ -20,32 +21,41 @@ from pipelines.studies.study import Arm, Bench, Column, Measures, Size, Study, c
 from pipelines.studies.training import test_losses, trained
 from pipelines.studies.unlearning import ROWS, terms, texts_recipe
 
+_STEPS: Mapping[Size, int] = {"quick": 12, "full": 640, "large": 8000}
+"""Four times as many as others have: a category of 4 % is to be seen often enough to be learned."""
 SHARES = (0.04, 0.16, 0.8)
 """Of the tokens: what is to be removed, its neighbour, and the rest."""
 _FIELDS = {"kind": "jsonl", "path": "text-openstax-bio/openstax-bio.jsonl.xz"}
 _CELLS = ["The Cell", "Prokaryotic Diversity", "The Eukaryotes of Microbiology"]
-_TEXTS: Mapping[str, Any] = {
-    "viruses": {**_FIELDS, "where": {"chapter": ["Acellular Pathogens"]}},
-    "cells": {**_FIELDS, "where": {"chapter": _CELLS}},
-    "anatomy": {**_FIELDS, "where": {"label": ["anatomy-physiology"]}},
+_ANATOMY = {**_FIELDS, "where": {"label": ["anatomy-physiology"]}}
+_NOVELS = {"kind": "jsonl", "path": "text-fiction/fiction-6genres.jsonl.xz", "group": "author"}
+_TEXTS: Mapping[str, Mapping[str, Any]] = {
+    "viruses": {
+        "viruses": {**_FIELDS, "where": {"chapter": ["Acellular Pathogens"]}},
+        "cells": {**_FIELDS, "where": {"chapter": _CELLS}},
+        "anatomy": _ANATOMY,
+    },
+    "microbiology": {
+        "microbiology": {**_FIELDS, "where": {"label": ["microbiology"]}},
+        "anatomy": _ANATOMY,
+        "fiction": _NOVELS,
+    },
+    "detective": {name: {**_NOVELS, "where": {"label": [name]}} for name in ("detective", "horror", "society-novel")},
 }
-_FICTION = {"kind": "jsonl", "path": "text-fiction/fiction-6genres.jsonl.xz", "group": "author"}
-_GENRES: Mapping[str, Any] = {
-    name: {**_FICTION, "where": {"label": [name]}} for name in ("detective", "horror", "society-novel")
-}
+"""Of each, what is to be removed, its neighbour, and the rest."""
 _INSTALLED: Mapping[str, Any] = {name: {"kind": "installed", "source": name} for name in ("python", "prose", "c")}
 """Of ``--quick``, which needs no data of its own."""
 
 
 def arms(size: Size) -> tuple[Arm, ...]:
-    """Return the dense twin, and each way to remove with all, some and few labels; ``large``: a second pair too."""
-    if size == "large":
-        return (*_arms(size, "viruses: ", _TEXTS), *_arms(size, "detective: ", _GENRES))
-    return _arms(size, "", _INSTALLED if size == "quick" else _TEXTS)
+    """Return for each category with its neighbour the dense twin, and each way to remove with all, some, few labels."""
+    if size == "quick":
+        return _arms(size, "", _INSTALLED)
+    return tuple(arm for name, texts in _TEXTS.items() for arm in _arms(size, f"{name}: ", texts))
 
 
 def _arms(size: Size, prefix: str, texts: Mapping[str, Any]) -> tuple[Arm, ...]:
-    dense = texts_recipe(size, texts)
+    dense = texts_recipe(size, texts, _STEPS[size])
     found = [Arm(f"{prefix}dense twin", dense, dense_twin), Arm(f"{prefix}attribution", dense, attributed)]
     for labelled in (1.0, 0.4, 0.1):
         label = f"{labelled:.0%}".replace("%", " %")

@@ -1,60 +1,68 @@
-"""Low-rank adapters, one for each category, in the maps of attention (LoRA: Hu et al. 2021, arXiv 2106.09685).
+"""Low-rank adapters of the package ``peft``, one for each category (LoRA: Hu et al. 2021, arXiv 2106.09685).
 
-Parts of our own, not those of the package ``peft``: here the rows of one step belong to several categories, and each
-runs its own adapter in the same pass. On every query, key, value and output map, as published for attention.
+On every query, key, value and output map, as published for attention. ``peft`` trains one adapter at a time, so rows of
+different categories run one category after the other (``pipelines.studies.apart``).
 """
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+import warnings
+from importlib.util import find_spec
 
-from moeify.routed.ffn import Routes
+import torch
+from torch import nn
+
 from moeify.routed.split_model import SplitModel
 
 _MAPS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-class Adapted(nn.Module):
-    """A linear map, and for rows of each category what its adapter adds: nothing at first."""
+class Adapters:
+    """An adapter for each category, put into a model in place; they add nothing at first. The first one runs.
 
-    def __init__(self, base: nn.Linear, routes: Routes, categories: int, rank: int) -> None:
-        super().__init__()
-        self.base, self._routes = base, routes
-        self.down = nn.Parameter(torch.randn(categories, rank, base.in_features) * base.in_features**-0.5)
-        self.up = nn.Parameter(torch.zeros(categories, base.out_features, rank))
+    Raises ValueError where ``peft`` is not installed.
+    """
 
-    def forward(self, x: Float[Tensor, "rows positions inputs"]) -> Float[Tensor, "rows positions outputs"]:
-        """Return what the map and each row's adapter give."""
-        rows = self._routes.categories
-        assert rows is not None
-        return self.base(x) + x @ self.down[rows].transpose(1, 2) @ self.up[rows].transpose(1, 2)
+    def __init__(self, model: SplitModel, rank: int, seed: int) -> None:
+        if find_spec("peft") is None:
+            raise ValueError("adapters need the peft package, which is not here: pip install 'moeify[peft]'")
+        import peft
+        from peft.tuners.lora import LoraLayer
 
-    @torch.no_grad()
-    def merged(self, category: int) -> nn.Linear:
-        """Return the map with this category's adapter in it; the others' are gone."""
-        self.base.weight += self.up[category] @ self.down[category]
-        return self.base
+        self._network, self._categories = model.network, model.categories
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_MAPS))
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # there are several on purpose
+            torch.manual_seed(seed)
+            for number in range(len(model.categories)):
+                peft.inject_adapter_in_model(config, model.network, _name(number))
+        self._layers = {name: m for name, m in model.network.named_modules() if isinstance(m, LoraLayer)}
+        self.run(model.categories[0])
+
+    def run(self, category: str) -> None:
+        """Let this category's adapter run for all rows, and no other."""
+        for layer in self._layers.values():
+            layer.set_adapter(_name(self._categories.index(category)))
+        self._network.requires_grad_(True)  # peft froze what does not run; who learns is for the caller to say
+
+    def of(self, category: str) -> list[nn.Parameter]:
+        """Return the parameters of a category's adapter."""
+        name = _name(self._categories.index(category))
+        maps = (part[name] for layer in self._layers.values() for part in (layer.lora_A, layer.lora_B))
+        return [parameter for each in maps for parameter in each.parameters()]
+
+    def base(self) -> list[nn.Parameter]:
+        """Return all parameters of the network that are no adapter's."""
+        mine = {id(parameter) for category in self._categories for parameter in self.of(category)}
+        return [parameter for parameter in self._network.parameters() if id(parameter) not in mine]
+
+    def merged(self, category: str) -> nn.Module:
+        """Return the network with one category's adapters merged and the others' removed, in place."""
+        for path, layer in self._layers.items():
+            layer.merge(adapter_names=[_name(self._categories.index(category))])
+            parent, _, name = path.rpartition(".")
+            setattr(self._network.get_submodule(parent), name, layer.get_base_layer())
+        return self._network
 
 
-def adapt(model: SplitModel, rank: int, seed: int) -> list[nn.Parameter]:
-    """Put an adapter for each category into the maps of attention, in place, and return their parameters."""
-    added: list[nn.Parameter] = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for module in list(model.network.modules()):
-            for name in _MAPS:
-                if isinstance(base := getattr(module, name, None), nn.Linear):
-                    adapted = Adapted(base, model.routes, len(model.categories), rank)
-                    setattr(module, name, adapted)
-                    added += [adapted.down, adapted.up]
-    return added
-
-
-def merge(model: SplitModel, category: str) -> nn.Module:
-    """Return the network with one category's adapters merged and the others' removed, in place."""
-    place = model.categories.index(category)
-    for module in list(model.network.modules()):
-        for name in _MAPS:
-            if isinstance(adapted := getattr(module, name, None), Adapted):
-                setattr(module, name, adapted.merged(place))
-    return model.network
+def _name(number: int) -> str:
+    """Return the name of a category's adapter; a category's own may hold what a module's name cannot."""
+    return f"category_{number}"
