@@ -28,7 +28,7 @@ SHARES = (0.04, 0.16, 0.8)
 _FIELDS = {"kind": "jsonl", "path": "text-openstax-bio/openstax-bio.jsonl.xz"}
 _CELLS = ["The Cell", "Prokaryotic Diversity", "The Eukaryotes of Microbiology"]
 _ANATOMY = {**_FIELDS, "where": {"label": ["anatomy-physiology"]}}
-_NOVELS = {"kind": "jsonl", "path": "text-fiction/fiction-6genres.jsonl.xz", "group": "author"}
+_NOVELS = {"kind": "jsonl", "path": "text-fiction/fiction-6genres.jsonl.xz", "group": "title"}
 _TEXTS: Mapping[str, Mapping[str, Any]] = {
     "viruses": {
         "viruses": {**_FIELDS, "where": {"chapter": ["Acellular Pathogens"]}},
