@@ -39,6 +39,7 @@ _EXTRAS = {
     "gguf": (("gguf", "xllamacpp"), "moeify export --gguf"),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "moeify export --onnx"),
     "peft": (("peft",), "moeify study fine_tuning"),
+    "streamed": (("datasets",), "data.source.kind streamed"),
     "s3": (("s3fs",), "s3:// in MOEIFY_HOME, MOEIFY_CACHE and exports"),
     "gs": (("gcsfs",), "gs:// in the same places"),
     "service": (("boto3", "psycopg2", "flask_wtf"), "the servers of docker/"),

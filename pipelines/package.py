@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moeify.recipe.config import RunConfig
-from moeify.recipe.data import ImageData, JsonLines, MixedText, Table, TextData, TextFolders
+from moeify.recipe.data import ImageData, JsonLines, MixedText, StreamedText, Table, TextData, TextFolders
 from moeify.recipe.model import PretrainedModel
 
 RECIPE = "recipe.yaml"
@@ -68,6 +68,9 @@ def _named(config: RunConfig) -> Iterator[tuple[str, Path]]:
                 for name, part in parts.items():
                     if part.kind != "installed":
                         yield f"data.source.categories.{name}.path", root / part.path
+            case StreamedText(categories=streamed):
+                for name, files in streamed.items():
+                    yield from ((f"data.source.categories.{name}.files", Path(each)) for each in files.files)
     elif isinstance(config.data, ImageData) and config.data.root:
         yield "data.root", config.data.root
     if isinstance(config.model, PretrainedModel):
@@ -76,6 +79,7 @@ def _named(config: RunConfig) -> Iterator[tuple[str, Path]]:
 
 def _files(config: RunConfig, base: Path) -> Iterator[tuple[Path, Path]]:
     """Yield every file that relative paths name: its name below ``base``, and where it is."""
+    from moeify.data import streamed
     from moeify.data.sources import files_in
     from moeify.data.tables import parts_of
 
@@ -99,6 +103,13 @@ def _files(config: RunConfig, base: Path) -> Iterator[tuple[Path, Path]]:
                         yield from ((path / name, found) for name, found in files_in(base / path, part.pattern))
                     else:
                         yield path, base / path
+            case StreamedText(categories=streams):
+                for name, each in streams.items():
+                    near = tuple(file for file in each.files if not Path(file).is_absolute())
+                    if near:
+                        mine = each.model_copy(update={"files": near})
+                        found = streamed.files_of(mine, base, f"data.source.categories.{name}.files")
+                        yield from ((path.relative_to(base), path) for path in found)
     if isinstance(config.model, PretrainedModel) and not (folder := config.model.path).is_absolute():
         files = sorted(path for path in (base / folder).iterdir() if path.suffix in _CHECKPOINT)
         yield from ((folder / path.name, path) for path in files)

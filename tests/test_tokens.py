@@ -156,7 +156,7 @@ def test_what_a_killed_process_left_does_not_matter(tmp_path: Path, monkeypatch:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokens_of.np, "save", die)
+        patch.setattr(tokens_of, "_batches", die)
         with pytest.raises(KeyboardInterrupt):
             prepare(data(tmp_path), tmp_path / "cache", tmp_path)
     assert list((tmp_path / "cache" / "text").glob("*.preparing"))

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import assert_never
 
-from moeify.data import corpora, tables
+from moeify.data import corpora, streamed, tables
 from moeify.data.documents import Document, distinct, misnamed
 from moeify.data.lines import UNLABELLED, Fields, existing, read_lines
 from moeify.data.root import data_root
@@ -18,6 +18,7 @@ from moeify.recipe.data import (
     LinesPart,
     MixedText,
     Source,
+    StreamedText,
     Table,
     TextFolders,
 )
@@ -40,6 +41,8 @@ def fingerprint(source: Source, base: Path) -> str:
             return _file_hash(base / source.path, "data.source.path")
         case Table():
             return tables.content_hash(base / source.path)
+        case StreamedText():
+            return streamed.fingerprint(source, base)
         case MixedText():
             root = _root(source, base)
             return _digest(f"{category}\0{_part_hash(category, part, root)}" for category, part in _parts(source))
@@ -76,6 +79,8 @@ def read(source: Source, base: Path) -> dict[str, list[Document]]:
             root = _root(source, base)
             found = {name: _part(name, part, root, source.megabytes) for name, part in _parts(source)}
             return _up_to(source.megabytes, distinct(_with_text(found)))
+        case StreamedText():
+            raise TypeError("a streamed source is read by moeify.data.streamed, some documents at a time")
         case _ as never:
             assert_never(never)
     return distinct(_with_text(found))

@@ -8,9 +8,11 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import tokenizers
@@ -21,10 +23,10 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from moeify.data import corpora, documents, excerpts, lines, sources
+from moeify.data import corpora, documents, excerpts, lines, sources, streamed
 from moeify.data.documents import SPLITS, Document, Split
 from moeify.data.given_tokenizer import GivenTokenizer
-from moeify.recipe.data import Discover, TextData
+from moeify.recipe.data import Discover, StreamedText, TextData
 
 END = "<|end|>"
 """The token after every document. The same characters inside of a document are ordinary text."""
@@ -32,6 +34,10 @@ SAMPLE_BYTES = 1_000_000
 """What the BPE sees of each category at most; of all the same, so that none shapes the vocabulary more."""
 Stream = UInt16[np.ndarray, " tokens"] | UInt32[np.ndarray, " tokens"]
 """The wide one where a vocabulary has more than 65,536 tokens."""
+Placed = Iterable[tuple[Split, Document]]
+"""Documents, and the split that each falls into."""
+_BATCH_BYTES = 4_000_000
+"""Of text that is encoded at a time."""
 _INDEX = "index.json"
 _ASSETS = ("tokenizer.json", "tokenizer_config.json")
 
@@ -87,7 +93,8 @@ def _key(data: TextData, base: Path, given: GivenTokenizer | None) -> str:
     digest = hashlib.sha256(f"{data.model_dump_json(exclude={'length'})}\n{tokenizers.__version__}\n".encode())
     if given is not None:
         digest.update(f"{given.fingerprint}\n".encode())
-    for module in (corpora.__file__, documents.__file__, excerpts.__file__, lines.__file__, sources.__file__, __file__):
+    text = (corpora.__file__, documents.__file__, excerpts.__file__, lines.__file__, sources.__file__)
+    for module in (*text, streamed.__file__, __file__):
         digest.update(hashlib.sha256(Path(module).read_bytes()).digest())
     if data.discover is not None:
         from moeify.data import discover
@@ -102,6 +109,34 @@ def _key(data: TextData, base: Path, given: GivenTokenizer | None) -> str:
 
 def _publish(data: TextData, base: Path, entry: Path, given: GivenTokenizer | None) -> None:
     """Prepare the data beside ``entry`` and move it there; the caller holds the entry's lock."""
+    parts, chosen, assets = _ready(data, base, given)
+    work = entry.with_suffix(".preparing")
+    shutil.rmtree(work, ignore_errors=True)  # What a process left that was killed.
+    work.mkdir()
+    for name, content in assets.items():
+        (work / name).write_bytes(content)
+    sizes = [_write(work, number, name, each, chosen) for number, (name, each) in enumerate(parts.items())]
+    index = {
+        "categories": list(parts),
+        "vocabulary": chosen.tokenizer.get_vocab_size(),
+        "end": chosen.end,
+        "sizes": {split: [each[split] for each in sizes] for split in SPLITS},
+        "assets": list(assets),
+        "files": {path.name: _hash(path) for path in sorted(work.iterdir())},
+    }
+    (work / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    work.rename(entry)
+
+
+def _ready(
+    data: TextData, base: Path, given: GivenTokenizer | None
+) -> tuple[Mapping[str, Placed], GivenTokenizer, dict[str, bytes]]:
+    """Return each category's documents, to be read once and in this order, the tokenizer, and the files to keep."""
+    if isinstance(data.source, StreamedText):
+        corpus = streamed.Corpus(data.source, base, validation=data.validation, test=data.test)
+        names = corpus.categories
+        chosen = given or _trained([corpus.head(name, SAMPLE_BYTES) for name in names], data.vocabulary)
+        return {name: corpus.documents(name) for name in names}, chosen, dict(chosen.assets)
     if data.discover is None:
         parts = _documents(data, base)
         chosen = given or _trained([parts[category]["train"] for category in parts], data.vocabulary)
@@ -109,25 +144,60 @@ def _publish(data: TextData, base: Path, entry: Path, given: GivenTokenizer | No
     else:
         parts, chosen, found = _discovered(data, data.discover, base, given)
         assets = {**chosen.assets, "discovered.json": found}
-    work = entry.with_suffix(".preparing")
-    shutil.rmtree(work, ignore_errors=True)  # What a process left that was killed.
-    work.mkdir()
-    for name, content in assets.items():
-        (work / name).write_bytes(content)
+    return {name: _split_by_split(each) for name, each in parts.items()}, chosen, assets
+
+
+def _split_by_split(documents: Mapping[Split, Sequence[Document]]) -> Placed:
     for split in SPLITS:
-        for number, category in enumerate(parts):
-            stream = encode(chosen.tokenizer, chosen.end, parts[category][split])
-            np.save(work / _stream(split, number), stream, allow_pickle=False)
-    index = {
-        "categories": list(parts),
-        "vocabulary": chosen.tokenizer.get_vocab_size(),
-        "end": chosen.end,
-        "sizes": {split: [sum(d.size for d in parts[category][split]) for category in parts] for split in SPLITS},
-        "assets": list(assets),
-        "files": {path.name: _hash(path) for path in sorted(work.iterdir())},
+        yield from ((split, document) for document in documents[split])
+
+
+def _write(work: Path, number: int, name: str, documents: Placed, chosen: GivenTokenizer) -> dict[Split, int]:
+    """Encode a category's documents and write its streams, a batch at a time; return the splits' bytes of UTF-8."""
+    sizes: dict[Split, int] = dict.fromkeys(SPLITS, 0)
+    lengths: dict[Split, int] = dict.fromkeys(SPLITS, 0)
+    with ExitStack() as stack:
+        files = {split: stack.enter_context((work / _stream(split, number)).open("wb")) for split in SPLITS}
+        for split in SPLITS:
+            _head(files[split], chosen, 0)
+        for batch in _batches(documents):
+            for split in SPLITS:
+                if mine := [document for place, document in batch if place == split]:
+                    stream = encode(chosen.tokenizer, chosen.end, mine)
+                    files[split].write(stream.data)
+                    sizes[split] += sum(document.size for document in mine)
+                    lengths[split] += len(stream)
+        for split in SPLITS:
+            if not lengths[split]:
+                raise ValueError(
+                    f"data.source: category {name!r} has no document for the {split} split; give it more documents, "
+                    f"or a larger share (data.validation, data.test)"
+                )
+            _head(files[split], chosen, lengths[split])
+    return sizes
+
+
+def _head(file: BinaryIO, chosen: GivenTokenizer, length: int) -> None:
+    """Write what an array's file begins with: as many bytes whatever the length (``numpy.lib.format``)."""
+    file.seek(0)
+    described = {
+        "descr": np.lib.format.dtype_to_descr(_kind(chosen.tokenizer, chosen.end)),
+        "fortran_order": False,
+        "shape": (length,),
     }
-    (work / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-    work.rename(entry)
+    np.lib.format.write_array_header_1_0(file, described)
+
+
+def _batches(documents: Placed) -> Iterator[list[tuple[Split, Document]]]:
+    batch, size = [], 0
+    for each in documents:
+        batch.append(each)
+        size += each[1].size
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _documents(data: TextData, base: Path) -> dict[str, dict[Split, list[Document]]]:
@@ -221,9 +291,13 @@ def _sample(each: Sequence[Document], size: int) -> list[str]:
 
 def encode(tokenizer: tokenizers.Tokenizer, end: int, each: Sequence[Document]) -> Stream:
     """Return the documents as one stream, the ``end`` token after each."""
-    most = max(end, *tokenizer.get_vocab().values())
-    kind = np.uint16 if most <= np.iinfo(np.uint16).max else np.uint32
+    kind = _kind(tokenizer, end)
     return np.concatenate([np.array([*ids, end], dtype=kind) for ids in _ids(tokenizer, each)])
+
+
+def _kind(tokenizer: tokenizers.Tokenizer, end: int) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
+    most = max(end, *tokenizer.get_vocab().values())
+    return np.dtype(np.uint16) if most <= np.iinfo(np.uint16).max else np.dtype(np.uint32)
 
 
 def _ids(tokenizer: tokenizers.Tokenizer, each: Sequence[Document]) -> list[list[int]]:

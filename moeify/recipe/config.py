@@ -26,6 +26,7 @@ from moeify.recipe.data import (
     ImageData,
     InstalledText,
     MixedText,
+    StreamedText,
     TextData,
     TextFolders,
     cluster_names,
@@ -306,8 +307,8 @@ class RunConfig(Closed):
                 return None if number is None else cluster_names(number)
             case TextData(source=InstalledText(sources=sources)):
                 return sources
-            case TextData(source=TextFolders(categories=categories) | MixedText(categories=categories)):
-                return tuple(categories)
+            case TextData(source=TextFolders() | MixedText() | StreamedText() as source):
+                return tuple(source.categories)
             case _:
                 return None
 

@@ -109,7 +109,31 @@ class MixedText(Closed):
     """Upper bound on the text taken of each category, in 10^6 bytes."""
 
 
-Source = Annotated[InstalledText | TextFolders | JsonLines | Table | MixedText, Field(discriminator="kind")]
+class StreamedFiles(Closed):
+    """Files of one kind: JSON lines, Parquet, CSV, Arrow, or text, where each file is a document."""
+
+    files: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Paths, or globs such as ``code/*.parquet``, plain or compressed. Relative ones start at the recipe's folder."""
+    text: str = "text"
+    """The field or column that holds the document; of text files it is ``text``."""
+
+
+class StreamedText(Closed):
+    """Files that memory need not hold, read through Hugging Face ``datasets`` (``pip install 'moeify[streamed]'``).
+
+    Documents go to tokens on disk some at a time, and workers map those into memory, so that each reads what its rows
+    ask for. The price: equal documents are left out, near duplicates stay, and a document's split follows from its own
+    hash, so that shares of splits are of documents, about.
+    """
+
+    kind: Literal["streamed"]
+    categories: Annotated[dict[Name, StreamedFiles], Field(min_length=2)]
+    """Category to its files."""
+
+
+Source = Annotated[
+    InstalledText | TextFolders | JsonLines | Table | MixedText | StreamedText, Field(discriminator="kind")
+]
 
 
 class Tfidf(Closed):
@@ -164,6 +188,8 @@ class TextData(Closed):
     def _has_categories(self) -> Self:
         if self.discover is None and self.source.kind == "jsonl" and self.source.category is None:
             raise ValueError("source.category: got null, wanted a field; name one, or set data.discover")
+        if self.discover is not None and self.source.kind == "streamed":
+            raise ValueError("discover: got a streamed source, whose documents are not kept; take jsonl or table")
         return self
 
 
