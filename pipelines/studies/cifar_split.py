@@ -39,7 +39,7 @@ L1, CORRELATION = 3e-3, 0.1
 """Weights of the regularisers, those of the split autoencoder."""
 _NETWORKS = {"quick": (4, 1), "full": (16, 3), "large": (16, 3)}
 """Channels of the first stage, and blocks a stage: a ResNet-20, the published network."""
-_STEPS = {"quick": 6, "full": 800, "large": 6000}
+_STEPS = {"quick": 6, "full": 400, "large": 6000}
 _ROUTING = Routing.model_validate(
     {"gradients": "activations", "experts": [{"categories": [name], "units": 0.5} for name in HALVES]}
 )
