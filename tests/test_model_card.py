@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -135,6 +136,31 @@ def test_the_card_without_a_category_says_what_is_gone_and_where_its_rows_run() 
     assert "| a | a | +0.2500 |" in text
     assert 'moeify.load_split("FOLDER")' in text
     assert "split model with a ablated" in text
+
+
+@pytest.mark.parametrize(
+    ("routing", "said"),
+    [
+        ({}, "what those units know of a is still there."),
+        ({"apart": ["b"]}, "what those units know of a is still there."),
+        (
+            {"apart": ["a"]},
+            "kept apart and taught none of those; but before the first cut they taught everything.",
+        ),
+        ({"apart": ["a"], "experts": [{"categories": ["a"], "fresh": 4}]}, "kept apart and taught none of those."),
+        (
+            {"apart": ["a"], "experts": [{"categories": ["a"], "fresh": 4}], "labelled": 0.4},
+            "taught none of those; but 60% of them had no label and taught everything.",
+        ),
+    ],
+)
+def test_the_card_says_what_is_left_of_a_category_that_was_kept_apart(routing: dict[str, object], said: str) -> None:
+    asked = {"gradients": "parameters", **routing} if routing else {}
+    more = {"routing": asked, "partition": {"compensation": None}}
+    about = replace(ABOUT, recipe=RunConfig.model_validate(RECIPE.model_dump(mode="json") | more))
+    text = card(about, source(drop=["a"]), Checked(None, {"a": 0.0}), dtype="float32")
+    assert said in text
+    assert ("what those units know" in text) == ("kept apart" not in text)
 
 
 def test_a_card_tells_what_is_known_when_the_run_is_not() -> None:

@@ -121,10 +121,10 @@ def _what(about: About, source: Source, dtype: str, stock: Stock | None) -> Iter
     if left_out:
         yield f"It holds nothing that only {', '.join(left_out)} would run."
     if source.removed:
-        yield from ("", *_removal(source))
+        yield from ("", *_removal(source, about.recipe))
 
 
-def _removal(source: Source) -> Iterator[str]:
+def _removal(source: Source, recipe: RunConfig | None) -> Iterator[str]:
     """Say what was taken out, and what is left for its categories."""
     old = source.whole.partition.tree
     for name in source.removed:
@@ -134,9 +134,23 @@ def _removal(source: Source) -> Iterator[str]:
         yield (
             f"**Taken out: the expert `{name}` and all below it.** None of its units is in the files. "
             f"Rows of {theirs} run on what is left of their route, down to `{old.nodes[node.parent].name}`, "
-            f"which others share: what those units know of {theirs} is still there. "
+            f"which others share: {_traces(node.categories, recipe)} "
             f"All other categories run the same units as before."
         )
+
+
+def _traces(categories: Sequence[str], recipe: RunConfig | None) -> str:
+    """Say what units that others share know of categories whose expert was taken out."""
+    theirs = ", ".join(categories)
+    if recipe is None or not set(categories) <= set(recipe.routing.apart):
+        return f"what those units know of {theirs} is still there."
+    routing = recipe.routing
+    said = [f"in training, labelled rows of {theirs} were kept apart and taught none of those"]
+    if not set(categories) <= {category for expert in routing.experts for category in expert.categories}:
+        said.append("but before the first cut they taught everything")
+    if routing.labelled < 1:
+        said.append(f"but {1 - routing.labelled:.0%} of them had no label and taught everything")
+    return "; ".join(said) + "."
 
 
 def _loading(part: SplitModel, stock: Stock | None, file: FileForm | None, *, cache: bool) -> Iterator[str]:
