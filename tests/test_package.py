@@ -118,3 +118,15 @@ def test_mixed_parts_go_from_their_root_and_data_of_the_nodes_own_stays(base: Pa
     assert listed(tmp_path / "none") == []
     with pytest.raises(ValueError, match=r"data.source.root: got '\.\.', which lies outside of the recipe's folder"):
         pack(recipe({**source, "root": ".."}), base, tmp_path / "out")
+
+
+def test_streamed_files_go_by_their_globs_and_absolute_ones_stay(base: Path, tmp_path: Path) -> None:
+    parts = {"law": {"files": ["law/**/*.txt"]}, "other": {"files": ["other.txt", str(tmp_path / "far" / "*.txt")]}}
+    config = recipe({"kind": "streamed", "categories": parts})
+    assert pack(config, base, tmp_path / "to") == [tmp_path / "far" / "*.txt"]
+    assert listed(tmp_path / "to") == ["law/.hidden/d.txt", "law/a.txt", "law/deep/b.txt", "other.txt"]
+    for pattern in ("../*.jsonl", "law/../../outside.jsonl"):
+        outside = {**parts, "law": {"files": [pattern]}}
+        with pytest.raises(ValueError, match=r"data.source.categories.law.files: got .* lies outside of the recipe's"):
+            pack(recipe({"kind": "streamed", "categories": outside}), base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
