@@ -15,9 +15,9 @@ from click.testing import CliRunner
 
 from moeify.data import sources, tokens
 from moeify.data.documents import SPLITS
-from moeify.data.streamed import Corpus
+from moeify.data.streamed import Corpus, files_of
 from moeify.data.tokens import Tokens, prepare
-from moeify.recipe.data import StreamedText, TextData
+from moeify.recipe.data import StreamedFiles, StreamedText, TextData
 from pipelines.cli import main
 from tests.surveyed import text
 
@@ -127,6 +127,15 @@ def test_what_is_read_first_for_the_tokenizer_does_not_count_as_read(base: Path)
     assert len(head) == 1
     assert head[0] in [document for split, document in corpus.documents("law") if split == "train"]
     assert not list(corpus.documents("law"))
+
+
+def test_globs_mean_files_wherever_the_recipe_lies(base: Path) -> None:
+    inside = base / "odd [1]"
+    write(inside / "deep" / "a.jsonl", ["one"])
+    write(inside / "deep" / "deeper" / "b.jsonl", ["two"])
+    for pattern in ("deep/**/*", str(base / "odd ?1?" / "**" / "*.jsonl")):
+        part = StreamedFiles(files=(pattern,))
+        assert [path.name for path in files_of(part, inside, "files")] == ["a.jsonl", "b.jsonl"]
 
 
 def test_changed_files_are_other_data(base: Path) -> None:

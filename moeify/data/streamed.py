@@ -28,8 +28,7 @@ def files_of(part: StreamedFiles, base: Path, said: str) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for pattern in part.files:
-        whole = base / pattern
-        paths = sorted(Path(whole.anchor).glob(str(whole.relative_to(whole.anchor)))) if _is_glob(pattern) else [whole]
+        paths = _matching(base, pattern) if any(sign in pattern for sign in "*?[") else [base / pattern]
         if not paths:
             raise ValueError(f"{said}: no file matches {pattern!r}; a relative path starts at the recipe's folder")
         found |= dict.fromkeys(existing(path, said) for path in paths)
@@ -142,8 +141,11 @@ def _reader(path: Path) -> str | None:
     return _READERS.get(suffixes[-1]) if suffixes else None
 
 
-def _is_glob(pattern: str) -> bool:
-    return any(sign in pattern for sign in "*?[")
+def _matching(base: Path, pattern: str) -> list[Path]:
+    """Return the files that a glob means, in order of their names."""
+    top = Path(pattern).anchor
+    found = Path(top).glob(pattern.removeprefix(top)) if top else base.glob(pattern)
+    return sorted(path for path in found if path.is_file())
 
 
 def _said(category: str) -> str:
