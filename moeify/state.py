@@ -180,9 +180,9 @@ def _in_training(model: SplitModel, arm: Arm, config: RunConfig, world: World) -
 
 def _model(task: Task, arm: Arm, config: RunConfig) -> SplitModel:
     told = arm in config.told_arms
-    network, fresh = task.build(), config.routing.fresh if arm in config.cut_arms else 0
-    if fresh:
-        network = widened(network, fresh, config.seed)
+    network = task.build()
+    if arm in config.cut_arms:
+        network = widened(network, config.routing.added, config.seed)
     return SplitModel(network, task.categories, told=told, kinds=config.partition.units)
 
 

@@ -379,7 +379,7 @@ def test_experts_that_do_not_fit_the_network_are_refused(experts: list[dict[str,
 @pytest.mark.parametrize("family", sorted(NETWORKS))
 def test_a_widened_network_gives_the_same_outputs_and_can_learn_in_its_fresh_units(family: str) -> None:
     network = NETWORKS[family]
-    wide, before = widened(network, 6, seed=1), torch.random.get_rng_state()
+    wide, before = widened(network, lambda _: 6, seed=1), torch.random.get_rng_state()
     inputs = rows_for(network, 3)
     torch.testing.assert_close(logits(wide, inputs), logits(network, inputs))
     logits(wide, inputs).square().sum().backward()
@@ -390,19 +390,36 @@ def test_a_widened_network_gives_the_same_outputs_and_can_learn_in_its_fresh_uni
         assert wrote.grad is not None
         assert wrote[:, -6:].abs().max() == 0
         assert wrote.grad[:, -6:].abs().max() > 0
-    assert torch.equal(input_weight(wide, site), input_weight(widened(network, 6, seed=1), site))
+    assert torch.equal(input_weight(wide, site), input_weight(widened(network, lambda _: 6, seed=1), site))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_fresh_units_go_to_their_expert_and_shares_are_of_the_others() -> None:
     experts = [{"categories": ["a"], "units": 0.5, "fresh": 2}, {"categories": ["b"], "fresh": 4}]
     routing = Routing.model_validate({"gradients": "both", "experts": experts})
-    assert routing.fresh == 6
+    assert routing.added("s") == 6
     learning = GradientRouter(routing, "ab", [Site("s", "s", 16)], 0).learning(
         Partition.undivided("ab", [Site("s", "s", 16)]), torch.tensor([0, 1]), torch.ones(2, dtype=torch.bool)
     )
     assert learning is not None
     assert learning.sites["s"].units == [slice(0, 5), slice(5, 12), slice(12, 16)]
+
+
+def test_sites_may_be_expanded_by_different_numbers_of_units() -> None:
+    expert = {"categories": ["a"], "fresh": 2, "expand": {"*.0.*": 0, "*.1.*": 5}}
+    routing = Routing.model_validate({"gradients": "both", "experts": [expert]})
+    network = tiny_llama().float()
+    wide, sites = widened(network, routing.added, seed=1), unit_space(network).sites
+    more = {site.name: 0 if ".0." in site.name else 5 if ".1." in site.name else 2 for site in sites}
+    assert {site.name: site.units for site in unit_space(wide).sites} == {s.name: s.units + more[s.name] for s in sites}
+    inputs = rows_for(network, 3)
+    torch.testing.assert_close(logits(wide, inputs), logits(network, inputs))
+    router = GradientRouter(routing, "ab", unit_space(wide).readers, 0)
+    assert {site: widths[1] for site, widths in router._given.items()} == more
+    assert widened(network, lambda _: 0, seed=1) is network
+    nowhere = Routing.model_validate({"gradients": "both", "experts": [{**expert, "expand": {"no.such": 3}}]})
+    with pytest.raises(ValueError, match=r"routing.experts.0.expand: got 'no.such', which matches none of"):
+        GradientRouter(nowhere, "ab", unit_space(wide).readers, 0)
 
 
 def test_damping_stops_gradients_of_rectangles_only() -> None:

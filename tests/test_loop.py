@@ -348,6 +348,7 @@ def test_gradients_routed_by_hand_make_the_split_model_an_arm_of_its_own_from_th
     "routing",
     [
         {**ROUTED, "experts": [{"categories": ["a", "d"], "units": 0.25}, {"categories": ["b"], "fresh": 6}]},
+        {**ROUTED, "experts": [{"categories": ["b"], "fresh": 6, "expand": {"encoder.*": 2}}]},
         {**ROUTED, "gradients": "both", "routes_after_cut": "soft", "experts": []},
     ],
 )

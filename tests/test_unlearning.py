@@ -103,7 +103,7 @@ def test_adapters_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_network_without_its_fresh_units_is_the_one_before() -> None:
     narrow = language_model()
-    wide = SplitModel(widened(narrow.network, 6, seed=1), ("a", "b"))
+    wide = SplitModel(widened(narrow.network, lambda _: 6, seed=1), ("a", "b"))
     tokens, kinds = torch.randint(300, (3, 8)), torch.tensor([0, 1, 1])
     left = SplitModel(
         removal.with_units(wide, {site.name: torch.arange(site.units - 6) for site in wide.space.sites}), "ab"

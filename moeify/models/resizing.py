@@ -4,7 +4,7 @@ Stock formats know one width for all layers, so there a narrower site is padded 
 nothing, so it changes no output. Our own folders hold each site as wide as it is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 import torch
@@ -30,21 +30,27 @@ def shaped(description: dict[str, Any], units: Mapping[str, int]) -> nn.Module:
 
 
 @torch.no_grad()
-def widened(network: nn.Module, units: int, seed: int) -> nn.Module:
-    """Return the network with so many fresh units at the end of each feed-forward site.
+def widened(network: nn.Module, added: Callable[[str], int], seed: int) -> nn.Module:
+    """Return the network with so many fresh units at the end of each feed-forward site, itself where there are none.
 
-    They read through weights drawn from the seed and write nothing yet, so that no output changes.
+    They read through weights drawn from the seed and write nothing yet, so that no output changes. ``added`` returns
+    how many a site of this name gets.
     """
     space = unit_space(network)
+    more = {site.name: added(site.name) for site in space.sites}
+    if not any(more.values()):
+        return network
+    widths = {site.name: site.units + more[site.name] for site in space.sites}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        wide = rebuild(with_units(describe(network), space.sites[0].units + units))
-    drawn = {part.parameter: wide.get_parameter(part.parameter).clone() for s in space.sites for part in s.ways_in}
+        drawn = rebuild(with_units(describe(network), max(widths.values())))
+        wide = shaped(describe(network), widths)
     copy_units(network, space, {site.name: torch.arange(site.units) for site in space.sites}, wide)
     for site in space.sites:
         for part in site.ways_in:
-            fresh = (part.axis, site.units, units)
-            wide.get_parameter(part.parameter).narrow(*fresh).copy_(drawn[part.parameter].narrow(*fresh))
+            fresh = (part.axis, site.units, more[site.name])
+            values = drawn.get_parameter(part.parameter).narrow(*fresh)
+            wide.get_parameter(part.parameter).narrow(*fresh).copy_(values)
     return wide.to(next(network.parameters()).dtype)
 
 

@@ -1,6 +1,7 @@
 """What a recipe may say about gradient routing: which units learn from which rows while the split model trains."""
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -23,9 +24,20 @@ class GivenExpert(Closed):
     fresh: Annotated[int, Field(ge=0)] = 0
     """Units added to each site for it, which the dense twin does not have; they write nothing at first. Fractions, such
     as separation, count them. Removed with the expert (``moeify export --without``), this is Expand-Route-Ablate."""
+    expand: dict[Pattern, Annotated[int, Field(ge=0)]] = Field(default={})
+    """Names of sites, or patterns such as ``layers.0.*``, to the units that are added there instead; the first that
+    matches holds."""
     sites: dict[Pattern, Share] = Field(default={})
     """Names of sites, or patterns such as ``layers.0.*``, to the fraction there instead; the first that matches holds.
     """
+
+    def share(self, site: str) -> float:
+        """Return the fraction of a site's own units."""
+        return next((share for pattern, share in self.sites.items() if fnmatchcase(site, pattern)), self.units)
+
+    def added(self, site: str) -> int:
+        """Return the units that are added to a site."""
+        return next((units for pattern, units in self.expand.items() if fnmatchcase(site, pattern)), self.fresh)
 
 
 class Routing(Closed):
@@ -76,10 +88,9 @@ class Routing(Closed):
         """Whether gradients are routed before the first cut."""
         return self.gradients != "none" and bool(self.experts)
 
-    @property
-    def fresh(self) -> int:
-        """Units that are added to each site."""
-        return sum(expert.fresh for expert in self.experts) if self.early else 0
+    def added(self, site: str) -> int:
+        """Return the units that are added to a site for all experts together."""
+        return sum(expert.added(site) for expert in self.experts) if self.early else 0
 
     def misfits(self) -> Iterator[str]:
         """Yield a line for each thing that does not fit the others."""

@@ -125,21 +125,19 @@ def _with_units(widths: Mapping[str, Sequence[int]], below: Sequence[Sequence[st
 
 def _check_patterns(experts: Sequence[GivenExpert], sites: Sequence[str]) -> None:
     for place, expert in enumerate(experts):
-        for pattern in expert.sites:
+        named = [("sites", pattern) for pattern in expert.sites] + [("expand", pattern) for pattern in expert.expand]
+        for key, pattern in named:
             if not any(fnmatchcase(site, pattern) for site in sites):
                 raise ValueError(
-                    f"routing.experts.{place}.sites: got {pattern!r}, which matches none of {len(sites)} sites, wanted "
+                    f"routing.experts.{place}.{key}: got {pattern!r}, which matches none of {len(sites)} sites, wanted "
                     f"names or patterns such as {sites[0]!r}"
                 )
 
 
 def _widths(experts: Sequence[GivenExpert], site: Site) -> tuple[int, ...]:
     """Return the units of the core and of each given expert."""
-    shares = [
-        next((share for pattern, share in expert.sites.items() if fnmatchcase(site.name, pattern)), expert.units)
-        for expert in experts
-    ]
-    added = list(accumulate((expert.fresh for expert in experts), initial=0))
+    shares = [expert.share(site.name) for expert in experts]
+    added = list(accumulate((expert.added(site.name) for expert in experts), initial=0))
     shared = accumulate(shares, initial=0.0)
     ends = [round(total * (site.units - added[-1])) + more for total, more in zip(shared, added, strict=True)]
     widths = [site.units - ends[-1], *(high - low for low, high in pairwise(ends))]

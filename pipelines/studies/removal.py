@@ -160,7 +160,7 @@ def _routing(bench: Bench, terms: Terms, *, hard: bool, whole: bool, **more: Any
 
 
 def _expanded(bench: Bench, terms: Terms) -> SplitModel:
-    return SplitModel(widened(bench.task.build(), terms.fresh, bench.config.seed), bench.task.categories)
+    return SplitModel(widened(bench.task.build(), lambda _: terms.fresh, bench.config.seed), bench.task.categories)
 
 
 def with_units(model: SplitModel, kept: Mapping[str, Int[Tensor, " kept"]]) -> nn.Module:
