@@ -6,7 +6,7 @@ Measures that are not held against the reference arm, such as costs, are left to
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 from attribution.heatmap import figure as figure_of
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _BLUE, _GREY = "#0072B2", "#555555"
 _ACROSS = 3
 """Panels side by side."""
+_APART = 100
+"""How often the median is in the largest mean of a panel whose scale is logarithmic."""
 
 
 def draw(study: Study, found: Mapping[ArmJob, Measures], name: str, question: str, path: Path) -> Path:
@@ -63,6 +65,11 @@ def _panel(axis: "Axes", column: Column, rows: Sequence[Row], reference: str | N
             )
             if row.arm == reference and column.against:
                 axis.axvline(mean, color=_GREY, linewidth=0.8, linestyle="--", zorder=0)
+    means = [cell.value.mean for row in rows if (cell := row.cells.get(column.measure))]
+    if min(means) > 0 and max(means) > _APART * median(means):  # or all but the largest lie on one spot
+        axis.set_xscale("log")
+    else:
+        axis.locator_params(axis="x", nbins=5)
     axis.set_yticks(list(places.values()), list(places), fontsize=8)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.tick_params(axis="x", labelsize=7)

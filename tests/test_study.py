@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from filelock import FileLock
 from rich.console import Console
 
-from moeify.comparison import mean_interval
+from attribution.heatmap import figure
+from moeify.comparison import Interval, mean_interval
 from moeify.models.build import build_llama
 from moeify.recipe.model import LlamaModel
 from moeify.routed.gradients import GradientRouter
@@ -21,12 +22,13 @@ from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
 from moeify.splitting.tree import ExpertTree
 from moeify.tasks.digits import DigitsTask
-from pipelines import study, study_report, study_tracking
+from pipelines import study, study_plot, study_report, study_tracking
 from pipelines.cli import main
 from pipelines.kept_jobs import JobsFolder
 from pipelines.pool import Broken
 from pipelines.runs import RunBusyError
 from pipelines.studies import access_control, edge_choices, whole_blocks
+from pipelines.studies import study as study_of
 from pipelines.studies.catalogue import QUESTIONS, find_study
 from pipelines.studies.study import Arm, ArmJob, Column, Measures, Size, Study, changed, jobs, shipped_recipe, table
 from pipelines.studies.subsets import Subset
@@ -374,6 +376,15 @@ def test_blocks_by_hand_are_one_for_each_category_and_run_with_the_shared_one() 
         active = [int(partition.active(site.name, category).sum()) for site in others]
         assert active == [128 if place == here else 8 for here in range(4)]
     assert {round(each, 4) for each in partition.active_fraction.values()} == {0.4375}
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(9.0, "linear"), (9e6, "log")])
+def test_an_arm_that_is_far_off_does_not_put_the_others_on_one_spot(largest: float, scale: str) -> None:
+    means = {"a": 4.0, "b": 5.0, "c": largest}
+    rows = [study_of.Row(arm, 3, {"m": study_of.Cell(Interval(mean, 2 * mean), None)}) for arm, mean in means.items()]
+    axis = figure(4.0, 2.0).subplots()
+    study_plot._panel(axis, Column("m", "m"), rows, None)
+    assert axis.get_xscale() == scale
 
 
 def test_a_table_that_is_too_wide_becomes_several_and_names_stay_whole() -> None:
