@@ -95,5 +95,8 @@ def test_every_arm_of_the_quick_form_ends_with_accuracies(bench: Bench) -> None:
 
 def test_without_data_it_is_said_what_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MOEIFY_DATA", raising=False)
-    with pytest.raises(ValueError, match="MOEIFY_DATA is not set"):
+    with pytest.raises(
+        ValueError,
+        match=r"MOEIFY_DATA is not set; set one to the folder that holds cifar10-jpeg/, CIFAR-10 as JPEG files",
+    ):
         build_task(arms("quick")[0].config, cache=Path(), base=Path())

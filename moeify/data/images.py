@@ -17,6 +17,12 @@ from moeify.recipe.data import ImageSource
 _MNIST = "MNIST's four idx files, gzipped or not (yann.lecun.com/exdb/mnist and its mirrors)"
 _CIFAR = "the binary version of CIFAR-10 (cs.toronto.edu/~kriz/cifar.html)"
 _JPEG = "CIFAR-10 as JPEG files: an npz with data (uint8, all files joined), offsets, labels"
+HOLDS: Mapping[ImageSource, str] = {
+    "mnist": f"mnist/, {_MNIST}",
+    "cifar10": f"cifar-10-batches-bin/, {_CIFAR}",
+    "cifar10-jpeg": f"cifar10-jpeg/, {_JPEG}",
+}
+"""What a folder of data has to hold, for people."""
 _CIFAR_SHAPE = (3, 32, 32)
 _CIFAR_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NORMS: Mapping[ImageSource, tuple[tuple[float, ...], tuple[float, ...]]] = {

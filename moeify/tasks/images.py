@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moeify import rows as rows_of
 from moeify.data.documents import Split
-from moeify.data.images import NORMS, Images, load
+from moeify.data.images import HOLDS, NORMS, Images, load
 from moeify.data.root import data_root
 from moeify.models.build import build_autoencoder
 from moeify.models.pretrained import Checkpoint, look
@@ -90,10 +90,10 @@ class ImagesTask:
         """Read the recipe's images; ``base`` is the folder that a relative ``data.root`` starts at."""
         if not isinstance(config.data, ImageData):
             raise ValueError(f"an image task needs data.kind 'images', got {config.data.kind!r}")
-        checkpoint = None
+        root, checkpoint = data_root(config.data.root, base, HOLDS[config.data.source]), None
         if isinstance(config.model, PretrainedModel):
             checkpoint = look(base / config.model.path).images()
-        return cls(config, *load(config.data.source, data_root(config.data.root, base)), checkpoint)
+        return cls(config, *load(config.data.source, root), checkpoint)
 
     def build(self) -> nn.Module:
         """Return a freshly initialised network, the same bits each time."""

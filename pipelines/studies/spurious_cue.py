@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from moeify import rows as rows_of
 from moeify.clean_modules import without_units
-from moeify.data.images import load
+from moeify.data.images import HOLDS, load
 from moeify.data.root import data_root
 from moeify.models.build import Autoencoder
 from moeify.recipe.config import RunConfig
@@ -207,7 +207,7 @@ class _Mnist:
     hidden: int
 
     def examples(self, bench: Bench) -> Examples:
-        splits = load("mnist", data_root(None, Path.cwd()))
+        splits = load("mnist", data_root(None, Path.cwd(), HOLDS["mnist"]))
         inputs, tested = (torch.from_numpy(split.pixels).flatten(1).float() / 255 for split in splits)
         labels, answers = (torch.from_numpy(split.labels) for split in splits)
         luck = torch.from_numpy(rows_of.generator(bench.config.seed, "split").random(len(labels)))
