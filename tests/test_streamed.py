@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import zstandard
 from click.testing import CliRunner
 
 from moeify.data import sources, tokens
@@ -34,6 +35,8 @@ def write(file: Path, texts: list[str], column: str = "text") -> None:
             content = gzip.compress(content)
         case ".xz":
             content = lzma.compress(content)
+        case ".zst":
+            content = zstandard.ZstdCompressor().compress(content)
     file.write_bytes(content)
 
 
@@ -87,9 +90,14 @@ def test_how_files_are_cut_and_packed_and_how_much_is_encoded_at_a_time_changes_
 ) -> None:
     once = prepare(data(BOTH), base / "cache", base)
     write(base / "law" / "all.jsonl.gz", [text(number) for number in range(30)])
-    write(base / "law" / "rest.jsonl.xz", [text(number) for number in range(30, 40)])
+    write(base / "law" / "rest.jsonl.xz", [text(number) for number in range(30, 35)])
+    write(base / "law" / "last.jsonl.zst", [text(number) for number in range(35, 40)])
+    (base / "law" / "nothing.jsonl").touch()
     monkeypatch.setattr(tokens, "_BATCH_BYTES", 500)
-    packed = {**BOTH, "law": {"files": ["law/all.jsonl.gz", "law/rest.jsonl.xz"]}}
+    packed = {
+        **BOTH,
+        "law": {"files": ["law/all.jsonl.gz", "law/rest.jsonl.xz", "law/last.jsonl.zst", "law/nothing.jsonl"]},
+    }
     again = prepare(data(packed), base / "cache", base)
     assert again.assets == once.assets
     for split in SPLITS:
@@ -154,6 +162,23 @@ def broken(base: Path, kind: str) -> dict[str, object]:
         case "cut short":
             (base / "bad.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n' * 99)[:-20])
             part["files"] = ["bad.jsonl.gz"]
+        case "damaged, packed":
+            content = bytearray(lzma.compress("".join(map(text, range(40))).encode()))
+            content[len(content) // 2] ^= 255
+            (base / "bad.jsonl.xz").write_bytes(bytes(content))
+            part["files"] = ["bad.jsonl.xz"]
+        case "damaged, zstd":
+            (base / "bad.jsonl.zst").write_bytes(b"no frame" * 9)
+            part["files"] = ["bad.jsonl.zst"]
+        case "too deep":
+            (base / "bad.jsonl").write_text(f'{{"text": {"[" * 5000}{"]" * 5000}}}\n', encoding="utf-8")
+        case "empty":
+            (base / "bad.jsonl").touch()
+        case "empty, packed":
+            (base / "bad.jsonl.gz").write_bytes(gzip.compress(b""))
+            part["files"] = ["bad.jsonl.gz"]
+        case "no glob":
+            part["files"] = ["law/a**b"]
         case "no text":
             write(base / "bad.jsonl", ["one"] * 9, "title")
         case "numbers":
@@ -175,6 +200,12 @@ def broken(base: Path, kind: str) -> dict[str, object]:
     [
         ("damaged", "bad.jsonl cannot be read"),
         ("cut short", "bad.jsonl.gz cannot be read"),
+        ("damaged, packed", "bad.jsonl.xz cannot be read"),
+        ("damaged, zstd", "bad.jsonl.zst cannot be read"),
+        ("too deep", "bad.jsonl cannot be read"),
+        ("empty", "got nothing but empty files"),
+        ("empty, packed", "bad.jsonl.gz cannot be read: it packs nothing"),
+        ("no glob", "got 'law/a**b', wanted a path or a glob"),
         ("no text", "row 1 has no 'text', got 'title'"),
         ("numbers", "'text' is int, wanted text"),
         ("few", "category 'bad' has no document for the"),

@@ -22,16 +22,18 @@ _SPACE = 2**64
 
 
 def files_of(part: StreamedFiles, base: Path, said: str) -> list[Path]:
-    """Return the files of a category, in order of their names; ``said`` is where the recipe names them.
+    """Return the files of a category, in order of their names, empty ones left out.
 
-    Raises ValueError where there are none, or of several kinds.
+    ``said`` is where the recipe names them. Raises ValueError where there are none, or of several kinds.
     """
     found: dict[Path, None] = {}
     for pattern in part.files:
-        paths = _matching(base, pattern) if any(sign in pattern for sign in "*?[") else [base / pattern]
+        paths = _matching(base, pattern, said) if any(sign in pattern for sign in "*?[") else [base / pattern]
         if not paths:
             raise ValueError(f"{said}: no file matches {pattern!r}; a relative path starts at the recipe's folder")
-        found |= dict.fromkeys(existing(path, said) for path in paths)
+        found |= dict.fromkeys(path for path in paths if existing(path, said).stat().st_size)
+    if not found:
+        raise ValueError(f"{said}: got nothing but empty files, wanted documents")
     kinds = {path: _reader(path) for path in found}
     if len(set(kinds.values())) != 1 or None in kinds.values():
         got = ", ".join(sorted({"".join(path.suffixes[-2:]) or path.name for path in found}))
@@ -81,25 +83,27 @@ class Corpus:
         Documents are the same where they are up to white space. ValueError where a file is damaged, or a row has no
         text.
         """
-        for text in self._texts(category):
-            words = " ".join(text.split())
-            hashed = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest())
-            if words and hashed not in self._seen:
-                self._seen.add(hashed)
-                yield self._split(hashed), Document(text, f"{hashed:016x}")
+        return self._distinct(category, self._seen)
 
     def head(self, category: str, size: int) -> list[Document]:
         """Return the first documents of the train split, until they hold ``size`` bytes; nothing counts as read."""
-        kept, held = self._seen, 0
-        self._seen, found = set(), []
-        for split, document in self.documents(category):
+        found, held = [], 0
+        for split, document in self._distinct(category, set()):
             if split == "train":
                 found.append(document)
                 held += document.size
             if held >= size:
                 break
-        self._seen = kept
         return found
+
+    def _distinct(self, category: str, seen: set[int]) -> Iterator[tuple[Split, Document]]:
+        """Yield the documents whose hashes have not been seen, and remember them."""
+        for text in self._texts(category):
+            words = " ".join(text.split())
+            hashed = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest())
+            if words and hashed not in seen:
+                seen.add(hashed)
+                yield self._split(hashed), Document(text, f"{hashed:016x}")
 
     def _split(self, hashed: int) -> Split:
         test, both = self._held_out
@@ -119,7 +123,11 @@ class Corpus:
 
 
 def _rows(files: Sequence[Path], said: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of files, one after the other."""
+    """Yield the rows of files, one after the other.
+
+    Readers raise errors of their own over damaged files, each library's other ones, and StopIteration where one packs
+    nothing; nobody else's come this way, since what takes the rows runs elsewhere.
+    """
     import datasets
 
     more = {"sample_by": "document"} if _reader(files[0]) == "text" else {}
@@ -131,8 +139,9 @@ def _rows(files: Sequence[Path], said: str) -> Iterator[dict[str, Any]]:
             for number in range(len(files)):
                 path = files[number]
                 yield from whole.shard(len(files), number)
-        except (OSError, EOFError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        except Exception as error:
+            said_so = "it packs nothing" if isinstance(error, StopIteration) else str(error).strip()
+            reason = (said_so or type(error).__name__).splitlines()[0]
             raise ValueError(f"{said}: {path} cannot be read: {reason}") from error
 
 
@@ -141,11 +150,14 @@ def _reader(path: Path) -> str | None:
     return _READERS.get(suffixes[-1]) if suffixes else None
 
 
-def _matching(base: Path, pattern: str) -> list[Path]:
+def _matching(base: Path, pattern: str, said: str) -> list[Path]:
     """Return the files that a glob means, in order of their names."""
     top = Path(pattern).anchor
-    found = Path(top).glob(pattern.removeprefix(top)) if top else base.glob(pattern)
-    return sorted(path for path in found if path.is_file())
+    try:
+        found = Path(top).glob(pattern.removeprefix(top)) if top else base.glob(pattern)
+        return sorted(path for path in found if path.is_file())
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"{said}: got {pattern!r}, wanted a path or a glob like '**/*.txt' ({error})") from None
 
 
 def _said(category: str) -> str:
