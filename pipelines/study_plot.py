@@ -36,9 +36,10 @@ def draw(study: Study, found: Mapping[ArmJob, Measures], name: str, question: st
         down = math.ceil(len(shown) / across)
         longest = max(len(row.arm) for row in rows)
         figure = figure_of(2.8 * across + 0.075 * longest, (0.27 * len(rows) + 0.9) * down + 0.7)
+        references = [row.arm for row in rows if study.reference and not study.held_against(row.arm)]
         axes = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
         for axis, column in zip(axes, shown, strict=False):
-            _panel(axis, column, rows, study.reference)
+            _panel(axis, column, rows, references)
         for spare in axes[len(shown) :]:
             spare.set_visible(False)
     seeds = max(row.seeds for row in rows)
@@ -48,7 +49,7 @@ def draw(study: Study, found: Mapping[ArmJob, Measures], name: str, question: st
     return save_png(figure, path)
 
 
-def _panel(axis: "Axes", column: Column, rows: Sequence[Row], reference: str | None) -> None:
+def _panel(axis: "Axes", column: Column, rows: Sequence[Row], references: Sequence[str]) -> None:
     places = {row.arm: place for place, row in enumerate(rows)}
     for row in rows:
         if cell := row.cells.get(column.measure):
@@ -57,13 +58,13 @@ def _panel(axis: "Axes", column: Column, rows: Sequence[Row], reference: str | N
                 mean,
                 places[row.arm],
                 xerr=0.0 if math.isnan(half) else half,
-                color=_GREY if row.arm == reference else _BLUE,
-                marker="D" if row.arm == reference else "o",
+                color=_GREY if row.arm in references else _BLUE,
+                marker="D" if row.arm in references else "o",
                 markersize=4.5,
                 elinewidth=1.1,
                 capsize=2,
             )
-            if row.arm == reference and column.against:
+            if [row.arm] == references and column.against:
                 axis.axvline(mean, color=_GREY, linewidth=0.8, linestyle="--", zorder=0)
     means = [cell.value.mean for row in rows if (cell := row.cells.get(column.measure))]
     if min(means) > 0 and max(means) > _APART * median(means):  # or all but the largest lie on one spot

@@ -148,7 +148,7 @@ def _tables(progress: Progress, found: Sequence[Row]) -> Iterator[tuple[str, lis
     held = [c for c in shown if any((cell := row.cells.get(c.measure)) and cell.above for row in found)]
     if held:
         rows = [
-            [row.arm, *(_above(row.cells.get(c.measure)) for c in held)] for row in found if row.arm != study.reference
+            [row.arm, *(_above(row.cells.get(c.measure)) for c in held)] for row in found if study.held_against(row.arm)
         ]
         yield f"Above {study.reference}, seed by seed", ["arm", *(c.title for c in held)], rows
 

@@ -65,7 +65,9 @@ def test_every_study_has_arms_of_their_own_names_and_its_reference_among_them(na
     found = find_study(name)
     names = [arm.name for arm in found.arms(size)]
     assert len({str(job) for job in jobs(found.arms(size), [0])}) == len(names)
-    assert found.reference is None or found.reference in names
+    held = {each: found.held_against(each) for each in names}
+    assert {each for each in held.values() if each} <= {each for each, other in held.items() if other is None}
+    assert found.reference is None or any(held.values())
     assert all(arm.work.__module__.startswith("pipelines.studies.") for arm in found.arms(size))
     assert QUESTIONS[name].endswith("?")
 
@@ -378,12 +380,26 @@ def test_blocks_by_hand_are_one_for_each_category_and_run_with_the_shared_one() 
     assert {round(each, 4) for each in partition.active_fraction.values()} == {0.4375}
 
 
+def test_arms_are_held_against_the_reference_of_their_own_group() -> None:
+    twin, hard = {"m": 1.0}, {"m": 1.5}
+    losses = {"a: twin": twin, "a: hard": hard, "b: twin": {"m": 9.0}, "b: hard": {"m": 7.0}}
+    found = {ArmJob(arm, 0): measures for arm, measures in losses.items()}
+    known = Study(lambda _: (), (Column("m", "m"),), "", reference="twin")
+    above = {row.arm: row.cells["m"].above for row in table(known, found)}
+    assert {arm: each and each.mean for arm, each in above.items()} == {
+        "a: twin": None,
+        "a: hard": 0.5,
+        "b: twin": None,
+        "b: hard": -2.0,
+    }
+
+
 @pytest.mark.parametrize(("largest", "scale"), [(9.0, "linear"), (9e6, "log")])
 def test_an_arm_that_is_far_off_does_not_put_the_others_on_one_spot(largest: float, scale: str) -> None:
     means = {"a": 4.0, "b": 5.0, "c": largest}
     rows = [study_of.Row(arm, 3, {"m": study_of.Cell(Interval(mean, 2 * mean), None)}) for arm, mean in means.items()]
     axis = figure(4.0, 2.0).subplots()
-    study_plot._panel(axis, Column("m", "m"), rows, None)
+    study_plot._panel(axis, Column("m", "m"), rows, [])
     assert axis.get_xscale() == scale
 
 

@@ -146,6 +146,7 @@ STUDY = Study(
         Column("removed", "removed"),
         Column("kept", "kept"),
     ),
+    reference="dense twin",
     note=(
         "Mean test loss of four kinds of text, nats per token, and of two halves of MNIST, nats an image: with all "
         "units; with the core and the category's own expert; with the core alone; and, one category's expert zeroed "

@@ -73,11 +73,18 @@ class Study:
     note: str
     """How the columns are to be read."""
     reference: str | None = None
-    """The arm that the others are held against, seed by seed."""
+    """The arm that the others are held against, seed by seed; of several groups, whose arms are called ``GROUP: ARM``,
+    each has its own."""
     scatter: Scatter | None = None
     """What is drawn; None: the columns, an interval for each arm."""
     seeds: int = 3
     """As many as it asks for, where nobody says how many."""
+
+    def held_against(self, arm: str) -> str | None:
+        """Return the name of the arm that this one is held against; None for a reference, and where there is none."""
+        group, colon, _ = arm.rpartition(": ")
+        other = f"{group}{colon}{self.reference}"
+        return None if self.reference is None or arm == other else other
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ def table(study: Study, found: Mapping[ArmJob, Measures]) -> list[Row]:
     rows = []
     for arm in dict.fromkeys(job.arm for job in found):
         mine = {job.seed: measures for job, measures in found.items() if job.arm == arm}
-        other = {job.seed: measures for job, measures in found.items() if job.arm == study.reference != arm}
+        other = {job.seed: measures for job, measures in found.items() if job.arm == study.held_against(arm)}
         cells = {}
         for column in study.columns:
             values = {seed: each[column.measure] for seed, each in mine.items() if column.measure in each}
