@@ -16,7 +16,10 @@ from moeify.recipe.data import ImageSource
 
 _MNIST = "MNIST's four idx files, gzipped or not (yann.lecun.com/exdb/mnist and its mirrors)"
 _CIFAR = "the binary version of CIFAR-10 (cs.toronto.edu/~kriz/cifar.html)"
-_JPEG = "CIFAR-10 as JPEG files: an npz with data (uint8, all files joined), offsets, labels"
+_JPEG = (
+    "CIFAR-10 as JPEG files: an npz with data (uint8, all files joined), offsets, labels; the images are those of "
+    "cs.toronto.edu/~kriz/cifar.html, whose binary version is read as source cifar10"
+)
 HOLDS: Mapping[ImageSource, str] = {
     "mnist": f"mnist/, {_MNIST}",
     "cifar10": f"cifar-10-batches-bin/, {_CIFAR}",
