@@ -18,6 +18,7 @@ MARKS = {
     "convert": [pytest.mark.ray],
     "frontier": [pytest.mark.ray],
     "overhead": [pytest.mark.main_path, pytest.mark.ray],
+    "serving": [pytest.mark.skipif("MOEIFY_VLLM" not in os.environ, reason="MOEIFY_VLLM names no Python with vLLM")],
 }
 QUICK = ("assignment", "gradient_routing")
 """All others take half a minute and more even so; what they run is tested elsewhere, too."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Glm4MoeForCausalLM, GraniteMoeSharedForCausalLM, LlamaConfig
 from transformers import LlamaForCausalLM as Llama
 
@@ -117,6 +118,9 @@ def test_a_saved_mixture_loads_in_its_own_class_with_the_route_that_was_forced(f
     to_moe(split, form, "c").network.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is {"glm4_moe": Glm4MoeForCausalLM, "granitemoeshared": GraniteMoeSharedForCausalLM}[form]
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        head = "lm_head.weight" in file.keys()  # noqa: SIM118, since it is no mapping
+    assert head == (form == "glm4_moe"), "vLLM ties embeddings to the head in the one format, and not in the other"
     rows = rows_for(split.network, 3)
     with torch.no_grad():
         torch.testing.assert_close(loaded(rows).logits, split(rows, torch.full((3,), 2)), atol=1e-5, rtol=1e-4)

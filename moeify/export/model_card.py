@@ -173,6 +173,8 @@ def _loading(part: SplitModel, stock: Stock | None, file: FileForm | None, *, ca
         yield from ("```python", f"from transformers import {', '.join([auto, *reads])}")
         yield from ("", f'model = {auto}.from_pretrained("FOLDER")')
         yield from (*(f'tokenizer = {each}.from_pretrained("FOLDER")' for each in reads), "```")
+        if stock.form and config_of(stock.network).head_dim >= 32:  # vLLM has no narrower heads
+            yield from ("", "vLLM serves it as it is: `vllm serve FOLDER`.")
     if stock.form is not None:
         yield from ("", *_routing(stock, stock.form, file))
 

@@ -11,7 +11,9 @@ category is forced, which anyone may change. Either way the split model equals i
 label, as long as no two best scores of a token are equal to rounding.
 
 - ``glm4_moe``: sigmoid scores, over their sum (``norm_topk_prob``): of one expert that is 1. Where it is forced,
-  ``e_score_correction_bias`` chooses it without touching its weight.
+  ``e_score_correction_bias`` chooses it without touching its weight. Its head is always written by itself, even where
+  the network's is its embedding: no GLM ties the two, so vLLM looks for a head and, finding none, runs whatever its
+  memory held.
 - ``granitemoeshared``: the softmax over one chosen expert is 1. Its router has no bias, and a linear score without one
   can be made largest for every token by a pair only: the expert chosen and a spare slot hold the same slice, and score
   v.x and -v.x for some v, all others 0. So there is one slot more than leaves; where routers choose, it is the twin of
@@ -97,6 +99,8 @@ def to_moe(split: SplitModel, form: Form, chosen: str | LayerRouters) -> Stock:
     for name, tensor in network.named_parameters():
         if name in held:
             tensor.copy_(held[name])
+        elif name == "lm_head.weight":
+            tensor.copy_(held["model.embed_tokens.weight"])
         elif name.endswith("o_proj.bias"):
             tensor.zero_()
     placed = 0
@@ -195,8 +199,12 @@ def _glm4(source: dict[str, Any], widths: _Widths, dense: nn.Module) -> nn.Modul
     held = dict(dense.named_parameters())
     if "model.layers.0.self_attn.o_proj.bias" in held:
         raise ValueError("attention_bias is set; glm4_moe has none at the attention's output, take granitemoeshared")
+    ours = {
+        "rope_parameters": {**source["rope_parameters"], "partial_rotary_factor": 1.0},
+        "tie_word_embeddings": False,
+    }
     config = Glm4MoeConfig(
-        **source | {"rope_parameters": {**source["rope_parameters"], "partial_rotary_factor": 1.0}},
+        **source | ours,
         partial_rotary_factor=1.0,
         moe_intermediate_size=widths.expert,
         intermediate_size=widths.expert,
