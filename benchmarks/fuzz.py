@@ -26,7 +26,15 @@ from benchmarks.fuzz_cases import GROUPS
 from benchmarks.fuzz_stage import Stage, staged
 from benchmarks.report import Figure, parser, report
 
-COUNTS = {"recipes": 4500, "arguments": 1800, "data": 1300, "run files": 1300, "checkpoints": 700, "splits": 700}
+COUNTS = {
+    "recipes": 4500,
+    "arguments": 1800,
+    "data": 1300,
+    "streamed": 400,
+    "run files": 1300,
+    "checkpoints": 700,
+    "splits": 700,
+}
 """Cases of each group; with ``runs`` ten thousand and more."""
 RUNS = 120
 QUICK = 0.01

@@ -13,6 +13,7 @@ import click
 
 from benchmarks import mutations
 from benchmarks.fuzz_stage import TINY, Stage, Went, called
+from benchmarks.fuzz_streamed import spoiled_source
 from moeify.recipe import strict_yaml
 from moeify.recipe.config import RunConfig
 from moeify.recipe.load import load_recipe
@@ -102,6 +103,13 @@ def _data(stage: Stage, draw: random.Random) -> Went:
     data = strict_yaml.read(TINY)
     data["data"]["source"] = source
     (stage.scratch / "recipe.yaml").write_text(strict_yaml.write(data), encoding="utf-8")
+    return _with_preparation(str(stage.scratch / "recipe.yaml"))
+
+
+def _streamed(stage: Stage, draw: random.Random) -> Went:
+    """Let a run prepare spoiled files that are streamed."""
+    recipe = spoiled_source(draw, (stage.place / "texts.jsonl").read_bytes(), stage.scratch)
+    (stage.scratch / "recipe.yaml").write_text(recipe, encoding="utf-8")
     return _with_preparation(str(stage.scratch / "recipe.yaml"))
 
 
@@ -283,6 +291,7 @@ GROUPS: dict[str, Callable[[Stage, random.Random], Went]] = {
     "recipes": _recipes,
     "arguments": _arguments,
     "data": _data,
+    "streamed": _streamed,
     "run files": _run_files,
     "checkpoints": _checkpoints,
     "splits": _splits,

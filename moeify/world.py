@@ -67,10 +67,13 @@ class Group:
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor, in place, by its sum over ranks."""
-        for dtype in dict.fromkeys(t.dtype for t in tensors):
+        sent = []
+        for dtype in sorted(dict.fromkeys(t.dtype for t in tensors), key=lambda dtype: -dtype.itemsize):
             same = [t for t in tensors if t.dtype == dtype]
             flat = torch.cat([t.reshape(-1) for t in same])
-            dist.all_reduce(flat)
+            sent.append((same, flat, dist.all_reduce(flat, async_op=True)))
+        for same, flat, work in sent:
+            work.wait()
             for tensor, total in zip(same, flat.split([t.numel() for t in same]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 

@@ -192,6 +192,9 @@ def broken(base: Path, kind: str) -> dict[str, object]:
         case "unknown":
             (base / "bad.pdf").write_bytes(b"%PDF")
             part["files"] = ["bad.pdf"]
+        case "packed table":
+            (base / "bad.parquet.gz").write_bytes(gzip.compress((base / "letters.parquet").read_bytes()))
+            part["files"] = ["bad.parquet.gz"]
     return {"law": BOTH["law"], "bad": part}
 
 
@@ -213,6 +216,7 @@ def broken(base: Path, kind: str) -> dict[str, object]:
         ("missing", "bad.jsonl is not a file"),
         ("kinds", "wanted files of one kind"),
         ("unknown", "got .pdf, wanted files of one kind"),
+        ("packed table", "got .parquet.gz, wanted files of one kind"),
     ],
 )
 def test_bad_input_is_told_in_one_line(base: Path, kind: str, said: str) -> None:

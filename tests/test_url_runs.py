@@ -387,6 +387,40 @@ def test_under_ray_the_keys_come_from_each_process_and_are_written_nowhere(
             assert SECRET.encode() not in place.read(path)
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_killed_run_whose_workers_share_models_out_resumes_to_the_same_bits_on_another_machine(
+    machines: tuple[Machine, Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = machines
+    (one.place / "shared.yaml").write_text(LONG + "cluster: {workers: 2, parallel: {kind: fsdp}}\n")
+    calm, run = "long-20260101-000000-aaaa", "long-20260101-000001-bbbb"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own
+        done = one.call("run", str(one.place / "shared.yaml"), "--quiet", "--id", calm)
+    assert (done.exit_code, done.output, done.exception) == (0, "", None)
+    process = one.start("run", "shared.yaml", "--quiet", "--id", run)
+    try:
+        with one.here():
+            place = Place(f"{one.url}/{run}")
+            wait_for(lambda: any(path.endswith("manifest.json") for path in place.found("checkpoints")))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    with one.here():
+        assert "result.json" not in place.found()
+        (found,) = {re.sub(r".*/(split|dense)", r"\1", path) for path in place.found("checkpoints") if "1-of-2" in path}
+        assert found == "dense.1-of-2.safetensors", "each worker has sent its own share"
+    monkeypatch.setattr(lease, "LAPSE_SECONDS", 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        resumed = other.call("resume", run, "--quiet")
+    assert (resumed.exit_code, resumed.output) == (0, "")
+    assert bits(other, run) == bits(other, calm)
+    exported = other.call("export", run, "--category", "code", "-o", str(other.place / "code"))
+    assert exported.exit_code == 0, exported.output
+
+
 def test_the_commands_of_the_page_on_storage_do_what_it_says(
     machines: tuple[Machine, Machine], monkeypatch: pytest.MonkeyPatch, laid_out: Path
 ) -> None:

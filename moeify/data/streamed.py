@@ -17,6 +17,8 @@ from moeify.recipe.data import StreamedFiles, StreamedText
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
 _PACKED = (".gz", ".xz", ".zst", ".bz2")
+_BY_PLACE = (".parquet", ".arrow")
+"""Of files that are read here and there, which a packed one cannot be."""
 _SPACE = 2**64
 """Of the hashes of documents."""
 
@@ -37,8 +39,11 @@ def files_of(part: StreamedFiles, base: Path, said: str) -> list[Path]:
     kinds = {path: _reader(path) for path in found}
     if len(set(kinds.values())) != 1 or None in kinds.values():
         got = ", ".join(sorted({"".join(path.suffixes[-2:]) or path.name for path in found}))
-        wanted = ", ".join(_READERS)
-        raise ValueError(f"{said}: got {got}, wanted files of one kind: {wanted}, plain or with {', '.join(_PACKED)}")
+        wanted, packed = ", ".join(_READERS), ", ".join(_PACKED)
+        raise ValueError(
+            f"{said}: got {got}, wanted files of one kind: {wanted}, plain or, all but {' and '.join(_BY_PLACE)}, "
+            f"with {packed}"
+        )
     return list(found)
 
 
@@ -146,8 +151,10 @@ def _rows(files: Sequence[Path], said: str) -> Iterator[dict[str, Any]]:
 
 
 def _reader(path: Path) -> str | None:
-    suffixes = path.suffixes[:-1] if path.suffix in _PACKED else path.suffixes
-    return _READERS.get(suffixes[-1]) if suffixes else None
+    *before, last = path.suffixes or [""]
+    if last not in _PACKED:
+        return _READERS.get(last)
+    return _READERS.get(before[-1]) if before and before[-1] not in _BY_PLACE else None
 
 
 def _matching(base: Path, pattern: str, said: str) -> list[Path]:
