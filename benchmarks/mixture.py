@@ -13,20 +13,14 @@ About ten minutes on one thread; ``--quick`` runs a few steps of one seed.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.kept_runs import WORK, KeptRun, kept_run
 from benchmarks.report import Cell, Figure, parser, report
 from moeify.comparison import Interval, mean_interval
-from moeify.loop import run
-from moeify.recipe.config import RunConfig
-from moeify.recipe.load import parse_recipe
 from moeify.result import MEAN
 from moeify.routers.by_layer import Distil
 from moeify.routers.joint import Joint
 from moeify.split_folder import load_from_run
-from moeify.store import FolderStore
-from moeify.task import Task
-from moeify.tasks.build import build_task
-from pipelines.find_recipe import find_recipe, shipped
-from pipelines.runs import cache
+from pipelines.find_recipe import shipped
 
 STEPS = (0, 64, 128)
 """Of the joint phase."""
@@ -40,19 +34,14 @@ def main() -> None:
     asks.add_argument("--recipe", choices=shipped(), default="text", help="of text in categories")
     asks.add_argument("--seeds", type=int, default=3)
     asks.add_argument("--steps", type=int, nargs="+", default=list(STEPS), metavar="N", help="of the joint phase")
-    asks.add_argument("--work", type=Path, default=cache() / "mixture", help="runs that have ended")
+    asks.add_argument("--work", type=Path, default=WORK, help="runs that have ended")
     asked = asks.parse_args()
     seeds, numbers = (1, [0, 4]) if asked.quick else (asked.seeds, asked.steps)
     found: dict[int, list[Losses]] = {number: [] for number in numbers}
     for seed in range(seeds):
-        config = _config(asked.recipe, seed, quick=asked.quick)
-        task, folder = (
-            build_task(config, cache=cache(), base=Path()),
-            asked.work / f"{config.name}-{seed}-{asked.quick}",
-        )
-        run(config, task, store=FolderStore(folder, 1))
+        kept = kept_run(asked.recipe, seed, asked.work, quick=asked.quick)
         for number, each in found.items():
-            each.append(_losses(config, task, folder, number))
+            each.append(_losses(kept, number))
     rows = [_row(number, each) for number, each in found.items()]
     last = found[max(found)]
     figures = [
@@ -62,21 +51,14 @@ def main() -> None:
     report("mixture", rows, figures, asked.json, quick=asked.quick)
 
 
-def _config(recipe: str, seed: int, *, quick: bool) -> RunConfig:
-    text, where, _ = find_recipe(recipe)
-    config = parse_recipe(text, where=where).model_copy(update={"seed": seed, "controls": ()})
-    if not quick:
-        return config
-    rounds = tuple(round_.model_copy(update={"train": 2, "recover": 1}) for round_ in config.rounds)
-    few = config.evaluation.model_copy(update={"validation_rows": 8, "test_rows": 8})
-    training = config.training.model_copy(update={"steps": 8})
-    return config.model_copy(update={"rounds": rounds, "training": training, "evaluation": few})
-
-
-def _losses(config: RunConfig, task: Task, folder: Path, steps: int) -> Losses:
+def _losses(kept: KeptRun, steps: int) -> Losses:
     """Return the losses of a run's models after so many joint steps."""
-    split, dense, distil = load_from_run(folder), load_from_run(folder, "dense"), Distil(task, config)
-    joined = Joint(task, config, steps)(split, dense) if steps else None
+    split, dense, distil = (
+        load_from_run(kept.folder),
+        load_from_run(kept.folder, "dense"),
+        Distil(kept.task, kept.config),
+    )
+    joined = Joint(kept.task, kept.config, steps)(split, dense) if steps else None
     report = distil(split, joined.routers if joined else None).report
     return {"label": report.label[MEAN], "router": report.router[MEAN], "dense": distil.losses(dense, None)[MEAN]}
 

@@ -336,7 +336,7 @@ def test_phi3_goes_through_the_loop_and_leaves_as_a_stock_model(tmp_path: Path) 
 def test_a_router_of_a_masked_model_reads_whole_rows_and_is_judged_on_what_is_hidden(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "TRAIN_ROWS", 32)
+    monkeypatch.setattr(training, "rows_to_fit", lambda *_: 32)
     config, task = masked_recipe(tmp_path)
     network = task.build()
     leaves = [(category,) for category in task.categories]

@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from moeify.routers.router import load_router, save_router
-from moeify.store import CorruptCheckpointError
+from moeify.routers.router import Layer, load_router, save_router
+from moeify.store import CorruptCheckpointError, read_manifest, write_folder
 from tests.finished_runs import TINY, call, finish
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")
@@ -140,7 +141,28 @@ def test_a_router_of_another_checkpoint_or_with_a_changed_file_is_refused(place:
     with pytest.raises(ValueError, match="another checkpoint"):
         load_router(folder(place, "images"))
     save_router(router, run, b"{}")
-    assert load_router(run).threshold == 0.0
+    again = load_router(run)
+    assert again.threshold == 0.0
+    for one, other in zip(router.layers, again.layers, strict=True):
+        assert torch.equal(one.weight_OI, other.weight_OI)
+        assert torch.equal(one.bias_O, other.bias_O)
+
+
+def test_a_router_of_the_first_version_is_one_layer(place: Path) -> None:
+    assert call(place, "route", "tiny", "--kind", "document", "--json").exit_code == 0
+    run = folder(place, "tiny")
+    facts = read_manifest(run / "router")["facts"]
+    line = Layer(torch.randn(2, 33).double(), torch.randn(2).double())
+    old = {"router": {"weight": line.weight_OI, "bias": line.bias_O}}
+    write_folder(run / "router", facts | {"router": 1}, old, {"report.json": b"{}"})
+    (layer,) = load_router(run).layers
+    assert all(map(torch.equal, layer, line))
+    write_folder(run / "router", facts | {"router": 3}, old, {"report.json": b"{}"})
+    with pytest.raises(ValueError, match="has version 3, wanted 2; train it with: moeify route"):
+        load_router(run)
+    write_folder(run / "router", facts, old, {"report.json": b"{}"})
+    with pytest.raises(ValueError, match=r"a router of 2 experts got weights \[\]"):
+        load_router(run)
 
 
 def test_mistakes_are_told_in_a_line(place: Path) -> None:

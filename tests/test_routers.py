@@ -9,13 +9,17 @@ from hypothesis import strategies as st
 from moeify.routed.split_model import SplitModel
 from moeify.routers.router import (
     MEMORY,
+    Layer,
     Router,
+    _classifiers,
+    _scores,
     category_of_leaf,
     early,
     features,
     leaf_of_category,
     leaves,
     remember,
+    rows_to_fit,
     train,
 )
 from moeify.splitting.partition import Partition
@@ -40,7 +44,7 @@ def some_router(model: SplitModel, kind: str = "token", threshold: float = 0.0, 
     dim, experts = 16, len(leaves(model))
     weight = 40 * torch.randn(experts, 2 * dim + 1, generator=generator, dtype=torch.float64)
     weight[:, -1] = 0  # what the count alone says
-    return Router(kind, leaves(model), weight, torch.zeros(experts, dtype=torch.float64), threshold)
+    return Router(kind, leaves(model), (Layer(weight, torch.zeros(experts, dtype=torch.float64)),), threshold)
 
 
 def test_leaves_and_categories_name_each_other() -> None:
@@ -79,7 +83,7 @@ def test_a_decision_depends_on_no_later_token(rows: int, positions: int, seed: i
 def test_the_route_follows_a_text_that_changes() -> None:
     weight = torch.zeros(2, 5, dtype=torch.float64)
     weight[0, 2] = weight[1, 3] = 1.0  # each kind of token speaks for an expert of its own
-    router = Router("token", ("a", "b"), weight, torch.zeros(2, dtype=torch.float64), 0.0)
+    router = Router("token", ("a", "b"), (Layer(weight, torch.zeros(2, dtype=torch.float64)),), 0.0)
     kinds = torch.eye(2, dtype=torch.float64)
     text = torch.cat([kinds[:1].expand(200, 2), kinds[1:].expand(60, 2)]).unsqueeze(0)
     served = router.read(text)[0].argmax(-1)
@@ -109,9 +113,9 @@ def test_training_finds_the_leaf_of_rows_that_differ(groups: list[tuple[str, ...
     widths = {site.name: (site.units - 4 * below, *[4] * below) for site in base.space.sites}
     model = SplitModel(task.build(), CATEGORIES, Partition(tree, widths))
     before = copy.deepcopy(model.state_dict())
-    weight, bias = train(model, task.probe_batches(9, 64, 16), task.held_out_batches("validation", 16, 16), seed=0)
+    layers = train(model, task.probe_batches(9, 64, 16), task.held_out_batches("validation", 16, 16), seed=0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    router = Router("document", leaves(model), weight, bias, 0.0)
+    router = Router("document", leaves(model), layers, 0.0)
     right = total = 0
     for batch in task.held_out_batches("test", 32, 16):
         probabilities = router.read(early(model.network, batch.inputs))[:, 0].exp()
@@ -131,13 +135,45 @@ def test_training_is_the_same_each_time_and_needs_two_leaves() -> None:
         train(model, task.probe_batches(9, 16, 16), task.held_out_batches("validation", 8, 16), seed=3)
         for _ in range(2)
     )
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert one[0].shape == (2, 2 * 16 + 1)
-    assert torch.equal(one[0][0], -one[0][1])
+    assert [[*map(torch.equal, a, b)] for a, b in zip(one, other, strict=True)] == [[True, True]] * len(one)
+    assert one[0].weight_OI.shape[1] == 2 * 16 + 1
+    assert torch.equal(one[-1].weight_OI[0], -one[-1].weight_OI[1])
+
+
+def test_what_no_line_parts_a_committee_does_and_few_examples_have_a_line_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randn(1200, 2, generator=generator, dtype=torch.float64)
+    leaf = (places[:, 0] * places[:, 1] > 0).long()
+    line, bent = _classifiers(places[:1000], leaf[:1000], seed=0)
+
+    def right(layers: list[Layer]) -> float:
+        return (_scores(layers, places[1000:]).argmax(1) == leaf[1000:]).double().mean().item()
+
+    assert [layer.weight_OI.shape for layer in (*line, *bent)] == [(2, 2), (256, 2), (2, 256)]
+    assert right(line) < 0.7
+    assert right(bent) > 0.8
+    rare = torch.zeros(1000, dtype=torch.long)
+    rare[:19] = 1
+    assert len(list(_classifiers(places[:1000], rare, seed=0))) == 1
+
+
+def test_how_many_rows_are_fit_falls_with_the_width_of_what_is_read() -> None:
+    network = tiny_autoencoder()
+    model = SplitModel(network, CATEGORIES)
+    assert rows_to_fit(model, torch.zeros(4, 10)) == 4096
+    wide = 2**20
+    assert rows_to_fit(model, torch.zeros(4, wide)) == 1
 
 
 def test_a_router_must_hold_together() -> None:
+    def layer(reads: int, gives: int) -> Layer:
+        return Layer(torch.zeros(gives, reads).double(), torch.zeros(gives).double())
+
     with pytest.raises(ValueError, match=r"got 1\.5, wanted a probability"):
-        Router("token", ("a",), torch.zeros(1, 3).double(), torch.zeros(1).double(), 1.5)
+        Router("token", ("a",), (layer(3, 1),), 1.5)
     with pytest.raises(ValueError, match="2 experts got weights"):
-        Router("token", ("a", "b"), torch.zeros(3, 3).double(), torch.zeros(3).double(), 0.5)
+        Router("token", ("a", "b"), (layer(3, 3),), 0.5)
+    with pytest.raises(ValueError, match=r"2 experts got weights \[\(4, 3\), \(2, 5\)\], which do not fit together"):
+        Router("token", ("a", "b"), (layer(3, 4), layer(5, 2)), 0.5)
+    with pytest.raises(ValueError, match="2 experts got weights"):
+        Router("token", ("a", "b"), (), 0.5)

@@ -11,12 +11,10 @@ from moeify.recipe.config import RunConfig
 from moeify.routed.split_model import SplitModel
 from moeify.routers.readings import Twin, one_route, read
 from moeify.routers.report import Choice, RouterReport, judge, read_first, report
-from moeify.routers.router import Kind, Router, leaves, train
+from moeify.routers.router import Kind, Router, leaves, rows_to_fit, train
 from moeify.routers.served import served_texts
 from moeify.task import Partial, Task
 
-TRAIN_ROWS = 1024
-"""Rows of each category that a router is trained on."""
 THRESHOLDS = (0.0, 0.5, 0.7, 0.9, 0.95, 0.99)
 """That are tried, where the user gives none."""
 _ENOUGH = 0.9
@@ -45,19 +43,20 @@ def route(
     if threshold and not tokens:
         raise ValueError(f"threshold: a second opinion needs tokens with routes of their own: {why}; leave it out")
     settings = config.evaluation
-    weight_EF, bias_E = train(
+    rows = rows_to_fit(model, task.train_batch(0).inputs)
+    layers = train(
         model,
-        task.probe_batches(len(config.rounds) + 1, TRAIN_ROWS, settings.rows_at_once),
+        task.probe_batches(len(config.rounds) + 1, rows, settings.rows_at_once),
         task.held_out_batches("validation", settings.validation_rows, settings.rows_at_once),
         config.seed,
     )
     kinds: tuple[Kind, ...] = (kind,) if kind else ("document", "token") if tokens else ("document",)
     thresholds = THRESHOLDS if threshold is None else tuple(sorted({0.0, threshold}))
-    reader = Router(kinds[0], leaves(model), weight_EF, bias_E, 0.0)
+    reader = Router(kinds[0], leaves(model), layers, 0.0)
     readings = read(model, twins, task, settings, "validation", reader, kinds)
     choices = [judge(readings, task, each, t) for each in kinds for t in (thresholds if tokens else (0.0,))]
     taken = best(choices, threshold)
-    router = Router(taken.kind, reader.experts, weight_EF, bias_E, taken.threshold)
+    router = Router(taken.kind, reader.experts, layers, taken.threshold)
     tested = read(model, twins, task, settings, "test", router, (router.kind,))
     return router, report(router, tested, task, choices, served_texts(model, router, task, read_first(task, tested)))
 

@@ -1,0 +1,38 @@
+"""Runs of a recipe's dense twin and split model that benchmarks of routers share: each is made once, and kept."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from moeify.loop import run
+from moeify.recipe.config import RunConfig
+from moeify.recipe.load import parse_recipe
+from moeify.store import FolderStore
+from moeify.task import Task
+from moeify.tasks.build import build_task
+from pipelines.find_recipe import find_recipe
+from pipelines.runs import cache
+
+WORK = cache() / "kept-runs"
+
+
+class KeptRun(NamedTuple):
+    """A finished run."""
+
+    config: RunConfig
+    task: Task
+    folder: Path
+
+
+def kept_run(recipe: str, seed: int, work: Path = WORK, *, quick: bool = False) -> KeptRun:
+    """Return a run of a recipe without controls, made here where ``work`` has none; ``quick``: a few steps."""
+    text, where, _ = find_recipe(recipe)
+    config = parse_recipe(text, where=where).model_copy(update={"seed": seed, "controls": ()})
+    if quick:
+        rounds = tuple(round_.model_copy(update={"train": 2, "recover": 1}) for round_ in config.rounds)
+        few = config.evaluation.model_copy(update={"validation_rows": 8, "test_rows": 8})
+        training = config.training.model_copy(update={"steps": 8})
+        config = config.model_copy(update={"rounds": rounds, "training": training, "evaluation": few})
+    task = build_task(config, cache=cache(), base=Path())
+    folder = work / f"{config.name}-{seed}{'-quick' if quick else ''}"
+    run(config, task, store=FolderStore(folder, 1))
+    return KeptRun(config, task, folder)
