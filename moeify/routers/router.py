@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float64, Int
 from torch import Tensor, nn
@@ -57,6 +58,9 @@ _DECAY = 0.3
 """Strength of a perceptron's L2 penalty, as scikit-learn counts it; .01 and 1 did a little worse."""
 _EPOCHS = 30
 """At most: a perceptron stops where a tenth of the examples, kept back, gain nothing from three more."""
+_BATCH, _RATE = 1000, 5e-3
+"""Examples of a perceptron's step, where there are a hundred times as many, and its learning rate: half the time that
+scikit-learn's own take, at the same cross-entropy."""
 _FEWEST = 20
 """Examples of each leaf, for perceptrons: some of each must be among those kept back."""
 _MOST_ROWS, _ROOM = 4096, 2**27
@@ -215,6 +219,8 @@ def _classifiers(
         bent = MLPClassifier(
             (_HIDDEN,),
             alpha=_DECAY,
+            batch_size=max(_FEWEST, min(_BATCH, len(leaf_N) // 100)),
+            learning_rate_init=_RATE,
             max_iter=_EPOCHS,
             early_stopping=True,
             n_iter_no_change=3,
@@ -222,9 +228,9 @@ def _classifiers(
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # what it has found by then is judged like any other
-            bent.fit(given, labels)
-        pairs = zip(bent.coefs_, bent.intercepts_, strict=True)
-        one, other = (Layer(torch.from_numpy(weight).t(), torch.from_numpy(bias)) for weight, bias in pairs)
+            bent.fit(given.astype(np.float32), labels)
+        pairs = [map(torch.from_numpy, pair) for pair in zip(bent.coefs_, bent.intercepts_, strict=True)]
+        one, other = (Layer(weight.t().double(), bias.double()) for weight, bias in pairs)
         hidden.append(one)
         last.append(_for_each(other))
     yield [Layer(*map(torch.cat, zip(*hidden, strict=True))), _averaged(last)]
