@@ -7,20 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeify.routed.split_model import SplitModel
+from moeify.routers.classifiers import _classifiers, rows_to_fit, train
 from moeify.routers.router import (
     MEMORY,
     Layer,
     Router,
-    _classifiers,
-    _scores,
     category_of_leaf,
     early,
     features,
     leaf_of_category,
     leaves,
     remember,
-    rows_to_fit,
-    train,
+    scores,
 )
 from moeify.splitting.partition import Partition
 from moeify.splitting.tree import ExpertTree
@@ -147,7 +145,7 @@ def test_what_no_line_parts_a_committee_does_and_few_examples_have_a_line_alone(
     line, bent = _classifiers(places[:1000], leaf[:1000], seed=0)
 
     def right(layers: list[Layer]) -> float:
-        return (_scores(layers, places[1000:]).argmax(1) == leaf[1000:]).double().mean().item()
+        return (scores(layers, places[1000:]).argmax(1) == leaf[1000:]).double().mean().item()
 
     assert [layer.weight_OI.shape for layer in (*line, *bent)] == [(2, 2), (256, 2), (2, 256)]
     assert right(line) < 0.7

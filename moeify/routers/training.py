@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping
 
 from moeify.recipe.config import RunConfig
 from moeify.routed.split_model import SplitModel
+from moeify.routers.classifiers import rows_to_fit, train
 from moeify.routers.readings import Twin, one_route, read
 from moeify.routers.report import Choice, RouterReport, judge, read_first, report
-from moeify.routers.router import Kind, Router, leaves, rows_to_fit, train
+from moeify.routers.router import Kind, Router, leaves
 from moeify.routers.served import served_texts
 from moeify.task import Partial, Task
 
