@@ -179,6 +179,19 @@ def bits(machine: Machine, run: str) -> dict[str, object]:
     return {"loss": result["test_loss"], "tree": result["tree"], "hashes": hashes}
 
 
+def killed_behind_a_checkpoint(machine: Machine, run: str, *asked: str) -> Place:
+    """Kill a run as soon as it has published a checkpoint; return its place."""
+    process = machine.start("run", *asked, "--quiet", "--id", run)
+    try:
+        with machine.here():
+            place = Place(f"{machine.url}/{run}")
+            wait_for(lambda: any(path.endswith("manifest.json") for path in place.found("checkpoints")))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    return place
+
+
 def test_a_killed_run_resumes_to_the_same_bits_on_another_machine_and_loses_nothing_that_was_told(
     machines: tuple[Machine, Machine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,14 +199,7 @@ def test_a_killed_run_resumes_to_the_same_bits_on_another_machine_and_loses_noth
     calm, run = "long-20260101-000000-aaaa", "long-20260101-000001-bbbb"
     done = one.call("run", str(one.place / "long.yaml"), "--local", "--quiet", "--id", calm)
     assert done.exit_code == 0, done.output
-    process = one.start("run", "long.yaml", "--local", "--quiet", "--id", run)
-    try:
-        with one.here():
-            place = Place(f"{one.url}/{run}")
-            wait_for(lambda: any(path.endswith("manifest.json") for path in place.found("checkpoints")))
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+    killed_behind_a_checkpoint(one, run, "long.yaml", "--local")
     with one.here():
         told = one.home / run / "journal.jsonl"
         before = told.read_bytes() if told.exists() else b""
@@ -399,14 +405,7 @@ def test_a_killed_run_whose_workers_share_models_out_resumes_to_the_same_bits_on
         warnings.simplefilter("ignore")  # Ray's own
         done = one.call("run", str(one.place / "shared.yaml"), "--quiet", "--id", calm)
     assert (done.exit_code, done.output, done.exception) == (0, "", None)
-    process = one.start("run", "shared.yaml", "--quiet", "--id", run)
-    try:
-        with one.here():
-            place = Place(f"{one.url}/{run}")
-            wait_for(lambda: any(path.endswith("manifest.json") for path in place.found("checkpoints")))
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+    place = killed_behind_a_checkpoint(one, run, "shared.yaml")
     with one.here():
         assert "result.json" not in place.found()
         (found,) = {re.sub(r".*/(split|dense)", r"\1", path) for path in place.found("checkpoints") if "1-of-2" in path}
