@@ -18,12 +18,10 @@ from torch import Tensor, nn
 
 from attribution.moments import ExactMoment, Moment, SketchedMoment
 from attribution.reading import apart, at_readers, wide
+from attribution.scratch import Scratch, chunks, empty_sums, over_features
 from attribution.sites import Site, output_weight, patches
 from attribution.subject import Probe, Segment, Subject, row_seed, segments
 from attribution.table import AttributionTable, SiteSums
-
-_CHUNK = 2**18
-"""Elements reduced at a time: a scratch of 2 MB that stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,8 @@ def measure(
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}; leave out the subject's 'sample' for none")
     table = _empty(subject, moments)
-    taps = [_Tap(site, subject.reader(site), table.sites[site.name], samples) for site in subject.sites]
+    scratch = Scratch()
+    taps = [_Tap(site, subject.reader(site), table.sites[site.name], samples, scratch) for site in subject.sites]
     watch = _Watch(stability) if stability else None
     with ExitStack() as stack:
         stack.enter_context(subject.still())
@@ -181,11 +180,12 @@ def _nothing(sums: SiteSums) -> SiteSums:
 class _Tap:
     """Reduces one site's activations and gradients to sums by category the moment they arrive."""
 
-    def __init__(self, site: Site, reader: nn.Module, sums: SiteSums, samples: int) -> None:
+    def __init__(self, site: Site, reader: nn.Module, sums: SiteSums, samples: int, scratch: "Scratch") -> None:
         self.site = site
         self.reader = reader
         self.sums = sums
         self.samples = samples
+        self.scratch = scratch
         self.begin([], 0)
 
     def begin(self, parts: Sequence[Segment], rows: int) -> None:
@@ -225,11 +225,12 @@ class _Tap:
         site, sums, rows = self.site, self.sums, self._rows
         arranged = site.arrange(activation)
         self.positions = arranged.shape[1]
-        rate_RU = _scratch((rows, site.units), activation.device)
-        total_RF, power_RF = (_scratch((rows, site.features), activation.device) for _ in range(2))
-        for some in _chunks(arranged):
-            a_rPUW = arranged[some].to(torch.float64, copy=True)
-            rate_RU[some] = (a_rPUW != 0).any(3).sum(1).double()
+        rate_RU = empty_sums((rows, site.units), activation.device)
+        total_RF, power_RF = (empty_sums((rows, site.features), activation.device) for _ in range(2))
+        for some in chunks(arranged):
+            a_rPUW, active_rPUW = self.scratch.pair(arranged[some])
+            torch.ne(a_rPUW.copy_(arranged[some]), 0, out=active_rPUW)
+            rate_RU[some] = over_features(active_rPUW, torch.amax).sum(1)
             if site.spatial:
                 total_RF[some], power_RF[some] = a_rPUW.mean(3)[:, 0], a_rPUW.square_().mean(3)[:, 0]
             else:
@@ -247,13 +248,15 @@ class _Tap:
         site, sums = self.site, self.sums
         self.arrived = self.arrived | {self.labels}
         arranged, gradients = site.arrange(self._activation), site.arrange(gradient.detach())
-        squares_RU, taylor_RU, absolute_RU = (_scratch((self._rows, site.units), gradient.device) for _ in range(3))
-        for some in _chunks(arranged):
-            z_rPU = gradients[some].to(torch.float64, copy=True).mul_(arranged[some]).sum(3)
-            squares_RU[some] = torch.linalg.vecdot(z_rPU, z_rPU, dim=1) / 2
+        squares_RU, taylor_RU, absolute_RU = (empty_sums((self._rows, site.units), gradient.device) for _ in range(3))
+        for some in chunks(arranged):
+            g_rPUW, a_rPUW = self.scratch.pair(arranged[some])
+            g_rPUW.copy_(gradients[some]).mul_(a_rPUW.copy_(arranged[some]))
+            z_rPU = over_features(g_rPUW, torch.sum)
             if self.labels == "true":
                 taylor_RU[some] = -z_rPU.sum(1)
-                absolute_RU[some] = z_rPU.abs_().sum(1)
+                absolute_RU[some] = torch.abs(z_rPU, out=a_rPUW[..., 0]).sum(1)
+            squares_RU[some] = z_rPU.square_().sum(1) / 2
         if self.labels == "sampled":
             self._drawn += 1
             self._fisher_RU = self._fisher_RU + squares_RU / self.samples
@@ -365,13 +368,3 @@ def _backward(
     for tap in taps:
         if labels not in tap.arrived:
             raise ValueError(f"the loss does not depend on the units of site {tap.site.name!r}; drop the site")
-
-
-def _chunks(arranged: Tensor) -> Iterable[slice]:
-    """Cut rows into parts of about ``_CHUNK`` elements."""
-    step = max(1, _CHUNK // max(1, arranged[0].numel()))
-    return (slice(start, start + step) for start in range(0, len(arranged), step))
-
-
-def _scratch(shape: tuple[int, int], device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=torch.float64, device=device)
