@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from attribution.moments import ExactMoment, Moment, SketchedMoment
 from attribution.reading import apart, at_readers, wide
-from attribution.scratch import Scratch, chunks, empty_sums, over_features
+from attribution.scratch import Scratch, chunks, over_features
 from attribution.sites import Site, output_weight, patches
 from attribution.subject import Probe, Segment, Subject, row_seed, segments
 from attribution.table import AttributionTable, SiteSums
@@ -180,7 +180,7 @@ def _nothing(sums: SiteSums) -> SiteSums:
 class _Tap:
     """Reduces one site's activations and gradients to sums by category the moment they arrive."""
 
-    def __init__(self, site: Site, reader: nn.Module, sums: SiteSums, samples: int, scratch: "Scratch") -> None:
+    def __init__(self, site: Site, reader: nn.Module, sums: SiteSums, samples: int, scratch: Scratch) -> None:
         self.site = site
         self.reader = reader
         self.sums = sums
@@ -225,8 +225,8 @@ class _Tap:
         site, sums, rows = self.site, self.sums, self._rows
         arranged = site.arrange(activation)
         self.positions = arranged.shape[1]
-        rate_RU = empty_sums((rows, site.units), activation.device)
-        total_RF, power_RF = (empty_sums((rows, site.features), activation.device) for _ in range(2))
+        rate_RU = _no_sums((rows, site.units), activation.device)
+        total_RF, power_RF = (_no_sums((rows, site.features), activation.device) for _ in range(2))
         for some in chunks(arranged):
             a_rPUW, active_rPUW = self.scratch.pair(arranged[some])
             torch.ne(a_rPUW.copy_(arranged[some]), 0, out=active_rPUW)
@@ -248,7 +248,7 @@ class _Tap:
         site, sums = self.site, self.sums
         self.arrived = self.arrived | {self.labels}
         arranged, gradients = site.arrange(self._activation), site.arrange(gradient.detach())
-        squares_RU, taylor_RU, absolute_RU = (empty_sums((self._rows, site.units), gradient.device) for _ in range(3))
+        squares_RU, taylor_RU, absolute_RU = (_no_sums((self._rows, site.units), gradient.device) for _ in range(3))
         for some in chunks(arranged):
             g_rPUW, a_rPUW = self.scratch.pair(arranged[some])
             g_rPUW.copy_(gradients[some]).mul_(a_rPUW.copy_(arranged[some]))
@@ -368,3 +368,8 @@ def _backward(
     for tap in taps:
         if labels not in tap.arrived:
             raise ValueError(f"the loss does not depend on the units of site {tap.site.name!r}; drop the site")
+
+
+def _no_sums(shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Return memory for sums, which holds anything."""
+    return torch.empty(shape, dtype=torch.float64, device=device)

@@ -47,12 +47,3 @@ def over_features(values_rPUW: Tensor, how: Callable[..., Tensor]) -> Tensor:
     (tensor([[[3.]]]), tensor([[[1.]]]))
     """
     return values_rPUW.squeeze(3) if values_rPUW.shape[3] == 1 else how(values_rPUW, 3)
-
-
-def empty_sums(shape: tuple[int, int], device: torch.device) -> Tensor:
-    """Return memory for sums, which holds anything.
-
-    >>> empty_sums((2, 3), torch.device("cpu")).zero_().sum()
-    tensor(0., dtype=torch.float64)
-    """
-    return torch.empty(shape, dtype=torch.float64, device=device)

@@ -1,5 +1,7 @@
-"""Runs of a recipe's dense twin and split model that benchmarks of routers share: each is made once, and kept."""
+"""Runs of a recipe's dense twin and split model that benchmarks of routers share: each is made once, and kept, until
+recipe, data or code are others."""
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +11,8 @@ from moeify.recipe.load import parse_recipe
 from moeify.store import FolderStore
 from moeify.task import Task
 from moeify.tasks.build import build_task
+from moeify.twin_cache import fingerprint
+from moeify.world import Solo
 from pipelines.find_recipe import find_recipe
 from pipelines.runs import cache
 
@@ -33,6 +37,7 @@ def kept_run(recipe: str, seed: int, work: Path = WORK, *, quick: bool = False) 
         training = config.training.model_copy(update={"steps": 8})
         config = config.model_copy(update={"rounds": rounds, "training": training, "evaluation": few})
     task = build_task(config, cache=cache(), base=Path())
-    folder = work / f"{config.name}-{seed}{'-quick' if quick else ''}"
+    content = f"{config.model_dump_json()} {fingerprint(config, task, Solo())}"
+    folder = work / f"{config.name}-{seed}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     run(config, task, store=FolderStore(folder, 1))
     return KeptRun(config, task, folder)

@@ -53,11 +53,8 @@ def main() -> None:
 
 def _losses(kept: KeptRun, steps: int) -> Losses:
     """Return the losses of a run's models after so many joint steps."""
-    split, dense, distil = (
-        load_from_run(kept.folder),
-        load_from_run(kept.folder, "dense"),
-        Distil(kept.task, kept.config),
-    )
+    split, dense = load_from_run(kept.folder), load_from_run(kept.folder, "dense")
+    distil = Distil(kept.task, kept.config)
     joined = Joint(kept.task, kept.config, steps)(split, dense) if steps else None
     report = distil(split, joined.routers if joined else None).report
     return {"label": report.label[MEAN], "router": report.router[MEAN], "dense": distil.losses(dense, None)[MEAN]}

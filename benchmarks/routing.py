@@ -37,21 +37,18 @@ def main() -> None:
         kept_run(asked.recipe, seed, asked.work, quick=asked.quick) for seed in range(1 if asked.quick else asked.seeds)
     ]
     found = {kind: [_report(kept, kind) for kept in runs] for kind in KINDS}
+    whole = [_of(each.whole) for each in found["token"]]
+    later = {kind: [_of(each.later) for each in found[kind]] for kind in KINDS}
     rows = [
-        *[_row("token", "whole rows", found["token"], [_of(each.whole) for each in found["token"]])],
-        *[_row(kind, "after a quarter", found[kind], [_of(each.later) for each in found[kind]]) for kind in KINDS],
+        _row("token", "whole rows", found["token"], whole),
+        *(_row(kind, "after a quarter", found[kind], later[kind]) for kind in KINDS),
     ]
     figures = [
-        Figure("document_router_tax", mean_interval(_taxes(found["document"])).mean, "<= .005, after a quarter"),
-        Figure("token_router_tax", mean_interval(_taxes(found["token"])).mean, "<= .005, after a quarter"),
-        Figure(
-            "token_router_tax_whole",
-            mean_interval([_of(each.whole).router_tax[MEAN] for each in found["token"]]).mean,
-            "<= .005, first tokens too",
-        ),
+        *(Figure(f"{kind}_router_tax", _tax(later[kind]), "<= .005, after a quarter") for kind in KINDS),
+        Figure("token_router_tax_whole", _tax(whole), "<= .005, first tokens too"),
         Figure(
             "over_dense",
-            mean_interval([_of(each.whole).over_dense[MEAN] for each in found["token"]]).mean,
+            mean_interval([each.over_dense[MEAN] for each in whole]).mean,
             "<= 0, nats per token, by token, whole rows",
         ),
     ]
@@ -68,8 +65,8 @@ def _of(compared: Compared | None) -> Compared:
     return compared
 
 
-def _taxes(reports: Sequence[RouterReport]) -> list[float]:
-    return [_of(each.later).router_tax[MEAN] for each in reports]
+def _tax(each: Sequence[Compared]) -> float:
+    return mean_interval([compared.router_tax[MEAN] for compared in each]).mean
 
 
 def _row(kind: Kind, tokens: str, reports: Sequence[RouterReport], compared: Sequence[Compared]) -> dict[str, Cell]:

@@ -66,18 +66,8 @@ def main() -> None:
         for site in split.space.sites
     }
     routers = LayerRouters(CATEGORIES, weights)
-    exact: list[dict[str, Cell]] = []
     with tempfile.TemporaryDirectory() as place, without_bars():
-        for form in FORMS:
-            for name, chosen in (("routers", routers), (CATEGORIES[1], CATEGORIES[1])):
-                folder = Path(place) / f"{form}-{name}"
-                network: Any = to_moe(split, form, chosen).network
-                network.save_pretrained(folder)
-                found = _told(asked.python, folder, tokens)
-                difference = float((found - _wanted(split, tokens, chosen)).abs().max())
-                exact.append(
-                    {"format": form, "routed by": name, "positions": ROWS * (LENGTH - 1), "difference": difference}
-                )
+        exact = _exact(asked.python, Path(place), split, tokens, {"routers": routers, CATEGORIES[1]: CATEGORIES[1]})
         dense.save_pretrained(Path(place) / "dense")
         folders = {"dense": Path(place) / "dense", FORMS[0]: Path(place) / f"{FORMS[0]}-routers"}
         speeds = _speeds(asked.python, folders, dense, split, turns)
@@ -95,6 +85,22 @@ def main() -> None:
         ],
     ]
     report("serving", [*exact, *speeds], figures, asked.json, quick=asked.quick)
+
+
+def _exact(
+    python: str, place: Path, split: SplitModel, tokens: Tensor, ways: Mapping[str, str | LayerRouters]
+) -> list[dict[str, Cell]]:
+    """Write each format with each way to route, and return how far vLLM is from the split model."""
+    rows: list[dict[str, Cell]] = []
+    for form in FORMS:
+        for name, chosen in ways.items():
+            folder = place / f"{form}-{name}"
+            network: Any = to_moe(split, form, chosen).network
+            network.save_pretrained(folder)
+            found, wanted = _told(python, folder, tokens), _wanted(split, tokens, chosen)
+            positions, difference = wanted[..., 0].numel(), float((found - wanted).abs().max())
+            rows.append({"format": form, "routed by": name, "positions": positions, "difference": difference})
+    return rows
 
 
 @torch.no_grad()

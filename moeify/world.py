@@ -67,9 +67,9 @@ class Group:
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor, in place, by its sum over ranks."""
+        alike = [[t for t in tensors if t.dtype == dtype] for dtype in dict.fromkeys(t.dtype for t in tensors)]
         sent = []
-        for dtype in sorted(dict.fromkeys(t.dtype for t in tensors), key=lambda dtype: -dtype.itemsize):
-            same = [t for t in tensors if t.dtype == dtype]
+        for same in sorted(alike, key=lambda same: sum(t.numel() for t in same)):  # small ones leave while others pack
             flat = torch.cat([t.reshape(-1) for t in same])
             sent.append((same, flat, dist.all_reduce(flat, async_op=True)))
         for same, flat, work in sent:

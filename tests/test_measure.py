@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
+from attribution import scratch
 from attribution.measure import Moments, measure
 from attribution.sites import Site
 from attribution.subject import Rows, Subject, row_seed
@@ -131,7 +132,11 @@ def assert_equal(got: AttributionTable, wanted: AttributionTable, rtol: float = 
         torch.testing.assert_close(a, b, rtol=rtol, atol=1e-14 * float(1 + b.abs().max()))
 
 
-def test_sums_equal_an_oracle_that_goes_row_by_row_and_token_by_token() -> None:
+@pytest.mark.parametrize("chunk", [2**18, 7 * 3 * 4, 1])
+def test_sums_equal_an_oracle_that_goes_row_by_row_and_token_by_token(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scratch, "_CHUNK", chunk)  # six rows are one part, four and two, or six
     network, rows = mlp(), mlp_rows(10, positions=3)
     assert_equal(run_mlp(network, [rows.take(slice(0, 6)), rows.take(slice(6, 10))]), oracle(network, rows))
 

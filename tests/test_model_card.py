@@ -9,9 +9,11 @@ from moeify.export.model_card import About, Checked, card
 from moeify.export.stock import Form, to_dense
 from moeify.export.stock_moe import to_moe
 from moeify.export.verification import Source
+from moeify.models.build import build_llama
 from moeify.models.resnet import build_resnet
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
+from moeify.recipe.model import LlamaModel
 from moeify.result import Result
 from moeify.routed.split_model import SplitModel
 from moeify.routers.by_layer import LayerRouterReport
@@ -97,6 +99,15 @@ def test_the_code_of_a_mixtures_card_sends_tokens_along_another_route(form: Form
     with torch.no_grad():
         wanted = of.whole(rows, torch.full((3,), 3))
         torch.testing.assert_close(stock.network(rows).logits, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("heads", "served"), [(1, True), (2, False)])
+def test_the_card_of_a_mixture_names_vllm_where_its_heads_are_wide_enough(heads: int, served: bool) -> None:
+    config = LlamaModel(kind="llama", hidden=32, layers=2, heads=heads, ffn=24)
+    whole = split_of(build_llama(config, vocabulary=40, length=12, end=0, seed=0))
+    stock = to_moe(whole, "glm4_moe", "c")
+    text = card(ABOUT, Source(whole, whole), Checked(None, None), dtype="float32", stock=stock)
+    assert ("`vllm serve FOLDER`" in text) == served
 
 
 def test_the_card_of_a_mixture_with_routers_says_what_they_cost_and_how_to_force_a_category() -> None:

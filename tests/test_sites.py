@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from test_measure import LLAMA_SITES, MLP_SITES, NAMES, llama, llama_rows, mlp, mlp_rows, nats, sample
 from torch import Tensor, nn
 
+from attribution import scratch
 from attribution.measure import Moments, Stability, measure, strongest_category
 from attribution.moments import ExactMoment, LowRank, SketchedMoment, marginals, schur_residual
 from attribution.sites import Site, output_weight, patches
@@ -50,8 +51,12 @@ def scaled_losses(subject: Subject, rows: Rows, site: Site, unit: int, scale: Te
         handle.remove()
 
 
+@pytest.mark.parametrize("chunk", [2**18, 100])
 @pytest.mark.parametrize("kind", ["conv", "heads"])
-def test_gradient_times_activation_of_wide_units_is_the_derivative_of_scaling_the_unit(kind: str) -> None:
+def test_gradient_times_activation_of_wide_units_is_the_derivative_of_scaling_the_unit(
+    kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scratch, "_CHUNK", chunk)
     if kind == "conv":
         subject, rows = cnn_subject()
     else:
@@ -71,6 +76,22 @@ def test_gradient_times_activation_of_wide_units_is_the_derivative_of_scaling_th
             if kind == "conv":  # One position a row, so a row's Fisher term is half the square of its slope.
                 got = table.sites[site.name].empirical[unit].sum()
                 torch.testing.assert_close(got, slopes_R.square().sum() / 2, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("chunk", [2**18, 100])
+def test_a_channel_fires_where_any_place_of_its_map_does(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "_CHUNK", chunk)
+    subject, rows = cnn_subject()
+    with torch.no_grad():
+        subject.network.norm.bias.fill_(-1.2)  # most places are 0, and so are some whole maps
+    seen: list[Tensor] = []
+    handle = subject.reader(subject.site("maps")).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    table = measure(subject, [rows])
+    handle.remove()
+    fires_RU = (seen[0] != 0).any(3).any(2)
+    assert 0 < int(fires_RU.sum()) < fires_RU.numel()
+    for c in range(3):
+        assert torch.equal(table.sites["maps"].rate[:, c], fires_RU[rows.categories == c].sum(0).double())
 
 
 def test_the_moments_of_a_convolution_predict_its_output_and_count_examples() -> None:

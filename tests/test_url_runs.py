@@ -361,6 +361,14 @@ def test_the_driver_follows_a_worker_on_another_machine(
     assert not (near / "checkpoints").exists() or not list((near / "checkpoints").glob("0*"))
 
 
+def under_ray(machine: Machine, *asked: str) -> None:
+    """Call what ends well and says nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own
+        done = machine.call(*asked, "--quiet")
+    assert (done.exit_code, done.output, done.exception) == (0, "", None)
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_under_ray_the_keys_come_from_each_process_and_are_written_nowhere(
@@ -380,10 +388,7 @@ def test_under_ray_the_keys_come_from_each_process_and_are_written_nowhere(
         real(path, **settings)
 
     monkeypatch.setattr(launch.shutil, "rmtree", searched)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Ray's own
-        done = one.call("run", str(one.place / "tiny.yaml"), "--quiet")
-    assert (done.exit_code, done.output, done.exception) == (0, "", None)
+    under_ray(one, "run", str(one.place / "tiny.yaml"))
     assert len(looked_at) > 10
     assert told_in == []
     listed = json.loads(other.call("runs", "--json").output)
@@ -401,20 +406,14 @@ def test_a_killed_run_whose_workers_share_models_out_resumes_to_the_same_bits_on
     one, other = machines
     (one.place / "shared.yaml").write_text(LONG + "cluster: {workers: 2, parallel: {kind: fsdp}}\n")
     calm, run = "long-20260101-000000-aaaa", "long-20260101-000001-bbbb"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Ray's own
-        done = one.call("run", str(one.place / "shared.yaml"), "--quiet", "--id", calm)
-    assert (done.exit_code, done.output, done.exception) == (0, "", None)
+    under_ray(one, "run", str(one.place / "shared.yaml"), "--id", calm)
     place = killed_behind_a_checkpoint(one, run, "shared.yaml")
     with one.here():
         assert "result.json" not in place.found()
-        (found,) = {re.sub(r".*/(split|dense)", r"\1", path) for path in place.found("checkpoints") if "1-of-2" in path}
-        assert found == "dense.1-of-2.safetensors", "each worker has sent its own share"
+        sent = {path.rpartition("/")[2] for path in place.found("checkpoints")}
+        assert {"dense.0-of-2.safetensors", "dense.1-of-2.safetensors"} <= sent, "each worker sends its own share"
     monkeypatch.setattr(lease, "LAPSE_SECONDS", 0.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        resumed = other.call("resume", run, "--quiet")
-    assert (resumed.exit_code, resumed.output) == (0, "")
+    under_ray(other, "resume", run)
     assert bits(other, run) == bits(other, calm)
     exported = other.call("export", run, "--category", "code", "-o", str(other.place / "code"))
     assert exported.exit_code == 0, exported.output
