@@ -185,7 +185,7 @@ def killed_behind_a_checkpoint(machine: Machine, run: str, *asked: str) -> Place
     try:
         with machine.here():
             place = Place(f"{machine.url}/{run}")
-            wait_for(lambda: any(path.endswith("manifest.json") for path in place.found("checkpoints")))
+            wait_for(lambda: any(path.endswith("manifest.json") for path in place.found("checkpoints")), seconds=400.0)
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
