@@ -29,6 +29,7 @@ from attribution.methods import (
     Fisher,
     IntegratedGradients,
     InternalInfluence,
+    LinearOutputs,
     Method,
     Random,
     RelP,
@@ -47,10 +48,14 @@ from attribution.table import AttributionTable
 ESTIMATES: Mapping[str, Method] = {
     "taylor": Taylor(),
     "absolute": Absolute(),
-    "fisher": Fisher("sampled"),
+    "fisher": Fisher("model"),
+    "fisher sampled": Fisher("sampled"),
     "empirical": Fisher("true"),
     "report": TaylorFisher(),
     "report8": TaylorFisher(samples=8),
+    "report sampled": TaylorFisher(labels="sampled"),
+    "report8 sampled": TaylorFisher(samples=8, labels="sampled"),
+    "linear": LinearOutputs(),
     "integrated": IntegratedGradients(8),
     "conductance": Conductance(8),
     "influence": InternalInfluence(8),
@@ -324,8 +329,8 @@ def slope(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _second_moments(subject: Subject, batches: Sequence[Probe], columns: int | None, seed: int) -> AttributionTable:
-    if subject.sample is None:
-        raise ValueError("needs labels sampled from the model; give the subject 'sample'")
+    if not subject.draws:
+        raise ValueError("needs labels of the model's own; give the subject 'root' or 'sample'")
     return measure(subject, batches, seed=seed, moments=Moments(columns))
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from attribution.moments import ExactMoment, SketchedMoment
 from attribution.table import AttributionTable, Score, SiteSums
 
-FORMAT = 1
-"""Version of the file's layout."""
+FORMAT = 2
+"""Version of the file's layout. In version 1 the report was not kept: it was always signed Taylor + 1/2 Fisher."""
 
 
 class CorruptTableError(ValueError):
@@ -71,14 +71,16 @@ def load(path: str | Path) -> AttributionTable:
     if not content or _digest(content, tensors) != header.get("sha256"):
         raise CorruptTableError(f"{path} is not a table as it was written (its hash differs); measure again")
     facts = json.loads(content)
-    if facts["format"] != FORMAT:
-        raise ValueError(f"{path} has format {facts['format']}; this version reads format {FORMAT}")
+    if facts["format"] not in (1, FORMAT):
+        raise ValueError(f"{path} has format {facts['format']}; this version reads formats 1 and {FORMAT}")
     sites = {}
     for number, site in enumerate(facts["sites"]):
         inputs, outputs = (
             _MOMENTS[kind](*_moment(tensors, f"{number}/{which}.")) if (kind := site["moments"].get(which)) else None
             for which in ("inputs", "outputs")
         )
+        if facts["format"] == 1:
+            tensors[f"{number}/report"] = tensors[f"{number}/taylor"] + tensors[f"{number}/fisher"]
         plain = {name: tensors[f"{number}/{name}"] for name in _plain()}
         sites[site["name"]] = SiteSums(**plain, inputs=inputs, outputs=outputs)
     return AttributionTable(tuple(facts["categories"]), tensors["counts"], tensors["rows"], tensors["sampled"], sites)
@@ -88,7 +90,7 @@ def to_parquet(table: AttributionTable, path: str | Path) -> None:
     """Write one row for every site, unit and category: each score, and its standard error, in nats per token.
 
     Columns ``site``, ``unit``, ``category``, then of each score its name and (not for ``rate``) ``<name>_se``, then
-    ``dead`` and ``without_gradient``. Scores that need labels sampled from the model are left out without them.
+    ``dead`` and ``without_gradient``. Scores that need labels of the model's own are left out without them.
 
     >>> import tempfile
     >>> from pyarrow import parquet

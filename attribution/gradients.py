@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from attribution.subject import Probe, Subject, row_seed, segments
+from attribution.hashing import mixed, row_seed, shifted
+from attribution.subject import Probe, Subject, segments
 
 _CHUNK = 2**18
 """Elements hashed at a time: a scratch of 2 MB that stays in the cache."""
@@ -204,25 +205,9 @@ def _add(sums_S: Float64[Tensor, " size"], gradient: Float[Tensor, "*shape"], ke
     flat = gradient.reshape(-1)
     for start in range(0, len(flat), _CHUNK):
         some = flat[start : start + _CHUNK].double()
-        mixed = _hash(torch.arange(start, start + len(some), device=flat.device), key)
-        buckets = (mixed >> 1).remainder_(len(sums_S))
-        sums_S.index_add_(0, buckets, some * (1 - 2 * (mixed & 1)))
-
-
-def _hash(places: Tensor, key: int) -> Tensor:
-    """Mix places and a key into 62 bits (splitmix64's finish in wrapping 64-bit integers), the same on all devices."""
-    state = places * _signed(0x9E3779B97F4A7C15) + key
-    state = (state ^ _shift(state, 30)) * _signed(0xBF58476D1CE4E5B9)
-    state = (state ^ _shift(state, 27)) * _signed(0x94D049BB133111EB)
-    return _shift(state ^ _shift(state, 31), 2)
-
-
-def _shift(state: Tensor, bits: int) -> Tensor:
-    return (state >> bits) & (2 ** (64 - bits) - 1)
-
-
-def _signed(number: int) -> int:
-    return number - 2**64 if number >= 2**63 else number
+        bits = shifted(mixed(torch.arange(start, start + len(some), device=flat.device), key), 2)
+        buckets = (bits >> 1).remainder_(len(sums_S))
+        sums_S.index_add_(0, buckets, some * (1 - 2 * (bits & 1)))
 
 
 def _key(seed: int, name: str) -> int:

@@ -1,27 +1,33 @@
 """One pass over data that measures every unit of every site against every category.
 
-A batch costs one forward and one backward pass with true labels, and one more backward where labels can be sampled
-from the model, whatever the number of sites and categories. Parameters take no part: no weight gradient is computed.
+A batch costs one forward and one backward pass with true labels, and one more backward for the Fisher information of
+the model's own distribution, whatever the number of sites and categories. Parameters take no part: no weight gradient
+is computed.
 
 Axes: rows R, positions P of a row (1 where activations are [rows units] or maps), units U, width W, features F,
 categories C.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float64, Int
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
+from attribution.hashing import row_seed
 from attribution.moments import ExactMoment, Moment, SketchedMoment
 from attribution.reading import apart, at_readers, wide
 from attribution.scratch import Scratch, chunks, over_features
 from attribution.sites import Site, output_weight, patches
-from attribution.subject import Probe, Segment, Subject, row_seed, segments
+from attribution.stability import Stability, Watch
+from attribution.subject import Probe, Segment, Subject, segments
 from attribution.table import AttributionTable, SiteSums
+
+Labels = Literal["true", "model", "output"]
+"""What is carried back: the loss of the true labels, a draw from the model's own distribution, or one output."""
 
 
 @dataclass(frozen=True)
@@ -42,36 +48,11 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Stability:
-    """When a pass may end early: when the partition that its table implies no longer changes."""
-
-    implied: Callable[[AttributionTable], Mapping[str, Int[Tensor, " units"]]]
-    """Site -> owner of each unit. Called only on tables that have rows of every category."""
-    agreement: float = 0.99
-    """Least fraction of units whose owner is the one of the look before."""
-    patience: int = 2
-    """Looks in a row that must agree."""
-    every: int = 4
-    """Batches between two looks."""
-    reduce: Callable[[Sequence[Tensor]], None] | None = None
-    """Sums tensors over workers in place, so that all of them stop at the same batch; each must have as many."""
-
-
-@dataclass(frozen=True)
 class Uncounted:
     """Rows that are run and not counted, for a worker that has none of a batch: passes of a network that is sharded by
     ``fully_shard`` take every worker."""
 
     rows: Probe
-
-
-def strongest_category(table: AttributionTable) -> dict[str, Int[Tensor, " units"]]:
-    """Return, as the simplest implied partition, the category that each unit matters to most.
-
-    >>> strongest_category(measure(asked, rows))["first"].tolist()
-    [0, 1]
-    """
-    return {site: table.score(site, "absolute").argmax(1) for site in table.sites}
 
 
 def measure(
@@ -80,13 +61,18 @@ def measure(
     *,
     seed: int = 0,
     samples: int = 1,
+    exact_outputs: int = 0,
     moments: Moments | None = None,
     stability: Stability | None = None,
 ) -> AttributionTable:
     """Measure ``subject`` on ``batches``; tables of shards add up to the table of the whole.
 
-    A batch costs a forward pass, a backward pass with true labels and, if the subject can sample, one more for each of
-    ``samples`` draws of labels, whose mean makes the Fisher information less noisy; no gradient is a parameter's.
+    A batch costs a forward pass, a backward pass with true labels and, if the subject has a ``root`` or can ``sample``,
+    one more for each of ``samples`` draws, whose mean makes the Fisher information less noisy; no gradient is a
+    parameter's. Of a network with at most ``exact_outputs`` outputs a row, [rows outputs], the report is not signed
+    Taylor + 1/2 Fisher but nats(outputs - sum a d outputs / d a) - nats(outputs): only the network is taken for
+    straight, and not the loss for a parabola (of linearised networks: Immer, Korzepa and Bauer 2021, arXiv 2008.08400).
+    That is a backward pass more for every output.
 
     The reader of every site runs once a forward pass; all positions count as tokens, padding included. Everything adds
     up in float64 from products in float64 of what the network computed; second moments of a batch are matrix products
@@ -103,11 +89,12 @@ def measure(
     [[2.0, 0.0], [0.0, 0.5]]
     """
     if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}; leave out the subject's 'sample' for none")
+        raise ValueError(f"samples must be at least 1, got {samples}; give the subject no 'root' or 'sample' for none")
     table = _empty(subject, moments)
+    depth = _Depth(seed, samples, exact_outputs)
     scratch = Scratch()
     taps = [_Tap(site, subject.reader(site), table.sites[site.name], samples, scratch) for site in subject.sites]
-    watch = _Watch(stability) if stability else None
+    watch = Watch(stability) if stability else None
     with ExitStack() as stack:
         stack.enter_context(subject.still())
         for tap in taps:
@@ -115,10 +102,10 @@ def measure(
                 stack.callback(tap.reader.register_forward_hook(tap.after).remove)
         for batch in batches:
             if isinstance(batch, Uncounted):
-                _one_batch(subject, batch.rows, [], taps, table, seed, samples)
+                _one_batch(subject, batch.rows, [], taps, table, depth)
             elif len(batch.categories):
                 parts = segments(batch, subject.categories)
-                _one_batch(subject, batch, parts, taps, table, seed, samples)
+                _one_batch(subject, batch, parts, taps, table, depth)
             if watch and watch.settled(table):
                 break
     if not bool(table.rows.any()):
@@ -147,34 +134,13 @@ def unmeasured(subject: Subject, site: Site, moments: Moments | None = None) -> 
     return SiteSums.zeros(site.units, site.features, number, device, pair)
 
 
-class _Watch:
-    """Looks now and then whether the implied partition still changes."""
+@dataclass(frozen=True)
+class _Depth:
+    """How much is asked of a batch, see ``measure``."""
 
-    def __init__(self, stability: Stability) -> None:
-        self._asked = stability
-        self._batches = 0
-        self._agreed = 0
-        self._last: Tensor | None = None
-
-    def settled(self, table: AttributionTable) -> bool:
-        """Count one more batch, and say whether the pass may end."""
-        self._batches += 1
-        if self._batches % self._asked.every:
-            return False
-        if self._asked.reduce:
-            table = table + AttributionTable.empty(table.categories, {n: _nothing(s) for n, s in table.sites.items()})
-            self._asked.reduce(table.tensors())
-        if not bool(table.counts.all()):
-            return False
-        owners = torch.cat([owner.flatten() for owner in self._asked.implied(table).values()])
-        last, self._last = self._last, owners
-        same = last is not None and float((owners == last).double().mean()) >= self._asked.agreement
-        self._agreed = self._agreed + 1 if same else 0
-        return self._agreed >= self._asked.patience
-
-
-def _nothing(sums: SiteSums) -> SiteSums:
-    return sums.like([torch.zeros_like(tensor) for tensor in sums.tensors()])
+    seed: int
+    samples: int
+    exact_outputs: int
 
 
 class _Tap:
@@ -193,12 +159,14 @@ class _Tap:
         self._parts = parts
         self._rows = rows
         self.positions = 0
-        self.labels: Literal["sampled", "true"] = "true"
+        self.labels: Labels = "true"
         self.arrived: set[str] = set()
         self._activation: Tensor | None = None
         self._taylor_RU: Tensor | None = None
         self._fisher_RU: Tensor | float = 0.0
         self._drawn = 0
+        self.exact = False
+        self._moves: list[Tensor] = []
 
     def read(self, activation: Tensor) -> Tensor:
         """Take the reader's input, and listen to its gradient."""
@@ -253,17 +221,22 @@ class _Tap:
             g_rPUW, a_rPUW = self.scratch.pair(arranged[some])
             g_rPUW.copy_(gradients[some]).mul_(a_rPUW.copy_(arranged[some]))
             z_rPU = over_features(g_rPUW, torch.sum)
-            if self.labels == "true":
+            if self.labels != "model":
                 taylor_RU[some] = -z_rPU.sum(1)
+            if self.labels == "true":
                 absolute_RU[some] = torch.abs(z_rPU, out=a_rPUW[..., 0]).sum(1)
             squares_RU[some] = z_rPU.square_().sum(1) / 2
-        if self.labels == "sampled":
+        if self.labels == "output":
+            self._moves.append(taylor_RU)
+            return
+        if self.labels == "model":
             self._drawn += 1
             self._fisher_RU = self._fisher_RU + squares_RU / self.samples
             if self._drawn == self.samples:
                 assert self._taylor_RU is not None
                 self._add(sums.fisher, self._fisher_RU, sums.fisher_squares)
-                self._add(None, self._taylor_RU + self._fisher_RU, sums.report_squares)
+                if not self.exact:
+                    self._add(sums.report, self._taylor_RU + self._fisher_RU, sums.report_squares)
             return
         self._taylor_RU = taylor_RU
         self._add(sums.empirical, squares_RU, sums.empirical_squares)
@@ -272,7 +245,7 @@ class _Tap:
 
     def _output_gradient(self, gradient: Tensor) -> None:
         outputs = self.sums.outputs
-        if self.labels == "true" or outputs is None:
+        if self.labels != "model" or outputs is None:
             return
         gradient = gradient.detach()
         if gradient.shape[0] != self._rows:
@@ -283,16 +256,24 @@ class _Tap:
                 terms = terms.flatten(2).sum(2) / terms[0, 0].numel() ** 0.5
             outputs.add(part.category, terms.reshape(-1, terms.shape[-1]) / self.samples**0.5)
 
+    def report_exactly(self, subject: Subject, outputs: Float[Tensor, "rows outputs"], targets: Tensor) -> None:
+        """Take the loss at the outputs that each unit's removal would move in a straight line."""
+        moved_RUK = outputs.detach().double()[:, None] + torch.stack(self._moves, 2)
+        targets = targets.double() if targets.is_floating_point() else targets
+        per_unit = targets.repeat_interleave(self.site.units, 0)
+        after_RU = subject.row_nats(moved_RUK.flatten(0, 1), per_unit).view(self._rows, -1)
+        before_R = subject.row_nats(outputs.detach().double(), targets)
+        self._add(self.sums.report, after_RU - before_R[:, None], self.sums.report_squares)
+
     def _add(
         self,
-        total_XC: Float64[Tensor, "x categories"] | None,
+        total_XC: Float64[Tensor, "x categories"],
         terms_RX: Float64[Tensor, "rows x"],
         squares_XC: Float64[Tensor, "x categories"] | None = None,
     ) -> None:
         for part in self._parts:
             mine_RX = terms_RX[part.where]
-            if total_XC is not None:
-                total_XC[:, part.category] += mine_RX.sum(0)
+            total_XC[:, part.category] += mine_RX.sum(0)
             if squares_XC is not None:
                 squares_XC[:, part.category] += mine_RX.square().sum(0)
 
@@ -318,8 +299,7 @@ def _one_batch(
     parts: Sequence[Segment],
     taps: Sequence[_Tap],
     table: AttributionTable,
-    seed: int,
-    samples: int,
+    depth: _Depth,
 ) -> None:
     """Run one batch through the taps and count those of its rows that ``parts`` name."""
     for tap in taps:
@@ -333,38 +313,38 @@ def _one_batch(
                 f"{taps[0].positions}; measure sites with different positions in separate passes"
             )
         tap.check("activation", subject.categories)
-    _backward(subject, outputs, batch.targets, taps, "true", last=subject.sample is None)
-    if subject.sample is not None:
-        seeds = [row_seed(seed, row) for row in batch.ids.tolist()]
-        for number in range(samples):
-            with torch.no_grad():
-                sampled = subject.drawn(outputs.detach(), batch.targets, seeds)
-            _backward(subject, outputs, sampled, taps, "sampled", last=number == samples - 1)
-            seeds = [row_seed(each, 1) for each in seeds]
+    exact = outputs.ndim == 2 and outputs.shape[1] <= depth.exact_outputs and subject.draws
+    for tap in taps:
+        tap.exact = exact
+    draws, singles = depth.samples if subject.draws else 0, outputs.shape[1] if exact else 0
+    _backward(outputs, subject.cotangent(outputs, batch.targets), taps, "true", last=draws == 0)
+    seeds = [row_seed(depth.seed, row) for row in batch.ids.tolist()]
+    for left in reversed(range(draws)):
+        drawn = subject.drawn(outputs, batch.targets, seeds)
+        _backward(outputs, drawn, taps, "model", last=left + singles == 0)
+        seeds = [row_seed(each, 1) for each in seeds]
+    for number in range(singles):
+        one = torch.zeros_like(outputs)
+        one[:, number] = 1
+        _backward(outputs, one, taps, "output", last=number == singles - 1)
+    if exact:
+        for tap in taps:
+            tap.report_exactly(subject, outputs, batch.targets)
     for part in parts:
         tokens = part.rows * taps[0].positions
         table.rows[part.category] += part.rows
         table.counts[part.category] += tokens
-        table.sampled[part.category] += tokens if subject.sample is not None else 0
+        table.sampled[part.category] += tokens if subject.draws else 0
     for tap in taps:
         tap.check("gradient", subject.categories)
         tap.begin([], 0)
 
 
-def _backward(
-    subject: Subject,
-    outputs: Tensor,
-    targets: Tensor,
-    taps: Sequence[_Tap],
-    labels: Literal["sampled", "true"],
-    *,
-    last: bool,
-) -> None:
-    loss_R = subject.row_nats(outputs, targets)
+def _backward(outputs: Tensor, cotangent: Tensor, taps: Sequence[_Tap], labels: Labels, *, last: bool) -> None:
     for tap in taps:
         tap.labels = labels
-    if loss_R.requires_grad:
-        torch.autograd.backward(loss_R.sum(), retain_graph=not last)
+    if outputs.requires_grad:
+        torch.autograd.backward(outputs, cotangent, retain_graph=not last)
     for tap in taps:
         if labels not in tap.arrived:
             raise ValueError(f"the loss does not depend on the units of site {tap.site.name!r}; drop the site")

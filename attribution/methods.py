@@ -6,7 +6,7 @@ Axes: units U, features F, categories C.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, assert_never, get_args
 from zlib import crc32
 
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from attribution.ablation import CategorySums, Value, ablation_rises, check_value, single
 from attribution.captum_methods import along_the_input
+from attribution.hashing import row_seed
 from attribution.measure import measure
 from attribution.reading import at_readers
 from attribution.relp import relevance
 from attribution.sites import Site, output_weight
-from attribution.subject import Probe, Subject, row_seed, segments
+from attribution.subject import Probe, Subject, segments
 from attribution.table import AttributionTable
 
 Scores = dict[str, Float64[Tensor, "units categories"]]
@@ -50,30 +51,51 @@ class Fisher:
     2019 (arXiv 1905.12558).
     """
 
-    labels: Literal["sampled", "true"]
-    """``sampled``: from the model's own distribution."""
+    labels: Literal["model", "sampled", "true"]
+    """``model``: the model's own distribution, by random roots where the subject has them (``attribution.roots``);
+    ``sampled``: the same by labels drawn from it."""
     samples: int = 1
-    """Draws of labels, a backward pass each, that the mean is taken over; of sampled labels alone."""
+    """Draws, a backward pass each, that the mean is taken over; not of true labels."""
 
     def __post_init__(self) -> None:
         _check_count("samples", self.samples)
-        if self.labels not in ("sampled", "true"):
-            raise ValueError(f"labels must be 'sampled' or 'true', got {self.labels!r}")
+        if self.labels not in ("model", "sampled", "true"):
+            raise ValueError(f"labels must be 'model', 'sampled' or 'true', got {self.labels!r}")
 
 
 @dataclass(frozen=True)
 class TaylorFisher:
-    """-E[g a] + 1/2 E[(g a)^2], labels of the second term sampled from the model: the report in nats.
+    """-E[g a] + 1/2 E[(g a)^2], labels of the second term the model's own: the report in nats.
 
     The expansion of LeCun, Denker and Solla 1989 (Optimal Brain Damage), of activations in place of weights, with the
     first order, which they drop, kept and the Fisher information for the Hessian.
     """
 
     samples: int = 1
-    """Draws of labels, a backward pass each, that the mean is taken over: over few rows the noise of one draw shows."""
+    """Draws, a backward pass each, that the mean is taken over: over few rows the noise of one draw shows."""
+    labels: Literal["model", "sampled"] = "model"
+    """As of ``Fisher``."""
 
     def __post_init__(self) -> None:
         _check_count("samples", self.samples)
+        if self.labels not in ("model", "sampled"):
+            raise ValueError(f"labels must be 'model' or 'sampled', got {self.labels!r}")
+
+
+@dataclass(frozen=True)
+class LinearOutputs:
+    """The loss itself at the outputs that the unit's removal would move in a straight line.
+
+    nats(outputs - sum a d outputs / d a) - nats(outputs): what signed Taylor + 1/2 Fisher is the expansion of. The
+    network made linear with its own loss, as Immer, Korzepa and Bauer 2021 (arXiv 2008.08400) do it in the weights.
+    A backward pass an output, so for few of them: classes of an image, not a vocabulary.
+    """
+
+    limit: int = 100
+    """Most outputs a row that are gone through."""
+
+    def __post_init__(self) -> None:
+        _check_count("limit", self.limit)
 
 
 @dataclass(frozen=True)
@@ -182,6 +204,7 @@ Method = (
     | Absolute
     | Fisher
     | TaylorFisher
+    | LinearOutputs
     | IntegratedGradients
     | Conductance
     | InternalInfluence
@@ -196,7 +219,7 @@ METHODS: tuple[type, ...] = get_args(Method)
 
 
 def scores(method: Method, subject: Subject, batches: Sequence[Probe], *, seed: int = 0) -> Scores:
-    """Return a method's score of every unit for every category; ``seed`` is that of labels sampled from the model.
+    """Return a method's score of every unit for every category; ``seed`` is that of draws from the model's labels.
 
     >>> scores(Ablation("zero"), asked, rows)["first"].tolist()
     [[2.0, 0.0], [0.0, 1.0]]
@@ -215,16 +238,39 @@ def all_scores(
     >>> found[Taylor()]["first"].tolist()
     [[2.0, 0.0], [0.0, 1.0]]
     """
-    tables: dict[int, AttributionTable] = {}
+    tables: dict[_Pass, AttributionTable] = {}
     found: dict[Method, Scores] = {}
     for method in methods:
-        samples = method.samples if isinstance(method, Fisher | TaylorFisher) else 1
-        if isinstance(method, Taylor | Absolute | Fisher | TaylorFisher | ActivationRate | Wanda) and (
-            samples not in tables
-        ):
-            tables[samples] = measure(subject, batches, seed=seed, samples=samples)
-        found[method] = _scores(method, subject, batches, tables.get(samples))
+        one = _pass(method)
+        if one and one not in tables:
+            if one.exact_outputs:
+                _check_outputs(subject, batches, one.exact_outputs)
+            asked = replace(subject, root=None) if one.sampled else subject
+            tables[one] = measure(asked, batches, seed=seed, samples=one.samples, exact_outputs=one.exact_outputs)
+        found[method] = _scores(method, subject, batches, tables[one] if one else None)
     return found
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What is asked of ``measure``."""
+
+    samples: int = 1
+    sampled: bool = False
+    exact_outputs: int = 0
+
+
+def _pass(method: Method) -> _Pass | None:
+    """Return the pass that a method's scores come out of; None for one that ``measure`` does not know."""
+    match method:
+        case Fisher() | TaylorFisher():
+            return _Pass(method.samples, sampled=method.labels == "sampled")
+        case LinearOutputs(limit):
+            return _Pass(exact_outputs=limit)
+        case Taylor() | Absolute() | ActivationRate() | Wanda():
+            return _Pass()
+        case _:
+            return None
 
 
 def _scores(method: Method, subject: Subject, batches: Sequence[Probe], table: AttributionTable | None) -> Scores:
@@ -233,11 +279,11 @@ def _scores(method: Method, subject: Subject, batches: Sequence[Probe], table: A
             return _of_table(table, lambda t, site: t.score(site.name, "taylor"), subject)
         case Absolute():
             return _of_table(table, lambda t, site: t.score(site.name, "absolute"), subject)
-        case Fisher("sampled"):
-            return _of_table(table, lambda t, site: t.score(site.name, "fisher"), subject)
-        case Fisher():
+        case Fisher("true"):
             return _of_table(table, lambda t, site: t.score(site.name, "empirical"), subject)
-        case TaylorFisher():
+        case Fisher():
+            return _of_table(table, lambda t, site: t.score(site.name, "fisher"), subject)
+        case TaylorFisher() | LinearOutputs():
             return _of_table(table, lambda t, site: t.score(site.name, "report"), subject)
         case ActivationRate():
             return _of_table(table, lambda t, site: t.score(site.name, "rate"), subject)
@@ -262,6 +308,18 @@ def _scores(method: Method, subject: Subject, batches: Sequence[Probe], table: A
             }
         case _:
             assert_never(method)
+
+
+def _check_outputs(subject: Subject, batches: Sequence[Probe], limit: int) -> None:
+    """Refuse a network whose outputs are too many, or of several positions."""
+    with subject.still(), torch.no_grad():
+        for batch in batches[:1]:
+            outputs = subject.forward(batch.inputs, batch.categories)
+            if outputs.ndim != 2 or outputs.shape[1] > limit:
+                raise ValueError(
+                    f"the network's outputs are {list(outputs.shape)}; LinearOutputs goes through at most {limit} "
+                    f"outputs a row [rows outputs]; use TaylorFisher"
+                )
 
 
 def _of_table(

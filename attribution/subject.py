@@ -98,10 +98,13 @@ class Subject:
     nats: Callable[[Tensor, Tensor], Float[Tensor, " rows"]]
     """``nats(outputs, targets)``: each row's summed loss."""
     sample: Callable[[Tensor, Sequence[int]], Tensor] | None = None
-    """``sample(outputs, seeds)``: targets drawn from the model's own distribution, one seed a row. Without it there is
-    no Fisher information with sampled labels."""
+    """``sample(outputs, seeds)``: targets drawn from the model's own distribution, one seed a row: the Fisher
+    information where there is no ``root``. With neither there is none but that of the true labels."""
     run: Callable[[Tensor, Tensor], Tensor] | None = None
     """``run(inputs, categories)``: the forward pass, outputs returned; not given: ``network(inputs)``."""
+    root: Callable[[Tensor, Sequence[int]], Tensor] | None = None
+    """``root(outputs, seeds)``: vectors in the outputs' shape whose second moment is the outputs' Fisher information,
+    one seed a row, such as ``attribution.roots.categorical_root``: the same as ``sample`` tells, with less noise."""
 
     def __post_init__(self) -> None:
         if not self.categories or len(set(self.categories)) != len(self.categories):
@@ -166,13 +169,34 @@ class Subject:
             for parameter in trained:
                 parameter.requires_grad_(True)
 
+    @property
+    def draws(self) -> bool:
+        """Whether there is Fisher information of the model's own distribution."""
+        return self.root is not None or self.sample is not None
+
     def drawn(self, outputs: Tensor, targets: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Return targets drawn from the model's own distribution, where ``targets`` ask for any."""
+        """Return cotangents of the outputs whose second moment is their Fisher information: a root where there is one,
+        otherwise the gradient of the loss of labels drawn from the model. 0 where ``targets`` ask for nothing."""
+        outputs = outputs.detach()
+        if self.root is not None:
+            drawn = self.root(outputs, seeds)
+            if not targets.is_floating_point() and targets.shape == drawn.shape[:-1]:
+                drawn = drawn.masked_fill((targets == IGNORED)[..., None], 0)
+            return drawn
         assert self.sample is not None
-        sampled = self.sample(outputs, seeds)
-        if targets.is_floating_point() or targets.shape != sampled.shape:
-            return sampled
-        return torch.where(targets == IGNORED, targets, sampled)
+        with torch.no_grad():
+            labels = self.sample(outputs, seeds)
+        if not targets.is_floating_point() and targets.shape == labels.shape:
+            labels = torch.where(targets == IGNORED, targets, labels)
+        return self.cotangent(outputs, labels)
+
+    def cotangent(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the gradient of the rows' losses with respect to the outputs."""
+        outputs = outputs.detach().requires_grad_()
+        loss_R = self.row_nats(outputs, targets)
+        if not loss_R.requires_grad:
+            raise ValueError("nats(outputs, targets) does not depend on the outputs; return each row's loss")
+        return torch.autograd.grad(loss_R.sum(), outputs)[0]
 
     def row_nats(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " rows"]:
         """Return each row's summed loss; ValueError where the loss function does not give one a row."""
@@ -218,14 +242,3 @@ def segments(batch: Probe, names: Sequence[str]) -> list[Segment]:
             found.append(Segment(category, where, number))
         start += number
     return found
-
-
-_MASK = 2**64 - 1
-
-
-def row_seed(seed: int, row: int) -> int:
-    """Mix a pass's seed and a row's id into 63 bits (splitmix64), so that neighbours do not correlate."""
-    state = (seed * 0x9E3779B97F4A7C15 + row + 0x9E3779B97F4A7C15) & _MASK
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-    return (state ^ (state >> 31)) >> 1

@@ -17,9 +17,10 @@ from attribution.moments import Moment, Second, schur_residual
 Unsigned = Literal["fisher", "empirical", "absolute"]
 """Scores by which sets of units may be chosen; signed terms would cancel in a set."""
 Score = Literal["fisher", "empirical", "absolute", "taylor", "report", "rate"]
-"""``fisher``: 1/2 E[(g a)^2], labels sampled from the model; ``empirical``: the same with true labels; ``absolute``:
-E|g a|; ``taylor``: -E[g a], signed; ``report``: taylor + fisher, the estimated rise of the loss if the unit were
-zeroed (all in nats per token); ``rate``: the fraction of tokens at which the unit is not 0."""
+"""``fisher``: 1/2 E[(g a)^2], labels the model's own; ``empirical``: the same with true labels; ``absolute``: E|g a|;
+``taylor``: -E[g a], signed; ``report``: the estimated rise of the loss if the unit were zeroed, taylor + fisher, or
+where outputs are few ``measure``'s ``exact_outputs`` (all in nats per token); ``rate``: the fraction of tokens at which
+the unit is not 0."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,15 @@ class SiteSums:
     """
 
     fisher: Float64[Tensor, "units categories"]
-    """Sum of 1/2 (g a)^2 over tokens, labels sampled from the model; nats."""
+    """Sum of 1/2 (g a)^2 over tokens, labels the model's own; nats."""
     empirical: Float64[Tensor, "units categories"]
     """Sum of 1/2 (g a)^2 over tokens, true labels; nats."""
     absolute: Float64[Tensor, "units categories"]
     """Sum of abs(g a) over tokens, true labels; nats."""
     taylor: Float64[Tensor, "units categories"]
     """Sum of -g a over tokens, true labels: the first-order rise of the loss if the unit were zeroed; nats, signed."""
+    report: Float64[Tensor, "units categories"]
+    """Sum over tokens of the estimated rise of the loss if the unit were zeroed; nats, signed."""
     fisher_squares: Float64[Tensor, "units categories"]
     """Sum over rows of the square of the row's ``fisher``; nats^2."""
     empirical_squares: Float64[Tensor, "units categories"]
@@ -48,7 +51,7 @@ class SiteSums:
     taylor_squares: Float64[Tensor, "units categories"]
     """Sum over rows of the square of the row's ``taylor``; nats^2."""
     report_squares: Float64[Tensor, "units categories"]
-    """Sum over rows of the square of the row's ``taylor + fisher``; nats^2."""
+    """Sum over rows of the square of the row's ``report``; nats^2."""
     rate: Float64[Tensor, "units categories"]
     """Tokens at which the unit is not 0."""
     total: Float64[Tensor, "features categories"]
@@ -58,8 +61,8 @@ class SiteSums:
     inputs: Moment | None = None
     """Sum of a a^T over tokens (for a convolution over its patches); None where it was not asked for."""
     outputs: Moment | None = None
-    """Sum of g_y g_y^T over tokens, labels sampled from the model; y: the reader's output. For a convolution g_y is the
-    sum over the places of its output, and g_y g_y^T is divided by their number (``attribution.moments``)."""
+    """Sum of g_y g_y^T over tokens, labels the model's own; y: the reader's output. For a convolution g_y is the sum
+    over the places of its output, and g_y g_y^T is divided by their number (``attribution.moments``)."""
 
     def __post_init__(self) -> None:
         if self.fisher.ndim != 2 or self.power.ndim != 2 or len(self.power) % max(1, len(self.fisher)):
@@ -155,7 +158,7 @@ class AttributionTable:
     rows: Float64[Tensor, " categories"]
     """Rows of each category."""
     sampled: Float64[Tensor, " categories"]
-    """Those of ``counts`` that were also measured with labels sampled from the model."""
+    """Those of ``counts`` that were also measured with labels of the model's own distribution."""
     sites: dict[str, SiteSums]
 
     def __post_init__(self) -> None:
@@ -214,8 +217,9 @@ class AttributionTable:
     def report(self, site: str) -> Float64[Tensor, "units categories"]:
         """Return the estimated rise of the loss if the unit were zeroed, in nats per token.
 
-        Second-order Taylor expansion with the Fisher information for the Hessian: signed Taylor + 1/2 Fisher. For
-        reporting single units, not for choosing sets.
+        Second-order Taylor expansion with the Fisher information for the Hessian, signed Taylor + 1/2 Fisher; or the
+        loss itself at outputs moved in a straight line (``measure``'s ``exact_outputs``). For reporting single units,
+        not for choosing sets.
         """
         return self.score(site, "report")
 
@@ -276,8 +280,7 @@ class AttributionTable:
     def _total(self, site: str, kind: Score) -> Tensor:
         if kind not in get_args(Score):
             raise ValueError(f"no score {kind!r}; there are {', '.join(get_args(Score))}")
-        sums = self._site(site)
-        return sums.taylor + sums.fisher if kind == "report" else cast(Tensor, getattr(sums, kind))
+        return cast(Tensor, getattr(self._site(site), kind))
 
     def _moment(self, site: str, category: str, which: Literal["inputs", "outputs"]) -> Second:
         if category not in self.categories:
@@ -298,6 +301,6 @@ class AttributionTable:
             )
         if kind in ("fisher", "report"):
             if not torch.equal(self.sampled, self.counts):
-                raise ValueError(f"{kind!r} needs labels sampled from the model on all rows; give the subject 'sample'")
+                raise ValueError(f"{kind!r} needs labels of the model's own; give the subject 'root' or 'sample'")
             return self.sampled
         return self.counts

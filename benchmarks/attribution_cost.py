@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from attribution.measure import Moments, measure
+from attribution.roots import categorical_root
 from attribution.subject import Rows, Subject
 from benchmarks.report import Cell, Figure, arguments, report
 from moeify.models.build import build_llama
 from moeify.models.families import readers
 from moeify.recipe.model import LlamaModel
-from moeify.tasks.language import sample_tokens, token_nats
+from moeify.tasks.language import token_nats
 
 CATEGORIES = ("a", "b", "c", "d")
 VOCABULARY, LENGTH, ROWS, BATCHES = 4096, 128, 16, 1
@@ -41,12 +42,12 @@ def main() -> None:
     batches = make_batches(ROWS, BATCHES)
 
     def subject(sampled: bool) -> Subject:
-        return Subject(network, sites, CATEGORIES, token_nats, sample_tokens if sampled else None)
+        return Subject(network, sites, CATEGORIES, token_nats, root=categorical_root if sampled else None)
 
     ways: dict[str, Callable[[], object]] = {
         "plain forward + backward": lambda: plain(network, batches),
         "true labels (taylor, |g a|, empirical Fisher)": lambda: measure(subject(False), batches),
-        "and labels sampled (Fisher, report)": lambda: measure(subject(True), batches),
+        "and the model's own labels (Fisher, report)": lambda: measure(subject(True), batches),
         "and second moments, sketched to 128": lambda: measure(subject(True), batches, moments=Moments(128)),
         "and second moments, exact": lambda: measure(subject(True), batches, moments=Moments()),
         "captum, all layers at once": lambda: captum(network, batches, [s.reader for s in sites], together=True),

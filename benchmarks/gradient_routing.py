@@ -71,6 +71,10 @@ class RandomTokens:
         """Return the likeliest tokens; nothing here asks for more."""
         return outputs.argmax(-1)
 
+    def root(self, outputs: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Return zeros; nothing here asks for more."""
+        return torch.zeros_like(outputs)
+
     def right(self, outputs: Tensor, targets: Tensor) -> None:
         """Return None: nothing here is right or wrong."""
 

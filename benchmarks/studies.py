@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attribution.roots import categorical_root
 from attribution.sites import Site
 from attribution.subject import Rows, Subject
 from moeify.data.images import load
@@ -59,6 +60,7 @@ def text(seed: int, rows: int, quick: bool) -> Study:
     """The dense network of the shipped text recipe, trained as the recipe says (FFN neurons and heads)."""
     from moeify.recipe.load import parse_recipe
     from moeify.routed.split_model import SplitModel
+    from moeify.task import subject_of
     from moeify.tasks.build import build_task
     from moeify.training import Contestant, train
     from moeify.world import Solo
@@ -80,7 +82,7 @@ def text(seed: int, rows: int, quick: bool) -> Study:
         for batch in task.held_out_batches("validation", rows + HELD_OUT, len(task.categories) * rows)
     ]
     peak = config.training.learning_rate
-    subject = Subject(network.eval(), readers(network), task.categories, task.nats, task.sample)
+    subject = subject_of(task, network.eval(), readers(network))
 
     def more(step: int) -> Rows:
         batch = task.train_batch(config.training.steps + step)
@@ -128,7 +130,7 @@ def stories(seed: int, rows: int, _: bool) -> Study:
         part = [[each[i] for i in picked.integers(len(each), size=8)] for each in rows_of["train"]]
         return _mixed(part, 8, 16)[0]
 
-    subject = Subject(network.eval(), readers(network), names, token_nats, sample_tokens)
+    subject = Subject(network.eval(), readers(network), names, token_nats, sample_tokens, root=categorical_root)
     measured = _mixed(rows_of["train"], MEASURED, 32)
     return Study("stories260K", subject, validation[:1], measured, validation[1:], more, 5e-4)
 
@@ -190,7 +192,7 @@ def mnist(seed: int, rows: int, quick: bool) -> Study:
         optimizer.zero_grad()
         F.cross_entropy(network(x[some]), y[some]).backward()
         optimizer.step()
-    subject = Subject(network.eval(), DIGIT_SITES, tuple(map(str, range(10))), label_nats, drawn_label)
+    subject = _of_labels(network, DIGIT_SITES)
     return Study("mnist", subject, *_images(x, y, rest, train, rows), _more(x, y, train, seed), 3e-4)
 
 
@@ -208,8 +210,13 @@ def cifar(seed: int, rows: int, _: bool) -> Study:
     network = build_resnet((3, 32, 32), classes=10, width=16, blocks=3, stages=3, seed=seed)
     network.load_state_dict(load_file(weights), strict=False)
     rest, train = torch.arange(3000), torch.arange(3000, 6000)
-    subject = Subject(network.eval(), readers(network), tuple(map(str, range(10))), label_nats, drawn_label)
+    subject = _of_labels(network, readers(network))
     return Study("cifar-jpeg", subject, *_images(x, y, rest, train, rows), _more(x, y, train, seed), 3e-4)
+
+
+def _of_labels(network: nn.Module, sites: Sequence[Site]) -> Subject:
+    names = tuple(map(str, range(10)))
+    return Subject(network.eval(), tuple(sites), names, label_nats, drawn_label, root=categorical_root)
 
 
 def _images(

@@ -6,12 +6,11 @@ from torch import nn
 
 from attribution.measure import Moments, measure
 from attribution.sites import Site
-from attribution.subject import Subject
 from attribution.table import AttributionTable
 from moeify.models.families import readers
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.null_test import Relabel
-from moeify.task import Task
+from moeify.task import Task, subject_of
 from moeify.tasks.tensors import Data, Loss, TensorTask
 
 
@@ -49,7 +48,7 @@ def attribute(
     batches = task.probe_batches(0, rows, rows_at_once)
     network = task.build() if sites is None else network  # what an architecture fuses is opened into units
     named = readers(network) if sites is None else tuple(sites)
-    return measure(Subject(network, named, task.categories, task.nats, task.sample), batches, seed=seed)
+    return measure(subject_of(task, network, named), batches, seed=seed)
 
 
 def table_of(
@@ -65,6 +64,6 @@ def table_of(
     """Measure the units that a split model's experts own, on train rows; those off a row's route are zero for it."""
     batches = relabel(task.probe_batches(round_, rows, rows_at_once))
     ordered = (batch.take(model.order(batch.categories)) for batch in batches)
-    subject = Subject(model.network, model.space.readers, task.categories, task.nats, task.sample, model)
+    subject = subject_of(task, model.network, model.space.readers, model)
     with model.masked():
         return measure(subject, ordered, seed=seed, moments=moments)

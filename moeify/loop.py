@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from attribution.measure import Moments, Stability, Uncounted, measure, strongest_category
-from attribution.subject import Subject
+from attribution.measure import Moments, Uncounted, measure
+from attribution.stability import Stability, strongest_category
 from attribution.table import AttributionTable
 from moeify.clean_modules import module_tests
 from moeify.control import (
@@ -53,7 +53,7 @@ from moeify.splitting.terms import costs, terms_in_reach
 from moeify.state import Cut, State
 from moeify.stopping import Asked, Stoppable, StoppedError, never
 from moeify.store import MemoryStore, Store
-from moeify.task import Batch, HeldOut, Task, tokens_read
+from moeify.task import Batch, HeldOut, Task, subject_of, tokens_read
 from moeify.training import Contestant, Report, train
 from moeify.twin_cache import TwinCache
 from moeify.world import Solo, World, shares_models
@@ -360,9 +360,7 @@ class _Loop:
         # In the model's own order, so that it moves no row: what is seen inside belongs to the row of the same place.
         ordered = (batch.take(model.order(batch.categories)) for batch in self.world.heeding(batches))
         mine = (self._mine(batch) for batch in ordered)
-        subject = Subject(
-            model.network, model.space.readers, self.task.categories, self.task.nats, self.task.sample, model
-        )
+        subject = subject_of(self.task, model.network, model.space.readers, model)
         settled = Stability(strongest_category, asked.settled, reduce=self.world.sum) if asked.settled else None
         with model.masked(), memory(lambda: f"attribution of round {round_}, worker {self.world.rank}"):
             moments = Moments(asked.columns)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from attribution.roots import categorical_root
 from attribution.subject import Rows, Subject
 from moeify import rows as rows_of
 from moeify.data import tokens as tokens_of
@@ -22,6 +23,7 @@ from moeify.recipe.data import TextData
 from moeify.recipe.model import PretrainedModel
 from moeify.routed.split_model import SplitModel
 from moeify.split_folder import load_from_run
+from moeify.task import subject_of
 from moeify.tasks.build import build_task
 from moeify.tasks.images import ImagesTask
 from moeify.tasks.language import sample_tokens, token_nats
@@ -52,7 +54,7 @@ def of_run(folder: Path, config: RunConfig, arm: Arm, *, cache: Path, base: Path
     for batch in task.probe_batches(0, rows, config.attribution.rows_at_once):
         batch = batch.take(model.order(batch.categories))
         batches.append(Rows(batch.inputs, batch.targets, batch.categories, batch.ids))
-    subject = Subject(model.network, readers(model.network), task.categories, task.nats, task.sample, _masked(model))
+    subject = subject_of(task, model.network, readers(model.network), _masked(model))
     partition = model.partition
     if partition.separation == 0:
         return Probed(subject, batches, task.unit)
@@ -91,7 +93,7 @@ def of_checkpoint(
         batches = [_hidden(batch, mask, hidden_tokens(data.length, hidden), seed) for batch in batches]
     model = SplitModel(network, tuple(found)).eval()
     batches = [batch.take(model.order(batch.categories)) for batch in batches]
-    subject = Subject(network, readers(network), tuple(found), nats, sample_tokens, _masked(model))
+    subject = Subject(network, readers(network), tuple(found), nats, sample_tokens, _masked(model), categorical_root)
     return Probed(subject, batches, "token")
 
 
@@ -109,7 +111,7 @@ def of_classifier(folder: Path, config: RunConfig, *, base: Path, rows: int) -> 
         for batch in task.probe_batches(0, rows, config.attribution.rows_at_once)
     ]
     batches = [batch.take(model.order(batch.categories)) for batch in batches]
-    subject = Subject(network, readers(network), task.categories, task.nats, task.sample, _masked(model))
+    subject = subject_of(task, network, readers(network), _masked(model))
     return Probed(subject, batches, task.unit)
 
 

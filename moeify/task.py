@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from attribution.sites import Site
+from attribution.subject import Subject
 from moeify.recipe.config import RunConfig
 
 HeldOut = Literal["validation", "test"]
@@ -82,7 +84,11 @@ class Task(Protocol):
         ...
 
     def sample(self, outputs: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Draw targets from the model's own predictive distribution (for the Fisher information), one seed a row."""
+        """Draw targets from the model's own predictive distribution, one seed a row."""
+        ...
+
+    def root(self, outputs: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Return random vectors whose second moment is the outputs' Fisher information (``attribution.roots``)."""
         ...
 
     def right(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, " rows"] | None:
@@ -121,9 +127,17 @@ class Redrawn:
     def __init__(self, task: Task, draw: Callable[[int], Batch]) -> None:
         self.categories, self.unit, self.units_per_row = task.categories, task.unit, task.units_per_row
         self.train_batch = draw
-        self.build, self.nats, self.sample, self.right = task.build, task.nats, task.sample, task.right
+        self.build, self.nats, self.right = task.build, task.nats, task.right
+        self.sample, self.root = task.sample, task.root
         self.probe_batches, self.held_out_batches = task.probe_batches, task.held_out_batches
         self.bits_per_byte, self.assets = task.bits_per_byte, task.assets
+
+
+def subject_of(
+    task: Task, network: nn.Module, sites: Sequence[Site], run: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Subject:
+    """Return a network of a task as attribution takes it; ``run``: see ``Subject``."""
+    return Subject(network, tuple(sites), task.categories, task.nats, task.sample, run, task.root)
 
 
 def tokens_read(task: Task) -> int:

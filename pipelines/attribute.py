@@ -19,7 +19,9 @@ from attribution.agreement import EVERY, Agreement, Comparison, Items, compare
 from attribution.edges import measure_edges
 from attribution.gradients import measure_gradients
 from attribution.graph import EveryEdge, UnitGraph
-from attribution.measure import measure, strongest_category
+from attribution.measure import measure
+from attribution.methods import LinearOutputs
+from attribution.stability import strongest_category
 from attribution.subject import Rows
 from attribution.table import AttributionTable, Unsigned
 from moeify.models.families import entries
@@ -31,7 +33,9 @@ Matrix = Float64[Tensor, "categories categories"]
 
 TABLE, PARQUET, PICTURE = "attribution.safetensors", "attribution.parquet", "attribution.png"
 SAMPLES = 8
-"""Draws of labels for the Fisher information: what is read by people is worth being less noisy."""
+"""Draws for the Fisher information: what is read by people is worth being less noisy."""
+EXACT_OUTPUTS = LinearOutputs().limit
+"""Of a network with at most so many outputs, classes of images, the report takes the loss itself and not a parabola."""
 SILENT = {
     "dead": "never active: {}; without them nothing changes, so any split may drop them",
     "without_gradient": "active, but no loss depends on them: {}; measure more rows before they are dropped",
@@ -62,7 +66,7 @@ def attribute(
     ablation takes a forward pass a unit.
     """
     say("measuring")
-    table = measure(probed.subject, probed.batches, seed=seed, samples=SAMPLES)
+    table = measure(probed.subject, probed.batches, seed=seed, samples=SAMPLES, exact_outputs=EXACT_OUTPUTS)
     out.mkdir(parents=True, exist_ok=True)
     files.save(table, out / TABLE)
     files.to_parquet(table, out / PARQUET)

@@ -89,9 +89,9 @@ def test_the_oracle_agrees_with_itself_and_chance_does_not() -> None:
 def test_every_method_is_held_against_zero_and_mean_ablation_of_units_and_sets() -> None:
     subject, batches = subject_of("llama")
     found = compare(subject, batches, values=("zero", "mean"), sets=8, draws=20)
-    assert found.refused == {}
-    asked = {(method, of, value) for method in (*ESTIMATES, "kfac", "J") for of in ("units", "sets")
-             for value in ("zero", "mean")}  # fmt: skip
+    assert list(found.refused) == ["linear"]  # a vocabulary at every position
+    told = (*(ESTIMATES.keys() - {"linear"}), "kfac", "J")
+    asked = {(method, of, value) for method in told for of in ("units", "sets") for value in ("zero", "mean")}
     ffn = {(row.method, row.of, row.value) for row in found.rows if row.site == "layers.0.ffn"}
     assert ffn == asked
     assert all(row.items == 8 for row in found.rows if row.of == "sets")
@@ -111,8 +111,10 @@ def test_what_cannot_be_asked_is_told_and_the_rest_goes_on() -> None:
     subject, batches = subject_of("mlp")
     bare = Subject(subject.network, subject.sites, subject.categories, subject.nats)
     found = compare(bare, batches, sets=8, draws=10)
-    assert set(found.refused) == {"fisher", "report", "report8", "kfac", "J"}
-    assert all("sample" in reason for reason in found.refused.values())
+    drawn = {"fisher", "report", "report8", "fisher sampled", "report sampled", "report8 sampled", "linear"}
+    assert set(found.refused) == drawn | {"kfac", "J"}
+    assert all("'sample'" in reason for method, reason in found.refused.items() if method != "linear")
+    assert "outputs are" in found.refused["linear"]
     assert "taylor" in {row.method for row in found.rows}
 
 

@@ -1,11 +1,13 @@
+import json
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from attribution.files import CorruptTableError, load, save, to_parquet
+from attribution.files import CorruptTableError, _digest, load, save, to_parquet
 from attribution.heatmap import draw
 from attribution.measure import Moments, measure
 from attribution.table import AttributionTable
@@ -29,6 +31,24 @@ def test_a_table_comes_back_bit_for_bit(tmp_path: Path, kind: str, moments: Mome
         assert [type(m) for m in again.sites[site].moments] == [type(m) for m in table.sites[site].moments]
     assert all(torch.equal(a, 2 * b) for a, b in zip((again + table).tensors(), table.tensors(), strict=True))
     assert [path.name for path in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+def test_a_table_of_format_1_is_read(tmp_path: Path) -> None:
+    """It kept no report, which was the sum of two others."""
+    table, path = measured("mlp"), tmp_path / "t.safetensors"
+    save(table, path)
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["table"])
+    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.endswith("/report")}
+    content = json.dumps(facts | {"format": 1})
+    save_file(tensors, path, {"table": content, "sha256": _digest(content, tensors)})
+    again = load(path)
+    for one, other in zip(again.tensors(), table.tensors(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+    content = json.dumps(facts | {"format": 3})
+    save_file(tensors, path, {"table": content, "sha256": _digest(content, tensors)})
+    with pytest.raises(ValueError, match="has format 3; this version reads formats 1 and 2"):
+        load(path)
 
 
 def test_a_changed_or_foreign_file_is_refused(tmp_path: Path) -> None:

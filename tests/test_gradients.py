@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from attribution import gradients
 from attribution.gradients import GradientSketch, measure_gradients
+from attribution.hashing import row_seed
 from attribution.sites import Site
-from attribution.subject import Rows, Subject, row_seed
+from attribution.subject import Rows, Subject
 
 NAMES = ("a", "b", "c")
 LARGE = 2**18

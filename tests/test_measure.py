@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from attribution import scratch
+from attribution.hashing import row_seed
 from attribution.measure import Moments, measure
 from attribution.sites import Site
-from attribution.subject import Rows, Subject, row_seed
+from attribution.subject import Rows, Subject
 from attribution.table import AttributionTable
 from tests.subjects import NAMES, llama, nats, sample
 
@@ -122,6 +123,7 @@ def oracle(network: Mlp, rows: Rows) -> AttributionTable:
             ):  # fmt: skip
                 getattr(sums, kind)[:, c] += terms
                 getattr(sums, f"{kind}_squares")[:, c] += terms**2
+            sums.report[:, c] += taylor + fisher
             sums.report_squares[:, c] += (taylor + fisher) ** 2
     return table
 

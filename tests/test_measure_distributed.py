@@ -21,9 +21,10 @@ from attribution.edge_taps import Entry, Writer
 from attribution.edges import measure_edges
 from attribution.gradients import measure_gradients
 from attribution.interactions import Neighbours, measure_interactions
-from attribution.measure import Moments, Stability, measure, strongest_category
+from attribution.measure import Moments, measure
 from attribution.methods import Ablation, Method, Wanda, WeightMagnitude, scores
 from attribution.sites import Site
+from attribution.stability import Stability, strongest_category
 from attribution.subject import Rows, Subject
 from attribution.table import AttributionTable
 from benchmarks.gloo import run_together

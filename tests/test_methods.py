@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from attribution.methods import (
     Fisher,
     IntegratedGradients,
     InternalInfluence,
+    LinearOutputs,
     Method,
     Random,
     RelP,
@@ -43,6 +45,7 @@ from attribution.methods import (
     all_scores,
     scores,
 )
+from attribution.roots import categorical_root
 from attribution.sites import Site
 from attribution.subject import Rows, Subject
 
@@ -52,6 +55,7 @@ EVERY: tuple[Method, ...] = (
     Fisher("sampled"),
     Fisher("true"),
     TaylorFisher(),
+    LinearOutputs(),
     IntegratedGradients(3),
     Conductance(3),
     InternalInfluence(3),
@@ -78,8 +82,9 @@ def test_every_method_scores_every_unit_for_every_category(kind: str) -> None:
     assert {type(method) for method in EVERY} == set(METHODS)
     subject, batches = subject_of(kind)
     subject.network.train()
-    found = all_scores(EVERY, subject, batches, seed=4)
-    assert list(found) == list(EVERY)
+    asked = [method for method in EVERY if kind == "conv" or not isinstance(method, LinearOutputs)]
+    found = all_scores(asked, subject, batches, seed=4)
+    assert list(found) == asked
     for method, by_site in found.items():
         assert list(by_site) == [site.name for site in subject.sites]
         for site in subject.sites:
@@ -186,6 +191,78 @@ def test_the_report_is_the_one_of_a_measured_table() -> None:
         assert not torch.equal(other[site.name], table.report(site.name))
 
 
+def moved(subject: Subject, rows: Rows, site: Site) -> Tensor:
+    """What each unit's activation adds to each output in a straight line [rows units outputs], output by output."""
+    losses, a = tail(subject, site), activations(subject, rows, site).requires_grad_()
+    outputs: list[Tensor] = []
+    watched = replace(subject, nats=lambda z, _: outputs.append(z) or z[:, 0])
+    losses = tail(watched, site)
+    losses(a, *extra(rows))
+    slopes = [torch.autograd.grad(outputs[0][:, k].sum(), a, retain_graph=True)[0] for k in range(outputs[0].shape[1])]
+    return torch.stack([site.arrange(slope * a.detach()).sum((1, 3)) for slope in slopes], 2)
+
+
+def test_linear_outputs_are_the_loss_where_the_outputs_would_be_moved_to() -> None:
+    subject, batches, rows = evaluated("conv")
+    found = scores(LinearOutputs(), subject, batches)
+    before = subject.nats(subject.forward(rows.inputs, rows.categories).detach(), rows.targets)
+    for site in subject.sites:
+        z_RUK = moved(subject, rows, site)
+        terms = torch.zeros(len(rows.ids), site.units, dtype=torch.float64)
+        for unit in range(site.units):
+            outputs = subject.forward(rows.inputs, rows.categories).detach() - z_RUK[:, unit]
+            terms[:, unit] = subject.nats(outputs, rows.targets) - before
+        close(found[site.name], by_units(terms[:, None], rows))
+
+
+def test_linear_outputs_of_a_last_layer_are_exact_ablation_and_nothing_else_is() -> None:
+    """Its outputs are moved in a straight line: no approximation is left."""
+    subject, batches = hidden_classifier()
+    truth = ablation_rises(subject, batches, "hidden", single(9), value="zero")
+    close(scores(LinearOutputs(), subject, batches)["hidden"], truth, 1e-10)
+    parabola = scores(TaylorFisher(samples=200), subject, batches)["hidden"]
+    assert float((parabola - truth).abs().max()) > 0.01 * float(truth.abs().max())
+    table = measure(subject, batches, exact_outputs=4)
+    close(table.report("hidden"), truth, 1e-10)
+    assert float(table.standard_error("hidden", "report").min()) >= 0
+    with pytest.raises(ValueError, match=r"outputs are \[11, 4\]; LinearOutputs goes through at most 3 outputs a row"):
+        scores(LinearOutputs(3), subject, batches)
+
+
+def test_the_standard_error_of_linear_outputs_is_that_of_the_rows() -> None:
+    subject, batches = hidden_classifier()
+    rows = whole(batches)
+    table = measure(subject, batches, exact_outputs=4)
+    mine = [row for row in range(11) if int(rows.categories[row]) == 1]
+    each = [
+        measure(subject, [rows.take(torch.tensor([r]))], exact_outputs=4).sites["hidden"].report[:, 1] for r in mine
+    ]
+    error = torch.stack(each).std(0) / len(mine) ** 0.5
+    close(table.standard_error("hidden", "report")[:, 1], error, 1e-8)
+
+
+def hidden_classifier() -> tuple[Subject, list[Rows]]:
+    """A hidden layer that a linear one reads, of four classes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 4)).double().eval()
+        inputs = 2 * torch.randn(11, 5, dtype=torch.float64)
+    with torch.no_grad():
+        network[2].weight.mul_(6)
+    rows = Rows(inputs, torch.arange(11) % 4, torch.arange(11) * 3 // 11, torch.arange(11))
+    return Subject(network, (Site("hidden", "2", 9),), NAMES, nats, root=categorical_root), [rows]
+
+
+def test_sampled_labels_are_asked_for_by_name() -> None:
+    subject, batches = subject_of("llama")
+    rooted = replace(subject, root=categorical_root)
+    for method in (Fisher("sampled", 2), TaylorFisher(2, "sampled")):
+        found, other = scores(method, rooted, batches), scores(replace(method, labels="model"), rooted, batches)
+        for site in subject.sites:
+            assert torch.equal(found[site.name], scores(method, subject, batches)[site.name])
+            assert not torch.equal(found[site.name], other[site.name])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_and_activations_equal_slow_sums(kind: str) -> None:
     subject, batches, rows = evaluated(kind)
@@ -244,7 +321,7 @@ def test_bad_input_is_refused_with_the_way_out() -> None:
     unsampled = Subject(subject.network, subject.sites, NAMES, nats)
     assert scores(Taylor(), unsampled, batches)
     for method in (Fisher("sampled"), TaylorFisher()):
-        with pytest.raises(ValueError, match="give the subject 'sample'"):
+        with pytest.raises(ValueError, match="give the subject 'root' or 'sample'"):
             scores(method, unsampled, batches)
     ab = [batch.take(batch.categories < 2) for batch in batches]
     for method in (Taylor(), IntegratedGradients(1), Ablation("zero")):

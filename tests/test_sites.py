@@ -5,9 +5,10 @@ from test_measure import LLAMA_SITES, MLP_SITES, NAMES, llama, llama_rows, mlp, 
 from torch import Tensor, nn
 
 from attribution import scratch
-from attribution.measure import Moments, Stability, measure, strongest_category
+from attribution.measure import Moments, measure
 from attribution.moments import ExactMoment, LowRank, SketchedMoment, marginals, schur_residual
 from attribution.sites import Site, output_weight, patches
+from attribution.stability import Stability, strongest_category
 from attribution.subject import Rows, Subject, batched
 
 

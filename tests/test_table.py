@@ -46,6 +46,7 @@ def test_means_divide_by_the_tokens_of_each_category() -> None:
     sums.fisher.copy_(torch.tensor([[4.0, 4.0], [8.0, 0.0]]))
     sums.absolute.fill_(16)
     sums.taylor.copy_(torch.tensor([[-8.0, 8.0], [0.0, 0.0]]))
+    sums.report.copy_(torch.tensor([[-4.0, 12.0], [8.0, 0.0]]))
     sums.empirical.fill_(2)
     sums.rate.fill_(2)
     sums.power.fill_(32)
@@ -128,7 +129,7 @@ def test_what_was_not_measured_is_refused_with_the_way_to_measure_it() -> None:
     table.counts.fill_(4)
     table.rows.fill_(2)
     assert table.score("s", "absolute").tolist() == [[0], [0]]
-    with pytest.raises(ValueError, match=r"'report' needs labels sampled .* give the subject 'sample'"):
+    with pytest.raises(ValueError, match=r"'report' needs labels .* give the subject 'root' or 'sample'"):
         table.report("s")
     with pytest.raises(ValueError, match="measured without second moments; give measure"):
         table.second_moment("s", "a")

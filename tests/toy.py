@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attribution.roots import bernoulli_root, categorical_root
 from moeify.models.build import build_autoencoder, build_llama
 from moeify.recipe.config import RunConfig
 from moeify.recipe.model import AutoencoderModel, LlamaModel
@@ -60,6 +61,9 @@ class ToyTask:
         draws = [torch.rand(10, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return (torch.stack(draws) < torch.sigmoid(outputs)).to(outputs.dtype)
 
+    def root(self, outputs: Tensor, seeds: Sequence[int]) -> Tensor:
+        return bernoulli_root(outputs, seeds)
+
     def right(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
         return None
 
@@ -108,6 +112,9 @@ class ToyTextTask(ToyTask):
         for row, seed in zip(torch.softmax(outputs, -1), seeds, strict=True):
             draws.append(torch.multinomial(row, 1, generator=torch.Generator().manual_seed(seed))[:, 0])
         return torch.stack(draws)
+
+    def root(self, outputs: Tensor, seeds: Sequence[int]) -> Tensor:
+        return categorical_root(outputs, seeds)
 
     def bits_per_byte(self, loss: dict[str, float], split: HeldOut) -> dict[str, float] | None:
         return {category: nats / 0.7 for category, nats in loss.items()}

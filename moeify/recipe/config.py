@@ -55,7 +55,7 @@ class Attribution(Closed):
     """One pass over rows of the train split that measures every unit against every category."""
 
     score: Literal["fisher", "empirical", "absolute"] = "fisher"
-    """What chooses sets of units: ``fisher`` = 1/2 E[(g a)^2] with labels sampled from the model, ``empirical`` = the
+    """What chooses sets of units: ``fisher`` = 1/2 E[(g a)^2] with labels of the model's own, ``empirical`` = the
     same with true labels, ``absolute`` = E|g a|. All unsigned; nats."""
     rows: PositiveInt = 64
     """Rows of each category."""

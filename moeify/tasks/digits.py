@@ -9,6 +9,7 @@ from jaxtyping import Float
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from attribution.roots import bernoulli_root
 from moeify import rows as rows_of
 from moeify.models.build import build_autoencoder
 from moeify.recipe.config import RunConfig
@@ -86,6 +87,10 @@ class DigitsTask:
     def sample(self, outputs: Float[Tensor, "rows pixels"], seeds: Sequence[int]) -> Tensor:
         """Draw each pixel black or white as the model predicts it, one seed an image."""
         return sample_pixels(outputs, seeds)
+
+    def root(self, outputs: Float[Tensor, "rows pixels"], seeds: Sequence[int]) -> Float[Tensor, "rows pixels"]:
+        """Return random roots of the pixels' Fisher information."""
+        return bernoulli_root(outputs, seeds)
 
     def right(self, outputs: Tensor, targets: Tensor) -> None:
         """Return None: a reconstruction is not right or wrong."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from attribution.roots import bernoulli_root, categorical_root
 from moeify import rows as rows_of
 from moeify.data.documents import Split
 from moeify.data.images import HOLDS, NORMS, Images, load
@@ -143,6 +144,11 @@ class ImagesTask:
         if self._data.objective == "classify":
             return sample_tokens(outputs[:, None], seeds)[:, 0]
         return sample_pixels(outputs, seeds)
+
+    def root(self, outputs: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Return random roots of the Fisher information of the class, or of the pixels."""
+        root = categorical_root if self._data.objective == "classify" else bernoulli_root
+        return root(outputs, seeds)
 
     def right(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, " rows"] | None:
         """Say whose class is the likeliest one; None where images are reconstructed."""

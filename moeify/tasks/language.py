@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from attribution.roots import categorical_root
 from moeify import rows as rows_of
 from moeify.data import given_tokenizer
 from moeify.data.documents import Split
@@ -114,6 +115,12 @@ class LanguageTask:
     ) -> Int[Tensor, "rows length"]:
         """Draw each next token as the model predicts it, one seed a window."""
         return sample_tokens(outputs, seeds)
+
+    def root(
+        self, outputs: Float[Tensor, "rows length vocabulary"], seeds: Sequence[int]
+    ) -> Float[Tensor, "rows length vocabulary"]:
+        """Return random roots of the Fisher information of each next token."""
+        return categorical_root(outputs, seeds)
 
     def right(self, outputs: Tensor, targets: Tensor) -> None:
         """Return None: a window of text is not right or wrong."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from attribution.roots import categorical_root
 from attribution.subject import IGNORED
 from moeify import rows as rows_of
 from moeify.models.pretrained import Checkpoint
@@ -65,6 +66,12 @@ class MaskedTask:
     ) -> Int[Tensor, "rows length"]:
         """Draw a token for every place as the model predicts it, one seed a window."""
         return sample_tokens(outputs, seeds)
+
+    def root(
+        self, outputs: Float[Tensor, "rows length vocabulary"], seeds: Sequence[int]
+    ) -> Float[Tensor, "rows length vocabulary"]:
+        """Return random roots of the Fisher information of the token at every place."""
+        return categorical_root(outputs, seeds)
 
     def right(self, outputs: Tensor, targets: Tensor) -> None:
         """Return None: a window of text is not right or wrong."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from attribution.roots import bernoulli_root, categorical_root
 from moeify import rows as rows_of
 from moeify.models.families import opened
 from moeify.task import Batch, HeldOut
@@ -90,6 +91,10 @@ class TensorTask:
         if self._loss == "classes":
             return sample_tokens(outputs.unsqueeze(1), seeds).squeeze(1)
         return sample_pixels(outputs, seeds)
+
+    def root(self, outputs: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Return random roots of the Fisher information of the outputs."""
+        return (bernoulli_root if self._loss == "pixels" else categorical_root)(outputs, seeds)
 
     def right(self, outputs: Tensor, targets: Tensor) -> Bool[Tensor, " rows"] | None:
         """Say whose class is the likeliest one; None where there are no classes."""

@@ -16,7 +16,7 @@ class Subset:
 
     def __init__(self, task: Task, kept: Sequence[str], network: nn.Module, skipped: int = 0) -> None:
         self.categories, self.unit, self.units_per_row = tuple(kept), task.unit, task.units_per_row
-        self.nats, self.sample, self.right = task.nats, task.sample, task.right
+        self.nats, self.sample, self.root, self.right = task.nats, task.sample, task.root, task.right
         self._task, self._network, self._skipped = task, network, skipped
         places = [task.categories.index(name) for name in kept]
         self._places = tensor(places).sort().values
