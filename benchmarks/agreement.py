@@ -10,7 +10,7 @@ Four networks (see ``benchmarks.studies``), three seeds each; intervals are Stud
 (in the JSON's ``details``) bootstrap over the first seed's items; the random control is in every table. What was found
 of a network and seed is kept in ``--work`` and not asked again while code and arguments stay the same: a run that was
 stopped goes on, and two may share the work. The full benchmark takes about an hour of one core; ``--quick`` one small
-network and seed; ``--study`` one network of the four.
+network and seed; ``--study`` one network of the four; ``--part`` one of the two questions.
 """
 
 import hashlib
@@ -49,6 +49,7 @@ MEASURED = "(loss at once)"
 """Beside the methods: the held-out loss right after the cut, measured and not foreseen."""
 Part = TypeVar("Part")
 SLOW = ("conductance", "influence", "integrated")
+PARTS = ("units", "partitions")
 
 
 @dataclass(frozen=True)
@@ -71,25 +72,27 @@ class Found:
     """What came of one network and seed."""
 
     units: dict[str, Comparison]
-    """By kind of unit."""
+    """By kind of unit; none where they were not asked for."""
     cuts: Cuts | None
-    """None for a network whose partitions are not tried."""
+    """None for a network whose partitions are not tried, or not asked for."""
 
 
 def main() -> None:
     """Run both comparisons on every network and seed that has no result yet, then print the tables."""
     asks = parser(__doc__)
     asks.add_argument("--study", choices=list(STUDIES), help="this network alone")
+    asks.add_argument("--part", choices=PARTS, help="this half alone: single units and sets, or whole partitions")
     asks.add_argument("--work", type=Path, default=cache() / "agreement", help="what was found, by network and seed")
     asked = asks.parse_args()
     seeds, names = (range(1), ["text"]) if asked.quick else (range(3), list(STUDIES))
     names = [asked.study] if asked.study else names
+    parts = (asked.part,) if asked.part else PARTS
     with tempfile.TemporaryDirectory() as nowhere:
         kept = KeptResults(Path(nowhere) if asked.quick else asked.work.absolute())
         found: dict[str, list[Found]] = {}
         for name, seed in product(names, seeds):
             try:
-                each = known_or_found(kept, name, seed, QUICK if asked.quick else FULL, quick=asked.quick)
+                each = known_or_found(kept, name, seed, QUICK if asked.quick else FULL, parts, quick=asked.quick)
             except NoDataError as error:
                 _say(f"{name}: skipped, {error}")
                 continue
@@ -98,17 +101,21 @@ def main() -> None:
     report("agreement", rows, figures(found), asked.json, quick=asked.quick, details=site_rows(found))
 
 
-def known_or_found(kept: KeptResults, name: str, seed: int, size: Size, *, quick: bool) -> Found:
+def known_or_found(
+    kept: KeptResults, name: str, seed: int, size: Size, parts: Sequence[str] = PARTS, *, quick: bool
+) -> Found:
     """Return what was found of a network and seed before, or find it and keep it, each of the two parts by itself."""
     study = lru_cache(lambda: STUDIES[name](seed, size.rows, quick))
     methods = {k: v for k, v in ESTIMATES.items() if not (quick and k in SLOW)}
     mark = fingerprint(name, seed, size, quick=quick)
     file = f"{name}-{seed}-{{}}-{mark}.json"
-    units = kept_or_found(
-        kept, file.format("units"), dict[str, Comparison], lambda: find_units(study(), methods, size, seed)
-    )
+    units: dict[str, Comparison] = {}
+    if "units" in parts:
+        units = kept_or_found(
+            kept, file.format("units"), dict[str, Comparison], lambda: find_units(study(), methods, size, seed)
+        )
     cuts = None
-    if name != "cifar-jpeg":
+    if "partitions" in parts and name != "cifar-jpeg":
         cuts = kept_or_found(
             kept, file.format("cuts"), Cuts, lambda: compare_cuts(study(), methods, size.cuts, seed, said=_say)
         )
@@ -245,22 +252,26 @@ def interval(values: Sequence[float]) -> str | None:
 
 
 def figures(found: Mapping[str, Sequence[Found]]) -> list[Figure]:
-    """Return the headlines: of the defaults, the means over networks and seeds."""
+    """Return the headlines: the means over networks and seeds.
+
+    ``spearman_unit`` is that of what ``moeify attribute`` shows: the loss at linear outputs where a network has few,
+    otherwise eight draws of signed Taylor + 1/2 Fisher, which ``parabola`` has everywhere; ``labels``: the same from
+    labels drawn from the model.
+    """
     result = []
     comparisons = [comparison for each in by_kind(found).values() for comparison in each]
-    for name, method in (
-        ("spearman_unit", "report8"),
-        ("spearman_unit_one_draw", "report"),
-        ("spearman_unit_random", "random"),
+    for name, methods in (
+        ("spearman_unit", ("linear", "report8")),
+        ("spearman_unit_parabola", ("report8",)),
+        ("spearman_unit_one_draw", ("report",)),
+        ("spearman_unit_labels", ("report8 sampled",)),
+        ("spearman_unit_labels_one_draw", ("report sampled",)),
+        ("spearman_unit_random", ("random",)),
     ):
-        pooled = [comparison.pooled(method, "zero") for comparison in comparisons]
-        result.append(
-            Figure(
-                name,
-                statistics.mean(p.spearman.value for p in pooled if p),
-                ">= .95" if method == "report8" else "for comparison",
-            )
-        )
+        told = [[p for method in methods if (p := each.pooled(method, "zero"))] for each in comparisons]
+        if comparisons:
+            mean = statistics.mean(first.spearman.value for first, *_ in told)
+            result.append(Figure(name, mean, ">= .95" if name == "spearman_unit" else "for comparison"))
     cuts = [each.cuts for seeds in found.values() for each in seeds if each.cuts]
     for name, third in (("pearson_sets", False), ("pearson_sets_best_third", True)):
         each = [correlations(c.predicted["J"], c.retrained, third)[0] for c in cuts]
