@@ -34,11 +34,12 @@ from moeify.distillation import Teacher
 from moeify.divergence import DivergedError, memory
 from moeify.evaluation import RowLosses, losses_without, row_losses, summarize, tax, tax_errors
 from moeify.events import MemoryTracker, Tracker
+from moeify.learned_owners import learn_owners
 from moeify.mishaps import get_over
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
 from moeify.recipe.given_tree import foreseen
-from moeify.recipe.partition import AttributionOwners
+from moeify.recipe.partition import AttributionOwners, LearnedOwners
 from moeify.recipe.plan import PlannedPhase, check_categories, plan
 from moeify.recipe.rounds import Round
 from moeify.report import Reporter
@@ -253,6 +254,9 @@ class _Loop:
         proposal, why = choices.cut(asked), "widths leave no more room"
         if budget and not fits(proposal):
             proposal, why = deepest(choices.cut, reached + budget.least_step, asked, fits), "the budget allows no more"
+        if isinstance(owners := partition.owners, LearnedOwners):
+            pupil, table = self.state.arms["split"], tables["split"]
+            proposal = learn_owners(proposal, pupil, table, owners, self.task, self.world, self._mine)
         if (got := self._separation(proposal.partition)) < asked - 1e-9:
             self.say.phase("partition", phase.round, f"separation {got:.3f} of {asked:.3f}: {why}")
         return proposal, tables

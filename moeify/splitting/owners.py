@@ -23,6 +23,7 @@ from moeify.recipe.partition import (
     AttributionOwners,
     CmoeOwners,
     CoactivationOwners,
+    LearnedOwners,
     LlamaMoeOwners,
     MagnitudeOwners,
     MoeficationOwners,
@@ -133,7 +134,7 @@ def owners(way: Owners, units: LeafUnits) -> Deal:
     if units.number == 0:
         return lambda _: Dealt(np.zeros(0, dtype=np.int64))
     match way:
-        case AttributionOwners():
+        case AttributionOwners() | LearnedOwners():  # which learning starts from
             value_LB = _bound(units.mass(units.score), units.homes())
             return lambda capacity_B: _assigned(value_LB, capacity_B)
         case RandomOwners():

@@ -28,6 +28,9 @@ from moeify.splitting.partition import Partition
 from moeify.splitting.refine import Exchange
 from moeify.splitting.terms import SiteTerms, Terms, costs, plain_terms
 
+Owned = Mapping[tuple[str, int], Int[np.ndarray, " leaf_units"]]
+"""(site, leaf) -> bin of each unit the leaf owned: child k, or K for the leaf itself."""
+
 
 @dataclass(frozen=True)
 class Proposal:
@@ -37,6 +40,7 @@ class Proposal:
     order: Mapping[str, Int[Tensor, " units"]]
     """``order[site][i]`` is the present place of the unit that comes to place i."""
     groups: Groups
+    owned: Owned
     predicted: float
     """J of the cut, nats per unit (token or example) averaged over categories by their share of the data."""
     gap: float | None = None
@@ -165,15 +169,27 @@ def shuffled(
     generator = np.random.default_rng([seed, len(partition.tree.nodes)])
     new = proposal.partition
     drawn: dict[tuple[str, int], np.ndarray] = {}
-    predicted = 0.0
     for site in partition.widths:
-        for leaf, parts in proposal.groups.items():
+        for leaf in proposal.groups:
             place = new.tree.index(partition.tree.nodes[leaf].name)
             nodes = [*new.tree.children(place), place]
             bins = np.repeat(np.arange(len(nodes)), [new.widths[site][node] for node in nodes])
             drawn[site, leaf] = generator.permutation(bins)
-            predicted += _residual(partition, table, weights[site], site, leaf, parts, drawn[site, leaf])
-    return _proposal(partition, proposal.groups, drawn, predicted)
+    return with_owners(partition, proposal, drawn, table, weights)
+
+
+def with_owners(
+    partition: Partition,
+    proposal: Proposal,
+    owned: Owned,
+    table: AttributionTable,
+    weights: Mapping[str, Float[Tensor, "dim _"]],
+) -> Proposal:
+    """Return a cut to the proposal's tree with other owners; ``partition`` is the one that is cut."""
+    predicted = 0.0
+    for (site, leaf), owner_L in owned.items():
+        predicted += _residual(partition, table, weights[site], site, leaf, proposal.groups[leaf], owner_L)
+    return _proposal(partition, proposal.groups, owned, predicted)
 
 
 def _choices(
@@ -293,7 +309,7 @@ def _same_share(
 def _proposal(
     partition: Partition,
     groups: Groups,
-    owned: Mapping[tuple[str, int], np.ndarray],
+    owned: Owned,
     predicted: float,
     gap: float | None = None,
 ) -> Proposal:
@@ -310,4 +326,4 @@ def _proposal(
                 places.append(present)
         widths[site] = tuple(len(place) for place in places)
         order[site] = torch.from_numpy(np.concatenate(places))
-    return Proposal(Partition(partition.tree.split(groups), widths), order, groups, predicted, gap)
+    return Proposal(Partition(partition.tree.split(groups), widths), order, groups, owned, predicted, gap)

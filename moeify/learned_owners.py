@@ -1,0 +1,68 @@
+"""Owners that the loss itself teaches (``partition.owners: {kind: learned}``), on the rows of the steps to come.
+
+What is learned, and how, is ``moeify.splitting.learned``'s; here is what it asks for: how the loss of all workers' rows
+falls or rises with how much of each unit a category's rows run.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from attribution.measure import Uncounted
+from attribution.reading import at_readers
+from attribution.sites import Site
+from attribution.table import AttributionTable
+from moeify.recipe.partition import LearnedOwners
+from moeify.routed.split_model import SplitModel
+from moeify.splitting.learned import Keeps, learned
+from moeify.splitting.propose import Proposal, with_owners
+from moeify.stopping import Stoppable
+from moeify.task import Batch, Task, subject_of
+from moeify.training import Contestant
+from moeify.world import World
+
+
+def learn_owners(
+    proposal: Proposal,
+    contestant: Contestant,
+    table: AttributionTable,
+    asked: LearnedOwners,
+    task: Task,
+    world: Stoppable,
+    mine: Callable[[Batch], Batch | Uncounted],
+) -> Proposal:
+    """Return the cut with the owners that the loss of rows to come teaches, at the same widths.
+
+    ``contestant`` is what is to be cut, and is left as it is; ``mine`` returns this worker's rows of a batch.
+    """
+    model, to_come = contestant.model, range(contestant.step, contestant.step + asked.steps)
+    batches = (batch.take(model.order(batch.categories)) for batch in map(task.train_batch, to_come))
+
+    def slopes_on(batch: Batch) -> Callable[[Keeps], Keeps]:
+        return lambda keeps: _slopes(model, task, world, mine(batch), len(batch.categories), keeps)
+
+    passes = map(slopes_on, world.heeding(batches))
+    owned = learned(model.partition, proposal.owned, proposal.groups, task.categories, asked, passes)
+    return with_owners(model.partition, proposal, owned, table, model.output_weights)
+
+
+def _slopes(model: SplitModel, task: Task, world: World, batch: Batch | Uncounted, rows: int, keeps: Keeps) -> Keeps:
+    mine = batch.rows if isinstance(batch, Uncounted) else batch
+    subject = subject_of(task, model.network, model.space.readers, model)
+    device = mine.inputs.device
+    leaves = {site: keep_CU.to(device, torch.float32).requires_grad_() for site, keep_CU in keeps.items()}
+    categories = mine.categories.to(device)
+
+    def changed(site: Site, keep_CU: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: x * site.keeping(keep_CU[categories], x).to(x.dtype)
+
+    changes = {name: changed(subject.site(name), keep_CU) for name, keep_CU in leaves.items()}
+    with model.masked(), subject.still():
+        with at_readers(subject, len(categories), changes):
+            outputs = subject.forward(mine.inputs, mine.categories)
+        loss = subject.row_nats(outputs, mine.targets).sum() / (rows * task.units_per_row)
+        found = torch.autograd.grad(loss, list(leaves.values()))
+    slopes = [slope.cpu().double() * (not isinstance(batch, Uncounted)) for slope in found]
+    world.sum(slopes)
+    return dict(zip(leaves, slopes, strict=True))
