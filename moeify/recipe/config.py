@@ -125,7 +125,7 @@ class RunConfig(Closed):
     name: Name
     """Starts the ids of its runs."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Of initial weights, the order of rows, sampled labels, and owners that are drawn."""
+    """Of initial weights, the order of rows, the signs that attribution draws, and owners that are drawn."""
     data: Data
     """What is learned from, in categories."""
     model: Model
