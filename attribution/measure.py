@@ -72,7 +72,7 @@ def measure(
     parameter's. Of a network with at most ``exact_outputs`` outputs a row, [rows outputs], the report is not signed
     Taylor + 1/2 Fisher but nats(outputs - sum a d outputs / d a) - nats(outputs): only the network is taken for
     straight, and not the loss for a parabola (of linearised networks: Immer, Korzepa and Bauer 2021, arXiv 2008.08400).
-    That is a backward pass more for every output.
+    That is a backward pass more for every output, and ``nats`` is called with float64 outputs.
 
     The reader of every site runs once a forward pass; all positions count as tokens, padding included. Everything adds
     up in float64 from products in float64 of what the network computed; second moments of a batch are matrix products

@@ -96,15 +96,15 @@ class LlamaMoeOwners(Closed):
 
 
 class LearnedOwners(Closed):
-    """Gradient descent on the assignment itself, relaxed to a transport plan, weights as they are: Bamba et al.,
-    "DOT-MoE", 2026 (arXiv 2606.01666). Here it starts from attribution's owners, at their widths, and routes are the
-    categories', not learned. Every step is a forward and a backward pass of the rows of a training step to come."""
+    """Descent on the assignment itself, relaxed to a transport plan, weights as they are: Bamba et al., "DOT-MoE", 2026
+    (arXiv 2606.01666). Here it starts from attribution's owners, at their widths, and routes are the categories', not
+    learned. Every step is a forward and a backward pass of the rows of a training step to come."""
 
     kind: Literal["learned"]
     steps: PositiveInt = 100
     """Steps of descent before each cut; no step of training."""
-    learning_rate: PositiveFloat = 0.05
-    """Adam's, of the plan's logits."""
+    learning_rate: PositiveFloat = 0.1
+    """How far a step goes in the plan's logits, where a slope is as large as slopes are on average."""
 
 
 Owners = Annotated[
