@@ -35,7 +35,7 @@ from pipelines.runs import cache
 
 LIGHT, DEEP = 0.25, 0.66
 """Separations of the headline figures: 75 % and 34 % of the FFN units active."""
-METHODS = ("oneshot", "random", "moefication", "cmoe", "coactivation", "magnitude", "uncompensated")
+METHODS = ("oneshot", "random", "moefication", "cmoe", "coactivation", "magnitude", "learned", "uncompensated")
 UNDISTILLED = ", not distilled"
 """The loop, and the dense twin that its gap is to, where all learn from the rows alone."""
 PLAIN = "random, plain"
