@@ -48,21 +48,23 @@ def learn_owners(
 
 
 def _slopes(model: SplitModel, task: Task, world: World, batch: Batch | Uncounted, rows: int, keeps: Keeps) -> Keeps:
+    """Return the gradient of the mean loss of all workers' ``rows`` rows; ``batch`` are this worker's."""
     mine = batch.rows if isinstance(batch, Uncounted) else batch
-    subject = subject_of(task, model.network, model.space.readers, model)
-    device = mine.inputs.device
-    leaves = {site: keep_CU.to(device, torch.float32).requires_grad_() for site, keep_CU in keeps.items()}
-    categories = mine.categories.to(device)
+    leaves = {site: keep_CU.float().requires_grad_() for site, keep_CU in keeps.items()}
+    slopes = {site: torch.zeros_like(keep_CU) for site, keep_CU in keeps.items()}
+    if len(mine.categories):
+        subject = subject_of(task, model.network, model.space.readers, model)
+        changes = {name: _kept(subject.site(name), keep_CU[mine.categories]) for name, keep_CU in leaves.items()}
+        with model.masked(), subject.still():
+            with at_readers(subject, len(mine.categories), changes):
+                outputs = subject.forward(mine.inputs, mine.categories)
+            loss = subject.row_nats(outputs, mine.targets).sum() / (rows * task.units_per_row)
+            found = torch.autograd.grad(loss, list(leaves.values()))
+        if not isinstance(batch, Uncounted):
+            slopes = {site: slope_CU.double() for site, slope_CU in zip(slopes, found, strict=True)}
+    world.sum(list(slopes.values()))
+    return slopes
 
-    def changed(site: Site, keep_CU: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda x: x * site.keeping(keep_CU[categories], x).to(x.dtype)
 
-    changes = {name: changed(subject.site(name), keep_CU) for name, keep_CU in leaves.items()}
-    with model.masked(), subject.still():
-        with at_readers(subject, len(categories), changes):
-            outputs = subject.forward(mine.inputs, mine.categories)
-        loss = subject.row_nats(outputs, mine.targets).sum() / (rows * task.units_per_row)
-        found = torch.autograd.grad(loss, list(leaves.values()))
-    slopes = [slope.cpu().double() * (not isinstance(batch, Uncounted)) for slope in found]
-    world.sum(slopes)
-    return dict(zip(leaves, slopes, strict=True))
+def _kept(site: Site, keep_RU: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * site.keeping(keep_RU.to(x), x)

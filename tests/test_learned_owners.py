@@ -161,8 +161,9 @@ def test_two_workers_learn_what_one_does(tmp_path: Path) -> None:
 
 def test_rows_that_count_for_nothing_teach_nothing() -> None:
     _, model, batch = split_toy()
-    found = slopes_of(model, some_keeps(model), Solo(), Uncounted(batch), 20)
-    assert not any(bool(slope_CU.any()) for slope_CU in found.values())
+    for nothing in (Uncounted(batch), batch.shard(len(batch.categories), 99)):
+        found = slopes_of(model, some_keeps(model), Solo(), nothing, 20)
+        assert not any(bool(slope_CU.any()) for slope_CU in found.values())
     assert all(parameter.requires_grad for parameter in model.network.parameters())
 
 
