@@ -269,7 +269,7 @@ def figures(found: Mapping[str, Sequence[Found]]) -> list[Figure]:
         ("spearman_unit_random", ("random",)),
     ):
         told = [[p for method in methods if (p := each.pooled(method, "zero"))] for each in comparisons]
-        if comparisons:
+        if all(told) and told:
             mean = statistics.mean(first.spearman.value for first, *_ in told)
             result.append(Figure(name, mean, ">= .95" if name == "spearman_unit" else "for comparison"))
     cuts = [each.cuts for seeds in found.values() for each in seeds if each.cuts]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -123,9 +124,12 @@ def test_only_hidden_tokens_cost_and_are_sampled(tmp_path: Path) -> None:
     torch.testing.assert_close(task.nats(outputs, batch.targets), (surprise * hidden).sum(1))
     torch.testing.assert_close(position_nats(task, outputs, batch.targets), (surprise * hidden).double())
     subject = Subject(network, readers(network), task.categories, task.nats, task.sample)
-    sampled = subject.drawn(outputs, batch.targets, range(len(outputs)))
-    assert torch.equal(sampled == IGNORED, ~hidden)
-    assert torch.equal(sampled[hidden], task.sample(outputs, range(len(outputs)))[hidden])
+    seeds = range(len(outputs))
+    chosen = torch.nn.functional.one_hot(task.sample(outputs, seeds), outputs.shape[-1])
+    labels = subject.drawn(outputs, batch.targets, seeds)
+    torch.testing.assert_close(labels, (outputs.softmax(-1) - chosen) * hidden[..., None])
+    roots = replace(subject, root=task.root).drawn(outputs, batch.targets, seeds)
+    assert torch.equal(roots, task.root(outputs, seeds) * hidden[..., None])
     table = measure(subject, list(task.probe_batches(1, 8, 8)))
     assert all(bool(table.report(site).isfinite().all()) and bool(table.report(site).any()) for site in table.sites)
 

@@ -63,9 +63,9 @@ def command(
 
     As many runs at a time as there are cores. METHOD is 'oneshot' (one cut into all leaves), 'init' (such a cut before
     the first step, at random), the loop with one switch of its partition thrown (equal_widths, uncompensated, refined,
-    told_split), or another way to find owners (random, magnitude, moefication, coactivation, cmoe, llama_moe). The loop
-    is always run. The same command goes on where it was stopped; more methods, seeds or separations add to what is
-    there.
+    told_split), or another way to find owners (random, magnitude, moefication, coactivation, cmoe, llama_moe,
+    learned). The loop is always run. The same command goes on where it was stopped; more methods, seeds or separations
+    add to what is there.
     """
     from moeify.comparison import jobs
     from moeify.recipe.load import parse_recipe
