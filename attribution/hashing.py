@@ -55,11 +55,8 @@ def signs(seeds: Sequence[int], count: int, device: torch.device) -> Float[Tenso
     keys_R = torch.tensor([_signed(seed & _MASK) for seed in seeds], device=device)
     words_RW = mixed(torch.arange(-(-count // 64), device=device), keys_R[:, None])
     bytes_N = words_RW.view(torch.uint8).flatten().int()
-    return _SIGNS_OF_BYTE.to(device).index_select(0, bytes_N).view(len(seeds), -1)[:, :count]
-
-
-_SIGNS_OF_BYTE = 1.0 - 2.0 * ((torch.arange(256)[:, None] >> torch.arange(8)) & 1)
-"""Eight signs of each byte."""
+    bit_of_byte = (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1
+    return (1.0 - 2.0 * bit_of_byte).index_select(0, bytes_N).view(len(seeds), -1)[:, :count]
 
 
 def _signed(number: int) -> int:
