@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from moeify.events import Failed
 from moeify.recipe.config import Cluster, RunConfig
+from moeify.storing import StorageError
 from pipelines.journal import Follower, JournalError, follow
 from pipelines.restarts import fit_again
 from pipelines.runs import RunFolder, cache, hold
@@ -123,12 +124,17 @@ def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, A
     times; an exception of a worker ends the run at once.
     """
     from ray.exceptions import RayError
-    from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
+    from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from pipelines.worker import failure_of, failure_path, guarded
+
+    def settled() -> bool:
+        with suppress(StorageError):
+            return failure_of(payload) is not None
+        return False
 
     class Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
         """Leaves Ctrl-C to those who call, where Ray would abort the workers."""
@@ -151,13 +157,12 @@ def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, A
             run_config=RayRunConfig(
                 name=secrets.token_hex(4),  # Ray silently continues a fit of the same name; our own store does that
                 storage_path=str(scratch),
-                failure_config=FailureConfig(max_failures=wanted.retries),
             ),
         )
 
     try:
         with stoppable():  # once more: Ray has set its handlers since
-            fit_again(trainer, wanted.retries)
+            fit_again(trainer, wanted.retries, settled)
     except TrainingFailedError as error:
         raise RunFailedError(
             f"the workers of {folder.id} died, and died again on each of {wanted.retries} restarts "

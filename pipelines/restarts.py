@@ -1,22 +1,28 @@
-"""Groups of Ray Train workers that die before they have begun, which Ray Train does not start again."""
+"""Groups of Ray Train workers that ended before their work did, started again."""
 
 from collections.abc import Callable
 from typing import Any
 
 
-def fit_again(trainer: Callable[[], Any], retries: int) -> None:
-    """Fit a trainer, and another one where a worker dies while its group is being set up, ``retries`` times.
+def fit_again(trainer: Callable[[], Any], retries: int, settled: Callable[[], bool]) -> None:
+    """Fit a trainer, and another one where a worker died or raised, ``retries`` times; not once ``settled()``.
 
-    Ray Train takes such a death for a failure of its own (``ControllerError``), gives up, and loses sight of what the
-    group holds. Raises what the last one raised.
+    Trainers must not retry themselves: Ray Train would, whatever a worker raised. And it takes a death while the group
+    is being set up for a failure of its own (``ControllerError``), gives up, and loses sight of what the group holds.
+    Raises what the last one raised; returns where that is settled.
     """
     from ray.exceptions import RayActorError
-    from ray.train.v2.api.exceptions import ControllerError
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
     for left in reversed(range(retries + 1)):
         try:
             trainer().fit()
             return
+        except WorkerGroupError:
+            if settled():
+                return
+            if not left:
+                raise
         except ControllerError as error:
             if not left or not isinstance(error.controller_failure, RayActorError):
                 raise

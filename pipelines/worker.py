@@ -1,8 +1,8 @@
 """What every worker of a run executes: its world, its task, the loop, and how an error leaves the worker.
 
-Ray restarts a group of workers whatever ended it. That is right when a process died and wrong when the recipe or the
-code is at fault, which would fail the same way again. So an error of the second sort is laid down in the run's folder
-as a ``Failure`` and the worker returns; the process that drives the run raises it from there.
+A group of workers is started again when one of them died. That would be wrong when the recipe or the code is at fault,
+which would fail the same way again. So an error of that sort is laid down in the run's folder as a ``Failure``; the
+process that drives the run finds it there, starts nothing again, and raises it.
 """
 
 import os
@@ -31,9 +31,6 @@ from pipelines.copies import fetch_checkpoint, publish
 from pipelines.runs import RunFolder
 from pipelines.stopping import Watch
 from pipelines.url_journal import Journal, UrlJournal, journal_of
-
-_PEER_SECONDS = 3.0
-"""How long a worker that lost a peer waits for the peer's word on why."""
 
 
 class Order(BaseModel):
@@ -123,33 +120,22 @@ def work(payload: dict[str, Any]) -> None:
 
 
 def guarded(worker: Callable[[dict[str, Any]], None], payload: dict[str, Any]) -> None:
-    """Call ``worker(payload)``; raise only what another attempt may mend: a peer that is gone, no memory left.
+    """Call ``worker(payload)``, and leave an error that would come again as a ``Failure`` before it is raised.
 
-    Any other error is left in ``payload["folder"]``, or behind the run's URL, as a ``Failure``; where it cannot be left
-    because the storage is away, it is raised too.
+    It is left in ``payload["folder"]``, or behind the run's URL; not where that storage is away, nor of a peer that is
+    gone or of memory, which another attempt may mend. Raising, not returning, is what ends the others: they wait for
+    this rank in a collective until Ray takes the group down. Closing the group here would not free them all: a model's
+    mesh keeps it open, and so does ``torch.distributed.nn.functional``, by its default arguments.
     """
     try:
         worker(payload)
     except StoppedError:  # the process that drives the run has asked for it
         return
     except Exception as error:
-        if _peer_is_gone(error):
-            if _peer_said_why(payload):
-                return
-            raise
-        left = not isinstance(error, OutOfMemoryError) and _left(payload, error)
-        if dist.is_initialized():
-            dist.destroy_process_group()  # closes the connections: nobody waits for this rank in a collective
-        if not left:
-            raise
-
-
-def _left(payload: Mapping[str, Any], error: Exception) -> bool:
-    try:
-        leave(payload, error)
-    except StorageError:
-        return False
-    return True
+        if not isinstance(error, OutOfMemoryError) and not _peer_is_gone(error):
+            with suppress(StorageError):
+                leave(payload, error)
+        raise
 
 
 def leave(payload: Mapping[str, Any], error: Exception) -> None:
@@ -221,12 +207,3 @@ def _peer_is_gone(error: Exception) -> bool:
     if not isinstance(error, RuntimeError):
         return False
     return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))
-
-
-def _peer_said_why(payload: Mapping[str, Any]) -> bool:
-    deadline = time.monotonic() + _PEER_SECONDS
-    while failure_of(payload) is None:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
