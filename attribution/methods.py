@@ -10,19 +10,18 @@ from dataclasses import dataclass, replace
 from typing import Literal, assert_never, get_args
 from zlib import crc32
 
-import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from attribution.ablation import CategorySums, Value, ablation_rises, check_value, single
+from attribution.ablation import Value, ablation_rises, check_value, single
 from attribution.captum_methods import along_the_input
 from attribution.hashing import row_seed
+from attribution.integrated_gradients import along_the_activations
 from attribution.measure import measure
-from attribution.reading import at_readers
 from attribution.relp import relevance
 from attribution.sites import Site, output_weight
-from attribution.subject import Probe, Subject, segments
+from attribution.subject import Probe, Subject
 from attribution.table import AttributionTable
 
 Scores = dict[str, Float64[Tensor, "units categories"]]
@@ -290,7 +289,7 @@ def _scores(method: Method, subject: Subject, batches: Sequence[Probe], table: A
         case Wanda():
             return _of_table(table, lambda t, site: _weighted(subject, site, t.power(site.name).sqrt()), subject)
         case IntegratedGradients(steps):
-            return _integrated_gradients(subject, batches, steps)
+            return along_the_activations(subject, batches, steps)
         case Conductance(steps):
             return along_the_input("conductance", subject, batches, steps)
         case InternalInfluence(steps):
@@ -353,49 +352,6 @@ def _random(subject: Subject, seed: int) -> Scores:
         )
         for site in subject.sites
     }
-
-
-def _integrated_gradients(subject: Subject, batches: Sequence[Probe], steps: int) -> Scores:
-    nodes, weights = np.polynomial.legendre.leggauss(steps)
-    path = [((1 + node) / 2, weight / 2) for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True)]
-    found = {}
-    with subject.still():
-        for site in subject.sites:
-            sums = CategorySums(subject.categories, site.units)
-            for batch in batches:
-                if len(batch.categories):
-                    z_RPUW = site.arrange(_along_the_activations(subject, batch, site.name, path))
-                    sums.add(segments(batch, subject.categories), -z_RPUW.sum((1, 3)), z_RPUW.shape[1])
-            found[site.name] = sums.means()
-    return found
-
-
-def _along_the_activations(
-    subject: Subject, batch: Probe, site: str, path: Sequence[tuple[float, float]]
-) -> Float64[Tensor, "rows ..."]:
-    """Return a times the weighted mean of g at the scales of ``path``, in the shape of the reader's input."""
-    reached: dict[str, Tensor] = {}
-
-    def scaling(scale: float) -> Callable[[Tensor], Tensor]:
-        def change(x: Tensor) -> Tensor:
-            reached["whole"] = x.detach()
-            reached["scaled"] = (scale * x.detach()).requires_grad_()
-            return reached["scaled"]
-
-        return change
-
-    total: Tensor | float = 0.0
-    for scale, weight in path:
-        with at_readers(subject, len(batch.categories), {site: scaling(scale)}):
-            outputs = subject.forward(batch.inputs.detach(), batch.categories)
-        loss = subject.row_nats(outputs, batch.targets).sum()
-        gradient = None
-        if loss.requires_grad:
-            (gradient,) = torch.autograd.grad(loss, reached["scaled"], allow_unused=True)
-        if gradient is None:
-            raise ValueError(f"the loss does not depend on the units of site {site!r}; drop the site")
-        total = total + weight * gradient.double()
-    return total * reached["whole"].double()
 
 
 def _check_count(what: str, count: int) -> None:

@@ -60,7 +60,7 @@ def text(seed: int, rows: int, quick: bool) -> Study:
     """The dense network of the shipped text recipe, trained as the recipe says (FFN neurons and heads)."""
     from moeify.recipe.load import parse_recipe
     from moeify.routed.split_model import SplitModel
-    from moeify.task import subject_of
+    from moeify.task_subject import subject_of
     from moeify.tasks.build import build_task
     from moeify.training import Contestant, train
     from moeify.world import Solo

@@ -10,7 +10,8 @@ from attribution.table import AttributionTable
 from moeify.models.families import readers
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.null_test import Relabel
-from moeify.task import Task, subject_of
+from moeify.task import Task
+from moeify.task_subject import subject_of
 from moeify.tasks.tensors import Data, Loss, TensorTask
 
 

@@ -18,7 +18,8 @@ from moeify.routed.split_model import SplitModel
 from moeify.splitting.learned import Keeps, learned
 from moeify.splitting.propose import Proposal, with_owners
 from moeify.stopping import Stoppable
-from moeify.task import Batch, Task, subject_of
+from moeify.task import Batch, Task
+from moeify.task_subject import subject_of
 from moeify.training import Contestant
 from moeify.world import World
 

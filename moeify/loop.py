@@ -54,7 +54,8 @@ from moeify.splitting.terms import costs, terms_in_reach
 from moeify.state import Cut, State
 from moeify.stopping import Asked, Stoppable, StoppedError, never
 from moeify.store import MemoryStore, Store
-from moeify.task import Batch, HeldOut, Task, subject_of, tokens_read
+from moeify.task import Batch, HeldOut, Task, tokens_read
+from moeify.task_subject import subject_of
 from moeify.training import Contestant, Report, train
 from moeify.twin_cache import TwinCache
 from moeify.world import Solo, World, shares_models

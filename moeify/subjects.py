@@ -23,7 +23,7 @@ from moeify.recipe.data import TextData
 from moeify.recipe.model import PretrainedModel
 from moeify.routed.split_model import SplitModel
 from moeify.split_folder import load_from_run
-from moeify.task import subject_of
+from moeify.task_subject import subject_of
 from moeify.tasks.build import build_task
 from moeify.tasks.images import ImagesTask
 from moeify.tasks.language import sample_tokens, token_nats

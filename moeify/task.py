@@ -13,8 +13,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attribution.sites import Site
-from attribution.subject import Subject
 from moeify.recipe.config import RunConfig
 
 HeldOut = Literal["validation", "test"]
@@ -131,13 +129,6 @@ class Redrawn:
         self.sample, self.root = task.sample, task.root
         self.probe_batches, self.held_out_batches = task.probe_batches, task.held_out_batches
         self.bits_per_byte, self.assets = task.bits_per_byte, task.assets
-
-
-def subject_of(
-    task: Task, network: nn.Module, sites: Sequence[Site], run: Callable[[Tensor, Tensor], Tensor] | None = None
-) -> Subject:
-    """Return a network of a task as attribution takes it; ``run``: see ``Subject``."""
-    return Subject(network, tuple(sites), task.categories, task.nats, task.sample, run, task.root)
 
 
 def tokens_read(task: Task) -> int:
