@@ -332,6 +332,23 @@ class TestOnOneCluster:
             fit(*told)
         assert len(fits) == 1
 
+    @pytest.mark.parametrize(("settled_at", "tries", "raises"), [(1, 1, False), (2, 2, False), (9, 3, True)])
+    def test_workers_that_ended_are_started_again_until_that_is_settled(
+        self, settled_at: int, tries: int, raises: bool
+    ) -> None:
+        from ray.train.v2.api.exceptions import WorkerGroupError
+
+        fits = []
+
+        class Dies:
+            def fit(self) -> None:
+                fits.append(self)
+                raise WorkerGroupError("2 workers died", {0: RuntimeError()})
+
+        with pytest.raises(WorkerGroupError) if raises else nullcontext():
+            restarts.fit_again(Dies, 2, lambda: len(fits) == settled_at)
+        assert len(fits) == tries
+
     def test_what_a_lost_group_of_workers_held_is_given_back(self) -> None:
         import ray
         from ray.util import placement_group, placement_group_table
