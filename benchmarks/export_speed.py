@@ -11,16 +11,17 @@ glm4_moe, ...       the stock mixture of experts, sent along one category's rout
 GGUF, ...           in llama.cpp, batch 1, over the dense model in llama.cpp; "-" where ``xllamacpp`` is not installed
 
 Work: ``prefill`` reads prompts without a cache; ``decode`` adds tokens, one a row and step, behind prompts in a cache.
-The limit is what the saved work allows: the dense model's tokens a second x its work / the work that is needed. Work
-is bytes read (weights, keys and values) for decode at batch 1, and FLOPs of matrix products and attention otherwise.
-What is needed is the category's own route; padding and copies of a format count against it. At batch 32 the cache of
-``transformers`` copies at each step about as many bytes of keys and values as the dense model has of weights: in all
-models alike, and unknown to a limit of FLOPs.
+The limit is what the saved work allows (``moeify.roofline``): the dense model's least time over that of what is needed,
+each operation at this machine's pace of arithmetic or of reading (weights, keys and values), whichever takes longer.
+What is needed is the route's own; padding and copies of a format count against it. ``of FLOPs``: the same of a machine
+that reads in no time, which says too little of decode: at batch 32 all models, split or not, read about as many bytes
+of keys and values as the dense model has of weights. All write keys and values in place, and copy none.
 
 Medians over turns of a ratio within each turn (``moeify.timing``), on as many threads as torch is given
 (OMP_NUM_THREADS). About ten minutes on one thread; --quick runs a tiny model, too hastily to quote.
 """
 
+import math
 import statistics
 import tempfile
 from importlib.util import find_spec
@@ -34,12 +35,13 @@ from benchmarks.report import Cell, Figure, arguments, report
 from moeify.data.documents import Document
 from moeify.data.tokens import train_tokenizer
 from moeify.export import gguf_file
-from moeify.export.limits import needed
+from moeify.export.limits import limit_of
 from moeify.export.speed import gguf_rates
 from moeify.export.speeds import Kind
 from moeify.export.stock import Form, to_dense
 from moeify.export.stock_moe import to_moe
 from moeify.export.works import BATCHES, NEW, PROMPT, Work, dense_run, routed_run
+from moeify.roofline import Machine
 from moeify.routed.split_model import SplitModel
 from moeify.timing import ratio, seconds
 
@@ -67,23 +69,37 @@ def main() -> None:
             rivals[ALONE] = routed_run(split, work, CATEGORIES[:1])
             if work.batch > 1:
                 rivals[MIXED] = routed_run(split, work, CATEGORIES)
-            share = needed(dense, split, work, CATEGORIES[:1])  # any category needs as much, since widths are equal
             times = seconds(rivals, turns=turns, at_least=at_least)
-            rows += [_row(name, work, share, ratio(times, "dense", name), times[name]) for name in rivals]
-        rows += _llama_cpp(dense, split, Path(place), turns, rows)
+            saved = {each: _saved(dense, split, work, each) for each in (CATEGORIES, CATEGORIES[:1])}
+            for name in rivals:
+                route = CATEGORIES if name == MIXED else CATEGORIES[:1]  # any category's, since widths are equal
+                limits = (1.0, 1.0) if name == "dense" else saved[route]
+                rows.append(_row(name, work, limits, ratio(times, "dense", name), times[name]))
+        rows += _llama_cpp(dense, split, Path(place), turns)
     rows.sort(key=lambda row: (row["work"] == "decode", row["batch"]))
     figures = [
         Figure("category_fraction_of_limit", _worst(rows, "category"), ">= .90, the worst row"),
         Figure("moe_fraction_of_limit", _worst(rows, ALONE, MIXED), ">= .80, the worst row of the split model"),
+        Figure("category_fraction_of_flops", _worst(rows, "category", of="of FLOPs"), "the same, had reading no limit"),
+        Figure("moe_fraction_of_flops", _worst(rows, ALONE, MIXED, of="of FLOPs"), "likewise"),
     ]
     report("export_speed", rows, figures, args.json, quick=args.quick)
 
 
-def _row(name: str, work: Work, share: float, over_dense: float, times: list[float]) -> dict[str, Cell]:
-    return _cells(name, work, work.units / statistics.median(times), over_dense, 1.0 if name == "dense" else share)
+def _saved(dense: Any, split: SplitModel, work: Work, route: tuple[str, ...]) -> tuple[float, float]:
+    """Return the limit of a route on this machine, and on one that reads in no time."""
+    boundless = Machine(1.0, math.inf)
+    return limit_of(dense, split, work, route).times, limit_of(dense, split, work, route, boundless).times
 
 
-def _cells(name: str, work: Work, rate: float | None, over_dense: float | None, share: float) -> dict[str, Cell]:
+def _row(name: str, work: Work, limits: tuple[float, float], over_dense: float, times: list[float]) -> dict[str, Cell]:
+    return _cells(name, work, work.units / statistics.median(times), over_dense, limits)
+
+
+def _cells(
+    name: str, work: Work, rate: float | None, over_dense: float | None, limits: tuple[float, float]
+) -> dict[str, Cell]:
+    limit, flops = limits
     return {
         "work": work.kind,
         "batch": work.batch,
@@ -91,13 +107,14 @@ def _cells(name: str, work: Work, rate: float | None, over_dense: float | None, 
         "threads": torch.get_num_threads(),
         "tokens/s": rate,
         "over dense": over_dense,
-        "limit": 1.0 / share,
-        "of the limit": None if over_dense is None else over_dense * share,
+        "limit": limit,
+        "of the limit": None if over_dense is None else over_dense / limit,
+        "of FLOPs": None if over_dense is None else over_dense / flops,
     }
 
 
-def _worst(rows: list[dict[str, Cell]], *models: str) -> float:
-    return min(float(row["of the limit"] or 0.0) for row in rows if row["model"] in models)
+def _worst(rows: list[dict[str, Cell]], *models: str, of: str = "of the limit") -> float:
+    return min(float(row[of] or 0.0) for row in rows if row["model"] in models)
 
 
 # --- what is exported ---------------------------------------------------------------------------------
@@ -132,9 +149,7 @@ def _sensible(name: str, work: Work) -> bool:
     return not name.endswith("batched_mm") or work.units <= PROMPT
 
 
-def _llama_cpp(
-    dense: Any, split: SplitModel, place: Path, turns: int, rows: list[dict[str, Cell]]
-) -> list[dict[str, Cell]]:
+def _llama_cpp(dense: Any, split: SplitModel, place: Path, turns: int) -> list[dict[str, Cell]]:
     """Return the rows of GGUF files: of the dense model, of one category and of the mixture."""
     networks = {
         "GGUF, dense": dense,
@@ -149,14 +164,14 @@ def _llama_cpp(
     rates = (
         gguf_rates(list(files.values()), work, dense.config.vocab_size, turns=turns) if find_spec("xllamacpp") else {}
     )
-    limits = {row["work"]: float(row["limit"] or 1.0) for row in rows if (row["model"], row["batch"]) == (ALONE, 1)}
+    saved = {kind: _saved(dense, split, Work(kind, 1), CATEGORIES[:1]) for kind in KINDS}
     found = []
     for number, kind in enumerate(KINDS):
         times = {name: [1.0 / rate for rate in rates[file][number]] for name, file in files.items() if file in rates}
         for name in files:
             rate = 1.0 / statistics.median(times[name]) if times else None
             over = ratio(times, "GGUF, dense", name) if times else None
-            found.append(_cells(name, Work(kind, 1), rate, over, 1.0 if name == "GGUF, dense" else 1.0 / limits[kind]))
+            found.append(_cells(name, Work(kind, 1), rate, over, (1.0, 1.0) if name == "GGUF, dense" else saved[kind]))
     return found
 
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from benchmarks.random_splits import CATEGORIES, Size, Widths, mixed_rows, pair
 from benchmarks.report import Cell, Figure, arguments, report
+from moeify.roofline import flops
 from moeify.routed.split_model import SplitModel
-from moeify.timing import Run, flops, ratio, seconds
+from moeify.timing import Run, ratio, seconds
 
 SIZES = (  # the first is that of the shipped text recipe
     (Size(64, 384, 4, 4), 16),

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.random_splits import CATEGORIES, Size, pair
 from benchmarks.report import Cell, Figure, parser, report
-from moeify.export.limits import needed
+from moeify.export.limits import limit_of
 from moeify.export.speeds import Kind
 from moeify.export.stock import Form, without_bars
 from moeify.export.stock_moe import to_moe
@@ -177,11 +177,11 @@ def _speeds(
             for kind in KINDS:
                 work = Work(kind, batch)
                 units = batch * (asked["prompt"] if kind == "prefill" else asked["new"])
-                share = needed(dense, split, work, CATEGORIES[:1])  # any category needs as much, since widths are equal
+                own = limit_of(dense, split, work, CATEGORIES[:1]).times  # any category's, since widths are equal
                 for name in names:
                     rate = units / statistics.median(turn[name][kind] for turn in times)
                     over = statistics.median(turn[names[0]][kind] / turn[name][kind] for turn in times)
-                    limit = 1.0 if name == names[0] else 1.0 / share
+                    limit = 1.0 if name == names[0] else own
                     rows.append(
                         {
                             "work": kind,

@@ -1,5 +1,6 @@
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,13 @@ import torch
 from torch import nn
 
 import moeify
-from moeify.export import limits, speed
-from moeify.export.limits import needed
+from moeify.export import speed
+from moeify.export.limits import limit_of
 from moeify.export.publish import How, Origin, export_dense, export_moe, export_split
 from moeify.export.stock import to_dense
 from moeify.export.works import Work, works_of
 from moeify.models.units import UnitSpace
+from moeify.roofline import Machine
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
 from moeify.splitting.tree import ExpertTree
@@ -40,42 +42,59 @@ def _widths(space: UnitSpace, site: str) -> tuple[int, ...]:
     return (units - 4, 1, 1, 1, 1) if units < 8 or space[site].kind == "heads" else (units - 10, 1, 2, 3, 4)
 
 
+READS, COMPUTES = Machine(math.inf, 1.0), Machine(1.0, math.inf)
+"""A machine that computes in no time, and one that reads in none."""
+
+
 @pytest.mark.parametrize("heads", [False, True])
-def test_the_bytes_that_a_route_needs_are_those_of_its_dense_model_without_padding(heads: bool) -> None:
-    whole, split = grouped_llama(), split_of(grouped_llama(), heads=heads)
+def test_what_a_route_reads_are_the_weights_keys_and_values_of_its_dense_model_without_padding(heads: bool) -> None:
+    whole, split = grouped_llama().float(), split_of(grouped_llama(), heads=heads)
     work = Work("decode", 1, prompt=6, new=2)
     for category in CATEGORIES:
         own = to_dense(split, [category], padded=False).network
         embedding = 0 if whole.config.tie_word_embeddings else whole.config.vocab_size - 1
         numbers = [
-            sum(p.numel() for p in network.parameters()) - embedding * 24 + 2 * 2 * groups * 4 * 6
+            2 * (sum(p.numel() for p in network.parameters()) - embedding * 24) + 2 * 2 * groups * 4 * (7 + 8)
             for network, groups in ((own, 3 if heads else 6), (whole, 6))
         ]
-        assert needed(whole.float(), split, work, [category]) == pytest.approx(numbers[0] / numbers[1])
+        limit = limit_of(whole, split, work, [category], READS)
+        assert (limit.times, limit.bound) == (pytest.approx(numbers[1] / numbers[0]), "bytes")
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_autoencoder, tiny_resnet])
 def test_the_operations_that_a_route_needs_are_those_of_its_active_units(make: Callable[[], nn.Module]) -> None:
     split, whole = split_of(make()), make().float().eval()
     work = next(work for work in works_of(whole) if work.batch > 1)
-    shares = {category: needed(whole, split, work, [category]) for category in CATEGORIES}
-    costs = split.active_flops(work.prompt)
+
+    def share(categories: Sequence[str]) -> float:
+        limit = limit_of(whole, split, work, categories, COMPUTES)
+        assert limit.bound == "FLOPs"
+        return 1 / limit.times
+
+    shares, costs = {category: share([category]) for category in CATEGORIES}, split.active_flops(work.prompt)
     rises = [shares["d"] - shares["a"], costs["d"] - costs["a"]]  # what is never split, attention, is counted unlike
     assert rises[0] == pytest.approx(rises[1], rel=0.1)
-    assert needed(whole, split, work, CATEGORIES) == pytest.approx(sum(shares.values()) / 4)
+    assert share(CATEGORIES) == pytest.approx(sum(shares.values()) / 4)
 
 
 def test_a_row_alone_is_limited_by_bytes_where_each_weight_is_read_once() -> None:
-    networks = tiny_llama(), tiny_autoencoder(), tiny_resnet(), tiny_decoder("bert")
-    found = [[(work.kind, work.batch, limits.bound_of(net, work)) for work in works_of(net)] for net in networks]
-    assert found[0] == [
-        ("prefill", 1, "FLOPs"),
-        ("prefill", 32, "FLOPs"),
-        ("decode", 1, "bytes"),
-        ("decode", 32, "FLOPs"),
-    ]
-    assert found[1] == [("rows", 1, "bytes"), ("rows", 32, "FLOPs")]
-    assert found[2] == found[3] == [("rows", 1, "FLOPs"), ("rows", 32, "FLOPs")]
+    balanced = Machine(10.0, 1.0)
+    found = {}
+    for make in (tiny_llama, tiny_autoencoder, tiny_resnet):
+        dense, split = make().float().eval(), split_of(make())
+        for work in works_of(dense):
+            limit = limit_of(dense, split, work, CATEGORIES[:1], balanced)
+            found[type(dense).__name__, work.kind, work.batch] = limit.bound
+    assert found == {
+        ("LlamaForCausalLM", "prefill", 1): "FLOPs",
+        ("LlamaForCausalLM", "prefill", 32): "FLOPs",
+        ("LlamaForCausalLM", "decode", 1): "bytes",
+        ("LlamaForCausalLM", "decode", 32): "FLOPs",
+        ("Autoencoder", "rows", 1): "bytes",
+        ("Autoencoder", "rows", 32): "FLOPs",
+        ("ResNet", "rows", 1): "FLOPs",
+        ("ResNet", "rows", 32): "FLOPs",
+    }
 
 
 def test_an_export_is_timed_against_the_dense_model_on_the_card_and_in_a_file(tmp_path: Path) -> None:

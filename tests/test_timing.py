@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from benchmarks.random_splits import Size, mixed_rows, pair
-from moeify.timing import flops, ratio, seconds
+from moeify.roofline import flops
+from moeify.timing import ratio, seconds
 
 SIZE = Size(16, 64, 4, 2, vocabulary=32, length=8)
 

@@ -80,7 +80,7 @@ def timed(speed: Speeds | None, stock: Stock | None, file: FileForm | None) -> I
     if speed.prompt is not None:
         decode = "; decode: adds tokens, one a row and step, behind as many" if file != "onnx" else ", with no cache"
         yield f"prefill: reads {speed.prompt} tokens a row{decode}."
-    yield "limit: what the work saved on the route allows, in bytes that are read or in operations (FLOPs)."
+    yield "limit: what the work saved on the route allows on that machine; in brackets, what most of the time goes to."
 
 
 def _cells(row: Speed) -> list[str]:

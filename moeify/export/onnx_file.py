@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moeify.export.works import empty_cache
 from moeify.models.build import logits
 from moeify.models.families import example_inputs, transformer_of
 
@@ -101,6 +100,8 @@ class _CachedGraph(nn.Module):
 
     def forward(self, inputs: Tensor, past: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the logits of ``inputs``, then every layer's keys and values [batch heads all size]."""
+        from moeify.models.caches import empty_cache
+
         cache, keyword = empty_cache(self.network)
         for layer, (keys, values) in enumerate(zip(past[::2], past[1::2], strict=True)):
             cache.update(keys, values, layer)
@@ -119,6 +120,8 @@ def _past(network: nn.Module) -> tuple[Tensor, ...]:
     family = transformer_of(network)
     if family is None or family.learns != "next token":
         raise ValueError("a cache is for models that write text, and this is another; export without it")
+    from moeify.models.caches import empty_cache
+
     cache, keyword = empty_cache(network)
     logits(network, example_inputs(network, rows=2, seed=0)[:, :4], use_cache=True, **{keyword: cache})
     if odd := {type(layer).__name__ for layer in cache.layers} - {"DynamicLayer"}:

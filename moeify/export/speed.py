@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moeify.export import gguf_file, onnx_file
-from moeify.export.limits import bound_of, needed
+from moeify.export.limits import Limit, limit_of
 from moeify.export.speeds import Speed, Speeds
 from moeify.export.stock import without_bars
 from moeify.export.works import Work, dense_run, prompts_of, routed_run, works_of
@@ -101,7 +101,7 @@ def of_gguf(
     rows = []
     for number, work in enumerate(works):
         times = {name: [1.0 / rate for rate in found[path][number]] for name, path in (("", rival), ("own", file))}
-        rows.append(_speed(work, (category,), times, "own", 1, needed(dense, split, work, (category,)), dense))
+        rows.append(_speed(work, (category,), times, "own", 1, limit_of(dense, split, work, (category,))))
     return _speeds(rows, whole, dtype)
 
 
@@ -143,8 +143,8 @@ def of_onnx(split: SplitModel, whole: SplitModel, file: Path, category: str, dty
     rows = []
     for number, work in enumerate(works):
         times = {name: seconds_[number] for name, seconds_ in each.items()}
-        share = needed(dense, split, work, (category,))
-        rows.append(_speed(work, (category,), times, "own", work.units, share, dense))
+        limit = limit_of(dense, split, work, (category,))
+        rows.append(_speed(work, (category,), times, "own", work.units, limit))
     return _speeds(rows, whole, dtype)
 
 
@@ -165,7 +165,7 @@ def _taking_turns(
     numbered = {str(number): run for number, run in enumerate(rivals.values())}
     times = seconds({"": dense_run(dense, work), **numbered}, turns=TURNS, at_least=AT_LEAST)
     return [
-        _speed(work, route, times, own, work.units, needed(dense, split, work, route), dense)
+        _speed(work, route, times, own, work.units, limit_of(dense, split, work, route))
         for route, own in zip(rivals, numbered, strict=True)
     ]
 
@@ -176,8 +176,7 @@ def _speed(
     times: Mapping[str, list[float]],
     own: str,
     units: int,
-    share: float,
-    dense: nn.Module,
+    limit: Limit,
 ) -> Speed:
     """Return what the times of the dense network, which are named "", and of the export say."""
     rates = {name: units / statistics.median(times[name]) for name in ("", own)}
@@ -188,8 +187,8 @@ def _speed(
         rates[""],
         rates[own],
         ratio(times, "", own),
-        1.0 / share,
-        bound_of(dense, work),
+        limit.times,
+        limit.bound,
     )
 
 

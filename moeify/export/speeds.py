@@ -6,7 +6,7 @@ from typing import Any, Literal
 Kind = Literal["prefill", "decode", "rows"]
 """``prefill``: reads prompts; ``decode``: adds tokens behind them; ``rows``: reads rows where nothing is written."""
 Bound = Literal["bytes", "FLOPs"]
-"""What of the work sets the limit: bytes that are read, or floating-point operations."""
+"""What takes most of a least time: bytes that are read, or floating-point operations."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Speed:
     over_dense: float
     """How many times as fast as the dense network."""
     limit: float
-    """What that can be: the dense network's work over what the route needs."""
+    """What that can be: the dense network's least time over that of what the route needs (``moeify.export.limits``)."""
     bound: Bound
-    """Of what work."""
+    """What the dense network spends most of its least time on."""
 
     @property
     def of_limit(self) -> float:

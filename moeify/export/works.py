@@ -1,13 +1,11 @@
 """What a model is timed at, and how any model does it: reading prompts, adding tokens behind them, or taking in rows.
 
 A causal language model reads prompts without a cache (``prefill``) and adds tokens, one a row and step, behind prompts
-in a cache (``decode``). All others take in rows (``rows``). Each with one row, and with many.
+in a cache that is written in place (``decode``). All others take in rows (``rows``). Each with one row, and with many.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -85,22 +83,6 @@ def prompts_of(network: nn.Module, work: Work) -> Int[Tensor, "batch prompt"]:
     return torch.randint(min(_FIRST, vocabulary - 1), vocabulary, (work.batch, work.prompt), generator=generator)
 
 
-def empty_cache(network: nn.Module) -> tuple[Any, str]:
-    """Return an empty cache for a network of ``transformers``, and the keyword by which it takes one."""
-    from transformers import DynamicCache
-
-    keyword = "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"
-    return DynamicCache(config=config_of(network)), keyword
-
-
-@torch.no_grad()
-def filled_cache(network: nn.Module, prompts: Tensor, forward: Callable[..., object]) -> tuple[str, Any]:
-    """Return a cache that holds the prompts' keys and values, and the keyword by which the network takes it."""
-    cache, keyword = empty_cache(network)
-    forward(prompts, use_cache=True, **{keyword: cache})
-    return keyword, cache
-
-
 def _run(network: nn.Module, work: Work, forward: Callable[..., object]) -> Run:
     if work.kind == "rows":
         inputs = example_inputs(network, work.batch, seed=0)
@@ -110,7 +92,10 @@ def _run(network: nn.Module, work: Work, forward: Callable[..., object]) -> Run:
     prompts = prompts_of(network, work)
     if work.kind == "prefill":
         return torch.no_grad()(lambda: forward(prompts, use_cache=False))
-    keyword, cache = filled_cache(network, prompts, forward)
+    from moeify.models.caches import growing_cache  # brings transformers, which rows do without
+
+    cache, keyword = growing_cache(network)
+    torch.no_grad()(forward)(prompts, use_cache=True, **{keyword: cache})
 
     @torch.no_grad()
     def decode() -> None:

@@ -5,7 +5,6 @@ a second opinion is asked). When the model's context is full, the older half of 
 again, along the routes that it had.
 """
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,9 +135,6 @@ class Reader:
         network: Any = model.network
         self.context: int = network.config.max_position_embeddings
         self.leaf_category = category_of_leaf(model)
-        parameters = inspect.signature(network.forward).parameters
-        self.keyword = "cache" if "cache" in parameters else "past_key_values"
-        """What ``transformers`` calls it depends on its version."""
         self.tokens: list[int] = []
         self.experts: list[int] = []
         self._forget()
@@ -171,10 +167,9 @@ class Reader:
         return torch.logaddexp(one + log_p_V, two + other)
 
     def _forget(self) -> None:
-        from transformers import DynamicCache
+        from moeify.models.caches import growing_cache
 
-        network: Any = self.model.network
-        self.cache: Any = DynamicCache(config=network.config)
+        self.cache, self.keyword = growing_cache(self.model.network)
 
     def _run(self, tokens: Sequence[int], experts: Sequence[int]) -> Float[Tensor, " vocabulary"]:
         categories = self.leaf_category[torch.tensor([experts])]
