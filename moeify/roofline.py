@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from moeify.timing import Run, seconds
 
-_SIDE = 1024
+_SIDE = 512
 """Of the square matrices whose product sets a machine's pace of arithmetic."""
 _READ = 4096
 """Of the square matrix, 64 MB and so beyond caches, whose product with a vector sets its pace of reading."""
@@ -103,8 +103,8 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def _reads(self, packet: Any, args: Sequence[Any], out: Any) -> int:
-        if packet in _SECOND:
-            return sum(args[place].numel() for place in _SECOND[packet])
+        if packet in _KEYS_AND_VALUES:
+            return sum(args[place].numel() for place in _KEYS_AND_VALUES[packet])
         if packet is torch.ops.aten.embedding:
             return int(out.numel())
         return sum(
@@ -140,7 +140,7 @@ _COUNTS: dict[Any, Callable[..., int]] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-_SECOND = {
+_KEYS_AND_VALUES = {
     _ATEN.bmm: (1,),
     _ATEN._scaled_dot_product_flash_attention_for_cpu: (1, 2),
     _ATEN._scaled_dot_product_flash_attention: (1, 2),
