@@ -7,7 +7,6 @@ need: padding and copies of a format count against the export.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
@@ -35,5 +34,5 @@ def limit_of(
     machine = machine or this_machine(next(dense.parameters()).dtype, torch.get_num_threads())
     whole = operations(dense_run(dense, work), dense)
     own = operations(routed_run(split, work, categories), split.network)
-    bound: Literal["bytes", "FLOPs"] = "bytes" if machine.reads_most(whole) else "FLOPs"
+    bound: Bound = "bytes" if machine.reads_most(whole) else "FLOPs"
     return Limit(machine.seconds(whole) / machine.seconds(own), bound)
