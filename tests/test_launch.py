@@ -366,6 +366,7 @@ class TestOnOneCluster:
             world = Group()
             with Path(payload["folder"], f"attempts-{world.rank}").open("a") as file:
                 file.write("x")
+            world.share(None)  # both have begun
             if world.rank == 1:
                 raise ValueError("category 'python' has 3 bytes; wanted 2 MB")
             world.share(None)
