@@ -5,7 +5,10 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.random_splits import Size, mixed_rows, pair
 from moeify.roofline import Machine, Operation, flops, operations, this_machine
+
+SIZE = Size(16, 64, 4, 2, vocabulary=32, length=8)
 
 
 class Tied(nn.Module):
@@ -48,6 +51,34 @@ def test_channels_are_counted_as_a_convolution() -> None:
     network = nn.Conv2d(2, 3, 3, padding=1, bias=False)
     (found,) = operations(lambda: network(torch.randn(5, 2, 6, 6)), network)
     assert found == Operation(2 * 5 * 36 * 3 * 2 * 9, 3 * 2 * 9)
+
+
+@pytest.mark.parametrize("widths", ["equal", "ragged"])
+def test_what_a_split_model_runs_are_the_operations_of_active_units(widths: str) -> None:
+    dense, split = pair(SIZE, widths, ("ffn", "heads"))
+    tokens, categories = mixed_rows(SIZE, 8)
+    shares = split.active_flops(SIZE.length).values()
+    heads = [site.name for site in split.space.sites if site.kind == "heads"]
+    active = [float(split.partition.active(name, c).double().mean()) for name in heads for c in split.categories]
+    whole = flops(torch.no_grad()(lambda: dense(tokens)))
+    routed = flops(torch.no_grad()(lambda: split(tokens, categories)))
+    half = SIZE.layers * 2 * SIZE.hidden * SIZE.length * tokens.numel()
+    """Of attention, which is whole where it is counted, and the half that is causal in ``active_flops``."""
+    assert routed == pytest.approx((whole - half) * sum(shares) / 4 + half * sum(active) / len(active))
+
+
+def test_a_step_runs_what_the_backward_pass_of_active_units_needs() -> None:
+    dense, split = pair(SIZE, "ragged")
+    tokens, categories = mixed_rows(SIZE, 8)
+    split(tokens, categories)
+    name = "model.layers.0.mlp"
+    x = torch.randn(8, SIZE.length, SIZE.hidden, requires_grad=True)
+    blocks = (dense.get_submodule(name), split.network.get_submodule(name))
+    whole, routed = (flops(lambda block=block: block(x).sum().backward()) for block in blocks)
+    site = split.space.sites[0].name
+    shares = [float(split.partition.active(site, c).double().mean()) for c in split.categories]
+    assert whole == 3 * 3 * 2 * x.numel() * SIZE.ffn
+    assert routed == pytest.approx(whole * sum(shares) / 4)
 
 
 def test_a_machine_takes_as_long_as_what_is_slower_of_each_operation() -> None:

@@ -1,39 +1,7 @@
 import pytest
-import torch
 
-from benchmarks.random_splits import Size, mixed_rows, pair
-from moeify.roofline import flops
+from benchmarks.random_splits import Size, pair
 from moeify.timing import ratio, seconds
-
-SIZE = Size(16, 64, 4, 2, vocabulary=32, length=8)
-
-
-@pytest.mark.parametrize("widths", ["equal", "ragged"])
-def test_what_a_split_model_runs_are_the_operations_of_active_units(widths: str) -> None:
-    dense, split = pair(SIZE, widths, ("ffn", "heads"))
-    tokens, categories = mixed_rows(SIZE, 8)
-    shares = split.active_flops(SIZE.length).values()
-    heads = [site.name for site in split.space.sites if site.kind == "heads"]
-    active = [float(split.partition.active(name, c).double().mean()) for name in heads for c in split.categories]
-    whole = flops(torch.no_grad()(lambda: dense(tokens)))
-    routed = flops(torch.no_grad()(lambda: split(tokens, categories)))
-    half = SIZE.layers * 2 * SIZE.hidden * SIZE.length * tokens.numel()
-    """Of attention, which is whole where it is counted, and the half that is causal in ``active_flops``."""
-    assert routed == pytest.approx((whole - half) * sum(shares) / 4 + half * sum(active) / len(active))
-
-
-def test_a_step_runs_what_the_backward_pass_of_active_units_needs() -> None:
-    dense, split = pair(SIZE, "ragged")
-    tokens, categories = mixed_rows(SIZE, 8)
-    split(tokens, categories)
-    name = "model.layers.0.mlp"
-    x = torch.randn(8, SIZE.length, SIZE.hidden, requires_grad=True)
-    blocks = (dense.get_submodule(name), split.network.get_submodule(name))
-    whole, routed = (flops(lambda block=block: block(x).sum().backward()) for block in blocks)
-    site = split.space.sites[0].name
-    shares = [float(split.partition.active(site, c).double().mean()) for c in split.categories]
-    assert whole == 3 * 3 * 2 * x.numel() * SIZE.ffn
-    assert routed == pytest.approx(whole * sum(shares) / 4)
 
 
 def test_rivals_take_turns_and_ratios_are_within_turns() -> None:
