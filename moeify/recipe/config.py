@@ -104,7 +104,7 @@ class Cluster(Closed):
     parallel: Parallel = Replicate()
     """How they share each arm's training. Held-out losses and attribution are always shared by rows."""
     retries: Annotated[int, Field(ge=0)] = 2
-    """How often Ray restarts the workers from the last checkpoint after one of them died."""
+    """How often the workers are started again, from the last checkpoint, after one of them died."""
 
 
 class Tracking(Closed):
