@@ -1,3 +1,4 @@
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ def llama(length: int = 80) -> nn.Module:
     return build_llama(config, vocabulary=VOCABULARY, length=length, end=0, seed=0)
 
 
-def source(length: int = 80) -> Source:
-    return Source.of(SplitModel(llama(length), CATEGORIES, Partition(TREE, WIDTHS)).eval(), torch.float32)
+def source(length: int = 80, widths: Mapping[str, Sequence[int]] = WIDTHS) -> Source:
+    partition = Partition(TREE, {site: tuple(each) for site, each in widths.items()})
+    return Source.of(SplitModel(llama(length), CATEGORIES, partition).eval(), torch.float32)
 
 
 def written(network: nn.Module, tokenizer: bytes, place: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -119,14 +121,21 @@ def test_a_missing_package_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("form", "routed"),
-    [(None, False), ("glm4_moe", False), ("glm4_moe", True), ("granitemoeshared", False), ("granitemoeshared", True)],
+    ("form", "routed", "widths"),
+    [
+        (None, False, WIDTHS),
+        ("glm4_moe", False, WIDTHS),
+        ("glm4_moe", True, WIDTHS),
+        ("glm4_moe", True, WIDTHS | {"layers.0.ffn": (24, 0, 0, 0, 0)}),
+        ("granitemoeshared", False, WIDTHS),
+        ("granitemoeshared", True, WIDTHS),
+    ],
 )
 def test_llama_cpp_predicts_what_the_split_model_does(
-    form: Form | None, routed: bool, tokenizer: bytes, tmp_path: Path
+    form: Form | None, routed: bool, widths: Mapping[str, Sequence[int]], tokenizer: bytes, tmp_path: Path
 ) -> None:
     pytest.importorskip("xllamacpp")
-    of = source()
+    of = source(widths=widths)
     routers = drawn(of.part) if routed else "c"
     stock = to_moe(of.part, form, routers) if form else to_dense(of.part, ["c"], padded=False)
     for dtype in (torch.float32,) if form else (torch.float32, torch.float16):

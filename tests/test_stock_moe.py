@@ -16,6 +16,7 @@ from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
 from moeify.splitting.tree import ExpertTree
 from tests.networks import CATEGORIES, grouped_llama, rows_for, tiny_autoencoder, tiny_decoder, tiny_llama
+from tests.test_by_layer import drawn
 from tests.test_pruning import TREE, WIDTHS, split_of
 
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -144,6 +145,26 @@ def test_no_token_runs_more_than_the_longest_route_of_a_layer_in_multiples_of_ei
         assert price.copied == 64
         assert price.stored == 2 * (96 + 2 * 96)
     assert price.routes == {"a": 288, "b": 288, "c": 288, "d": 288}
+
+
+def test_leading_layers_that_are_whole_are_dense_ones_and_widen_no_other(tmp_path: Path) -> None:
+    sites = {f"layers.{number}.ffn": widths for number, widths in enumerate([(24, 0, 0, 0, 0), (4, 4, 4, 4, 8)])}
+    split = split_of(tiny_llama().float(), Partition(TREE, sites))
+    check(split, "glm4_moe", "b")
+    stock = to_moe(split, "glm4_moe", drawn(split))
+    assert stock.price.runs == 24 + 8 + 8  # of the second layer a route of 12, rounded up
+    assert stock.price.stored == 24 + 8 + 3 * 8
+    rows = rows_for(split.network, 3)
+    with torch.no_grad():
+        wanted = split.by_layer(rows, drawn(split).weights)
+    torch.testing.assert_close(stock.network(rows).logits, wanted, atol=1e-5, rtol=1e-4)
+    stock.network.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(rows).logits, wanted, atol=1e-5, rtol=1e-4)
+    later = split_of(tiny_llama().float(), Partition(TREE, dict(zip(sites, reversed(sites.values()), strict=True))))
+    check(later, "glm4_moe", "b")
+    nothing = dict.fromkeys(sites, (24, 0, 0, 0, 0))
+    check(split_of(tiny_llama().float(), Partition(TREE, nothing)), "glm4_moe", "b")
 
 
 def test_what_a_format_cannot_hold_is_refused() -> None:

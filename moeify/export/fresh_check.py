@@ -19,7 +19,7 @@ from safetensors import safe_open
 @torch.no_grad()
 def route_glm4_moe(model: Any, expert: int) -> None:
     """Send every token to one expert: the bias chooses it, and does not weigh it."""
-    for layer in model.model.layers:
+    for layer in model.model.layers[model.config.first_k_dense_replace :]:
         layer.mlp.gate.e_score_correction_bias.zero_()[expert] = 10.0
 
 

@@ -178,7 +178,7 @@ def _tensors(network: nn.Module, architecture: str) -> Iterator[tuple[str, Tenso
                     yield f"{block}.post_attention_norm.weight", tensor
                 case _:
                     yield f"{block}.{_PARTS[part]}.weight", tensor
-        if architecture == "glm4moe":
+        if architecture == "glm4moe" and layer >= config.first_k_dense_replace:
             bias = network.get_buffer(f"model.layers.{layer}.mlp.gate.e_score_correction_bias")
             yield f"blk.{layer}.exp_probs_b.bias", bias
 

@@ -13,13 +13,14 @@ label, as long as no two best scores of a token are equal to rounding.
 - ``glm4_moe``: sigmoid scores, over their sum (``norm_topk_prob``): of one expert that is 1. Where it is forced,
   ``e_score_correction_bias`` chooses it without touching its weight. Its head is always written by itself, even where
   the network's is its embedding: no GLM ties the two, so vLLM looks for a head and, finding none, runs whatever its
-  memory held.
+  memory held. Leading layers of which no unit is split (``partition.frozen``) are the dense ones that it begins with.
 - ``granitemoeshared``: the softmax over one chosen expert is 1. Its router has no bias, and a linear score without one
   can be made largest for every token by a pair only: the expert chosen and a spare slot hold the same slice, and score
   v.x and -v.x for some v, all others 0. So there is one slot more than leaves; where routers choose, it is the twin of
   the first expert and scores the same.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, assert_never
 
 import torch
@@ -81,31 +82,26 @@ def to_moe(split: SplitModel, form: Form, chosen: str | LayerRouters) -> Stock:
     source, sites = _shared_config(split.network), ffn_sites(split)
     if len(sites) < len(split.space.sites):
         raise ValueError("attention heads are split too, and stock MoE formats route feed-forward units alone")
-    ways = {site.name: _ways(split, site.name) for site in sites}
-    path = max(len(way) for _, paths in ways.values() for way in paths)
-    route = max(len(core) + len(way) for core, paths in ways.values() for way in paths)
+    ways = [_ways(split, site.name) for site in sites]
+    whole = _whole(ways) if form == "glm4_moe" else 0
+    path = max(len(way) for _, paths in ways[whole:] for way in paths)
+    route = max(len(core) + len(way) for core, paths in ways[whole:] for way in paths)
     network: nn.Module
     match form:
         case "glm4_moe":
             widths = _glm4_widths(path, route, len(tree.leaves))
-            network = _glm4(source, widths, split.network)
+            network = _glm4(source | {"first_k_dense_replace": whole}, widths, split.network)
         case "granitemoeshared":
             expert = _rounded(path)
             widths = _Widths(_rounded(route - expert), expert, len(tree.leaves) + 1)
             network = _granite(source, widths, split.network)
         case _:
             assert_never(form)
-    held = dict(split.network.named_parameters())
-    for name, tensor in network.named_parameters():
-        if name in held:
-            tensor.copy_(held[name])
-        elif name == "lm_head.weight":
-            tensor.copy_(held["model.embed_tokens.weight"])
-        elif name.endswith("o_proj.bias"):
-            tensor.zero_()
-    placed = 0
-    for number, site in enumerate(sites):
-        core, paths = ways[site.name]
+    _fill_as_it_is(network, split.network)  # whole layers too
+    mixed, dense = list(enumerate(sites))[whole:], sum(site.units for site in sites[:whole])
+    placed = dense
+    for number, site in mixed:
+        core, paths = ways[number]
         shared, rest = core[: widths.shared], core[widths.shared :]
         paths = [torch.cat([rest, way]) for way in paths]
         placed += len(shared) + sum(map(len, paths))
@@ -120,13 +116,13 @@ def to_moe(split: SplitModel, form: Form, chosen: str | LayerRouters) -> Stock:
     if isinstance(chosen, str):
         ROUTE[form](network, experts[chosen])
     else:
-        for number, site in enumerate(sites):
+        for number, site in mixed:
             _fill_router(network.get_submodule(f"model.layers.{number}"), form, chosen.weights[site.name])
     price = Price(
         own=split.space.units,
         copied=placed - split.space.units,
-        padded=len(ways) * widths.stored - placed,
-        runs=len(ways) * (widths.shared + widths.expert),
+        padded=dense + len(mixed) * widths.stored - placed,
+        runs=dense + len(mixed) * (widths.shared + widths.expert),
         routes={category: split.partition.active_units(category) for category in split.categories},
     )
     return Stock(network.eval(), price, form, None if routers else str(chosen), experts, routers)
@@ -138,6 +134,24 @@ def _ways(split: SplitModel, site: str) -> tuple[Int[Tensor, " core"], list[Int[
     nodes = [tree.route(tree.nodes[leaf].categories[0])[1:] for leaf in tree.leaves]
     paths = [torch.isin(owners, torch.tensor(way)).nonzero()[:, 0] for way in nodes]
     return (owners == 0).nonzero()[:, 0], paths
+
+
+def _whole(ways: Sequence[tuple[Tensor, list[Tensor]]]) -> int:
+    """Return how many layers come, all of one width, before the first one of which anything is split."""
+    split = (any(map(len, paths)) or len(core) != len(ways[0][0]) for core, paths in ways)
+    return next((number for number, each in enumerate(split) if each), len(ways) - 1)
+
+
+def _fill_as_it_is(network: nn.Module, source: nn.Module) -> None:
+    """Copy what has the same name in both; a head comes from tied embeddings, and a bias that is no one's is zero."""
+    held = dict(source.named_parameters())
+    for name, tensor in network.named_parameters():
+        if name in held:
+            tensor.copy_(held[name])
+        elif name == "lm_head.weight":
+            tensor.copy_(held["model.embed_tokens.weight"])
+        elif name.endswith("o_proj.bias"):
+            tensor.zero_()
 
 
 def _layer(split: SplitModel, site: FfnUnits, shared: Tensor, paths: list[Tensor], widths: _Widths) -> _Layer:
@@ -207,7 +221,7 @@ def _glm4(source: dict[str, Any], widths: _Widths, dense: nn.Module) -> nn.Modul
         **source | ours,
         partial_rotary_factor=1.0,
         moe_intermediate_size=widths.expert,
-        intermediate_size=widths.expert,
+        intermediate_size=held["model.layers.0.mlp.up_proj.weight"].shape[0],
         n_shared_experts=widths.shared // widths.expert,
         n_routed_experts=widths.slots,
         num_experts_per_tok=1,
@@ -215,7 +229,6 @@ def _glm4(source: dict[str, Any], widths: _Widths, dense: nn.Module) -> nn.Modul
         routed_scaling_factor=1.0,
         n_group=1,
         topk_group=1,
-        first_k_dense_replace=0,
         num_mtp_layers=0,
         use_qk_norm="model.layers.0.self_attn.q_norm.weight" in held,
     )
