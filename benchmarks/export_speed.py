@@ -159,7 +159,7 @@ def _llama_cpp(dense: Any, split: SplitModel, place: Path, turns: int) -> list[d
     tokenizer = train_tokenizer([[Document(__doc__ or "", "docstring")]], 300).to_str().encode()
     files = {name: place / f"{number}.gguf" for number, name in enumerate(networks)}
     for name, network in networks.items():
-        gguf_file.write(network, tokenizer, files[name], dtype=torch.float32, name=name)
+        gguf_file.write(network, {"tokenizer.json": tokenizer}, files[name], dtype=torch.float32, name=name)
     work = Work("decode", 1, new=8 * NEW)
     rates = (
         gguf_rates(list(files.values()), work, dense.config.vocab_size, turns=turns) if find_spec("xllamacpp") else {}

@@ -79,6 +79,10 @@ def load_split(folder: str | Path) -> SplitModel:
             fetch(Place(checked_url(folder)), Path(copy))
             return load_split(copy)
     folder = Path(folder)
+    if not (folder / "manifest.json").exists():
+        got = "no such folder" if not folder.is_dir() else "its manifest.json is not there"
+        stock = "; transformers loads what has a config.json" if (folder / "config.json").exists() else ""
+        raise CorruptCheckpointError(f"{folder}: {got}, wanted what `moeify export RUN --split` wrote{stock}")
     facts = read_manifest(folder)["facts"]
     tensors = read_part(folder, "model")
     with understood(str(folder)):

@@ -291,6 +291,27 @@ def test_an_autoencoder_category_is_an_undivided_split_folder(digits_run: Path, 
         torch.testing.assert_close(back(images, torch.zeros(4, dtype=torch.long)), wanted)
 
 
+def test_an_empty_folder_that_is_there_is_filled_and_stays_the_same_folder(
+    text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, out in (("here", Path()), ("linked", tmp_path / "link")):
+        place = tmp_path / name
+        place.mkdir()
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(place)
+        monkeypatch.chdir(place)
+        before = place.stat().st_ino
+        export_dense(text_run, ["a"], out, UNCHECKED)
+        assert place.stat().st_ino == before
+        assert {path.name for path in place.iterdir()} >= {"README.md", "config.json", "model.safetensors"}
+        assert not list(place.glob(".*"))
+    place = tmp_path / "split"
+    place.mkdir()
+    export_split(text_run, place, UNCHECKED)
+    assert moeify.load_split(place).categories == ("a", "b", "c", "d")
+    assert not list(place.glob(".*"))
+
+
 def test_a_damaged_export_is_refused(text_run: Path, tmp_path: Path) -> None:
     export_split(text_run, tmp_path / "split")
     path = tmp_path / "split" / "model.safetensors"

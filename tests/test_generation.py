@@ -12,7 +12,9 @@ from moeify.data.tokens import END
 from moeify.routed.split_model import SplitModel
 from moeify.routers.generation import encode_prompt, generate
 from moeify.routers.router import category_of_leaf, early
-from tests.networks import CATEGORIES, tiny_autoencoder
+from moeify.splitting.partition import Partition
+from tests.networks import CATEGORIES, tiny_autoencoder, tiny_decoder
+from tests.test_pruning import TREE
 from tests.test_routers import some_router, split_llama
 
 PROMPT = [0, 7, 31]
@@ -60,6 +62,28 @@ def test_text_goes_on_beyond_the_context_and_is_the_same_for_the_same_seed() -> 
     served = list(generate(model, 0, long, tokens=1, seed=0, temperature=0.0))
     kept = torch.tensor([long[-7:]])  # half a context before the last token
     assert served[-1].token == int(model(kept, category_of_leaf(model)[[0]])[0, -1].argmax())
+
+
+@torch.no_grad()
+def test_second_opinions_leave_no_trace_in_a_sliding_window() -> None:
+    network = tiny_decoder("mistral", sliding_window=4, hidden_size=16)
+    sites = {"layers.0.ffn": (6, 2, 3, 3, 6), "layers.1.ffn": (4, 5, 2, 3, 6)}
+    model = SplitModel(network, CATEGORIES, Partition(TREE, sites)).eval()
+    router = some_router(model, threshold=0.999, seed=3)
+    served = list(generate(model, router, PROMPT, tokens=8, seed=0, temperature=0.0))
+    assert any(each.second is not None for each in served)
+    tokens = [each.token for each in served]
+    log_p_PE = router.read(early(model.network, torch.tensor([tokens])))[0]
+    for place in range(len(PROMPT), len(tokens)):
+        top, route = log_p_PE[place - 1].topk(2), log_p_PE[:place].argmax(-1)
+        said = []
+        for expert in top.indices:
+            route[-1] = expert
+            categories = category_of_leaf(model)[route.unsqueeze(0)]
+            said.append(model(torch.tensor([tokens[:place]]), categories)[0, -1].double().log_softmax(-1))
+        one, other = top.values.log_softmax(-1)
+        mixed = torch.logaddexp(one + said[0], other + said[1]) if top.values[0].exp() < 0.999 else said[0]
+        assert tokens[place] == int(mixed.argmax())
 
 
 def test_nothing_follows_the_end() -> None:

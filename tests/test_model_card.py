@@ -149,6 +149,12 @@ def test_the_card_without_a_category_says_what_is_gone_and_where_its_rows_run() 
     assert "split model with a ablated" in text
 
 
+def test_only_categories_that_keep_their_experts_are_said_to_run_as_before() -> None:
+    text = card(ABOUT, source(drop=["a"]), Checked(None, {"a": 0.0}), dtype="float32")
+    assert text.count("As before run the units of b, c, d.") == 1
+    assert "As before" not in card(ABOUT, source(drop=list("abcd")), Checked(None, {"a": 0.0}), dtype="float32")
+
+
 @pytest.mark.parametrize(
     ("routing", "said"),
     [

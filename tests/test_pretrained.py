@@ -74,6 +74,22 @@ def test_text_becomes_the_checkpoints_own_tokens_each_document_behind_its_bounda
     assert stream.dtype == np.uint16
 
 
+def test_how_text_is_written_comes_along_and_ends_where_documents_do(llama: Path, tmp_path: Path) -> None:
+    written = {"eos_token_id": [2, 7], "temperature": 0.6, "max_new_tokens": 9}
+    (llama / "generation_config.json").write_text(json.dumps(written))
+    given = given_tokenizer.of_checkpoint(look(llama))
+    said = json.loads(given.assets["generation_config.json"])
+    assert said == {**written, "eos_token_id": [2, 7, given.end], "use_cache": True}
+    (llama / "generation_config.json").unlink()
+    said = json.loads(given_tokenizer.of_checkpoint(look(llama)).assets["generation_config.json"])
+    assert said["eos_token_id"] == [0, given.end]
+    (llama / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"generation_config\.json that cannot be read"):
+        given_tokenizer.of_checkpoint(look(llama))
+    bert = save_checkpoint(tmp_path / "bert", "bert", masks=True)
+    assert "generation_config.json" not in given_tokenizer.of_checkpoint(look(bert)).assets
+
+
 def test_a_special_token_inside_of_a_text_is_text(llama: Path) -> None:
     given = given_tokenizer.of_checkpoint(look(llama))
     ids = given.tokenizer.encode("a <s> b", add_special_tokens=False).ids

@@ -142,6 +142,16 @@ def test_a_told_twin_is_told_each_tokens_category() -> None:
     assert not torch.allclose(routed, model(inputs, categories.roll(1, 1)))
 
 
+def test_categories_must_fit_the_rows_and_be_the_models() -> None:
+    model = split_of("llama", Partition.undivided(CATEGORIES, SITES["llama"]))
+    inputs = rows_for(model.network, 3)
+    with pytest.raises(ValueError, match="got 1 categories for 3 rows; give one a row"):
+        model(inputs, torch.tensor([1]))
+    for odd in (-1, 4):
+        with pytest.raises(ValueError, match=rf"got category {odd}, wanted one of 0 \(a\), 1 \(b\), 2 \(c\), 3 \(d\)$"):
+            model(inputs, torch.tensor([0, odd, 1]))
+
+
 def test_routes_of_tokens_must_fit() -> None:
     tokens = split_of("llama", Partition.undivided(CATEGORIES, SITES["llama"]))
     inputs = rows_for(tokens.network, 2)

@@ -31,6 +31,14 @@ def test_folders_of_format_1_stay_readable() -> None:
     torch.testing.assert_close(outputs, torch.tensor(wanted))
 
 
+def test_what_is_no_split_folder_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere: no such folder, wanted what `moeify export RUN --split` wrote$"):
+        load_split(tmp_path / "nowhere")
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ValueError, match=r"manifest.json is not there, wanted what .*; transformers loads what has a"):
+        load_split(tmp_path)
+
+
 def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change what a manifest says, with hashes that hold: someone meant it."""
     body = json.loads((folder / "manifest.json").read_text())["body"]

@@ -16,7 +16,7 @@ from moeify.store import understood
 
 @dataclass(frozen=True)
 class GivenTokenizer:
-    """What turns text into tokens, and the files that ``transformers.AutoTokenizer`` reads it from."""
+    """What turns text into tokens, the files that ``transformers`` reads it from, and how text is written."""
 
     tokenizer: tokenizers.Tokenizer
     """Special tokens inside of a text are ordinary characters to it."""
@@ -56,7 +56,7 @@ def of_checkpoint(checkpoint: Checkpoint) -> GivenTokenizer:
             f"{checkpoint.folder}: the tokenizer's tokens go up to {most}, the network's vocabulary up to {known - 1}; "
             f"put the tokenizer beside it that it was trained with"
         )
-    return GivenTokenizer(tokenizer, end, assets)
+    return GivenTokenizer(tokenizer, end, assets | checkpoint.generation(end))
 
 
 def of_folder(folder: Path) -> GivenTokenizer | None:
@@ -79,15 +79,20 @@ def boundary(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> int 
     What the tokenizer itself puts before a text, as a Llama's does, or else the end-of-text token that ``config``, the
     content of ``tokenizer_config.json``, names, as for GPT-2.
     """
-    sample = tokenizer.encode("a")
-    if sample.ids and sample.special_tokens_mask[0]:
-        return sample.ids[0]
+    if (begin := beginning(tokenizer)) is not None:
+        return begin
     for key in ("eos_token", "bos_token"):
         named = config.get(key)
         text = named.get("content") if isinstance(named, dict) else named
         if isinstance(text, str) and (found := tokenizer.token_to_id(text)) is not None:
             return found
     return None
+
+
+def beginning(tokenizer: tokenizers.Tokenizer) -> int | None:
+    """Return the token that a tokenizer puts before every text; None where it puts none."""
+    sample = tokenizer.encode("a")
+    return sample.ids[0] if sample.ids and sample.special_tokens_mask[0] else None
 
 
 def _plain(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

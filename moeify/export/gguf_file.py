@@ -9,13 +9,16 @@ Needs the ``gguf`` package; checking a file needs llama.cpp, in ``xllamacpp``: b
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from torch import Tensor, nn
+
+from moeify.data.given_tokenizer import beginning
 
 _CONTROL, _NORMAL, _UNUSED = 3, 1, 5
 """GGUF's token types."""
@@ -52,8 +55,11 @@ def require(*, verify: bool) -> None:
         )
 
 
-def write(network: nn.Module, tokenizer: bytes, path: Path, *, dtype: torch.dtype, name: str) -> None:
-    """Write a network and its tokenizer (the content of ``tokenizer.json``) to one GGUF file.
+def write(network: nn.Module, assets: Mapping[str, bytes], path: Path, *, dtype: torch.dtype, name: str) -> None:
+    """Write a network and its tokenizer to one GGUF file.
+
+    ``assets``: the tokenizer's files by name, ``tokenizer.json`` among them; a chat template comes along, and the ends
+    of texts that ``generation_config.json`` names.
 
     Matrices are stored in ``dtype``; norms, biases and routers in float32. Raises ValueError for what the format, or
     this writer, does not hold.
@@ -79,7 +85,7 @@ def write(network: nn.Module, tokenizer: bytes, path: Path, *, dtype: torch.dtyp
     )
     for setting, value in settings.items():
         getattr(writer, f"add_{setting}")(value)
-    _add_tokenizer(writer, json.loads(tokenizer), config)
+    _add_tokenizer(writer, assets, config)
     for key, tensor in _tensors(network, architecture):
         _add(writer, key, tensor.detach().float().contiguous(), dtype)
     writer.write_header_to_file()
@@ -201,7 +207,8 @@ def _add(writer: Any, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 
 
-def _add_tokenizer(writer: Any, tokenizer: dict[str, Any], config: Any) -> None:
+def _add_tokenizer(writer: Any, assets: Mapping[str, bytes], config: Any) -> None:
+    tokenizer = json.loads(assets["tokenizer.json"])
     before = tokenizer["pre_tokenizer"] or {}
     plain = before.get("type") == "ByteLevel" and not before.get("add_prefix_space") and before.get("use_regex", True)
     if tokenizer["model"]["type"] != "BPE" or not plain or tokenizer["normalizer"]:
@@ -217,8 +224,16 @@ def _add_tokenizer(writer: Any, tokenizer: dict[str, Any], config: Any) -> None:
     writer.add_token_types(kinds)
     merges = tokenizer["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    if config.bos_token_id is not None:
-        writer.add_bos_token_id(config.bos_token_id)
-    if config.eos_token_id is not None:
-        writer.add_eos_token_id(config.eos_token_id)
-    writer.add_add_bos_token(False)
+    begin = beginning(tokenizers.Tokenizer.from_str(assets["tokenizer.json"].decode()))
+    if (first := config.bos_token_id if begin is None else begin) is not None:
+        writer.add_bos_token_id(first)
+    writer.add_add_bos_token(begin is not None)
+    generation = json.loads(assets.get("generation_config.json", b"{}"))
+    ends = generation.get("eos_token_id", config.eos_token_id)
+    for kind, end in zip(("eos", "eot", "eom"), ends if isinstance(ends, list) else [ends], strict=False):
+        if end is not None:  # at each of the three llama.cpp stops
+            getattr(writer, f"add_{kind}_token_id")(end)
+    template = json.loads(assets.get("tokenizer_config.json", b"{}")).get("chat_template")
+    template = assets["chat_template.jinja"].decode() if "chat_template.jinja" in assets else template
+    if isinstance(template, str):
+        writer.add_chat_template(template)

@@ -134,9 +134,11 @@ def _removal(source: Source, recipe: RunConfig | None) -> Iterator[str]:
         yield (
             f"**Taken out: the expert `{name}` and all below it.** None of its units is in the files. "
             f"Rows of {theirs} run on what is left of their route, down to `{old.nodes[node.parent].name}`, "
-            f"which others share: {_traces(node.categories, recipe)} "
-            f"All other categories run the same units as before."
+            f"which others share: {_traces(node.categories, recipe)}"
         )
+    gone = {category for name in source.removed for category in old.nodes[old.index(name)].categories}
+    if kept := [category for category in source.part.categories if category not in gone]:
+        yield f"As before run the units of {', '.join(kept)}."
 
 
 def _traces(categories: Sequence[str], recipe: RunConfig | None) -> str:

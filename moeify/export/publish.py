@@ -34,6 +34,9 @@ from moeify.split_folder import load_from_run, load_split, save_split
 SHARD = "5GB"
 """Weights of a stock export above this size go to several files."""
 
+LOADED = ("manifest.json", "config.json", "model.gguf", "model.onnx")
+"""Files without which nothing loads an export: they come last, so that half an export is none."""
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -178,13 +181,13 @@ def _export_stock(
     with _published(out) as draft:
         differences, speeds = None, None
         if how.gguf:
-            tokenizer = _assets(run)["tokenizer.json"]
+            assets = _assets(run)
             path, name = draft / "model.gguf", how.about.run or out.name
-            gguf_file.write(stock.network, tokenizer, path, dtype=how.torch_dtype, name=name)
+            gguf_file.write(stock.network, assets, path, dtype=how.torch_dtype, name=name)
             if how.verify:
-                differences = source.against_gguf(path, stock, tokenizer, how.torch_dtype)
+                differences = source.against_gguf(path, stock, assets, how.torch_dtype)
             if how.speed:
-                speeds = speed.of_gguf(source.part, source.whole, path, tokenizer, route, how.torch_dtype)
+                speeds = speed.of_gguf(source.part, source.whole, path, assets, route, how.torch_dtype)
         elif how.onnx:
             path = draft / "model.onnx"
             name = how.about.run or out.name
@@ -257,17 +260,27 @@ def _refuse_lacking(run: Path | Origin, how: How) -> None:
 
 @contextmanager
 def _published(out: Path) -> Iterator[Path]:
-    """Give a folder to write to, which becomes ``out`` when all went well and is gone otherwise."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    """Give a folder to write to, which becomes ``out`` when all went well and is gone otherwise.
+
+    Where ``out`` is there (it may be the working directory, or a mounted volume), what was written moves into it, that
+    without which nothing loads it last.
+    """
+    out = out.resolve()
+    there = out.exists()
+    home = out if there else out.parent
+    home.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=home))
     try:
         yield draft
         draft.chmod(0o755)
         for path in draft.iterdir():
             path.chmod(0o644)
-        if out.exists():
-            out.rmdir()
-        draft.rename(out)
+        if there:
+            for path in sorted(draft.iterdir(), key=lambda path: path.name in LOADED):
+                path.rename(out / path.name)
+            draft.rmdir()
+        else:
+            draft.rename(out)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise

@@ -88,14 +88,14 @@ def of_split(split: SplitModel, whole: SplitModel) -> Speeds:
 
 
 def of_gguf(
-    split: SplitModel, whole: SplitModel, file: Path, tokenizer: bytes, category: str, dtype: torch.dtype
+    split: SplitModel, whole: SplitModel, file: Path, assets: Mapping[str, bytes], category: str, dtype: torch.dtype
 ) -> Speeds:
     """Time a GGUF file in llama.cpp, a row at a time, against the dense network's file of the same dtype."""
     dense = dense_like(whole, torch.float32)
     works = [work for work in works_of(whole.network) if work.batch == 1]
     with tempfile.TemporaryDirectory() as place:
         rival = Path(place) / "dense.gguf"
-        gguf_file.write(dense, tokenizer, rival, dtype=dtype, name="dense")
+        gguf_file.write(dense, assets, rival, dtype=dtype, name="dense")
         asked = replace(works[0], new=_WRITTEN)
         found = gguf_rates([rival, file], asked, config_of(dense).vocab_size, turns=TURNS)
     rows = []

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moeify.data.given_tokenizer import beginning
 from moeify.export import gguf_file
 from moeify.export.onnx_file import Signature
 from moeify.export.pruning import only, prune, without
@@ -141,7 +142,9 @@ class Source(NamedTuple):
         return _tolerable(self._in_fresh_process(_PROGRAMS / "fresh_check.py", folder, stock, {}, {}))
 
     @torch.no_grad()
-    def against_gguf(self, path: Path, stock: Stock, tokenizer: bytes, dtype: torch.dtype) -> dict[str, float]:
+    def against_gguf(
+        self, path: Path, stock: Stock, assets: Mapping[str, bytes], dtype: torch.dtype
+    ) -> dict[str, float]:
         """Return the same of a GGUF file, which llama.cpp loads: differences of log probabilities.
 
         llama.cpp rounds activations to the dtype of weights. So where that is not float32, the file is only loaded, and
@@ -149,15 +152,17 @@ class Source(NamedTuple):
         """
         from tokenizers import Tokenizer
 
-        known = Tokenizer.from_str(tokenizer.decode())
-        text = self._after_text(known.encode(TEXT, add_special_tokens=False).ids, stock)
+        known = Tokenizer.from_str(assets["tokenizer.json"].decode())
+        begin = beginning(known)
+        ids = known.encode(TEXT, add_special_tokens=False).ids
+        text = self._after_text(ids if begin is None else [begin, *ids], stock)
         header = {"say": str(known.token_to_id("a"))} | ({"text": TEXT} if text else {})
         with tempfile.TemporaryDirectory() as place:
             copy = Path(place) / "model.gguf"
             shutil.copyfile(path, copy)
             found = self._in_fresh_process(_PROGRAMS / "fresh_gguf.py", copy, stock, text, header)
             if dtype != torch.float32:
-                gguf_file.write(stock.network, tokenizer, copy, dtype=torch.float32, name="check")
+                gguf_file.write(stock.network, assets, copy, dtype=torch.float32, name="check")
                 found = self._in_fresh_process(_PROGRAMS / "fresh_gguf.py", copy, stock, text, header)
         return _tolerable(found)
 

@@ -18,6 +18,7 @@ from moeify.models.transformer import Transformer, image_size
 
 _SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
+_GENERATION = "generation_config.json"
 _PREPROCESSING = "preprocessor_config.json"
 
 
@@ -109,6 +110,28 @@ class Checkpoint:
     def positions(self) -> int:
         """Return how many tokens a row may have."""
         return self.family.positions(self.config())
+
+    def generation(self, end: int) -> dict[str, bytes]:
+        """Return the file that says how text is written, by name: the checkpoint's own, or what its configuration says.
+
+        ``end``, the token between the documents that it is trained on, ends a text too. Nothing where it writes none.
+        """
+        from transformers import GenerationConfig
+
+        if self.family.learns != "next token":
+            return {}
+        with _one_line(self.folder, f"has a {_GENERATION} that cannot be read"):
+            if (self.folder / _GENERATION).is_file():
+                said = json.loads((self.folder / _GENERATION).read_text(encoding="utf-8"))
+                if not isinstance(said, dict):
+                    raise ValueError(f"got {type(said).__name__}, wanted an object")
+            else:
+                said = GenerationConfig.from_model_config(self.config()).to_diff_dict()
+            given = said.get("eos_token_id")
+            ends = list(dict.fromkeys([*(given if isinstance(given, list) else [given]), end]))
+            ends = [each for each in ends if each is not None]
+            said |= {"eos_token_id": ends[0] if len(ends) == 1 else ends, "use_cache": True}
+        return {_GENERATION: (json.dumps(said, indent=2) + "\n").encode()}
 
     def tokenizer(self) -> Any:
         """Return the tokenizer of ``transformers``; ValueError where there is none."""

@@ -137,8 +137,10 @@ class SplitModel(nn.Module):
 
         Rows that lie in leaf order already (``order``) are not moved. ``categories`` [rows positions] gives each token
         a route of its own through the split blocks, and moves no row; what is between the blocks stays dense. ``more``
-        (a cache, a mask) goes to the network as it is, so rows must not have to move for it.
+        (a cache, a mask) goes to the network as it is, so rows must not have to move for it. ValueError for categories
+        that do not fit the rows, or are none of the model's.
         """
+        uncompiled(self._check)(inputs, categories)
         if categories.dim() > 1:
             return self._by_token(inputs, categories, more)
         positions = self.positions(categories)
@@ -152,6 +154,14 @@ class SplitModel(nn.Module):
         uncompiled(self._set_routes)(positions, categories, None)
         outputs = logits(self.network, inputs, autocast=self.autocast, **more)
         return outputs if order is None else outputs[torch.argsort(order)]
+
+    def _check(self, inputs: Tensor, categories: Int[Tensor, "rows ..."]) -> None:
+        if categories.dim() == 1 and len(categories) != len(inputs):
+            raise ValueError(f"got {len(categories)} categories for {len(inputs)} rows; give one a row")
+        least, most = torch.stack(torch.aminmax(categories)).tolist() if categories.numel() else (0, 0)
+        if least < 0 or most >= len(self.categories):
+            known = ", ".join(f"{place} ({name})" for place, name in enumerate(self.categories))
+            raise ValueError(f"got category {least if least < 0 else most}, wanted one of {known}")
 
     def _by_token(self, inputs: Tensor, categories: Int[Tensor, "rows positions"], more: Mapping[str, Any]) -> Tensor:
         if self.whole_rows:

@@ -5,10 +5,11 @@ a second opinion is asked). When the model's context is full, the older half of 
 again, along the routes that it had.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,9 @@ from moeify.data.given_tokenizer import GivenTokenizer, of_folder
 from moeify.models.families import transformer_of
 from moeify.routed.split_model import SplitModel
 from moeify.routers.router import Router, category_of_leaf, early, remember
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ class Reader:
         network: Any = model.network
         self.context: int = network.config.max_position_embeddings
         self.leaf_category = category_of_leaf(model)
+        self.cache: DynamicCache
         self.tokens: list[int] = []
         self.experts: list[int] = []
         self._forget()
@@ -154,10 +159,7 @@ class Reader:
         """Return the log probabilities of what follows a token, which is remembered along its first expert's route."""
         if len(self.tokens) + 1 > self.context:
             self.read([], [])
-        other = None
-        if decision.second is not None:
-            other = self._run([token], [decision.second])
-            self.cache.crop(-1)
+        other = None if decision.second is None else self._second(token, decision.second)
         log_p_V = self._run([token], [decision.expert])
         self.tokens.append(token)
         self.experts.append(decision.expert)
@@ -165,6 +167,19 @@ class Reader:
             return log_p_V
         one, two = decision.log_weights
         return torch.logaddexp(one + log_p_V, two + other)
+
+    def _second(self, token: int, expert: int) -> Float[Tensor, " vocabulary"]:
+        """Return what another expert says, and do not remember it."""
+        from moeify.models.caches import GrowingLayer
+
+        if all(isinstance(layer, GrowingLayer) for layer in self.cache.layers):
+            said = self._run([token], [expert])
+            self.cache.crop(-1)
+            return said
+        kept, self.cache = self.cache, copy.deepcopy(self.cache)  # a sliding window has dropped what it held before
+        said = self._run([token], [expert])
+        self.cache = kept
+        return said
 
     def _forget(self) -> None:
         from moeify.models.caches import growing_cache
