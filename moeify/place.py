@@ -25,6 +25,8 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "gs": {"use_listings_cache": False},
     "file": {"auto_mkdir": True},
 }
+LOADED = ("manifest.json", "config.json", "model.gguf", "model.onnx")
+"""Files without which nothing loads what was exported: they come last, so that half an export is none."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from moeify.place import Place, checked_url, is_url, send
+from moeify.place import LOADED, Place, checked_url, is_url, send
 from pipelines.homes import folder_of
 from pipelines.stopping import stoppable
 
@@ -17,8 +17,6 @@ def outlet(target: str) -> Iterator[Path]:
     SIGTERM ends the body like Ctrl-C, so that nothing half done stays behind. Raises ValueError where something is
     there already.
     """
-    from moeify.export.publish import LOADED
-
     if not is_url(target):
         out = folder_of(target, Path()) if target.startswith("file://") else Path(target)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -80,7 +80,7 @@ def card(
         _what(about, source, dtype, stock),
         _loading(source.part, stock, file, cache=cache),
         _origin(about, source.whole),
-        _losses(about.result, source, stock),
+        _losses(about.result, source, stock, dtype),
         recovered(source.recovery, source.part),
         routed(checked.routers, about.result),
         _size(source, stock),
@@ -260,7 +260,7 @@ def _recipe(recipe: RunConfig) -> Iterator[str]:
     yield f"- rounds asked for a separation of {separations}; owners by {recipe.partition.owners.kind}"
 
 
-def _losses(result: Result | None, source: Source, stock: Stock | None) -> Iterator[str]:
+def _losses(result: Result | None, source: Source, stock: Stock | None, dtype: str) -> Iterator[str]:
     """Give the run's test figures for the categories that are served, where the run has them."""
     if result is None:
         return
@@ -289,7 +289,7 @@ def _losses(result: Result | None, source: Source, stock: Stock | None) -> Itera
     }
     yield f"{'; '.join(f'{arm}: {text}' for arm, text in meant.items() if arm in arms)}; tax: above dense."
     if not source.removed:
-        yield "This export is of *split*."
+        yield f"This export is of *split*{'' if dtype == 'float32' else ', which had float32 weights there'}."
         return
     yield "This export is of *split* without what was taken out, which raises test loss by:"
     tree = source.whole.partition.tree

@@ -26,6 +26,7 @@ from moeify.export.stock import Form, Stock, ffn_sites, to_dense, without_bars
 from moeify.export.stock_moe import to_moe
 from moeify.export.verification import Source
 from moeify.models.families import transformer_of
+from moeify.place import LOADED
 from moeify.routed.split_model import SplitModel
 from moeify.routers.by_layer import Distil, LayerRouterReport
 from moeify.routers.joint import Joined
@@ -33,9 +34,6 @@ from moeify.split_folder import load_from_run, load_split, save_split
 
 SHARD = "5GB"
 """Weights of a stock export above this size go to several files."""
-
-LOADED = ("manifest.json", "config.json", "model.gguf", "model.onnx")
-"""Files without which nothing loads an export: they come last, so that half an export is none."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

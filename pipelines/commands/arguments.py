@@ -1,6 +1,8 @@
 """Arguments that several commands share, and what a shell completes them with. No recipe or run is opened for it."""
 
+import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -55,6 +57,14 @@ def _paths(begun: str) -> list[CompletionItem]:
 RUN = click.argument("run_", metavar="RUN", shell_complete=runs)
 RUN_OR_NONE = click.argument("run_", metavar="[RUN]", required=False, shell_complete=runs)
 RECIPE = click.argument("recipe", shell_complete=recipes)
+
+
+def check_category(name: str, known: Sequence[str]) -> None:
+    """Raise ValueError, with the nearest, for a name that is none of a run's categories."""
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        nearest = f"; nearest: {close[0]}" if close else ""
+        raise ValueError(f"no category {name!r}; the run has {', '.join(known)}{nearest}")
 
 
 def examples(*lines: str) -> str:

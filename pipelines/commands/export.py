@@ -1,6 +1,5 @@
 """``moeify export``: what leaves a run."""
 
-import difflib
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipelines.commands.arguments import RUN, examples
+from pipelines.commands.arguments import RUN, check_category, examples
 from pipelines.commands.options import JSON
 
 if TYPE_CHECKING:
@@ -139,10 +138,7 @@ def command(
     if known["status"] != "finished":
         raise ValueError(f"run {folder.id} is {known['status']}, wanted a finished one; see 'moeify resume'")
     for category in [*keep, *drop, *([force] if force else [])]:
-        if category not in known["categories"]:
-            close = difflib.get_close_matches(category, known["categories"], 1)
-            nearest = f"; nearest: {close[0]}" if close else ""
-            raise ValueError(f"no category {category!r}; the run has {', '.join(known['categories'])}{nearest}")
+        check_category(category, known["categories"])
     with outlet(target) as out:
         from moeify.export.publish import How, export_dense, export_moe, export_split
         from pipelines.recovered import joint_on, recovery_on, routers_on

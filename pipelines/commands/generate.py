@@ -1,12 +1,11 @@
 """``moeify generate``: text, and which expert served each token of it."""
 
-import difflib
 import sys
 from typing import TYPE_CHECKING
 
 import click
 
-from pipelines.commands.arguments import RUN, examples
+from pipelines.commands.arguments import RUN, check_category, examples
 from pipelines.commands.options import JSON
 
 if TYPE_CHECKING:
@@ -50,13 +49,10 @@ def command(
     copies.fetch_checkpoint(folder)
     tokenizer = tokenizer_of(folder.path)
     model = load_from_run(folder.path)
-    if category is not None and category not in model.categories:
-        close = difflib.get_close_matches(category, model.categories, 1)
-        nearest = f"; nearest: {close[0]}" if close else ""
-        raise ValueError(f"no category {category!r}; the run has {', '.join(model.categories)}{nearest}")
     if category is None:
         chosen: Router | int = load_router(folder.path)
     else:
+        check_category(category, model.categories)
         chosen = int(leaf_of_category(model)[model.categories.index(category)])
     start = encode_prompt(tokenizer, prompt)
     tokens_served = generate(model, chosen, start, tokens=tokens, seed=seed, temperature=temperature, end=start[0])
