@@ -90,7 +90,7 @@ def test_nothing_follows_the_end() -> None:
     model = split_llama()
     tokens = [each.token for each in generate(model, 1, PROMPT, tokens=200, seed=0)]
     end = tokens[20]
-    cut = [each.token for each in generate(model, 1, PROMPT, tokens=200, seed=0, end=end)]
+    cut = [each.token for each in generate(model, 1, PROMPT, tokens=200, seed=0, ends={end})]
     assert cut == tokens[: next(i for i, token in enumerate(tokens) if i > 2 and token == end)]
 
 

@@ -80,6 +80,7 @@ def test_how_text_is_written_comes_along_and_ends_where_documents_do(llama: Path
     given = given_tokenizer.of_checkpoint(look(llama))
     said = json.loads(given.assets["generation_config.json"])
     assert said == {**written, "eos_token_id": [2, 7, given.end], "use_cache": True}
+    assert given.ends == {2, 7, given.end}
     (llama / "generation_config.json").unlink()
     said = json.loads(given_tokenizer.of_checkpoint(look(llama)).assets["generation_config.json"])
     assert said["eos_token_id"] == [0, given.end]

@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from moeify.models.pretrained import Checkpoint
+from moeify.models.pretrained import GENERATION, Checkpoint
 from moeify.store import understood
 
 
@@ -23,6 +23,12 @@ class GivenTokenizer:
     end: int
     """Id of the token between documents, see ``boundary``."""
     assets: Mapping[str, bytes]
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens after which no more of a text follows: ``end``, and those that ``generation_config.json`` names."""
+        named = json.loads(self.assets.get(GENERATION, b"{}")).get("eos_token_id")
+        return frozenset({self.end, *(named if isinstance(named, list) else [named])} - {None})
 
     @property
     def fingerprint(self) -> str:
@@ -70,7 +76,9 @@ def of_folder(folder: Path) -> GivenTokenizer | None:
     with understood(f"the tokenizer in {folder}"):
         tokenizer = _plain(tokenizers.Tokenizer.from_file(str(files[0])))
         end = boundary(tokenizer, json.loads(files[1].read_text(encoding="utf-8")))
-    return None if end is None else GivenTokenizer(tokenizer, end, {file.name: file.read_bytes() for file in files})
+    more = [folder / GENERATION] if (folder / GENERATION).is_file() else []
+    assets = {file.name: file.read_bytes() for file in [*files, *more]}
+    return None if end is None else GivenTokenizer(tokenizer, end, assets)
 
 
 def boundary(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> int | None:

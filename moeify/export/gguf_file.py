@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.data.given_tokenizer import beginning
+from moeify.models.pretrained import GENERATION
 
 _CONTROL, _NORMAL, _UNUSED = 3, 1, 5
 """GGUF's token types."""
@@ -228,7 +229,7 @@ def _add_tokenizer(writer: Any, assets: Mapping[str, bytes], config: Any) -> Non
     if (first := config.bos_token_id if begin is None else begin) is not None:
         writer.add_bos_token_id(first)
     writer.add_add_bos_token(begin is not None)
-    generation = json.loads(assets.get("generation_config.json", b"{}"))
+    generation = json.loads(assets.get(GENERATION, b"{}"))
     ends = generation.get("eos_token_id", config.eos_token_id)
     for kind, end in zip(("eos", "eot", "eom"), ends if isinstance(ends, list) else [ends], strict=False):
         if end is not None:  # at each of the three llama.cpp stops

@@ -18,7 +18,8 @@ from moeify.models.transformer import Transformer, image_size
 
 _SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
-_GENERATION = "generation_config.json"
+GENERATION = "generation_config.json"
+"""How text is written."""
 _PREPROCESSING = "preprocessor_config.json"
 
 
@@ -120,9 +121,9 @@ class Checkpoint:
 
         if self.family.learns != "next token":
             return {}
-        with _one_line(self.folder, f"has a {_GENERATION} that cannot be read"):
-            if (self.folder / _GENERATION).is_file():
-                said = json.loads((self.folder / _GENERATION).read_text(encoding="utf-8"))
+        with _one_line(self.folder, f"has a {GENERATION} that cannot be read"):
+            if (self.folder / GENERATION).is_file():
+                said = json.loads((self.folder / GENERATION).read_text(encoding="utf-8"))
                 if not isinstance(said, dict):
                     raise ValueError(f"got {type(said).__name__}, wanted an object")
             else:
@@ -131,7 +132,7 @@ class Checkpoint:
             ends = list(dict.fromkeys([*(given if isinstance(given, list) else [given]), end]))
             ends = [each for each in ends if each is not None]
             said |= {"eos_token_id": ends[0] if len(ends) == 1 else ends, "use_cache": True}
-        return {_GENERATION: (json.dumps(said, indent=2) + "\n").encode()}
+        return {GENERATION: (json.dumps(said, indent=2) + "\n").encode()}
 
     def tokenizer(self) -> Any:
         """Return the tokenizer of ``transformers``; ValueError where there is none."""

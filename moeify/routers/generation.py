@@ -6,7 +6,7 @@ again, along the routes that it had.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,12 +58,12 @@ def generate(
     tokens: int,
     seed: int,
     temperature: float = 1.0,
-    end: int | None = None,
+    ends: Collection[int] = (),
 ) -> Iterator[Served]:
     """Yield the prompt's tokens as they are read, then up to ``tokens`` more as they are written.
 
     ``chosen``: a router, or the expert (its place among the leaves) that serves everything. ``temperature``: 0 takes
-    the likeliest token. ``end``: the token after which nothing follows; it is not yielded. The same seed writes the
+    the likeliest token. ``ends``: tokens after which nothing follows; they are not yielded. The same seed writes the
     same text. ValueError for an empty prompt, and for networks that do not read tokens.
     """
     if not prompt:
@@ -83,7 +83,7 @@ def generate(
     token, decision = prompt[-1], decisions[-1]
     for _ in range(tokens):
         token = _draw(reader.next(token, decision), temperature, generator)
-        if token == end:
+        if token in ends:
             return
         yield Served(token, True, decision.expert, decision.probability, decision.second)
         (decision,) = decide([token])

@@ -55,7 +55,9 @@ def command(
         check_category(category, model.categories)
         chosen = int(leaf_of_category(model)[model.categories.index(category)])
     start = encode_prompt(tokenizer, prompt)
-    tokens_served = generate(model, chosen, start, tokens=tokens, seed=seed, temperature=temperature, end=start[0])
+    tokens_served = generate(
+        model, chosen, start, tokens=tokens, seed=seed, temperature=temperature, ends=tokenizer.ends
+    )
     served = list(tokens_served)[1:]  # without the end token that the prompt starts behind
     texts = list(pieces(tokenizer.tokenizer, (each.token for each in served)))
     if as_json:
