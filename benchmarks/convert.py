@@ -143,7 +143,7 @@ def recipe(
     data: Mapping[str, Any],
     *,
     steps: int,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 2e-3,
     distillation: Mapping[str, Any] | None = {},
 ) -> RunConfig:
     """Return the recipe: a cut before the first step, the next one after a quarter of them."""
