@@ -12,7 +12,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from attribution.ablation import CategorySums
-from attribution.reading import at_readers
+from attribution.reading import Kept, at_readers
 from attribution.subject import Probe, Subject, segments
 
 
@@ -97,19 +97,20 @@ def _movable(subject: Subject, batch: Probe) -> tuple[Tensor, Losses]:
 def _activation(subject: Subject, batch: Probe, site: str, inputs: Tensor, losses: Losses) -> Tensor:
     """Return what the site's reader reads; ValueError where it is not between what is moved and the loss."""
     seen: list[Tensor] = []
+    kept: list[Kept] = []
 
     def see(x: Tensor) -> Tensor:
         seen.append(x)
+        kept.append(Kept(subject.site(site), x))
         return x
 
+    moved = inputs.detach().requires_grad_().clone()  # no leaf, which could not be changed in place
     with at_readers(subject, len(batch.categories), {site: see}):
-        loss = losses(inputs.clone().requires_grad_(), batch.inputs, batch.targets, batch.categories).sum()
+        loss = losses(moved, batch.inputs, batch.targets, batch.categories).sum()
     moving = loss.requires_grad and seen[0].requires_grad
-    if not moving or torch.autograd.grad(loss, seen[0], allow_unused=True)[0] is None:
-        raise ValueError(
-            f"the loss does not depend on the units of site {site!r}, or they do not depend on the input; drop the site"
-        )
-    return seen[0].detach()
+    arrived = moving and torch.autograd.grad(loss, seen[0], allow_unused=True)[0] is not None
+    kept[0].check(arrived, ", or they do not depend on the input")
+    return kept[0].value
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attribution.reading import wide
+from attribution.reading import Kept, wide
 from attribution.sites import Site, output_weight, patches, whole
 from attribution.subject import Subject
 
@@ -145,8 +145,7 @@ class SourceTap(_Tap):
     def begin(self, rows: int) -> None:
         """Forget the last batch."""
         super().begin(rows)
-        self._activation: Tensor | None = None
-        self._version = 0
+        self._kept: Kept | None = None
 
     def before(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """Capture the reader's input (a forward pre-hook)."""
@@ -157,13 +156,13 @@ class SourceTap(_Tap):
                 f"site {site.name!r} has {site.units} units of {site.width}, so the input of {site.reader!r} must have "
                 f"{site.features} on axis {at}, got {list(activation.shape)}"
             )
-        self._activation, self._version = activation.detach(), activation._version
+        self._kept = Kept(site, activation)
 
     @property
     def positions(self) -> int:
         """Tokens a row, as ``Site.arrange`` counts them."""
-        assert self._activation is not None
-        return self.site.arrange(self._activation).shape[1]
+        assert self._kept is not None
+        return self.site.arrange(self._kept.value).shape[1]
 
     @property
     def terms(self) -> int:
@@ -172,13 +171,8 @@ class SourceTap(_Tap):
 
     def features(self, rows: slice | Tensor) -> Float[Tensor, "rows terms features"]:
         """Return what ``weight`` multiplies, at every term of some rows."""
-        assert self._activation is not None
-        if self._activation._version != self._version:
-            raise ValueError(
-                f"the input of {self.name!r} was changed in place after it was read; edges need it: make that "
-                f"operation return a new tensor"
-            )
-        return patches(self.module, self.site, wide(self._activation[rows]))
+        assert self._kept is not None
+        return patches(self.module, self.site, wide(self._kept.value[rows]))
 
 
 class NormTap(_Tap):

@@ -12,7 +12,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from attribution.ablation import CategorySums
-from attribution.reading import at_readers
+from attribution.reading import Kept, at_readers
 from attribution.subject import Probe, Subject, segments
 
 
@@ -45,11 +45,13 @@ def _flow(
 ) -> Float64[Tensor, "rows ..."]:
     """Return a times the weighted mean of g at the scales of ``path``, in the shape of the reader's input."""
     reached: dict[str, Tensor] = {}
+    kept: list[Kept] = []
 
     def scaling(scale: float) -> Callable[[Tensor], Tensor]:
         def change(x: Tensor) -> Tensor:
-            reached["whole"] = x.detach()
-            reached["scaled"] = (scale * x.detach()).requires_grad_()
+            reached["whole"] = x.detach().clone()  # the network may change it in place
+            reached["scaled"] = (scale * reached["whole"]).requires_grad_().clone()
+            kept.append(Kept(subject.site(site), reached["scaled"]))
             return reached["scaled"]
 
         return change
@@ -62,7 +64,7 @@ def _flow(
         gradient = None
         if loss.requires_grad:
             (gradient,) = torch.autograd.grad(loss, reached["scaled"], allow_unused=True)
-        if gradient is None:
-            raise ValueError(f"the loss does not depend on the units of site {site!r}; drop the site")
+        kept[-1].check(gradient is not None)
+        assert gradient is not None
         total = total + weight * gradient.double()
     return total * reached["whole"].double()

@@ -17,7 +17,7 @@ from jaxtyping import Float, Float64, Int64
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 
-from attribution.reading import apart, at_readers, wide
+from attribution.reading import Kept, apart, at_readers, wide
 from attribution.sites import Site
 from attribution.subject import Probe, Subject, segments
 
@@ -190,9 +190,9 @@ def _one_batch(subject: Subject, batch: Probe, taps: Sequence["_Tap"]) -> None:
         loss_R = subject.row_nats(outputs, batch.targets)
         if loss_R.requires_grad:
             torch.autograd.backward(loss_R.sum())
-    for tap in taps:
-        if not tap.arrived:
-            raise ValueError(f"the loss does not depend on the units of site {tap.site.name!r}; drop the site")
+        for tap in taps:
+            assert tap.kept is not None
+            tap.kept.check(tap.arrived)
 
 
 class _Tap:
@@ -210,6 +210,7 @@ class _Tap:
     def begin(self, categories: Tensor) -> None:
         """Forget the last batch; ``categories`` are those of the next one's rows."""
         self._categories = categories
+        self.kept: Kept | None = None
         self.arrived = False
 
     def read(self, activation: Tensor) -> Tensor:
@@ -219,8 +220,8 @@ class _Tap:
             self._absorb((a_RPUW.norm(dim=3) if a_RPUW.shape[3] > 1 else a_RPUW[..., 0].abs()), "activation")
             return activation
         activation = apart(activation)
-        kept = activation.detach()
-        activation.register_hook(lambda gradient: self._gradient(kept, gradient.detach()))
+        kept = self.kept = Kept(self.site, activation)
+        activation.register_hook(lambda gradient: self._gradient(kept.value, gradient.detach()))
         return activation
 
     def _gradient(self, activation: Tensor, gradient: Tensor) -> None:

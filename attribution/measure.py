@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from attribution.hashing import row_seed
 from attribution.moments import ExactMoment, Moment, SketchedMoment
-from attribution.reading import apart, at_readers, wide
+from attribution.reading import Kept, apart, at_readers, wide
 from attribution.scratch import Scratch, chunks, over_features
 from attribution.sites import Site, output_weight, patches
 from attribution.stability import Stability, Watch
@@ -161,7 +161,7 @@ class _Tap:
         self.positions = 0
         self.labels: Labels = "true"
         self.arrived: set[str] = set()
-        self._activation: Tensor | None = None
+        self.kept: Kept | None = None
         self._taylor_RU: Tensor | None = None
         self._fisher_RU: Tensor | float = 0.0
         self._drawn = 0
@@ -171,9 +171,9 @@ class _Tap:
     def read(self, activation: Tensor) -> Tensor:
         """Take the reader's input, and listen to its gradient."""
         activation = apart(activation)
-        self._activation = activation.detach()
+        self.kept = Kept(self.site, activation)
         with torch.autocast(activation.device.type, enabled=False):  # sums are exact all the same
-            self._add_up(self._activation)
+            self._add_up(self.kept.value)
         activation.register_hook(self._input_gradient)
         return activation
 
@@ -212,10 +212,10 @@ class _Tap:
                 sums.inputs.add(part.category, patches(self.reader, site, wide(activation[part.where])).flatten(0, 1))
 
     def _input_gradient(self, gradient: Tensor) -> None:
-        assert self._activation is not None
+        assert self.kept is not None
         site, sums = self.site, self.sums
         self.arrived = self.arrived | {self.labels}
-        arranged, gradients = site.arrange(self._activation), site.arrange(gradient.detach())
+        arranged, gradients = site.arrange(self.kept.value), site.arrange(gradient.detach())
         squares_RU, taylor_RU, absolute_RU = (_no_sums((self._rows, site.units), gradient.device) for _ in range(3))
         for some in chunks(arranged):
             g_rPUW, a_rPUW = self.scratch.pair(arranged[some])
@@ -346,8 +346,8 @@ def _backward(outputs: Tensor, cotangent: Tensor, taps: Sequence[_Tap], labels: 
     if outputs.requires_grad:
         torch.autograd.backward(outputs, cotangent, retain_graph=not last)
     for tap in taps:
-        if labels not in tap.arrived:
-            raise ValueError(f"the loss does not depend on the units of site {tap.site.name!r}; drop the site")
+        assert tap.kept is not None
+        tap.kept.check(labels in tap.arrived)
 
 
 def _no_sums(shape: tuple[int, int], device: torch.device) -> Tensor:

@@ -52,9 +52,45 @@ def at_readers(subject: Subject, rows: int, changes: Mapping[str, Callable[[Tens
 
 
 def apart(activation: Tensor) -> Tensor:
-    """Return the activation as a leaf or view of its own, so that its gradient is the one through its reader alone."""
-    own = activation.view_as(activation) if activation.requires_grad else activation.detach()
-    return own.requires_grad_()
+    """Return the activation as a tensor of its own, so that its gradient is the one through its reader alone.
+
+    A view; a copy where no gradient came to it before, for the network may change it in place, which a leaf does not
+    allow.
+    """
+    if activation.requires_grad:
+        return activation.view_as(activation)
+    return activation.detach().requires_grad_().clone()
+
+
+class Kept:
+    """What a site's reader read, without a copy: of use as long as nothing writes over it."""
+
+    def __init__(self, site: Site, activation: Tensor) -> None:
+        self._site = site
+        self._activation = activation.detach()
+        self._version = activation._version
+
+    @property
+    def value(self) -> Tensor:
+        """The activation; ValueError where it is no longer what was read."""
+        self.check(True)
+        return self._activation
+
+    def check(self, arrived: bool, otherwise: str = "") -> None:
+        """Refuse an activation that was written over, and one that no gradient came back to.
+
+        ``otherwise``: what else may be the reason of the latter.
+        """
+        if self._activation._version != self._version:
+            raise ValueError(
+                f"the input of {self._site.reader!r} was changed in place after it was read, and site "
+                f"{self._site.name!r} needs it as it was; let that operation return a new tensor (x = x + y for "
+                f"x += y; in a module inplace=False)"
+            )
+        if not arrived:
+            raise ValueError(
+                f"the loss does not depend on the units of site {self._site.name!r}{otherwise}; drop the site"
+            )
 
 
 def wide(values: Tensor) -> Tensor:

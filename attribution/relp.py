@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attribution.ablation import CategorySums
-from attribution.reading import apart, at_readers
+from attribution.reading import Kept, apart, at_readers
 from attribution.subject import Probe, Subject, segments
 
 _ADDITIVE = frozenset(
@@ -78,28 +78,29 @@ def relevance(subject: Subject, batches: Sequence[Probe]) -> dict[str, Float64[T
 def _one_batch(subject: Subject, batch: Probe, sums: Mapping[str, CategorySums]) -> None:
     parts, rows = segments(batch, subject.categories), len(batch.categories)
     found: dict[str, Tensor] = {}
+    kept: dict[str, Kept] = {}
 
     def capturing(name: str) -> Callable[[Tensor], Tensor]:
         def capture(x: Tensor) -> Tensor:
             found[name] = apart(x)
+            kept[name] = Kept(subject.site(name), found[name])
             return found[name]
 
         return capture
 
     inputs = batch.inputs.detach()
     if inputs.is_floating_point():
-        inputs = inputs.clone().requires_grad_()
+        inputs = inputs.requires_grad_().clone()  # no leaf, which could not be changed in place
     with at_readers(subject, rows, {name: capturing(name) for name in sums}), rules(subject.inner):
         outputs = subject.forward(inputs, batch.categories)
     loss = subject.row_nats(outputs, batch.targets).sum()
     if not loss.requires_grad:
         raise ValueError("the loss depends on the units only through a softmax; let the network return its logits")
     gradients = torch.autograd.grad(loss, list(found.values()), allow_unused=True)
-    for (name, a), gradient in zip(found.items(), gradients, strict=True):
-        if gradient is None:
-            raise ValueError(f"the loss does not depend on the units of site {name!r}; drop the site")
+    for (name, a), gradient in zip(kept.items(), gradients, strict=True):
+        a.check(gradient is not None)
         site = subject.site(name)
-        z_RPUW = site.arrange(a.detach().double() * gradient.double())
+        z_RPUW = site.arrange(a.value.double() * gradient.double())
         sums[name].add(parts, -z_RPUW.sum((1, 3)), z_RPUW.shape[1])
 
 
@@ -165,7 +166,7 @@ class _Rules(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if name == "embedding":
             # Relevance starts here even if no site is below, so that a product's halves do not depend on the sites.
-            return func(*args, **kwargs).detach().requires_grad_()
+            return func(*args, **kwargs).detach().requires_grad_().clone()
         moving = [tensor for tensor in _tensors((*args, *kwargs.values())) if tensor.requires_grad]
         if not moving or not torch.is_grad_enabled() or name in _ADDITIVE:
             return func(*args, **kwargs)
