@@ -125,7 +125,7 @@ class GradientSketch:
             if int((counts_F > 0).sum()) < 2:
                 raise ValueError(
                     f"category {name!r} has {int(counts_F.sum())} rows in {int((counts_F > 0).sum())} folds, and at "
-                    f"least two folds must have some; measure more rows of it (and add up the shards)"
+                    f"least two folds must have some; measure more rows of it"
                 )
 
 

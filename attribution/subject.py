@@ -60,10 +60,19 @@ class Rows:
 def batched(inputs: Tensor, targets: Tensor, categories: Int[Tensor, " rows"], rows_at_once: int) -> list[Rows]:
     """Cut a whole data set into batches, each an even mix of the categories and in their order.
 
+    ValueError for inputs, targets and categories of different lengths.
+
     >>> labels = torch.tensor([1, 0, 1, 0])
     >>> [batch.ids.tolist() for batch in batched(torch.eye(4), labels, labels, rows_at_once=2)]
     [[1, 0], [3, 2]]
     """
+    if rows_at_once < 1:
+        raise ValueError(f"rows_at_once must be at least 1, got {rows_at_once}")
+    if not len(inputs) == len(targets) == len(categories):
+        raise ValueError(
+            f"{len(inputs)} rows of inputs, {len(targets)} of targets and {len(categories)} categories; give each row "
+            f"one of each"
+        )
     order = torch.argsort(categories, stable=True)
     count = -(-len(order) // rows_at_once)
     whole = Rows(inputs, targets, categories, torch.arange(len(order)))
@@ -79,9 +88,19 @@ def plain_forward(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
     def forward(inputs: Tensor, _: Tensor) -> Tensor:
         outputs: Any = network(inputs)
-        return outputs if isinstance(outputs, Tensor) else outputs.logits
+        return outputs if isinstance(outputs, Tensor) else _outputs(getattr(outputs, "logits", outputs), "the network")
 
     return forward
+
+
+def _outputs(found: Any, whose: str) -> Tensor:
+    """Refuse outputs that are no tensor."""
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"{whose} returned {type(found).__name__}, no tensor (nor anything with logits); give Subject(run=...), a "
+            f"function of inputs and categories that returns the outputs that nats takes"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -134,11 +153,13 @@ class Subject:
 
     def module(self, name: str, whose: str) -> nn.Module:
         """Return a submodule of the network by its qualified name; ``whose`` names the asker in errors."""
-        modules = dict(self.inner.named_modules())
-        if name not in modules:
-            near = difflib.get_close_matches(name, modules, n=3, cutoff=0.5) or [n for n in modules if n][:3]
-            raise ValueError(f"{whose}: the network has no module {name!r}; nearest: {', '.join(near) or 'none'}")
-        return modules[name]
+        try:
+            return self.inner.get_submodule(name)
+        except AttributeError:
+            names = [there for there, _ in self.inner.named_modules() if there]
+            near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:3]
+            nearest = ", ".join(near) or "none"
+            raise ValueError(f"{whose}: the network has no module {name!r}; nearest: {nearest}") from None
 
     def reader(self, site: Site) -> nn.Module:
         """Return the module that reads a site's units."""
@@ -146,7 +167,7 @@ class Subject:
 
     def forward(self, inputs: Tensor, categories: Tensor) -> Tensor:
         """Run the network on rows."""
-        return (self.run or plain_forward(self.inner))(inputs, categories)
+        return _outputs((self.run or plain_forward(self.inner))(inputs, categories), "run")
 
     @contextmanager
     def still(self) -> Iterator[None]:
@@ -201,8 +222,12 @@ class Subject:
     def row_nats(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " rows"]:
         """Return each row's summed loss; ValueError where the loss function does not give one a row."""
         loss_R = self.nats(outputs, targets)
-        if tuple(loss_R.shape) != (len(outputs),):
-            raise ValueError(f"nats must return one loss a row [{len(outputs)}], got {list(loss_R.shape)}")
+        if not isinstance(loss_R, Tensor) or tuple(loss_R.shape) != (len(outputs),):
+            got = list(loss_R.shape) if isinstance(loss_R, Tensor) else type(loss_R).__name__
+            raise ValueError(
+                f"nats must return one loss a row, a tensor [{len(outputs)}], got {got}; cross_entropy does with "
+                f"reduction='none', summed over a row's positions"
+            )
         return loss_R
 
 
@@ -228,6 +253,11 @@ def segments(batch: Probe, names: Sequence[str]) -> list[Segment]:
     for what, tensor in (("inputs", batch.inputs), ("targets", batch.targets), ("ids", batch.ids)):
         if len(tensor) != len(categories):
             raise ValueError(f"a batch has {len(categories)} categories but {len(tensor)} rows of {what}")
+    if categories.ndim != 1 or categories.dtype == torch.bool or categories.is_floating_point():
+        raise ValueError(
+            f"categories must be whole numbers [rows], each row's place among {', '.join(names)}, got "
+            f"{categories.dtype} {list(categories.shape)}; make them torch.int64"
+        )
     if int(categories.min()) < 0 or int(categories.max()) >= len(names):
         raise ValueError(
             f"a batch has categories {int(categories.min())} to {int(categories.max())}; "
