@@ -48,7 +48,8 @@ def ablation_rises(
     [[2.0, 0.0], [0.0, 1.0]]
     """
     where = subject.site(site)
-    if sets.shape[1] != where.units:
+    _check_bool("sets", sets)
+    if sets.ndim != 2 or sets.shape[1] != where.units:
         raise ValueError(f"sets must be [sets {where.units}], the units of site {site!r}, got {list(sets.shape)}")
     check_value(value)
     if at_once < 1:
@@ -61,7 +62,7 @@ def ablation_rises(
                 part = _Part(subject, batch, rows)
                 loss_R = part.losses({site: lambda x: x})
                 rises = []
-                for some_SU in sets.split(max(1, at_once // len(rows))):
+                for some_SU in sets.split(max(1, at_once // len(rows))) if len(sets) else ():
                     keep_XU = ~some_SU.repeat(len(rows), 1)
                     loss_X = part.losses({site: _replacing(where, keep_XU, stand_in)}, copies=len(some_SU))
                     rises.append(loss_X.view(len(rows), -1) - loss_R[:, None])
@@ -90,6 +91,7 @@ def joint_rises(
     for site in sites:
         units = removed[site.name]
         shape = (len(subject.categories), site.units)
+        _check_bool(f"the removed units of site {site.name!r}", units)
         if tuple(units.shape) not in (shape, shape[1:]):
             raise ValueError(
                 f"the removed units of site {site.name!r} must be [{site.units}] or [{shape[0]} {site.units}], got "
@@ -106,9 +108,9 @@ def joint_rises(
                 continue
             part = _Part(subject, batch, torch.arange(len(batch.categories)))
             loss_R = part.losses({site.name: lambda x: x for site in sites})
+            category_R = batch.categories.cpu().long()
             changes = {
-                site.name: _replacing(site, keeps_CU[site.name][batch.categories.cpu()], stand_ins.get(site.name))
-                for site in sites
+                site.name: _replacing(site, keeps_CU[site.name][category_R], stand_ins.get(site.name)) for site in sites
             }
             sums.add(part.segments, (part.losses(changes) - loss_R)[:, None], part.tokens)
     return sums.means()[0]
@@ -186,6 +188,12 @@ def check_value(value: str) -> None:
     """
     if value not in ("zero", "mean"):
         raise ValueError(f"value must be 'zero' or 'mean', got {value!r}")
+
+
+def _check_bool(what: str, chosen: Tensor) -> None:
+    """Refuse numbers, of which ``~`` is no negation."""
+    if chosen.dtype != torch.bool:
+        raise ValueError(f"{what} must be torch.bool, True where a unit is removed, got {chosen.dtype}; give x.bool()")
 
 
 def _replacing(

@@ -197,6 +197,19 @@ def test_bad_input_is_refused_with_its_place_and_the_way_out() -> None:
         ablation_rises(subject, broken, "first", single(7))
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_only_masks_say_what_is_removed() -> None:
+    subject, batches = subject_of("mlp")
+    for kind in (torch.int64, torch.float32, torch.uint8):
+        with pytest.raises(ValueError, match=rf"sets must be torch\.bool, .* got {kind}; give x\.bool\(\)"):
+            ablation_rises(subject, batches, "first", single(7).to(kind))
+        with pytest.raises(ValueError, match=rf"site 'first' must be torch\.bool, .* got {kind}"):
+            joint_rises(subject, batches, {"first": torch.ones(7, dtype=kind)})
+    with pytest.raises(ValueError, match=r"sets must be \[sets 7\], the units of site 'first', got \[7\]"):
+        ablation_rises(subject, batches, "first", torch.ones(7, dtype=torch.bool))
+    assert ablation_rises(subject, batches, "first", single(7)[:0]).shape == (0, 3)
+
+
 def test_sites_that_differ_in_tokens_cannot_be_removed_together() -> None:
     subject, batches = subject_of("mlp")
     network = subject.network
