@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Float64
 from scipy.stats import rankdata
 from torch import Tensor
 
-from attribution.ablation import Value, ablation_rises, single
+from attribution.ablation import Value, ablation_rises, check_value, single
 from attribution.measure import Moments, measure
 from attribution.methods import (
     Absolute,
@@ -168,11 +168,20 @@ def compare(
     ``removed``: the share of a site's units that is in a set; ``sets``: how many are tried (fewer where a site has
     fewer, none where it has under 8), from those that ``SELECTORS`` would remove to random ones; ``columns``: see
     ``Moments``; ``said`` hears what is being done. Takes one forward pass of the data for every unit and every set.
+    ValueError for settings that make no sense.
 
     >>> found = compare(asked, rows, {"taylor": Taylor()}, draws=20)
     >>> [(row.site, row.of, round(row.pearson.value, 3)) for row in found.rows if row.method == "taylor"][:2]
     [('first', 'units', 1.0), ('second', 'units', 1.0)]
     """
+    if not values:
+        raise ValueError("no values to stand in for removed units; give 'zero', 'mean' or both")
+    for value in values:
+        check_value(value)
+    if not 0 < removed < 1:
+        raise ValueError(f"removed must be a share of a site's units between 0 and 1, got {removed}")
+    if sets < 0 or draws < 1:
+        raise ValueError(f"sets must be at least 0 and draws at least 1, got {sets} and {draws}")
     costs: dict[str, float] = {}
     refused: dict[str, str] = {}
     found: dict[str, Scores] = {}

@@ -40,6 +40,10 @@ class Moments:
     sites: tuple[str, ...] | None = None
     """Only of these sites, so that large networks can be measured a few sites at a time. None: of all."""
 
+    def __post_init__(self) -> None:
+        if self.columns is not None and self.columns < 1:
+            raise ValueError(f"columns must be at least 1, got {self.columns}; give none for exact moments")
+
     def zeros(self, categories: int, features: int, device: torch.device) -> Moment:
         """Return an empty moment: exact where a sketch would hold as much."""
         if self.columns is None or features <= self.columns:

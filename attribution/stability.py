@@ -28,6 +28,12 @@ class Stability:
     reduce: Callable[[Sequence[Tensor]], None] | None = None
     """Sums tensors over workers in place, so that all of them stop at the same batch; each must have as many."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.agreement <= 1:
+            raise ValueError(f"agreement must be a fraction of units, 0 to 1, got {self.agreement}")
+        if self.patience < 1 or self.every < 1:
+            raise ValueError(f"patience and every must be at least 1, got {self.patience} and {self.every}")
+
 
 def strongest_category(table: AttributionTable) -> dict[str, Int[Tensor, " units"]]:
     """Return, as the simplest implied partition, the category that each unit matters to most.

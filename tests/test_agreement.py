@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,3 +123,22 @@ def test_the_same_seed_gives_the_same_rows() -> None:
     subject, batches = subject_of("conv")
     one, other = (compare(subject, batches, {"taylor": Taylor()}, sets=8, draws=10, seed=3) for _ in range(2))
     assert one.rows == other.rows
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"values": ()}, "no values .* give 'zero', 'mean' or both"),
+        ({"values": ("none",)}, "value must be 'zero' or 'mean', got 'none'"),
+        ({"removed": 1.5}, "between 0 and 1, got 1.5"),
+        ({"sets": -1}, "got -1 and 10"),
+        ({"draws": 0}, "draws at least 1, got 32 and 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_before_the_work(settings: dict[str, Any], said: str) -> None:
+    subject, batches = subject_of("mlp")
+    heard: list[str] = []
+    with pytest.raises(ValueError, match=said):
+        compare(subject, batches, {"taylor": Taylor()}, said=heard.append, **{"draws": 10, **settings})
+    assert not heard

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -203,6 +205,20 @@ def test_the_pass_ends_once_the_implied_partition_no_longer_changes() -> None:
     assert agree >= 11  # of 14 units
     never = measure(subject, batches, stability=Stability(lambda t: {"x": t.rows}, 1.0, 2, every=4))
     assert never.rows.sum() == 240
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Stability(strongest_category, every=0), "at least 1, got 2 and 0"),
+        (lambda: Stability(strongest_category, patience=0), "at least 1, got 0 and 4"),
+        (lambda: Stability(strongest_category, agreement=2.0), "0 to 1, got 2.0"),
+        (lambda: Moments(-1), "columns must be at least 1, got -1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make()
 
 
 def test_readers_without_a_weight_matrix_are_refused_when_moments_are_asked_for() -> None:
