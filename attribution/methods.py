@@ -242,9 +242,7 @@ def all_scores(
     for method in methods:
         one = _pass(method)
         if one and one not in tables:
-            if one.exact_outputs:
-                _check_outputs(subject, batches, one.exact_outputs)
-            asked = replace(subject, root=None) if one.sampled else subject
+            asked = _asked(subject, batches, one)
             tables[one] = measure(asked, batches, seed=seed, samples=one.samples, exact_outputs=one.exact_outputs)
         found[method] = _scores(method, subject, batches, tables[one] if one else None)
     return found
@@ -257,6 +255,19 @@ class _Pass:
     samples: int = 1
     sampled: bool = False
     exact_outputs: int = 0
+
+
+def _asked(subject: Subject, batches: Sequence[Probe], one: _Pass) -> Subject:
+    """Return the subject with the labels of the model's own that a pass needs."""
+    if one.sampled:
+        if subject.sample is None:
+            raise ValueError("labels='sampled' draws from the subject's 'sample'; give it, or take labels='model'")
+        return replace(subject, root=None)
+    if one.exact_outputs:
+        _check_outputs(subject, batches, one.exact_outputs)
+        if not subject.draws:  # The report is the loss itself, but a table has none without them.
+            return replace(subject, root=lambda outputs, _: torch.zeros_like(outputs))
+    return subject
 
 
 def _pass(method: Method) -> _Pass | None:

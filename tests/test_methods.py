@@ -229,6 +229,13 @@ def test_linear_outputs_of_a_last_layer_are_exact_ablation_and_nothing_else_is()
         scores(LinearOutputs(3), subject, batches)
 
 
+def test_linear_outputs_need_no_labels_of_the_models_own() -> None:
+    subject, batches = subject_of("conv")
+    with_labels = scores(LinearOutputs(), subject, batches)
+    without = scores(LinearOutputs(), replace(subject, sample=None), batches)
+    assert all(torch.equal(without[site.name], with_labels[site.name]) for site in subject.sites)
+
+
 def test_the_standard_error_of_linear_outputs_is_that_of_the_rows() -> None:
     subject, batches = hidden_classifier()
     rows = whole(batches)
@@ -320,9 +327,12 @@ def test_bad_input_is_refused_with_the_way_out() -> None:
     subject, batches = subject_of("mlp")
     unsampled = Subject(subject.network, subject.sites, NAMES, nats)
     assert scores(Taylor(), unsampled, batches)
-    for method in (Fisher("sampled"), TaylorFisher()):
+    for method in (Fisher("model"), TaylorFisher()):
         with pytest.raises(ValueError, match="give the subject 'root' or 'sample'"):
             scores(method, unsampled, batches)
+    for asked in (unsampled, replace(unsampled, root=categorical_root)):
+        with pytest.raises(ValueError, match="the subject's 'sample'; give it, or take labels='model'"):
+            scores(Fisher("sampled"), asked, batches)
     ab = [batch.take(batch.categories < 2) for batch in batches]
     for method in (Taylor(), IntegratedGradients(1), Ablation("zero")):
         with pytest.raises(ValueError, match=r"no (rows|examples) of .*'c'"):
