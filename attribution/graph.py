@@ -4,6 +4,8 @@ A view: tables are the truth. Nodes and edges are in the order of the tables, so
 """
 
 import json
+import re
+import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import assert_never
@@ -18,6 +20,10 @@ from attribution.table import AttributionTable, Score
 
 MOST_EDGES = 200_000
 """Edges that a graph may have: some 0.2 GB in memory, 50 MB of GraphML and 10 seconds with two categories."""
+
+
+_NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Characters that XML 1.0 has no way to write, or that a reader gets back as another."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +115,19 @@ class UnitGraph:
         return tuple(json.loads(self.graph.graph["categories"]))
 
     def graphml(self) -> str:
-        """Return the graph as GraphML."""
+        """Return the graph as GraphML; ValueError for names with control characters, which XML has none of."""
+        for name in (*map(str, self.graph), *self.categories):
+            if _NOT_XML.search(name):
+                raise ValueError(f"GraphML cannot hold the name {name!r}; give sites and categories printable names")
         return "\n".join(nx.generate_graphml(self.graph, named_key_ids=True)) + "\n"
 
     @classmethod
     def from_graphml(cls, text: str) -> "UnitGraph":
-        """Return the graph that ``graphml`` wrote."""
-        graph = nx.parse_graphml(text)
+        """Return the graph that ``graphml`` wrote; ValueError where the text is something else."""
+        try:
+            graph = nx.parse_graphml(text)
+        except (ET.ParseError, nx.NetworkXException, KeyError, ValueError) as error:
+            raise ValueError(f"not a graph as UnitGraph.graphml writes it ({error}), got {text[:40]!r}") from error
         if not isinstance(graph, nx.DiGraph) or graph.is_multigraph():
             raise ValueError(f"a graph of units is a directed graph, got a {type(graph).__name__}")
         for defaults in ("node_default", "edge_default"):

@@ -1,3 +1,5 @@
+import json
+import re
 import xml.etree.ElementTree as ET
 
 import networkx as nx
@@ -133,6 +135,17 @@ def test_what_is_kept_is_what_a_sorted_list_would_keep(seed: int, count: int, sh
     assert len(weights(UnitGraph.of(units, edges, StrongestShare(share)))) == number
 
 
+@pytest.mark.parametrize(("name", "fits"), [("a\tb\n", True), ("ü 日", True), ("a\x01", False), ("a\r", False)])
+def test_names_that_graphml_cannot_hold_are_refused(name: str, fits: bool) -> None:
+    graph = UnitGraph(nx.DiGraph(categories=json.dumps([name]), score="taylor", kept=1.0))
+    graph.graph.add_node("s/0", site="s", **{f"nats.{name}": 1.0})
+    if fits:
+        assert nx.utils.graphs_equal(UnitGraph.from_graphml(graph.graphml()).graph, graph.graph)
+    else:
+        with pytest.raises(ValueError, match=re.escape(f"GraphML cannot hold the name {name!r}; give")):
+            graph.graphml()
+
+
 def test_bad_input_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     units, edges = example()
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):
@@ -151,6 +164,9 @@ def test_bad_input_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) 
         UnitGraph(nx.DiGraph())
     with pytest.raises(ValueError, match="a directed graph, got a Graph"):
         UnitGraph.from_graphml("\n".join(nx.generate_graphml(nx.Graph())))
+    for text in ("", "<a/>", "{}"):
+        with pytest.raises(ValueError, match=r"not a graph as UnitGraph\.graphml writes it"):
+            UnitGraph.from_graphml(text)
     monkeypatch.setattr(attribution.graph, "MOST_EDGES", 7)
     with pytest.raises(ValueError, match="8 edges are more than 7; keep fewer"):
         UnitGraph.of(units, edges, EveryEdge())
