@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attribution.moments import ExactMoment, SketchedMoment
 from attribution.table import AttributionTable, Score, SiteSums
+from attribution.tensor_files import save_file
 
 FORMAT = 2
 """Version of the file's layout. In version 1 the report was not kept: it was always signed Taylor + 1/2 Fisher."""
@@ -32,8 +33,6 @@ def save(table: AttributionTable, path: str | Path) -> None:
     >>> load(path).score("first", "taylor").equal(table.score("first", "taylor"))
     True
     """
-    from safetensors.torch import save_file
-
     path = Path(path)
     facts: dict[str, Any] = {"format": FORMAT, "categories": table.categories, "sites": []}
     tensors = {"counts": table.counts, "rows": table.rows, "sampled": table.sampled}

@@ -77,8 +77,9 @@ def plot(table: AttributionTable, kind: Score = "fisher") -> "Figure":
             interpolation="nearest",
             extent=(0, categories, units, 0),
         )
-        axis.set_title(f"{site}\n{units:,} units", fontsize=9)
-        axis.set_xticks(np.arange(categories) + 0.5, table.categories, fontsize=7, rotation=60, ha="right")
+        axis.set_title(f"{site}\n{units:,} units", fontsize=9, parse_math=False)
+        labels: dict[str, Any] = {"fontsize": 7, "rotation": 60, "ha": "right", "parse_math": False}
+        axis.set_xticks(np.arange(categories) + 0.5, table.categories, **labels)
         axis.yaxis.set_major_locator(MaxNLocator(integer=True))
         axis.tick_params(length=0, labelsize=7)
         axis.spines[:].set_visible(False)

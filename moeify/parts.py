@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from attribution.tensor_files import save_file
 from moeify.shares import own
 from moeify.storing import StorageError
 from moeify.world import World

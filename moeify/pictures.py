@@ -76,7 +76,8 @@ def tree(partition: Partition) -> "Figure":
             room = 11 * (last - first) - len(f" {units:,}")
             label = f"{_shortened(node.name, room)} {units:,}" if room > 3 else f"{units:,}"
             dark = "white" if depth > 1 else "black"
-            axis.text((first + last) / 2, bottom + units / 2, label, ha="center", va="center", fontsize=8, color=dark)
+            middle = (first + last) / 2, bottom + units / 2
+            axis.text(*middle, label, ha="center", va="center", fontsize=8, color=dark, parse_math=False)
     axis.axhline(total, color=_ARMS["dense"], linestyle="--", linewidth=1.2)
     axis.text(0.04, total, f"dense: {total:,} units", fontsize=8, va="bottom", color=_ARMS["dense"])
     _columns(axis, partition.tree.categories)
@@ -116,7 +117,7 @@ def ownership_map(
     image: Any = None
     for axis, (site, owners_U) in zip(axes, owners.items(), strict=False):
         image = _site(axis, tables_UC[site], owners_U, nodes, norm)
-        axis.set_title(f"{site}\n{len(owners_U):,} units", fontsize=9)
+        axis.set_title(f"{site}\n{len(owners_U):,} units", fontsize=9, parse_math=False)
     colours = made.colorbar(
         image, ax=axes[: len(tables_UC)], extend="min", shrink=min(1.0, 1.4 / down), aspect=30, pad=0.02
     )
@@ -143,8 +144,9 @@ def removals(rises: Mapping[str, Mapping[str, float]], unit: str) -> "Figure":
     made = figure(max(4.5, 0.6 * len(categories) + 2.6), max(2.4, 0.32 * len(experts) + 1.4))
     axis = made.subplots()
     image = axis.imshow(rise_EC, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
-    axis.set_xticks(range(len(categories)), categories, fontsize=8, rotation=30, ha="right", rotation_mode="anchor")
-    axis.set_yticks(range(len(experts)), [_shortened(expert) for expert in experts], fontsize=8)
+    text: dict[str, Any] = {"fontsize": 8, "parse_math": False}
+    axis.set_xticks(range(len(categories)), categories, rotation=30, ha="right", rotation_mode="anchor", **text)
+    axis.set_yticks(range(len(experts)), [_shortened(expert) for expert in experts], **text)
     axis.set(ylabel="without this expert and all below it")
     if rise_EC.size <= _NUMBERS:
         for (row, column), rise in np.ndenumerate(rise_EC):
@@ -176,7 +178,7 @@ def _columns(axis: "Axes", names: Sequence[str]) -> None:
     """Name columns of width 1 below the picture."""
     leaning = max(map(len, names)) > 2
     turn: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if leaning else {}
-    axis.set_xticks(np.arange(len(names)) + 0.5, list(names), fontsize=7, **turn)
+    axis.set_xticks(np.arange(len(names)) + 0.5, list(names), fontsize=7, parse_math=False, **turn)
     axis.tick_params(length=0)
 
 
@@ -232,7 +234,7 @@ def _name_experts(axis: "Axes", labels: Sequence[tuple[int, float, str]], units:
     kept = sorted(sorted(labels, reverse=True)[: int(units / gap)], key=lambda label: label[1])
     places = _spread([middle for _, middle, _ in kept], gap, units - gap / 2)
     moved = [abs(place - middle) > gap / 4 for place, (_, middle, _) in zip(places, kept, strict=True)]
-    axis.set_yticks(places, [name for *_, name in kept], fontsize=7)
+    axis.set_yticks(places, [name for *_, name in kept], fontsize=7, parse_math=False)
     axis.tick_params(axis="y", pad=11 if any(moved) else 4)
     for place, (_, middle, _), apart in zip(places, kept, moved, strict=True):
         if apart:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, runtime_checkable
 
-from safetensors.torch import save_file
 from torch import Tensor
 
+from attribution.tensor_files import save_file
 from moeify.parts import CorruptCheckpointError as CorruptCheckpointError
 from moeify.parts import Part, Tensors, flush, known, part_names, sha256, write_parts
 from moeify.storing import storing

@@ -1,4 +1,6 @@
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet
@@ -8,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from attribution.files import CorruptTableError, _digest, load, save, to_parquet
-from attribution.heatmap import draw
+from attribution.heatmap import draw, plot
 from attribution.measure import Moments, measure
 from attribution.table import AttributionTable
 from tests.subjects import subject_of
@@ -89,3 +91,26 @@ def test_a_heatmap_is_drawn(tmp_path: Path, kind: str) -> None:
     path = draw(measured("llama"), tmp_path / "picture.png", kind)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 20_000
+
+
+def test_names_with_dollars_are_drawn_as_they_are() -> None:
+    subject, batches = subject_of("mlp")
+    table = measure(replace(subject, categories=("$a_1$ $", "$\\nothing$", "c")), batches)
+    figure = plot(table)
+    figure.canvas.draw()
+    texts = [*figure.axes[0].get_xticklabels(), figure.axes[0].title]
+    assert not any(text.get_parse_math() for text in texts)
+
+
+def test_the_umask_says_who_may_read_a_table(tmp_path: Path) -> None:
+    table = measured()
+    before = os.umask(0o027)
+    try:
+        save(table, tmp_path / "t.safetensors")
+        to_parquet(table, tmp_path / "t.parquet")
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "t.safetensors": 0o640,
+        "t.parquet": 0o640,
+    }

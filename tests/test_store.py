@@ -1,6 +1,7 @@
 """One body of tests for every kind of store, and what is particular to folders."""
 
 import json
+import os
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -299,3 +300,17 @@ def test_of_several_that_write_an_object_where_none_is_one_succeeds(
     with pytest.raises(FileExistsError):
         store.place.create("owner", b"two")
     assert kept.read("owner") == b"one"
+
+
+def test_the_umask_says_who_may_read_what_is_kept(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        store = FolderStore(tmp_path, keep=1)
+        store.save("000010", {}, TENSORS)
+        store.put("rounds/1/notes.txt", b"notes")
+        store.put_tensors("rounds/1/attribution.safetensors", TENSORS["dense"], {"score": "fisher"})
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 5
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
