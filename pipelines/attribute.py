@@ -1,6 +1,7 @@
 """`moeify attribute`: measure a run's model or a checkpoint, say what was found, and leave it as files."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -63,11 +64,13 @@ def attribute(
     """Measure every unit against every category, write what was found to ``out``, and return it.
 
     ``removed``: the share of a site's units in the sets that ``agreement`` tries, on a few of the rows, since exact
-    ablation takes a forward pass a unit.
+    ablation takes a forward pass a unit. Raises ValueError where ``out`` is no folder to write to; what an earlier call
+    left there and this one does not write is removed.
     """
+    followed = entries(probed.subject.inner)
+    _make_room(out, [name for name, made in ((EDGES, followed), (AGREEMENT, agreement)) if not made])
     say("measuring")
     table = measure(probed.subject, probed.batches, seed=seed, samples=SAMPLES, exact_outputs=EXACT_OUTPUTS)
-    out.mkdir(parents=True, exist_ok=True)
     files.save(table, out / TABLE)
     files.to_parquet(table, out / PARQUET)
     heatmap.draw(table, out / PICTURE, score)
@@ -76,7 +79,7 @@ def attribute(
     graph = affinity_graph(affinity, table.categories, profile_interval(table, score, seed=seed))
     cosines = _gradient_cosines(probed, seed, graph)
     nx.write_graphml(graph, out / AFFINITY)
-    if entries(probed.subject.inner):
+    if followed:
         say("measuring edges")
         (out / EDGES).write_text(edge_graph(probed, table).graphml(), encoding="utf-8")
     else:
@@ -87,6 +90,18 @@ def attribute(
         found = compare(probed.subject, few, values=("zero", "mean"), removed=removed, seed=seed, said=say)
         (out / AGREEMENT).write_text(json.dumps(as_json(found), indent=1), encoding="utf-8")
     return Found(table, score, affinity, cosines, found)
+
+
+def _make_room(out: Path, stale: Sequence[str]) -> None:
+    """Make the folder, before anything takes time, without files that would stand beside newer ones."""
+    there = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file; give a folder")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{there} cannot be written to; give another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in stale:
+        (out / name).unlink(missing_ok=True)
 
 
 def _few(batches: Sequence[Rows], categories: int) -> list[Rows]:
@@ -239,7 +254,7 @@ def _print_agreement(console: Console, found: Comparison) -> None:
             )
         console.print(grid)
         each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
-        console.print(f"{len(sites)} sites, {each} {of} each", style="dim")
+        console.print(f"{len(sites)} {'site' if len(sites) == 1 else 'sites'}, {each} {of} each", style="dim")
     console.print(
         f"±: 95 % bootstrap interval; lowest, highest: of the sites; top 10 %: of the strongest tenth, the share "
         f"found; true/predicted: 1 where calibrated; cost: in forward passes of the same rows "

@@ -14,7 +14,8 @@ from attribution.affinity import profile_affinity
 from attribution.files import load
 from attribution.graph import UnitGraph
 from attribution.measure import measure
-from pipelines.attribute import Found, print_found
+from moeify.subjects import Probed
+from pipelines.attribute import Found, attribute, print_found
 from tests.finished_runs import TINY, call, finish
 from tests.networks import tiny_decoder
 from tests.subjects import subject_of
@@ -125,6 +126,37 @@ def test_advice_is_given_of_a_runs_dense_twin_by_its_id_or_its_folder(place: Pat
     assert (told["categories"], told["separation"], told["tree"]) == (["code", "prose"], 0.4, None)
     assert told["affinity"]["value"][0][1] == pytest.approx(-1.0)  # of two categories, always
     assert told["trained"]
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> Probed:
+    """A subject whose edges cannot be followed."""
+    monkeypatch.setattr("pipelines.attribute.entries", lambda _: ())
+    subject, batches = subject_of("mlp")
+    return Probed(subject, batches, "token")
+
+
+def asked(probed: Probed, out: Path, *, agreement: bool, said: list[str] | None = None) -> None:
+    say = (said if said is not None else []).append
+    attribute(probed, out, score="fisher", seed=0, agreement=agreement, removed=0.5, say=say)
+
+
+def test_nothing_of_an_earlier_call_stands_beside_new_tables(probed: Probed, tmp_path: Path) -> None:
+    for name in ("agreement.json", "edges.graphml", "notes.txt"):
+        (tmp_path / name).write_text("old")
+    asked(probed, tmp_path, agreement=False)
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES - {"edges.graphml"}, "notes.txt"}
+    masks = {(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()}
+    assert len(masks) == 1
+
+
+def test_a_place_that_is_no_folder_is_refused_before_anything_is_measured(probed: Probed, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said: list[str] = []
+    for out in (tmp_path / "file", tmp_path / "file" / "below" / "it"):
+        with pytest.raises(ValueError, match="/file is a file; give a folder"):
+            asked(probed, out, agreement=False, said=said)
+    assert not said
 
 
 def test_mistakes_are_told_in_a_line(place: Path, tmp_path: Path) -> None:
