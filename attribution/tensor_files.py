@@ -4,10 +4,10 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+import torch
 
 
-def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+def save_file(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors to a safetensors file with the rights that any new file gets beside it.
 
     >>> import tempfile
@@ -20,10 +20,8 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
     from safetensors.torch import save_file as write
 
     write(dict(tensors), path, dict(metadata) if metadata is not None else None)
-    usual = path.with_name(
-        f".{path.name}.usual"
-    )  # asked of a file: to ask for the umask is to change it for all threads
-    usual.touch()
+    usual = path.with_name(f".{path.name}.usual")
+    usual.touch()  # to ask for the umask itself is to change it, for all threads
     try:
         mode = stat.S_IMODE(usual.stat().st_mode)
     finally:

@@ -6,13 +6,14 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 
 from moeify.events import NestedTree, RoundEnded, Stop
+from moeify.recipe import closed
 from moeify.recipe.arms import Arm
 
 LEVEL = 0.05
 """Of the test against random removals: 19 draws are the fewest that can reach it."""
 MOST_LEAK = 1 / 3
 """Of what a clean module's removal costs its own categories, what it may cost others."""
-MEAN = "mean"
+MEAN = closed.MEAN
 """The key that stands beside the categories for their unweighted mean."""
 
 

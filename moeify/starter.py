@@ -152,9 +152,11 @@ def _prepared(data: TextData, cache: Path, base: Path, given: GivenTokenizer | N
     """Prepare the tokens; where clusters are too small to hold any of them out, look for fewer clusters."""
     if data.discover is None:
         return data, tokens.prepare(data, cache, base, given)
+    from moeify.data.discover import TooSmallError
+
     for most in _CLUSTERS:
         asked = data.model_copy(update={"discover": data.discover.model_copy(update={"most": most})})
-        with suppress(ValueError):
+        with suppress(TooSmallError):
             return asked, tokens.prepare(asked, cache, base, given)
     asked = data.model_copy(update={"discover": data.discover.model_copy(update={"number": 2})})
     return asked, tokens.prepare(asked, cache, base, given)

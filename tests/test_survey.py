@@ -131,7 +131,7 @@ def test_without_a_category_discover_is_suggested(tmp_path: Path, discover):
     ("content", "words"),
     [
         (b"", "is empty"),
-        (b"\xff\xfe\0\1", "not UTF-8, wanted JSON lines; is it binary data?"),
+        (b"\xff\xfe\0\1", "not UTF-8 (byte 0 of the line), wanted JSON lines; is it binary data?"),
         (b"text\n", "line 1: not JSON"),
         (b"[1]\n", "got list, wanted an object"),
         (b'{"a": 1}\n', "no field is text in every line"),
@@ -149,14 +149,54 @@ def test_lines_that_no_run_can_use_are_refused_in_one_line(tmp_path: Path, conte
     ("options", "words"),
     [
         ({"text": "bodi"}, "got --text 'bodi', wanted a field that is text in every line: 'title', 'body'"),
-        ({"category": "id"}, "got --category 'id', wanted a field that is text in every line"),
+        ({"category": "id"}, "category '0' has 1 distinct documents, wanted at least 3"),
         ({"text": "body", "category": "body"}, "one field cannot be text and category at once"),
-        ({"category": "lang"}, "has 1 categories (en), wanted at least 2"),
+        ({"category": "lang"}, "has 1 categories (en) in the field 'lang', wanted at least 2: take another"),
     ],
 )
 def test_fields_that_will_not_do_are_refused(tmp_path: Path, options, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         look(write_lines(tmp_path / "d.jsonl", entries()), **options)
+
+
+def test_lines_that_are_sorted_by_category_keep_their_labels(tmp_path: Path):
+    lines = [{"text": f"Text {n} of its own.", "category": "abc"[n // 700]} for n in range(2100)]
+    assert set(look(write_lines(tmp_path / "d.jsonl", lines)).amounts) == set("abc")
+
+
+def test_labels_may_be_numbers_and_names_in_any_language(tmp_path: Path):
+    lines = [{"text": f"Text {n} of its own.", "category": n % 2} for n in range(12)]
+    assert set(look(write_lines(tmp_path / "d.jsonl", lines)).amounts) == {"0", "1"}
+    lines = [{"text": f"Text {n} of its own.", "category": ("köche", "law")[n % 2]} for n in range(12)]
+    assert set(look(write_lines(tmp_path / "d.jsonl", lines)).amounts) == {"k-che", "law"}
+
+
+def test_a_usual_field_that_lines_lack_or_that_tells_nothing_apart_is_refused(tmp_path: Path):
+    lines = [{"text": f"Text {n} of its own.", "category": None if n % 5 == 0 else "ab"[n % 2]} for n in range(20)]
+    with pytest.raises(ValueError, match=r"line 1 and 3 more: field 'category' holds nothing, .* --discover"):
+        look(write_lines(tmp_path / "d.jsonl", lines))
+    lines = [{"text": f"Text {n} of its own.", "category": "a"} for n in range(20)]
+    with pytest.raises(ValueError, match=r"has 1 categories \(a\) in the field 'category', .* --discover"):
+        look(write_lines(tmp_path / "d.jsonl", lines))
+
+
+def test_what_was_left_out_is_said(tmp_path: Path):
+    lines = [{"text": f"Text {n % 12} of its own.", "category": "ab"[n % 2]} for n in range(30)]
+    assert any("18 duplicates" in note for note in look(write_lines(tmp_path / "d.jsonl", lines)).notes)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("text;label\none;a\n", "got ';' and no ',', wanted columns divided by ','"),
+        (f"{'A long document. ' * 9},law\nmore,law\n", "wanted the names of columns; put a row such as text,label"),
+        ("text,label\n" + "".join(f"Text {n}.,{'ab'[n % 2] if n else ''}\n" for n in range(20)), "row 1: column"),
+    ],
+)
+def test_tables_whose_first_row_or_labels_are_odd_are_refused(tmp_path: Path, content, words):
+    (tmp_path / "d.csv").write_text(content)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        look(tmp_path / "d.csv")
 
 
 def test_other_files_and_none_at_all_are_refused(tmp_path: Path):

@@ -30,6 +30,10 @@ _SAMPLE = 2000
 """Documents that a silhouette looks at, at most."""
 
 
+class TooSmallError(ValueError):
+    """A cluster is so small that a held-out split has none of it: fewer clusters may do."""
+
+
 @dataclass(frozen=True)
 class Clusters:
     """The cluster of each document, the largest cluster (in train documents) first."""
@@ -59,7 +63,8 @@ def cluster(settings: Discover, ids: Mapping[Split, Sequence[Sequence[int]]], vo
     """Return clusters of documents, given as lists of tokens below ``vocabulary``.
 
     Raises:
-        ValueError: There are too few documents, or a cluster is empty in a split.
+        TooSmallError: A cluster is empty in a split.
+        ValueError: There are too few documents, or they are too much alike.
     """
     least = settings.number or 2
     if (count := len(ids["train"])) < 2 * least:
@@ -80,7 +85,7 @@ def cluster(settings: Discover, ids: Mapping[Split, Sequence[Sequence[int]]], vo
         held_out = weights.transform(_counts(ids[split], vocabulary))
         of[split] = _nearest(unit_rows(held_out @ directions.T), centroids)
         if empty := sorted(set(range(number)) - set(of[split].tolist())):
-            raise ValueError(
+            raise TooSmallError(
                 f"data.discover: {cluster_names(number)[empty[0]]} of {number}, with {np.sum(of['train'] == empty[0])} "
                 f"documents to train on, has none in the {split} split; raise data.{split}, add documents, or lower "
                 f"data.discover.{'most' if settings.number is None else 'number'}"

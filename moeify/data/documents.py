@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from moeify.recipe.closed import reserved
+
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_RESERVED = "mean"
-"""Stands for the mean over categories in results."""
 _LEAST_CHARACTERS = 16
 """A shorter statement or line is trivial: many documents have it by chance."""
 
@@ -31,14 +31,16 @@ class Document:
 
 
 def named(told: str, taken: Collection[str]) -> str:
-    """Return what something is called as a category: a safe component of a path that is not taken."""
-    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", told).strip("-._")[:60] or "category"
+    """Return what something is called as a category: by its name where it may be, else by one like it; none taken."""
+    stem = told
+    if misnamed(stem):
+        stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", told).strip("-._")[:60] or "category"
     if misnamed(stem):
         stem += "-1"
     number = 2
     name = stem
     while name in taken:
-        name, number = f"{stem}-{number}", number + 1
+        name, number = f"{stem[:60]}-{number}", number + 1
     return name
 
 
@@ -116,8 +118,8 @@ def divide(documents: Sequence[Document], *, validation: float, test: float) -> 
 
 def misnamed(category: str) -> str | None:
     """Return what is wrong with a category's name, or None."""
-    if category == _RESERVED:
-        return f"the category name {_RESERVED!r} is reserved for the mean over categories; rename the category"
+    if problem := reserved(category):
+        return problem
     if not _NAME.fullmatch(category):
         return f"got category {category[:80]!r}, wanted 1 to 64 letters, digits, '_', '.', '-', the first no sign"
     return None

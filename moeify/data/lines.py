@@ -10,12 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from moeify.data.documents import Document, misnamed
-
-UNLABELLED = ""
-"""The one category of documents that have none."""
-_SHOWN = 5
-"""Problems that an error spells out; it counts the others."""
+from moeify.data.documents import Document
+from moeify.data.labels import UNLABELLED, Labels, UnlabelledError
+from moeify.data.problems import Problems
 
 
 @dataclass(frozen=True)
@@ -34,55 +31,55 @@ class Fields:
 def read_lines(path: Path, fields: Fields, said: str = "data.source.path") -> dict[str, list[Document]]:
     """Return each category's documents, in the file's order; ``said`` is where the recipe names the file.
 
-    Raises ValueError where the file is not there or damaged, and with its first bad lines.
+    Values of the category become names (``moeify.data.labels``). Raises ValueError where the file is not there or
+    damaged, and with what is wrong with its lines.
     """
     found: dict[str, list[Document]] = {}
-    problems: list[str] = []
-    count = 0
+    problems, labels = Problems("line"), Labels(f"field {fields.category!r}")
     for number, line in numbered(existing(path, said), said):
         if not line.strip():
             continue
         try:
-            entry = _entry(line, fields)
+            entry = _entry(parsed(line), fields, labels)
         except ValueError as error:
-            count += 1
-            if len(problems) < _SHOWN:
-                problems.append(f"line {number}: {error}")
+            problems.add(number, error)
             continue
         if entry is not None:
             documents = found.setdefault(entry[0], [])
             if entry[1].text.strip():
                 documents.append(entry[1])
-    if count:
-        more = [f"and {count - _SHOWN} more lines"] if count > _SHOWN else []
-        raise ValueError("\n".join([f"{said}: {path} has {count} bad lines", *problems, *more]))
+    problems.check(f"{said}: {path}")
     return found
 
 
-def _entry(line: bytes, fields: Fields) -> tuple[str, Document] | None:
-    """Return category and document of one line, None where it is not asked for; raise ValueError with what is wrong."""
+def parsed(line: bytes) -> dict[str, Any]:
+    """Return the object that a line holds; raise ValueError with what it is instead."""
     try:
         entry = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start} of the line)") from None
+        raise ValueError(f"not UTF-8 (byte {error.start} of the line), wanted JSON lines; is it binary data?") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None
+        raise ValueError(f"not JSON: {error.msg} (column {error.colno}), wanted an object a line") from None
     except RecursionError:
         raise ValueError("not JSON that can be read: it is nested too deeply") from None
     if not isinstance(entry, dict):
-        raise ValueError(f"got {type(entry).__name__}, wanted an object")
+        raise ValueError(f"got {type(entry).__name__}, wanted an object a line")
+    return entry
+
+
+def _entry(entry: dict[str, Any], fields: Fields, labels: Labels) -> tuple[str, Document] | None:
+    """Return category and document of one line, None where it is not asked for; raise ValueError with what is wrong."""
     if not all(_has(entry.get(name), values) for name, values in fields.where.items()):
         return None
     for name in filter(None, (fields.text, fields.category, fields.group)):
         if name not in entry:
-            way_out = "; data.source.category null is for lines without" if name == fields.category else ""
-            got = ", ".join(map(repr, list(entry)[:8])) or "no fields"
-            raise ValueError(f"no field {name!r}, got {got}{way_out}")
+            kind = UnlabelledError if name == fields.category else ValueError
+            raise kind(f"no field {name!r}, got {', '.join(map(repr, list(entry)[:8])) or 'no fields'}")
+    for name in filter(None, (fields.text, fields.group)):
         if not isinstance(entry[name], str):
             raise ValueError(f"field {name!r} is {type(entry[name]).__name__}, wanted a string")
-    category, text = UNLABELLED if fields.category is None else entry[fields.category], entry[fields.text]
-    if fields.category is not None and (problem := misnamed(category)):
-        raise ValueError(f"field {fields.category!r}: {problem}")
+    category = UNLABELLED if fields.category is None else labels.name(entry[fields.category])
+    text = entry[fields.text]
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -7,7 +7,8 @@ from typing import assert_never
 
 from moeify.data import corpora, streamed, tables
 from moeify.data.documents import Document, distinct, misnamed
-from moeify.data.lines import UNLABELLED, Fields, existing, read_lines
+from moeify.data.labels import UNLABELLED, WAY_OUT
+from moeify.data.lines import Fields, existing, read_lines
 from moeify.data.root import data_root
 from moeify.recipe.data import (
     BuiltinSource,
@@ -62,6 +63,21 @@ def read(source: Source, base: Path) -> dict[str, list[Document]]:
     match source:
         case InstalledText():
             return _installed(source)
+        case TextFolders() | JsonLines() | Table():
+            return distinct(whole(source, base))
+        case MixedText():
+            root = _root(source, base)
+            found = {name: _part(name, part, root, source.megabytes) for name, part in _parts(source)}
+            return _up_to(source.megabytes, distinct(_with_text(found)))
+        case StreamedText():
+            raise TypeError("a streamed source is read by moeify.data.streamed, some documents at a time")
+        case _ as never:
+            assert_never(never)
+
+
+def whole(source: TextFolders | JsonLines | Table, base: Path) -> dict[str, list[Document]]:
+    """Return what ``read`` does, duplicates among it."""
+    match source:
         case TextFolders():
             for category in source.categories:
                 if problem := misnamed(category):
@@ -75,15 +91,7 @@ def read(source: Source, base: Path) -> dict[str, list[Document]]:
         case Table():
             path = base / source.path
             found = _labelled(path, tables.read_table(path, source.text, source.category), source.category)
-        case MixedText():
-            root = _root(source, base)
-            found = {name: _part(name, part, root, source.megabytes) for name, part in _parts(source)}
-            return _up_to(source.megabytes, distinct(_with_text(found)))
-        case StreamedText():
-            raise TypeError("a streamed source is read by moeify.data.streamed, some documents at a time")
-        case _ as never:
-            assert_never(never)
-    return distinct(_with_text(found))
+    return _with_text(found)
 
 
 def _with_text(found: dict[str, list[Document]]) -> dict[str, list[Document]]:
@@ -159,9 +167,8 @@ def _labelled(path: Path, found: dict[str, list[Document]], category: str | None
             raise ValueError(f"data.source.path: {path} has no text, wanted at least one document")
     elif len(found) < 2:
         raise ValueError(
-            f"data.source.path: {path} has {len(found)} categories ({', '.join(found) or 'no document'}), wanted at "
-            f"least 2; data.source.category, {category!r}, names the field that tells them apart; "
-            f"null leaves that to data.discover"
+            f"data.source.path: {path} has {len(found)} categories ({', '.join(found) or 'no document'}) in the field "
+            f"{category!r}, wanted at least 2: {WAY_OUT}"
         )
     return dict(sorted(found.items()))
 

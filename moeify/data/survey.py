@@ -3,27 +3,20 @@
 From a path to a recipe's source; nothing is asked. What a run would refuse is refused here.
 """
 
-import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moeify.data import sources, tables
-from moeify.data.documents import SPLITS, named
-from moeify.data.lines import UNLABELLED, numbered
+from moeify.data.columns import Columns
+from moeify.data.documents import SPLITS, Document, distinct, named
+from moeify.data.labels import UNLABELLED, Labels
+from moeify.data.lines import numbered, parsed
+from moeify.data.problems import Problems
 from moeify.recipe.data import JsonLines, Table, TextFolders
 
-_PEEK = 2000
-"""Lines of a JSON lines file that fields are judged by."""
-_SAMPLE = 200
-"""Rows of a batch of a table that columns are judged by, about."""
-_MOST = 64
-"""Values that a field of categories has at most."""
-_SHORT = 64
-"""Characters of a category at most."""
 _HEAD = 1 << 16
 """Bytes of a file that tell whether it is text."""
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz")
@@ -70,20 +63,20 @@ def look(path: Path, text: str | None = None, category: str | None = None, *, di
         ValueError: No run can use it; one line says why and what to do.
         FileNotFoundError: There is nothing.
     """
-    source: TextFolders | JsonLines | Table
     if path.exists() and tables.is_table(path):
-        source, notes = _table(path, text, category, discover)
+        seen = _table(path, text, category, discover)
     elif path.is_dir():
         if text or category or discover:
             raise ValueError(
                 f"{path} is a folder, whose folders are the categories; fields are for JSON lines and tables"
             )
-        source, notes = _folders(path)
+        seen = _folders(path)
     elif path.is_file():
-        source, notes = _lines(path, text, category, discover)
+        seen = _lines(path, text, category, discover)
     else:
         raise ValueError(f"{path} is not there; give a folder of folders of text files, JSON lines, or a table")
-    found = sources.read(source, Path())
+    whole = sources.whole(seen.source, Path())
+    found = distinct(whole)
     amounts = {name: Amount(len(texts), sum(d.size for d in texts)) for name, texts in found.items()}
     for name, amount in amounts.items():
         if amount.documents < len(SPLITS):
@@ -92,13 +85,35 @@ def look(path: Path, text: str | None = None, category: str | None = None, *, di
                 f"{path}: {of} has {amount.documents} distinct documents, wanted at least {len(SPLITS)}: one each to "
                 f"train, validate and test on; give it more, or cut long ones into several"
             )
-    return Survey(source, amounts, tuple(notes))
+    return Survey(seen.source, amounts, (*seen.notes, *_left_out(seen, whole, found)))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A source before its documents are read."""
+
+    source: TextFolders | JsonLines | Table
+    notes: list[str]
+    count: int
+    """Files, lines or rows, with and without text."""
+    blank: tuple[str, str]
+    """What one without text is called, and several."""
+
+
+def _left_out(
+    seen: _Seen, whole: Mapping[str, Sequence[Document]], found: Mapping[str, Sequence[Document]]
+) -> list[str]:
+    """Return what to say of documents that no category has."""
+    documents, kept = (sum(map(len, each.values())) for each in (whole, found))
+    parts = ((documents - kept, ("duplicate", "duplicates")), (seen.count - documents, seen.blank))
+    told = ", ".join(f"{count:,} {names[count > 1]}" for count, names in parts if count)
+    return [f"left out: {told}"] if told else []
 
 
 # --- folders ------------------------------------------------------------------------------------------
 
 
-def _folders(path: Path) -> tuple[TextFolders, list[str]]:
+def _folders(path: Path) -> _Seen:
     notes: list[str] = []
     names: dict[str, Path] = {}
     files: dict[str, list[Path]] = {}
@@ -122,7 +137,9 @@ def _folders(path: Path) -> tuple[TextFolders, list[str]]:
     pattern, left_out = _pattern(files)
     if left_out:
         notes.append(f"pattern {pattern!r}: leaves out {_files(len(left_out))}, such as {left_out[0].name}")
-    return TextFolders(kind="folders", categories=names, pattern=pattern), notes
+    source = TextFolders(kind="folders", categories=names, pattern=pattern)
+    count = sum(len(each) for each in files.values()) - len(left_out)
+    return _Seen(source, notes, count, ("empty file", "empty files"))
 
 
 def _pattern(files: Mapping[str, Sequence[Path]]) -> tuple[str, list[Path]]:
@@ -138,9 +155,10 @@ def _pattern(files: Mapping[str, Sequence[Path]]) -> tuple[str, list[Path]]:
             sizes[file.suffix] += file.stat().st_size
     everywhere = [s for s in sizes if all(any(file.suffix == s for file in each) for each in files.values())]
     if not everywhere:
+        others = len(bad) - 1
         raise ValueError(
-            f"{bad[0]} is no text ({readable[bad[0]]}), as are {len(bad) - 1} more files, and no suffix that every "
-            f"folder has names text alone; move what is no text away, or convert it to UTF-8"
+            f"{bad[0]} is no text ({readable[bad[0]]}){f', nor is {_files(others)} more' if others else ''}, and no "
+            f"suffix that every folder has names text alone; move what is no text away, or convert it to UTF-8"
         )
     best = max(everywhere, key=lambda suffix: (sizes[suffix], suffix))
     return f"**/*{_escaped(best)}", [file for file in readable if file.suffix != best]
@@ -166,107 +184,94 @@ def _files(count: int) -> str:
     return f"{count:,} file{'s' * (count != 1)}"
 
 
-# --- JSON lines ---------------------------------------------------------------------------------------
+# --- JSON lines and tables ----------------------------------------------------------------------------
 
 
-def _lines(path: Path, text: str | None, category: str | None, discover: bool) -> tuple[JsonLines, list[str]]:
+def _lines(path: Path, text: str | None, category: str | None, discover: bool) -> _Seen:
     if not path.name.endswith(_SUFFIXES):
         raise ValueError(f"{path} is neither a folder nor one of {', '.join(f'*{s}' for s in _SUFFIXES)}")
-    entries = _peeked(path)
-    values = {key: [entry.get(key) for entry in entries] for entry in entries for key in entry}
-    chosen, label, notes = _chosen(path, values, text, category, discover)
-    return JsonLines(kind="jsonl", path=path.absolute(), text=chosen, category=label), notes
+    columns, problems = Columns(), Problems("line")
+    for number, line in numbered(path):
+        if line.strip():
+            try:
+                columns.add(parsed(line))
+            except ValueError as error:
+                problems.add(number, error)
+    problems.check(str(path))
+    if not columns.rows:
+        raise ValueError(f'{path} is empty, wanted JSON lines, {{"text": ...}} each')
+    chosen, label, notes = _chosen(path, columns, text, category, discover)
+    source = JsonLines(kind="jsonl", path=path.absolute(), text=chosen, category=label)
+    return _Seen(source, notes, columns.rows, ("line without text", "lines without text"))
 
 
-def _table(path: Path, text: str | None, category: str | None, discover: bool) -> tuple[Table, list[str]]:
-    values: dict[str, list[Any]] = defaultdict(list)
-    for columns in tables.batches(path, said=str(path)):
-        for name, some in columns.items():
-            values[name] += some[:: max(1, len(some) // _SAMPLE)]  # of all parts: tables may be sorted by category
-    if not any(values.values()):
+def _table(path: Path, text: str | None, category: str | None, discover: bool) -> _Seen:
+    tables.check_header(path)
+    columns, blank = Columns(), 0
+    for batch in tables.batches(path, said=str(path)):
+        for values in zip(*batch.values(), strict=True):
+            row = ["" if value is None else value for value in values]  # no text, and left out like blank text
+            if any(value != "" for value in row):
+                columns.add(dict(zip(batch, row, strict=True)))
+            else:
+                blank += 1
+    if not columns.rows:
         raise ValueError(f"{path} has no rows, wanted a column of text and one of categories")
-    chosen, label, notes = _chosen(path, values, text, category, discover)
+    chosen, label, notes = _chosen(path, columns, text, category, discover)
     if (count := len(tables.files_of(path))) > 1:
         notes.insert(0, f"{_files(count)}, read as one table; train, validation and test are drawn from all of it")
-    if label is not None:
-        seen: dict[str, str] = {}
-        for value in dict.fromkeys(values[label]):
-            seen[value] = named(value, seen.values())
-            notes += [f"category {seen[value]!r} stands for {value!r}"] * (seen[value] != value)
-    return Table(kind="table", path=path.absolute(), text=chosen, category=label), notes
+    source = Table(kind="table", path=path.absolute(), text=chosen, category=label)
+    return _Seen(source, notes, columns.rows + blank, ("row without text", "rows without text"))
 
 
 def _chosen(
-    path: Path, values: Mapping[str, Sequence[Any]], text: str | None, category: str | None, discover: bool
+    path: Path, columns: Columns, text: str | None, category: str | None, discover: bool
 ) -> tuple[str, str | None, list[str]]:
-    """Return the fields of text and category, and what to say of them; ``values``: what each field holds, by line."""
-    strings = {
-        key: [value for value in each if isinstance(value, str)]
-        for key, each in values.items()
-        if all(isinstance(value, str) for value in each)
-    }
-    fields = f"fields: {', '.join(_told(key, each) for key, each in values.items())}"
-    for name, option in ((text, "--text"), (category, "--category")):
-        if name is not None and name not in strings:
-            wanted = ", ".join(map(repr, strings)) or "none of them is"
-            raise ValueError(f"{path}: got {option} {name!r}, wanted a field that is text in every line: {wanted}")
-    if not strings:
+    """Return the fields of text and category, and what to say of them."""
+    named, rows = columns.named, columns.rows
+    texts = [key for key, each in named.items() if each.texts == rows]
+    labels = [key for key, each in named.items() if each.labels == rows]
+    fields = f"fields: {', '.join(f'{key} ({each.described(rows)})' for key, each in named.items())}"
+    if text is not None and text not in texts:
+        wanted = ", ".join(map(repr, texts)) or "none of them is"
+        raise ValueError(f"{path}: got --text {text!r}, wanted a field that is text in every line: {wanted}")
+    if category is not None and (category not in named or not named[category].labels):
+        wanted = ", ".join(map(repr, labels)) or "none of them is"
+        raise ValueError(
+            f"{path}: got --category {category!r}, wanted a field that is text or a whole number in every line: "
+            f"{wanted}"
+        )
+    if not texts:
         raise ValueError(f'{path}: no field is text in every line ({fields}); wanted {{"text": ...}} in each')
-    chosen = text or max((key for key in strings if key != category), key=lambda key: _length(strings[key]), default="")
+    chosen = text or max((key for key in texts if key != category), key=lambda key: named[key].length, default="")
     if not chosen or chosen == category:
         raise ValueError(f"{path}: one field cannot be text and category at once ({fields})")
-    likely = [] if discover else _categories({key: each for key, each in strings.items() if key != chosen})
+    likely = [] if discover else _likely(columns, chosen)
     label = category or (likely[0] if likely else None)
     notes = [fields]
     said = [f"text: {chosen!r}"] + [f"category: {label!r}"] * (label is not None)
-    others = [key for key in likely if key != label] if category is None else []
+    others = [key for key in likely if key != label and named[key].tells(rows)] if category is None else []
     more = f"; or --category {' or '.join(others)}" if others else ""
     notes.append(", ".join(said) + more)
     if label is None:
         why = "as asked" if discover else "no field tells them apart"
         notes.append(f"no categories, {why}: data.discover makes clusters of documents the categories")
+    else:
+        names = Labels(label)
+        stand = {value: names.name(value) for value in named[label].values}
+        notes += [f"category {name!r} stands for {value!r}" for value, name in stand.items() if name != value]
     return chosen, label, notes
 
 
-def _peeked(path: Path) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = []
-    for number, line in numbered(path):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}, line {number}: not UTF-8, wanted JSON lines; is it binary data?") from None
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({str(error)[:100]}), wanted an object a line") from None
-        if not isinstance(entry, dict):
-            raise ValueError(f"{path}, line {number}: got {type(entry).__name__}, wanted an object a line")
-        entries.append(entry)
-        if len(entries) == _PEEK:
-            break
-    if not entries:
-        raise ValueError(f'{path} is empty, wanted JSON lines, {{"text": ...}} each')
-    return entries
+def _likely(columns: Columns, text: str) -> list[str]:
+    """Return the fields that look like categories, the likeliest first: few short values that come again and again.
 
-
-def _categories(strings: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the fields that look like categories, the likeliest first: few short values that come again and again."""
+    One with a usual name is among them where lines lack it, and at the end where it has one value alone: a run refuses
+    such a field and says why, and to make clusters in silence would be worse.
+    """
     found = []
-    for key, values in strings.items():
-        counts = Counter(values)
-        if 2 <= len(counts) <= min(_MOST, len(values) // len(SPLITS)) and max(map(len, counts)) <= _SHORT:
-            usual = _USUAL.index(key.lower()) if key.lower() in _USUAL else len(_USUAL)
-            found.append((usual, len(counts), key))
+    for key, each in columns.named.items():
+        usual = _USUAL.index(key.lower()) if key.lower() in _USUAL else len(_USUAL)
+        if key != text and (each.tells(columns.rows) or (usual < len(_USUAL) and each.few(columns.rows))):
+            found.append((len(each.values) < 2, usual, len(each.values), key))
     return [key for *_, key in sorted(found)]
-
-
-def _told(key: str, values: Sequence[Any]) -> str:
-    strings = [value for value in values if isinstance(value, str)]
-    if len(strings) < len(values):
-        return f"{key} (not text)" if not strings else f"{key} (text in some)"
-    different = len(set(strings))
-    return f"{key} ({different} values)" if different <= _MOST else f"{key} (text of {_length(strings):.0f} characters)"
-
-
-def _length(values: Sequence[str]) -> float:
-    return sum(map(len, values)) / len(values)

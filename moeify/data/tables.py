@@ -15,12 +15,19 @@ import pyarrow.csv
 import pyarrow.ipc
 import pyarrow.parquet
 
-from moeify.data.documents import Document, named
-from moeify.data.lines import UNLABELLED
+from moeify.data.documents import Document
+from moeify.data.labels import UNLABELLED, Labels, told
+from moeify.data.problems import Problems
 
 SUFFIXES = (".parquet", ".arrow", ".csv", ".tsv")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+"""What divides columns."""
 _BINARY = (".parquet", ".arrow")
 """Never text, so that folders of folders of them are no folders of documents."""
+_FIRST = 1 << 16
+"""Bytes of a first row that are looked at."""
+_LONGEST = 64
+"""Characters of a column's name at most: a longer one is a document."""
 _SPLITS, _STATE = "dataset_dict.json", "state.json"
 """What ``save_to_disk`` leaves in a folder of splits, and in that of a split."""
 
@@ -72,30 +79,31 @@ def read_table(
 ) -> dict[str, list[Document]]:
     """Return each category's documents, in the files' order; without ``category`` all are ``UNLABELLED``.
 
-    Values of the category become names (``moeify.data.documents.named``): ``Sci/Tech`` becomes ``Sci-Tech``. Numbers
+    Values of the category become names (``moeify.data.labels``): ``Sci/Tech`` becomes ``Sci-Tech``. Numbers
     that stand for names in a data set of ``datasets`` are told by those. Rows without text are left out. ValueError for
     columns that are not there or hold something else, and for rows without a category.
     """
     found: dict[str, list[Document]] = {}
-    names: dict[str, str] = {}
+    problems, names = Problems("row"), Labels(f"column {category!r}")
     wanted = [text] if category is None else [text, category]
     row = 0
     for columns in batches(path, wanted, said):
         texts = columns[text]
-        labels = [UNLABELLED] * len(texts) if category is None else columns[category]
+        labels = [None] * len(texts) if category is None else columns[category]
         for content, label in zip(texts, labels, strict=True):
             row += 1
             if content is not None and not isinstance(content, str):
                 raise ValueError(f"{said}: {path}, column {text!r} holds {type(content).__name__}, wanted text")
             if not content or not content.strip():
                 continue
-            if category is not None and not isinstance(label, str):
-                got = "nothing" if label is None else type(label).__name__
-                raise ValueError(f"{said}: {path}, row {row}: column {category!r} holds {got}, wanted a category")
-            if label and label not in names:
-                names[label] = named(label, names.values())
+            try:
+                name = UNLABELLED if category is None else names.name(label)
+            except ValueError as error:
+                problems.add(row, error)
+                continue
             group = hashlib.sha256(content.encode()).hexdigest()
-            found.setdefault(names.get(label, UNLABELLED), []).append(Document(content, group))
+            found.setdefault(name, []).append(Document(content, group))
+    problems.check(f"{said}: {path}")
     return found
 
 
@@ -117,6 +125,27 @@ def batches(
         except (pa.ArrowInvalid, pa.ArrowTypeError, OSError, EOFError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{said}: {file} cannot be read as {file.suffix[1:]}: {reason}") from None
+
+
+def check_header(path: Path) -> None:
+    """Raise ValueError where the first row of a CSV or TSV file does not name columns that its delimiter divides."""
+    for file in files_of(path, str(path)):
+        if (wanted := _DELIMITERS.get(file.suffix)) is None:
+            return
+        with file.open("rb") as opened:
+            first = opened.readline(_FIRST).decode("utf-8-sig", errors="replace")
+        seen = next((each for each in ";\t," if each in first), None)
+        if seen and wanted not in first:
+            raise ValueError(
+                f"{file}, first row: got {seen!r} and no {wanted!r}, wanted columns divided by {wanted!r} in a "
+                f"{file.suffix} file; save it so"
+            )
+        for name in next(batches(file, said=str(file)), {}):
+            if len(name) > _LONGEST:
+                raise ValueError(
+                    f"{file}, first row: got {name[:40] + '...'!r}, of {len(name):,} characters, wanted the "
+                    f"names of columns; put a row such as text{wanted}label before the others"
+                )
 
 
 def content_hash(path: Path, said: str = "data.source.path") -> str:
@@ -144,7 +173,7 @@ def _opened(file: Path, wanted: Sequence[str] | None, stack: ExitStack) -> tuple
             return whole.schema, (whole.get_batch(place) for place in range(whole.num_record_batches))
         stream = stack.enter_context(pyarrow.ipc.open_stream(source))
         return stream.schema, iter(stream)
-    parse = pyarrow.csv.ParseOptions(delimiter="\t" if file.suffix == ".tsv" else ",", newlines_in_values=True)
+    parse = pyarrow.csv.ParseOptions(delimiter=_DELIMITERS[file.suffix], newlines_in_values=True)
     rows = stack.enter_context(pyarrow.csv.open_csv(file, parse_options=parse))
     return rows.schema, iter(rows)
 
@@ -165,10 +194,8 @@ def _names(schema: Any) -> dict[str, list[str]]:
 def _values(column: Any, names: Sequence[str] | None) -> list[Any]:
     """Return text as it is, whole numbers and booleans as text or as the names that they stand for, else as it is."""
     values = column.to_pylist()
-    if not pa.types.is_integer(column.type) and not pa.types.is_boolean(column.type):
-        return values
-    if names is None:
-        return [None if value is None else str(value).lower() for value in values]
+    if names is None or not pa.types.is_integer(column.type):
+        return [told(value) for value in values]
     return [names[value] if value is not None and 0 <= value < len(names) else None for value in values]
 
 

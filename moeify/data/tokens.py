@@ -23,9 +23,10 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from moeify.data import corpora, documents, excerpts, lines, sources, streamed
+from moeify.data import corpora, documents, excerpts, labels, lines, sources, streamed, tables
 from moeify.data.documents import SPLITS, Document, Split
 from moeify.data.given_tokenizer import GivenTokenizer
+from moeify.data.labels import UNLABELLED
 from moeify.recipe.data import Discover, StreamedText, TextData
 
 END = "<|end|>"
@@ -94,7 +95,7 @@ def _key(data: TextData, base: Path, given: GivenTokenizer | None) -> str:
     if given is not None:
         digest.update(f"{given.fingerprint}\n".encode())
     text = (corpora.__file__, documents.__file__, excerpts.__file__, lines.__file__, sources.__file__)
-    for module in (*text, streamed.__file__, __file__):
+    for module in (*text, labels.__file__, tables.__file__, streamed.__file__, __file__):
         digest.update(hashlib.sha256(Path(module).read_bytes()).digest())
     if data.discover is not None:
         from moeify.data import discover
@@ -236,7 +237,7 @@ def _discovered(
     report = discover.report(
         clusters,
         {name: [document.size for document in split[name]] for name in SPLITS},
-        None if set(labelled) == {lines.UNLABELLED} else labels,
+        None if set(labelled) == {UNLABELLED} else labels,
         [[tokenizer.decode([token]) for token in tokens] for tokens in clusters.telling],
     )
     parts = {

@@ -7,6 +7,19 @@ from pydantic import BaseModel, ConfigDict, Field
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 """A name that is also safe as one path component."""
+MEAN = "mean"
+"""Stands beside the categories for their mean."""
+ROOT = "core"
+"""The expert that all categories share."""
+RESERVED = {MEAN: "the mean over categories", ROOT: "the core that all categories share"}
+"""Names that no category may have, and what has them."""
+
+
+def reserved(category: str) -> str | None:
+    """Return what is wrong with a category's name where something else has it, else None."""
+    if category not in RESERVED:
+        return None
+    return f"the category name {category!r} is reserved for {RESERVED[category]}; rename the category"
 
 
 class Closed(BaseModel):

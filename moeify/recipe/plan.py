@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from moeify.recipe.closed import reserved
 from moeify.recipe.config import RunConfig
 from moeify.recipe.given_tree import names, strangers
 from moeify.recipe.reach import check_reachable
@@ -43,12 +44,14 @@ def training_work(config: RunConfig) -> int:
 def check_categories(config: RunConfig, categories: Sequence[str] | None) -> None:
     """Raise ValueError where the recipe does not fit the data's categories; pass where they are unknown.
 
-    A line for each name that is none of them, or else one for a round whose separation its experts have no room for.
+    A line for each of them that is reserved and each name that is none of them, or else one for a round whose
+    separation its experts have no room for.
     """
     if categories is None:
         return
     unrouted = config.partition.unrouted
     problems = [
+        *(f"data: {problem}" for problem in map(reserved, categories) if problem),
         *strangers("tree", names(config.tree or ()), categories),
         *strangers("partition.unrouted", unrouted, categories),
         *(line for key, named in config.routing.categories.items() for line in strangers(key, named, categories)),

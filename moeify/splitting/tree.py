@@ -10,7 +10,9 @@ from typing import Any, Self
 
 import networkx as nx
 
-ROOT = "core"
+from moeify.recipe import closed
+
+ROOT = closed.ROOT
 """Name of the root, the shared core that serves every category."""
 
 
