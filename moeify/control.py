@@ -14,6 +14,7 @@ from moeify.evaluation import mean_error
 from moeify.events import RoundEnded, Stop
 from moeify.recipe.rounds import Budget
 from moeify.result import MEAN
+from moeify.splitting.grouping import NothingToSplitError
 from moeify.splitting.propose import Proposal
 
 _HALVINGS = 6
@@ -32,6 +33,46 @@ class Standing:
     """Mean over categories of the nats above the dense twin."""
     used: float | None
     """The part of the budget that this takes; None without a budget."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How deep a cut went, in separation by what the recipe counts."""
+
+    before: float
+    asked: float
+    got: float
+    rounding: float
+    """What one multiple more of every expert's width adds (``Menu.rounding``)."""
+    slack: float
+    """A cut that is less deep than asked by less than this counts as what was asked."""
+
+    def check_gain(self) -> None:
+        """Raise NothingToSplitError where the cut goes no further than it was before."""
+        if self.got <= self.before + 1e-9:
+            why = "it is as deep already" if self.before >= self.asked else "widths leave no room for a cut"
+            raise NothingToSplitError(f"separation {self.before:.3f} of {self.asked:.3f}: {why}")
+
+    def note(self, short: str, *, handed: bool) -> str | None:
+        """Say where the cut is not as deep as asked, or deeper by half a multiple; None where it is what was asked.
+
+        ``short``: why there is no deeper one; ``handed``: whether units were handed over to experts.
+        """
+        if self.got < self.asked - 1e-9:
+            return f"separation {self.got:.3f} of {self.asked:.3f}: {short}"
+        if self._over:
+            over = "units that are handed over widen every expert" if handed else "widths can be no narrower"
+            return f"separation {self.got:.3f}, more than the {self.asked:.3f} asked: {over}"
+        return None
+
+    @property
+    def judged(self) -> float:
+        """What was asked, where the cut came so near, or else what it came to."""
+        return self.got if self._over or self.asked - self.got >= self.slack else self.asked
+
+    @property
+    def _over(self) -> bool:
+        return self.got >= self.asked + self.rounding / 2
 
 
 def expected_tax(before: Standing, after: Standing, rounds: Sequence[RoundEnded]) -> float:

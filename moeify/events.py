@@ -20,10 +20,11 @@ class _Event(BaseModel):
 
 
 Stop = Literal["target reached", "rounds used up", "nothing to split", "no step left"]
-"""Why a run was not split any further. ``target reached``: it was cut as deep as the recipe asks, and that was kept;
-``rounds used up``: the last round was rolled back, or went for less; ``nothing to split``: at the last round every leaf
-served one category, or none passed the null test; ``no step left``: no cut that is worth a round was expected to stay
-in the budget."""
+"""Why a run was not split any further. ``target reached``: it was cut as deep as the recipe asks, but for less than
+one multiple of experts' widths, and that was kept; ``rounds used up``: the last round was rolled back, or went less
+deep, for the budget's sake or since widths left no more room; ``nothing to split``: at the last round every leaf served
+one category, none passed the null test, or widths left no room for a cut; ``no step left``: no cut that is worth a
+round was expected to stay in the budget."""
 
 
 class _Expert(BaseModel):
@@ -128,8 +129,9 @@ class RoundEnded(_Event):
     separation: float
     """1 - mean active fraction of units, of what this round cut."""
     asked: float = 1.0
-    """The separation that the round went for, or all that the budget let it; the default is for journals from before it
-    was kept."""
+    """The separation that the round went for; or what it came to, where that is less by one multiple of experts' widths
+    (with a budget: by ``budget.least_step``) or more by half of one. The default is for journals from before it was
+    kept."""
     uncut: Literal["nothing to split", "no step left"] | None = None
     """Why the round cut nothing; None where it did."""
     tax: float

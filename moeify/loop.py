@@ -20,6 +20,7 @@ from attribution.stability import Stability, strongest_category
 from attribution.table import AttributionTable
 from moeify.clean_modules import module_tests
 from moeify.control import (
+    Depth,
     NoStepLeftError,
     Standing,
     budget_error,
@@ -39,7 +40,7 @@ from moeify.mishaps import get_over
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
 from moeify.recipe.given_tree import foreseen
-from moeify.recipe.partition import AttributionOwners, LearnedOwners
+from moeify.recipe.partition import LearnedOwners
 from moeify.recipe.plan import PlannedPhase, check_categories, plan
 from moeify.recipe.rounds import Round
 from moeify.report import Reporter
@@ -47,7 +48,6 @@ from moeify.result import ModuleTest, Result
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.grouping import NothingToSplitError, divisible_leaves
 from moeify.splitting.null_test import Relabel, null_test
-from moeify.splitting.owners import Given
 from moeify.splitting.partition import Partition
 from moeify.splitting.propose import Proposal, check_handed_over, menu, shuffled
 from moeify.splitting.terms import costs, terms_in_reach
@@ -204,12 +204,12 @@ class _Loop:
         self.state.uncut = None
         rows = self._evaluate(phase, "before_cut", ("dense", *self.config.cut_arms))
         try:
-            proposal, tables = self._propose(phase, rows)
+            proposal, asked, tables = self._propose(phase, rows)
         except (NothingToSplitError, NoStepLeftError) as reason:
             self.state.uncut = "no step left" if isinstance(reason, NoStepLeftError) else "nothing to split"
             return self.say.phase("partition", phase.round, str(reason))
         models = {arm: self.state.arms[arm].model for arm in self.config.cut_arms}
-        cuts, blind, asked = {"split": proposal}, None, self._to_come(phase.round)[0].separation
+        cuts, blind = {"split": proposal}, None
         if (random := models.get("random")) is not None:
             split, seed = models["split"], self.config.seed
             blind = shuffled(split.partition, proposal, tables["split"], split.output_weights, seed).predicted
@@ -222,16 +222,17 @@ class _Loop:
         cut_rows = self._evaluate(phase, "after_cut", self.config.cut_arms)
         now, then = (self._standing(each["split"], rows["dense"]) for each in (rows, cut_rows))
         expected = expected_tax(now, then, self.state.rounds)
-        budget, got = self.config.budget, self._separation(proposal.partition)
-        asked = got if budget and asked - got >= budget.least_step else asked  # all that the budget let it go for
         self.state.undo = before
         self.state.cut = Cut(asked, proposal.predicted, blind, now, then, expected, proposal.gap)
         return None
 
     def _propose(
         self, phase: PlannedPhase, rows: Mapping[Arm, RowLosses]
-    ) -> tuple[Proposal, dict[Arm, AttributionTable]]:
-        """Choose the split arm's cut, as deep as the round asks or the budget is expected to allow."""
+    ) -> tuple[Proposal, float, dict[Arm, AttributionTable]]:
+        """Return the split arm's cut, as deep as the round asks or the budget is expected to allow, and its tables.
+
+        Between them: the separation that the cut is judged by.
+        """
         models = {arm: self.state.arms[arm].model for arm in self.config.cut_arms}
         split, rounds, partition = models["split"], self._to_come(phase.round), self.config.partition
         reached, asked = self._separation(split.partition), rounds[0].separation
@@ -245,7 +246,7 @@ class _Loop:
         self.say.phase("partition", phase.round)
         score, tree, seed = self.config.attribution.score, self.config.tree, self.config.seed
         known = split.partition, tables["split"], split.output_weights
-        given, terms = self._handed_over(), self.terms
+        given, terms = self.state.handed_over(self.config), self.terms
         choices = menu(*known, partition, rounds, score, tree, passed, split.input_weight, seed, terms, given)
 
         def fits(cut: Proposal) -> bool:
@@ -255,22 +256,18 @@ class _Loop:
         proposal, why = choices.cut(asked), "widths leave no more room"
         if budget and not fits(proposal):
             proposal, why = deepest(choices.cut, reached + budget.least_step, asked, fits), "the budget allows no more"
+        got, multiple = self._separation(proposal.partition), choices.rounding
+        depth = Depth(reached, asked, got, multiple, slack=budget.least_step if budget else multiple)
+        depth.check_gain()
         if isinstance(owners := partition.owners, LearnedOwners):
             pupil, table = self.state.arms["split"], tables["split"]
             proposal = learn_owners(proposal, pupil, table, owners, self.task, self.world, self._mine)
-        if (got := self._separation(proposal.partition)) < asked - 1e-9:
-            self.say.phase("partition", phase.round, f"separation {got:.3f} of {asked:.3f}: {why}")
-        return proposal, tables
-
-    def _handed_over(self) -> Mapping[str, Sequence[Given]]:
-        """Return the units of each site that the cut to come gives to the categories that had them."""
-        split, owners = self.state.arms.get("split"), self.config.partition.owners
-        if not (split and split.router and isinstance(owners, AttributionOwners) and owners.hand_over):
-            return {}
-        return split.router.handed_over(split.model.partition)
+        if note := depth.note(why, handed=bool(given)):
+            self.say.phase("partition", phase.round, note)
+        return proposal, depth.judged, tables
 
     def _check_handed_over(self) -> None:
-        if given := self._handed_over():
+        if given := self.state.handed_over(self.config):
             split, first = self.state.arms["split"].model, self.config.rounds[0]
             parts = foreseen(self.config.tree, self.task.categories, first.branching)
             check_handed_over(split.partition, given, self.config.partition, self.terms, parts)

@@ -4,7 +4,7 @@ Nothing else carries over from phase to phase: data, rates and random draws are 
 """
 
 from collections import ChainMap
-from collections.abc import Container, MutableMapping
+from collections.abc import Container, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from operator import index
 from typing import Any, Literal, Self, cast
@@ -19,9 +19,11 @@ from moeify.models.families import describe
 from moeify.models.resizing import shaped, widened
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
+from moeify.recipe.partition import AttributionOwners
 from moeify.routed.gradients import GradientRouter
 from moeify.routed.shard import shard
 from moeify.routed.split_model import SplitModel
+from moeify.splitting.owners import Given
 from moeify.splitting.partition import Partition
 from moeify.store import Store, understood
 from moeify.task import Task
@@ -34,7 +36,7 @@ class Cut:
     """What is known of a round's cut before it is judged."""
 
     asked: float
-    """The separation that it went for."""
+    """The separation that it went for; see ``moeify.events.RoundEnded``."""
     predicted: float
     """J, in nats."""
     predicted_random: float | None
@@ -91,6 +93,13 @@ class State:
                 twin.load({**twin.tensors(), **trunk.tensors()})  # biases of categories begin at zero
                 twin.step, twin.health = trunk.step, replace(trunk.health)
                 self.arms[arm] = twin
+
+    def handed_over(self, config: RunConfig) -> Mapping[str, Sequence[Given]]:
+        """Return the units of each site that the cut to come gives to the categories that had them."""
+        split, owners = self.arms.get("split"), config.partition.owners
+        if not (split and split.router and isinstance(owners, AttributionOwners) and owners.hand_over):
+            return {}
+        return split.router.handed_over(split.model.partition)
 
     @property
     def name(self) -> str:

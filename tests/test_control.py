@@ -5,6 +5,7 @@ from typing import cast
 import pytest
 
 from moeify.control import (
+    Depth,
     NoStepLeftError,
     Standing,
     budget_error,
@@ -18,7 +19,8 @@ from moeify.control import (
 from moeify.events import MemoryTracker, Phase, RoundEnded
 from moeify.loop import run
 from moeify.recipe.rounds import Budget
-from moeify.splitting.propose import Proposal
+from moeify.splitting.grouping import NothingToSplitError
+from moeify.splitting.propose import Menu, Proposal
 from tests.toy import ToyTask, toy_config
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")
@@ -142,6 +144,61 @@ def test_the_deepest_cut_that_fits_is_found() -> None:
 def test_no_step_is_left_where_not_even_the_smallest_fits() -> None:
     with pytest.raises(NoStepLeftError, match=r"even a separation of 0\.050 is expected"):
         deepest(a_cut, 0.05, 0.5, within(0.001))
+
+
+@pytest.mark.parametrize(
+    ("got", "handed", "note", "judged"),
+    [
+        (0.3, False, None, 0.3),
+        (0.34, False, None, 0.3),  # not half a multiple more
+        (0.35, False, "separation 0.350, more than the 0.300 asked: widths can be no narrower", 0.35),
+        (0.6, True, "separation 0.600, more than the 0.300 asked: units that are handed over widen every expert", 0.6),
+        (0.21, False, "separation 0.210 of 0.300: no more room", 0.3),  # less than a multiple
+        (0.19, False, "separation 0.190 of 0.300: no more room", 0.19),
+    ],
+)
+def test_a_cut_counts_as_what_was_asked_as_near_as_widths_allow(
+    got: float, handed: bool, note: str | None, judged: float
+) -> None:
+    depth = Depth(before=0.1, asked=0.3, got=got, rounding=0.1, slack=0.1)
+    depth.check_gain()
+    assert depth.note("no more room", handed=handed) == note
+    assert depth.judged == judged
+
+
+def test_a_cut_that_gains_nothing_is_none() -> None:
+    with pytest.raises(NothingToSplitError, match=r"separation 0\.100 of 0\.300: widths leave no room for a cut"):
+        Depth(before=0.1, asked=0.3, got=0.1, rounding=0.5, slack=0.5).check_gain()
+    with pytest.raises(NothingToSplitError, match=r"separation 0\.400 of 0\.300: it is as deep already"):
+        Depth(before=0.4, asked=0.3, got=0.4, rounding=0.5, slack=0.5).check_gain()
+
+
+def test_a_round_that_is_as_deep_already_cuts_nothing_and_the_target_is_reached() -> None:
+    """Experts of 8 of 32 units of one of two sites are an eighth of all apart, which is more than both rounds ask."""
+    steps = [{"train": 4, "recover": 2, "separation": separation} for separation in (0.06, 0.09)]
+    training = {"steps": 12, "rows": 16}
+    partition = {"multiple": 8, "min_units": 0, "frozen": ["decoder.*"]}
+    config = toy_config(rounds=steps, training=training, partition=partition, controls=[])
+    tracker = MemoryTracker()
+    result = run(config, ToyTask(config), tracker=tracker)
+    assert [each.outcome for each in result.rounds] == ["kept", "not cut"]
+    assert result.stopped == "target reached"
+    assert "more than the 0.060 asked: widths can be no narrower" in notes(tracker)
+    assert "of 0.090: it is as deep already" in notes(tracker)
+
+
+def test_a_target_that_widths_keep_out_of_reach_is_not_called_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [{"train": 4, "recover": 2, "separation": 0.45}]
+    config = toy_config(rounds=steps, training={"steps": 8, "rows": 16}, controls=[])
+    monkeypatch.setattr(Menu, "cut", lambda menu, asked, cut=Menu.cut: cut(menu, asked / 2))
+    result = run(config, ToyTask(config))
+    assert (result.rounds[0].outcome, result.stopped) == ("kept", "rounds used up")
+    assert result.rounds[0].asked == result.rounds[0].separation == 0.25
+    monkeypatch.setattr(Menu, "cut", lambda menu, asked, cut=Menu.cut: cut(menu, 0.0))
+    partition = {"multiple": 2, "min_units": 0}
+    none = toy_config(rounds=steps, training={"steps": 8, "rows": 16}, controls=[], partition=partition)
+    result = run(none, ToyTask(none))
+    assert (result.rounds[0].outcome, result.stopped) == ("not cut", "nothing to split")
 
 
 def test_why_a_run_stopped_has_a_name() -> None:

@@ -1,7 +1,10 @@
+import itertools
+
 import pytest
 
 from moeify.recipe.plan import check_categories, plan, training_work
 from moeify.recipe.reach import Stake, check_reachable
+from moeify.splitting.terms import SiteTerms, stakes
 from tests.toy import toy_config
 
 NAMES = tuple("abcdefghij")
@@ -18,6 +21,34 @@ def test_few_heads_count_whole() -> None:
         check_reachable(toy_config(rounds=rounds((0.225, 2), (0.34, 2))), NAMES[:4], stakes)
     with pytest.raises(ValueError, match=r"rounds.1.separation: got 0.47, at most 0.462"):
         check_reachable(toy_config(rounds=rounds((0.35, 2), (0.47, 2))), NAMES[:4], stakes)
+
+
+def test_widths_are_whole_multiples() -> None:
+    """Of 48 units in multiples of 16 four experts of 43 get none, two get 16 each, which cannot be divided again."""
+    third = [Stake(1.0, 0.1, 1 / 3)]
+    check_reachable(toy_config(rounds=rounds((0.3, 2))), NAMES[:4], third)
+    with pytest.raises(ValueError, match=r"rounds.0.separation: got 0.6, at most 0.000 .* or partition.multiple$"):
+        check_reachable(toy_config(rounds=rounds((0.6, 4))), NAMES[:4], third)
+    with pytest.raises(ValueError, match=r"rounds.1.separation: got 0.4, at most 0.333"):
+        check_reachable(toy_config(rounds=rounds((0.3, 2), (0.4, 2))), NAMES[:4], third)
+    fine = [Stake(1.0, 0.1, 16 / 11008)]  # 4953 units for each of two experts, in multiples of 16 so 4944
+    check_reachable(toy_config(rounds=rounds((0.45, 2))), NAMES[:4], fine)
+    with pytest.raises(ValueError, match=r"got 0.451, at most 0.449"):
+        check_reachable(toy_config(rounds=rounds((0.451, 2))), NAMES[:4], fine)
+
+
+@pytest.mark.parametrize(("units", "multiple"), [((12, 16), 2), ((12, 12), 3), ((16, 9), 1)])
+def test_what_some_cut_reaches_is_not_refused(units: tuple[int, int], multiple: int) -> None:
+    """Against all widths of the experts of two rounds, which may differ from site to site."""
+    total, core = sum(units), 0.1
+    terms = {str(i): SiteTerms(multiple, 0, core) for i in range(2)}
+    known = stakes(terms, {str(i): each for i, each in enumerate(units)})
+    widest = [each.widest(width, 2, root=True) for each, width in zip(terms.values(), units, strict=True)]
+    for first in itertools.product(*(range(0, most + 1, multiple) for most in widest)):
+        reached = sum(first) / total  # each category leaves out one of two experts
+        then = reached + sum(each // 2 // multiple * multiple for each in first) / total
+        if then > reached > 0:
+            check_reachable(toy_config(rounds=rounds((reached, 2), (then, 2))), NAMES[:4], known)
 
 
 def test_what_is_frozen_lies_out_of_reach() -> None:

@@ -7,8 +7,9 @@ from moeify.models.units import flops
 from moeify.recipe.partition import Partition as PartitionConfig
 from moeify.recipe.partition import UnitKind
 from moeify.recipe.reach import Stake
-from moeify.splitting.terms import Terms, costs, plain_terms, site_terms, stakes
+from moeify.splitting.terms import Terms, costs, plain_terms, site_terms, stakes, terms_in_reach
 from tests.networks import grouped_llama, tiny_autoencoder
+from tests.toy import toy_config
 
 NETWORK = grouped_llama(heads=6, groups=3, bias=True)
 SPACE = unit_space(NETWORK, get_args(UnitKind))
@@ -54,13 +55,27 @@ def test_floors_and_frozen_sites_are_named_or_matched() -> None:
     assert (frozen.frozen, frozen.least) == (True, 0)
     assert [frozen.given(7, root=root) for root in (True, False)] == [0, 0]
     assert [free.given(7, root=root) for root in (True, False)] == [4, 7]
-    assert stakes(found, SPACE) == [
+    units = {site.name: site.units for site in SPACE.sites}
+    assert stakes(found, units) == [
         pytest.approx(Stake(3 / 46, 1.0, 1 / 3)),
-        pytest.approx(Stake(20 / 46, 0.5)),
+        pytest.approx(Stake(20 / 46, 0.5, 8 / 20)),
         pytest.approx(Stake(3 / 46, 0.2, 1 / 3)),
-        pytest.approx(Stake(20 / 46, 0.3)),
+        pytest.approx(Stake(20 / 46, 0.3, 8 / 20)),
     ]
-    assert stakes(terms(), SPACE) == [pytest.approx(Stake(6 / 46, 0.1, 1 / 3)), pytest.approx(Stake(40 / 46, 0.1))]
+    alike = [pytest.approx(Stake(6 / 46, 0.1, 1 / 3)), pytest.approx(Stake(40 / 46, 0.1, 8 / 20))]
+    assert stakes(terms(), units) == alike
+
+
+def test_experts_without_room_are_told_before_anything_is_trained() -> None:
+    """A site of 20 units has room for two experts of 8, but not for four of them, now or in a later round."""
+    rounds = [{"train": 1, "recover": 1, "separation": 0.2, "branching": 4}]
+    two = [{**rounds[0], "separation": 0.1, "branching": 2}, rounds[0]]
+    for asked in (rounds, two):
+        config = toy_config(rounds=asked, partition={"multiple": 1, "min_units": 8})
+        with pytest.raises(ValueError, match=r"'core' owns 20 units of site 'layers\.0\.ffn', too few for . children"):
+            terms_in_reach(config, tuple("abcd"), NETWORK, SPACE, 12)
+    few = toy_config(rounds=rounds, partition={"multiple": 1, "min_units": 4, "floors": {"*.heads": 0.1}})
+    assert terms_in_reach(few, tuple("abcd"), NETWORK, SPACE, 12)["layers.0.ffn"].least == 4
 
 
 def test_names_of_no_site_are_told_a_line_each() -> None:

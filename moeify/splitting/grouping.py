@@ -33,7 +33,7 @@ _SWEEPS = 4
 
 
 class NothingToSplitError(ValueError):
-    """No leaf is left that could be divided further."""
+    """No leaf is left that could be divided further, or none with room for it."""
 
 
 def choose_groups(

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attribution.table import AttributionTable, Unsigned
-from moeify.recipe.given_tree import Nested, foreseen
+from moeify.recipe.given_tree import Nested
 from moeify.recipe.partition import Partition as PartitionConfig
 from moeify.recipe.rounds import Round
 from moeify.splitting.grouping import Groups, choose_groups, is_routed
@@ -26,7 +26,7 @@ from moeify.splitting.knapsack import Curve, cheapest
 from moeify.splitting.owners import Given, LeafUnits, owners
 from moeify.splitting.partition import Partition
 from moeify.splitting.refine import Exchange
-from moeify.splitting.terms import SiteTerms, Terms, costs, plain_terms
+from moeify.splitting.terms import SiteTerms, Terms, costs, plain_terms, room
 
 Owned = Mapping[tuple[str, int], Int[np.ndarray, " leaf_units"]]
 """(site, leaf) -> bin of each unit the leaf owned: child k, or K for the leaf itself."""
@@ -73,6 +73,17 @@ class Menu:
     """(site, leaf) -> from the narrowest expert allowed to the widest there is room for."""
     exchanges: Mapping[tuple[str, int], Exchange]
     """(site, leaf) -> exchanges of units that lower J; none where ``config.refine`` is off."""
+
+    @property
+    def rounding(self) -> float:
+        """What experts that are one multiple wider everywhere add to the separation: less than that is rounding."""
+        spared = sum(
+            _experts_spared(self.groups[leaf], self.config) * self.terms[site].multiple * self.terms[site].cost
+            for site, leaf in self.choices
+            if not self.terms[site].frozen
+        )
+        total = sum(self.partition.units(site) * self.terms[site].cost for site in self.partition.widths)
+        return spared / (len(self.partition.tree.categories) * total)
 
     def cut(self, separation: float) -> Proposal:
         """Return the cut to a separation (of what units cost) that costs the least J.
@@ -203,17 +214,11 @@ def _choices(
 ) -> list[_Choice]:
     """Return what each expert width would cost, from the narrowest allowed to the widest there is room for."""
     site, width, parts = units.site, units.number, units.parts
-    children = sum(is_routed(part, config) for part in parts)
-    widest = terms.widest(width, children, root=leaf == 0)
-    need = max(_need(part, rounds[1:], terms, tree) for part in parts if is_routed(part, config))
+    routed = [part for part in parts if is_routed(part, config)]
+    children = len(routed)
+    need, widest = room(terms, site, partition.tree.nodes[leaf].name, width, routed, rounds[1:], tree)
     deal, home_L = owners(config.owners, units), units.homes()
     handed = max(int((home_L == bin_).sum()) for bin_, part in enumerate(parts) if is_routed(part, config))
-    if widest < need:
-        raise ValueError(
-            f"expert {partition.tree.nodes[leaf].name!r} owns {width} units of site {site!r}, too few for {children} "
-            f"children of {need} ({terms.where}.min_units, room for later rounds); lower {terms.where}.min_units, "
-            f"{terms.where}.multiple or the separation of earlier rounds"
-        )
     if handed > widest:
         raise _too_many(site, handed, width, widest, children)
     need = max(need, -(-handed // terms.multiple) * terms.multiple)
@@ -224,14 +229,6 @@ def _choices(
         predicted = _residual(partition, units.table, units.output_DF, site, leaf, parts, owner_L)
         found.append(_Choice(each, owner_L, predicted, gap))
     return found
-
-
-def _need(categories: Sequence[str], later: Sequence[Round], terms: SiteTerms, tree: Nested | None) -> int:
-    """Return the fewest units an expert of these categories needs, its own later children included."""
-    if len(categories) > 1 and later:
-        children = foreseen(tree, categories, later[0].branching)
-        return len(children) * max(_need(child, later[1:], terms, tree) for child in children)
-    return terms.least
 
 
 def _residual(

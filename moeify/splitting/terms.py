@@ -9,11 +9,14 @@ from typing import assert_never
 
 from torch import nn
 
-from moeify.models.units import ConvUnits, HeadUnits, UnitSpace, flops
+from moeify.models.units import UnitSpace, flops
 from moeify.recipe.config import RunConfig
+from moeify.recipe.given_tree import Nested, foreseen
 from moeify.recipe.partition import Partition as PartitionConfig
 from moeify.recipe.partition import UnitKind
-from moeify.recipe.reach import Stake, check_reachable
+from moeify.recipe.reach import Stake, check_reachable, experts_to_come
+from moeify.recipe.rounds import Round
+from moeify.splitting.tree import ROOT
 
 
 @dataclass(frozen=True)
@@ -83,25 +86,55 @@ def site_terms(config: PartitionConfig, network: nn.Module, space: UnitSpace, le
 def terms_in_reach(
     config: RunConfig, categories: Sequence[str], network: nn.Module, space: UnitSpace, length: int
 ) -> Terms:
-    """Return every site's terms, with which all rounds can be reached.
+    """Return every site's terms, with which all rounds can be reached; ``network`` is the dense twin's.
 
-    Raises ValueError for a round that is out of reach, and what ``site_terms`` raises.
+    Raises ValueError for a round that is out of reach, for a site without room for the experts of the first cut and
+    those of later ones, and what ``site_terms`` raises.
     """
     terms = site_terms(config.partition, network, space, length)
-    check_reachable(config, categories, stakes(terms, space))
+    units = {site.name: site.units + config.routing.added(site.name) for site in space.sites}
+    check_reachable(config, categories, stakes(terms, units))
+    first, *later = config.rounds
+    parts = foreseen(config.tree, [c for c in categories if c not in config.partition.unrouted], first.branching)
+    for site, width in units.items():
+        room(terms[site], site, ROOT, width, parts, later, config.tree)
     return terms
 
 
-def stakes(terms: Terms, space: UnitSpace) -> list[Stake]:
-    """Return the sites as ``moeify.recipe.reach`` counts them, those that are alike together."""
-    total = sum(terms[site.name].cost * site.units for site in space.sites)
+def stakes(terms: Terms, units: Mapping[str, int]) -> list[Stake]:
+    """Return the sites (with their units) as ``moeify.recipe.reach`` counts them, those that are alike together."""
+    total = sum(terms[site].cost * width for site, width in units.items())
     found: dict[tuple[float, float], float] = {}
-    for site in space.sites:
-        each = terms[site.name]
-        few = isinstance(site, HeadUnits | ConvUnits)
-        alike = each.core, each.multiple / site.units if few else 0.0
-        found[alike] = found.get(alike, 0.0) + each.cost * site.units / total
+    for site, width in units.items():
+        each = terms[site]
+        alike = each.core, each.multiple / width
+        found[alike] = found.get(alike, 0.0) + each.cost * width / total
     return [Stake(share, *alike) for alike, share in found.items()]
+
+
+def room(
+    terms: SiteTerms,
+    site: str,
+    expert: str,
+    width: int,
+    parts: Sequence[Sequence[str]],
+    later: Sequence[Round],
+    tree: Nested | None,
+) -> tuple[int, int]:
+    """Return the narrowest and the widest that the children of an expert with ``width`` units of a site may be.
+
+    ``parts``: the categories of each child that gets units; ``later``: the rounds after the cut, whose experts need
+    room as well. Raises ValueError where there is none.
+    """
+    widest = terms.widest(width, len(parts), root=expert == ROOT)
+    need = terms.least * max(experts_to_come(part, later, tree) for part in parts)
+    if widest < need:
+        raise ValueError(
+            f"expert {expert!r} owns {width} units of site {site!r}, too few for {len(parts)} children of {need} "
+            f"({terms.where}.min_units, room for later rounds); lower {terms.where}.min_units, {terms.where}.multiple "
+            f"or the separation of earlier rounds"
+        )
+    return need, widest
 
 
 def costs(terms: Terms) -> dict[str, int]:
