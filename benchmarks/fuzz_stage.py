@@ -59,7 +59,7 @@ def staged(place: Path) -> Iterator[Stage]:
         os.environ.pop(name, None)
     from pipelines import compare, doctor, launch, runs
 
-    vars(launch).update(MlflowFollower=Untracked, on_ray=_not_launched)
+    vars(launch).update(Drawing=Untracked, MlflowFollower=Untracked, on_ray=_not_launched)
     vars(compare).update(compare=_refused)
     vars(doctor).update(examine=lambda: iter(()))
     write_texts(place / "texts.jsonl", random.Random(0))

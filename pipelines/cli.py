@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from pipelines.commands.arguments import examples
+from pipelines.one_line import one_line
 
 COMMANDS = (
     *("init", "plan", "run", "split", "resume", "compare", "study"),
@@ -91,7 +92,7 @@ def _told(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error, None)
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:

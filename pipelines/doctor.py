@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from moeify.place import Place
 from pipelines import homes, machine, runs
+from pipelines.one_line import one_line, public
 
 State = Literal["ok", "warning", "problem"]
 
@@ -84,7 +85,7 @@ def examine() -> Iterator[Check]:
         try:
             yield look()
         except Exception as error:
-            what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            what = one_line(error, 200, kind=True)
             yield Check(name, "problem", what, f"see whether {name} is installed whole: pip install --force-reinstall")
 
 
@@ -184,7 +185,7 @@ def _home(name: str) -> Check:
     try:
         known = homes.home_of(runs.home())
     except (ValueError, OSError) as error:
-        return Check(name, "problem", " ".join(str(error).split()), "set MOEIFY_HOME to a folder, or to a URL of one")
+        return Check(name, "problem", one_line(error, None), "set MOEIFY_HOME to a folder, or to a URL of one")
     if known is None:
         return _folder(name, runs.home(), "MOEIFY_HOME")
     probe, content = f".moeify-doctor-{secrets.token_hex(4)}", secrets.token_bytes(64)
@@ -194,7 +195,7 @@ def _home(name: str) -> Check:
         whole = place.read(probe) == content and probe in place.names()
         place.remove([probe])
     except (ValueError, OSError) as error:
-        return Check(name, "problem", " ".join(str(error).split()), "see docs/storage.md")
+        return Check(name, "problem", one_line(error, None), "see docs/storage.md")
     if not whole:
         return Check(name, "problem", f"{known.url}: what was written reads differently", "use another store")
     return Check(name, "ok", f"{known.url}: can be listed, read and written")
@@ -257,7 +258,7 @@ def _cluster() -> Check:
 
 
 def _mlflow() -> Check:
-    from pipelines.mlflow_store import public, tracking_uri
+    from pipelines.mlflow_store import tracking_uri
 
     uri = tracking_uri(runs.home())
     where, way_out = public(uri), "runs go on without it, and 'moeify sync' delivers later; set MLFLOW_TRACKING_URI"
@@ -270,7 +271,7 @@ def _mlflow() -> Check:
             said = _stored(uri)
     except (OSError, sqlite3.Error) as error:
         reason = getattr(error, "reason", None) or error
-        return Check("mlflow", "problem", f"{where}: {str(reason)[:200]}", way_out)
+        return Check("mlflow", "problem", f"{where}: {one_line(reason, 200)}", way_out)
     return Check("mlflow", "ok", f"{where}: {said}")
 
 
@@ -313,5 +314,5 @@ def _stored(uri: str) -> str:
     if not found:
         raise OSError(f"no answer within {_CLIENT_SECONDS:.0f} s")
     if isinstance(found[0], Exception):
-        raise OSError(" ".join(str(found[0]).split()))
+        raise OSError(one_line(found[0], None))
     return "answers"

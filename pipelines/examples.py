@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from moeify.examples import Portraits
+from pipelines.one_line import one_line
 from pipelines.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def keep_or_warn(folder: RunFolder, config: "RunConfig", task: "Task") -> bool:
     try:
         keep(folder, config, task)
     except Exception as error:  # the run itself is done
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        what = one_line(error, kind=True)
         sys.stderr.write(f"moeify: warning: examples of what the experts do were not kept ({what})\n")
     return folder.portraits.is_file()
 

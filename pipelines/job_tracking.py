@@ -24,6 +24,7 @@ from pipelines.mlflow_store import (
     told_as_delivery_error,
     tracking_uri,
 )
+from pipelines.one_line import one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -127,7 +128,7 @@ class JobTracker:
             try:
                 self._client.set_terminated(self._parent, "KILLED")
             except Exception as error:
-                _warn(f"was not told of the interruption ({_one_line(error)})")
+                _warn(f"was not told of the interruption ({one_line(error, 150, kind=True)})")
 
     @property
     def where_to_look(self) -> str:
@@ -139,7 +140,7 @@ class JobTracker:
             self._deliver(ended, note)
         except Exception as error:  # never the jobs' trouble
             self._away = True
-            _warn(f"will be tried again at the end ({_one_line(error)})")
+            _warn(f"will be tried again at the end ({one_line(error, 150, kind=True)})")
 
     def _deliver(self, ended: Sequence[EndedJob], note: str) -> None:
         client = self._connected()
@@ -231,7 +232,3 @@ class JobTracker:
 
 def _warn(what: str) -> None:
     sys.stderr.write(f"moeify: warning: MLflow {what}\n")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:150]

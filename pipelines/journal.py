@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from moeify.events import Event
 from moeify.storing import storing
+from pipelines.one_line import one_line
 
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 _BATCH = 1000
@@ -149,6 +150,21 @@ class Follower(Protocol):
         ...
 
 
+@runtime_checkable
+class Named(Protocol):
+    """A follower that people know by a name of its own, and can have go on later."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        ...
+
+    @property
+    def later(self) -> str:
+        """The command that has it take what it missed."""
+        ...
+
+
 @contextmanager
 def follow(
     path: Path, followers: Sequence[Follower], *, poll_seconds: float = 0.25, drain_seconds: float = 30.0
@@ -170,9 +186,7 @@ def follow(
         for pump in pumps:
             pump.join(max(0.0, deadline - time.monotonic()))
             if pump.is_alive():
-                _report(
-                    pump.follower, f"is still busy {drain_seconds:g} s after the run; what it missed stays in {path}"
-                )
+                pump.report(f"is still busy {drain_seconds:g} s after the run", left=True)
 
 
 def left_behind() -> bool:
@@ -187,6 +201,7 @@ class _Pump(threading.Thread):
 
     def run(self) -> None:
         failures = 0
+        gave_up = False
         last_tries = _LAST_TRIES
         while True:
             ended = self.ended.is_set()  # before reading: what was written until then is read below
@@ -195,10 +210,11 @@ class _Pump(threading.Thread):
             except Exception as error:  # a follower's trouble is never the run's
                 failures += 1
                 if failures == 1:
-                    _report(self.follower, f"failed and will be tried again ({_one_line(error)})")
+                    self.report(f"failed and will be tried again ({one_line(error, kind=True)})")
                 last_tries -= ended
                 if last_tries <= 0:
-                    _report(self.follower, f"gave up ({_one_line(error)}); what it missed stays in {self.path}")
+                    gave_up = True
+                    self.report(f"gave up ({one_line(error, kind=True)})", left=True)
                     break
                 if ended:
                     time.sleep(self.poll_seconds)
@@ -213,7 +229,15 @@ class _Pump(threading.Thread):
         try:
             self.follower.close()
         except Exception as error:
-            _report(self.follower, f"failed while closing ({_one_line(error)})")
+            if not gave_up:
+                self.report(f"failed while closing ({one_line(error, kind=True)})", left=True)
+
+    def report(self, what: str, *, left: bool = False) -> None:
+        """Say what is wrong with the follower; ``left``: and where what it missed is."""
+        named = self.follower if isinstance(self.follower, Named) else None
+        name = named.name if named else type(self.follower).__name__
+        where = f"later: {named.later}" if named else f"what it missed stays in {self.path}"
+        sys.stderr.write(f"moeify: warning: {name} {what}{f'; {where}' if left else ''}\n")
 
     def _deliver(self) -> bool:
         events, end = read_events(self.path, self.follower.offset, _BATCH)
@@ -221,11 +245,3 @@ class _Pump(threading.Thread):
             self.follower.take(events)
             self.follower.offset = end
         return bool(events)
-
-
-def _report(follower: Follower, what: str) -> None:
-    sys.stderr.write(f"moeify: warning: {type(follower).__name__} {what}\n")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

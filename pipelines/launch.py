@@ -21,7 +21,9 @@ from filelock import FileLock, Timeout
 from moeify.events import Failed
 from moeify.recipe.config import Cluster, RunConfig
 from moeify.storing import StorageError
+from pipelines.drawing import Drawing
 from pipelines.journal import Follower, JournalError, follow
+from pipelines.one_line import one_line
 from pipelines.restarts import fit_again
 from pipelines.runs import RunFolder, cache, hold
 from pipelines.stopping import asking, stoppable
@@ -166,11 +168,11 @@ def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, A
     except TrainingFailedError as error:
         raise RunFailedError(
             f"the workers of {folder.id} died, and died again on each of {wanted.retries} restarts "
-            f"({_one_line(error)}); 'moeify resume {folder.id}' goes on from the last checkpoint"
+            f"({_said(error)}); 'moeify resume {folder.id}' goes on from the last checkpoint"
         ) from error
     except RayError as error:  # not a worker's end: that of what watches the workers, or of the cluster
         raise RunFailedError(
-            f"Ray broke down under {folder.id} ({_one_line(error)}); "
+            f"Ray broke down under {folder.id} ({_said(error)}); "
             f"'moeify resume {folder.id}' goes on from the last checkpoint"
         ) from error
     finally:
@@ -267,7 +269,7 @@ def _told(what: str, way_out: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise RayStartError(f"{what} ({_one_line(error)}); {way_out}") from error
+        raise RayStartError(f"{what} ({_said(error)}); {way_out}") from error
 
 
 def clear_leftovers(place: Path) -> None:
@@ -287,18 +289,24 @@ def _driven(folder: RunFolder, config: RunConfig, followers: Sequence[Follower])
 
     The note is the driver's, for only the driver outlives every worker; workers must have let go of the journal.
     """
-    with stoppable(), hold(folder), follow(folder.journal, [*followers, MlflowFollower(folder, config, machine=True)]):
+    with stoppable(), hold(folder), follow(folder.journal, [*followers, *_own_followers(folder, config)]):
         try:
             yield
         except Exception as error:
             now = time.time()
             with suppress(OSError, JournalError), journal_of(folder) as journal:
-                journal.emit(Failed(id=f"failed/{now:.3f}", time=now, reason=_one_line(error)))
+                journal.emit(Failed(id=f"failed/{now:.3f}", time=now, reason=_said(error)))
             raise
         finally:
             if folder.remote:  # what workers wrote last, before followers are told that it was all
                 with suppress(OSError):
                     folder.remote.catch_up()
+
+
+def _own_followers(folder: RunFolder, config: RunConfig) -> tuple[Follower, Follower]:
+    """Return what draws a run, and what tells MLflow of it and hands it the drawings."""
+    drawing = Drawing(folder)
+    return drawing, MlflowFollower(folder, config, drawing, machine=True)
 
 
 def _order(folder: RunFolder, config: RunConfig, base: Path) -> dict[str, Any]:
@@ -380,9 +388,9 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _one_line(error: BaseException) -> str:
+def _said(error: BaseException) -> str:
     """Return what Ray says of workers that died, or what one that had no memory left says itself."""
     for failure in getattr(error, "worker_failures", {}).values():
         if isinstance(failure, MemoryError):
             return str(failure)
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(error)

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock
+
+from pipelines.one_line import one_line, public
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -50,14 +51,6 @@ def tracking_uri(home: Path) -> str:
     """Return where runs of this home go: ``MLFLOW_TRACKING_URI``, or a database beside them."""
     asked = os.environ.get("MLFLOW_TRACKING_URI")
     return asked.rstrip("/") if asked else f"sqlite:///{(home / 'mlflow.db').absolute()}"
-
-
-def public(uri: str) -> str:
-    """Return the address without user and password."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def address(uri: str, experiment: str, run: str) -> str:
@@ -121,7 +114,7 @@ def told_as_delivery_error(home: Path, what_stays: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException) as error:
-        why = " ".join(str(error).split())[:200]
+        why = one_line(error, 200)
         raise DeliveryError(f"MLflow at {public(tracking_uri(home))} did not take it ({why}); {what_stays}") from error
 
 

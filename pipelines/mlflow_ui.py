@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipelines.mlflow_store import SETTINGS, public, tracking_uri
+from pipelines.mlflow_store import SETTINGS, tracking_uri
+from pipelines.one_line import public
 from pipelines.runs import RunFolder
 from pipelines.stopping import stoppable
 from pipelines.tracking import Progress

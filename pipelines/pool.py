@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from moeify.recipe.config import Cluster
 from pipelines.launch import RunFailedError, cluster
+from pipelines.one_line import one_line
 from pipelines.stopping import stoppable
 from pipelines.worker import Failure
 
@@ -98,7 +99,7 @@ def _waited(running: list[Any]) -> tuple[list[Any], list[Any]]:
     try:
         return ray.wait(running, num_returns=1)
     except ray.exceptions.RayError as error:
-        said = " ".join(str(error).split())[:200]
+        said = one_line(error, 200)
         raise RunFailedError(f"Ray broke down ({said}); go on with the same command") from error
 
 

@@ -14,6 +14,7 @@ from moeify.task import Task, data_hash
 from moeify.tasks.build import build_task
 from pipelines import runs
 from pipelines.journal import read_events
+from pipelines.one_line import one_line
 
 
 def recovery_on(folder: runs.RunFolder, steps: int) -> Recover:
@@ -40,7 +41,7 @@ def _data_of(folder: runs.RunFolder, asks: str, way_out: str) -> tuple[RunConfig
     try:
         task = build_task(config, cache=runs.cache(), base=folder.base)
     except (OSError, ValueError) as error:
-        said = " ".join(str(error).split())
+        said = one_line(error, None)
         raise ValueError(f"{asks} the data of run {folder.id}, which cannot be read: {said}; {way_out}") from None
     events, _ = read_events(folder.journal, 0)
     started = next((event for event in events if isinstance(event, Started)), None)

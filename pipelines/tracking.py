@@ -22,6 +22,7 @@ from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
 from moeify.result import Result
 from pipelines import plots
+from pipelines.drawing import Drawing, ended_as, last_event
 from pipelines.journal import read_events
 from pipelines.mlflow_models import Origin, loader_of, log_model
 from pipelines.mlflow_store import (
@@ -33,20 +34,21 @@ from pipelines.mlflow_store import (
     log_params,
     milliseconds,
     new_run,
-    public,
     told_as_delivery_error,
     tracking_uri,
 )
 from pipelines.mlflow_system import SystemMetrics
 from pipelines.mlflow_tags import log_data, outcome_tags, recipe_tags
 from pipelines.mlflow_terms import final_points, flat, points_of, summary
-from pipelines.report.page import write_or_warn
+from pipelines.one_line import one_line, public
 from pipelines.runs import RunFolder, Status, hold
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _REGISTERED: tuple[Arm, ...] = ("dense", "split")
+_WORDS: dict[Status, str] = {"finished": "FINISHED", "failed": "FAILED"}
+"""How MLflow calls an end; any other one is ``KILLED`` there."""
 _MOST_EVENTS = 1000
 """Events read at once when a journal is delivered later."""
 
@@ -88,19 +90,29 @@ class Progress(BaseModel):
 
 
 class MlflowFollower:
-    """Draws the run's plots, writes its report and delivers its journal to MLflow."""
+    """Delivers a run's journal to MLflow, with its pictures and its report.
 
-    def __init__(self, folder: RunFolder, config: RunConfig, *, driven: bool = True, machine: bool = False) -> None:
+    ``drawing``: what makes those, here where nothing else does.
+    """
+
+    name = "MLflow"
+
+    def __init__(
+        self, folder: RunFolder, config: RunConfig, drawing: Drawing | None = None, *, machine: bool = False
+    ) -> None:
         self._folder = folder
+        self._drawing = drawing or Drawing(folder)
         self._machine = machine
         """Whether how busy this machine is belongs to the run."""
         self._system: SystemMetrics | None = None
-        self._driven = driven
-        """Whether the run is under way, as against delivered later."""
         self._config = config
         self._progress = Progress.load(folder.tracking, public(tracking_uri(folder.path.parent)))
         self._client: MlflowClient | None = None
-        self._drawn: set[str] = set()
+
+    @property
+    def later(self) -> str:
+        """The command that delivers what was missed."""
+        return f"moeify sync {self._folder.id}"
 
     @property
     def offset(self) -> int:
@@ -119,10 +131,7 @@ class MlflowFollower:
 
     def take(self, events: Sequence[Event]) -> None:
         """Draw and deliver; raises when MLflow cannot be reached, and may then be handed the same events again."""
-        for event in events:
-            if isinstance(event, RoundEnded | Finished) and event.id not in self._drawn:
-                self._drawn.add(event.id)
-                self._draw(event)
+        self._drawing.take(events)
         client = self._connected()
         if self._system:
             self._system.start()
@@ -149,9 +158,9 @@ class MlflowFollower:
 
     def close(self) -> None:
         """Say how the run ended: its report, status, summary and result."""
-        end = self._last()
-        status, ended_as = _ending(end)
-        write_or_warn(self._folder, ended_as)
+        self._drawing.close()
+        end = last_event(self._folder)
+        status = _WORDS.get(ended_as(end), "KILLED")
         client = self._connected()
         if self._system:
             self._system.stop()
@@ -163,24 +172,6 @@ class MlflowFollower:
         client.set_terminated(parent, status, end_time=milliseconds(end.time) if end else None)
         self._progress.closed = True
         self._progress.save(self._folder.tracking)
-
-    def _draw(self, event: RoundEnded | Finished) -> None:
-        """Draw a round or the end; a picture that cannot be drawn keeps nothing else from being delivered."""
-        try:
-            if isinstance(event, RoundEnded):
-                plots.draw(self._folder, event.round)
-            else:
-                plots.tax_separation(self._folder)
-        except (OSError, ValueError) as error:
-            what = f"round {event.round}" if isinstance(event, RoundEnded) else "the end"
-            sys.stderr.write(f"moeify: warning: {what} was not drawn ({' '.join(str(error).split())[:300]})\n")
-        if isinstance(event, RoundEnded):  # the end's is written when it is known that it was the end
-            write_or_warn(self._folder, "running" if self._driven else _ending(self._last())[1])
-
-    def _last(self) -> Event | None:
-        """Return the last event that says how the run goes."""
-        events, _ = read_events(self._folder.journal, 0)
-        return next((event for event in reversed(events) if not isinstance(event, Exported)), None)
 
     def _summarise(self, client: "MlflowClient", status: str) -> None:
         from mlflow.entities import RunTag
@@ -307,7 +298,7 @@ class MlflowFollower:
         try:
             fetch_checkpoint(self._folder)
         except CorruptCheckpointError as error:
-            sys.stderr.write(f"moeify: warning: no model was logged ({' '.join(str(error).split())[:300]})\n")
+            sys.stderr.write(f"moeify: warning: no model was logged ({one_line(error)})\n")
             return
         for arm in _REGISTERED:
             try:
@@ -317,7 +308,7 @@ class MlflowFollower:
                     copy_from_run(self._folder.path, arm, Path(place) / arm)
                     log_model(client, self._origin(), arm, Path(place) / arm, self._config.training.steps)
             except CorruptCheckpointError as error:
-                what = " ".join(str(error).split())[:300]
+                what = one_line(error)
                 sys.stderr.write(f"moeify: warning: the {arm} model was not logged ({what})\n")
             except ValueError:  # never split, or the checkpoints were cleared away
                 continue
@@ -347,17 +338,6 @@ class MlflowFollower:
             client.log_artifact(run, str(path))
 
 
-def _ending(last: Event | None) -> tuple[str, Status]:
-    """Return MLflow's word and ours for a run whose last event is that."""
-    match last:
-        case Finished():
-            return "FINISHED", "finished"
-        case Failed():
-            return "FAILED", "failed"
-        case _:
-            return "KILLED", "interrupted"
-
-
 def deliver(folder: RunFolder, config: RunConfig) -> int:
     """Deliver what MLflow missed of a run that nobody drives; return how many events that were.
 
@@ -366,7 +346,7 @@ def deliver(folder: RunFolder, config: RunConfig) -> int:
     delivered = 0
     stays = f"what is missing stays in {folder.journal}"
     with hold(folder), told_as_delivery_error(folder.path.parent, stays):
-        follower = MlflowFollower(folder, config, driven=False)
+        follower = MlflowFollower(folder, config, Drawing(folder, driven=False))
         while True:
             events, end = read_events(folder.journal, follower.offset, _MOST_EVENTS)
             if not events:

@@ -200,6 +200,7 @@ def test_a_local_run_without_memory_ends_in_one_line(tmp_path: Path, monkeypatch
         raise OutOfMemoryError("split, step 7, worker 0: out of memory")
 
     monkeypatch.setattr(launch, "MlflowFollower", Deaf)
+    monkeypatch.setattr(launch, "Drawing", Deaf)
     monkeypatch.setattr(pipelines.worker, "work", work)
     folder = RunFolder(tmp_path / "tiny-20260101-000000-abcd")
     folder.path.mkdir()

@@ -48,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
 
 
 class Deaf:
-    """Stands for MLflow where a test is about something else."""
+    """Stands for MLflow, and for what draws, where a test is about something else."""
 
     offset = 0
 
@@ -62,6 +62,7 @@ class Deaf:
 @pytest.fixture
 def untracked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "MlflowFollower", Deaf)
+    monkeypatch.setattr(launch, "Drawing", Deaf)
 
 
 def ray_processes() -> list[str]:

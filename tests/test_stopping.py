@@ -74,6 +74,7 @@ class Presses:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     monkeypatch.setattr(launch, "MlflowFollower", Deaf)
+    monkeypatch.setattr(launch, "Drawing", Deaf)
     monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("pipelines.journal._BATCH", 1)
     path = tmp_path / "tiny-20260101-000000-abcd"
@@ -244,6 +245,7 @@ def test_ctrl_c_in_moeify_split_says_so_and_exits_as_documented(
     for name in ("HOME", "CACHE"):
         monkeypatch.setenv(f"MOEIFY_{name}", str(tmp_path / name))
     monkeypatch.setattr(launch, "MlflowFollower", Deaf)
+    monkeypatch.setattr(launch, "Drawing", Deaf)
     monkeypatch.setattr("pipelines.display.choose_display", Presses)
     save_checkpoint(tmp_path / "checkpoint", "llama")
     write_texts(tmp_path)

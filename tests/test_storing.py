@@ -117,6 +117,7 @@ def test_whatever_write_fails_the_run_says_so_and_goes_on_from_the_last_good_che
 def homed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("MOEIFY_HOME", str(tmp_path / "runs"))
     monkeypatch.setattr(launch, "MlflowFollower", Deaf)
+    monkeypatch.setattr(launch, "Drawing", Deaf)
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     return tmp_path
 

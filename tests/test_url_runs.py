@@ -118,6 +118,7 @@ def wait_for(what: Callable[[], bool], seconds: float = 120.0) -> None:
 def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process runs tell MLflow nothing: to lay out its database takes longer than the runs."""
     monkeypatch.setattr(launch, "MlflowFollower", Deaf)
+    monkeypatch.setattr(launch, "Drawing", Deaf)
 
 
 @pytest.fixture

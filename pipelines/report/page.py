@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeify.result import MEAN
+from pipelines.one_line import one_line
 from pipelines.report.affinity import affinities
 from pipelines.report.boxes import looks, served
 from pipelines.report.cost import costs, in_words
@@ -62,7 +63,7 @@ def write_or_warn(folder: RunFolder, ended_as: Status | None = None) -> None:
     try:
         write(folder, ended_as=ended_as)
     except Exception as error:  # a page is never worth a run
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        what = one_line(error, kind=True)
         sys.stderr.write(f"moeify: warning: the report of {folder.id} was not written ({what})\n")
 
 

@@ -15,6 +15,7 @@ from moeify.result import Result
 from pipelines.examples import read_portraits
 from pipelines.journal import read_events
 from pipelines.kept_speeds import KeptSpeed, read_speeds
+from pipelines.one_line import one_line
 from pipelines.plots import recipe_budget
 from pipelines.round_files import Ownership, RoundMap, attribution_file, read_map, read_ownership
 from pipelines.runs import RunFolder, Status, status
@@ -150,7 +151,7 @@ class Recorded:
         except FileNotFoundError:
             return None
         except (ValueError, OSError) as error:
-            told = " ".join(str(error).split())[:300]
+            told = one_line(error)
             if told not in self.problems:
                 self.problems.append(told)
             return None
