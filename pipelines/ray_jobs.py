@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from moeify.recipe.config import RunConfig
+from pipelines.one_line import one_line
 from pipelines.package import RECIPE, pack
 from pipelines.runs import check_id
 
@@ -121,12 +122,14 @@ def address_of(given: str | None, environment: Mapping[str, str] = os.environ) -
             given = value if name != "RAY_ADDRESS" or value.startswith(("http://", "https://")) else None
     if given is None or given == HERE:
         return None
-    parts = urlsplit(given)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
-        raise ValueError(f"address: got {given!r}, wanted http://HOST:PORT of the cluster's job API, or {HERE!r}")
-    if "@" in parts.netloc:
+    if "@" in given:
         raise ValueError(f"address: got one with a password, wanted http://HOST:PORT; a token goes into {_TOKENS[0]}")
-    return f"{parts.scheme}://{parts.netloc}"
+    with suppress(ValueError):  # a port, or a host, that is none
+        parts = urlsplit(given)
+        beyond = parts.path.strip("/") or parts.query or parts.fragment
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not beyond:
+            return f"{parts.scheme}://{parts.netloc}"
+    raise ValueError(f"address: got {given!r}, wanted http://HOST:PORT of the cluster's job API, or {HERE!r}")
 
 
 def connect(address: str) -> "Jobs":
@@ -134,29 +137,54 @@ def connect(address: str) -> "Jobs":
 
     Raises:
         OSError: nothing answers there.
-        ValueError: it wants a token, or another one.
+        ValueError: it wants a token, or another one; the file with the token cannot be read.
     """
+    headers = token_header()
     parts = urlsplit(address)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
         socket.create_connection((parts.hostname or "", port), _CONNECT_SECONDS).close()
     except OSError as error:
         raise OSError(f"no cluster answers at {address} ({error.strerror or error})") from None
-    with _told(address):
+    with _told(address), _without(VARIABLES):  # to Ray they matter more than the address that it is given
         from ray.job_submission import JobSubmissionClient
 
         for name in _CHATTY:
             logging.getLogger(name).setLevel(logging.WARNING)
-        return Jobs(JobSubmissionClient(address, headers=token_header()), address)
+        client = JobSubmissionClient(address, headers=headers)
+    if (own := client.get_address()) != address:
+        raise OSError(f"Ray went to {own} in place of {address}; unset {' and '.join(VARIABLES)}")
+    return Jobs(client, address)
+
+
+@contextmanager
+def _without(variables: Sequence[str]) -> Iterator[None]:
+    """Have the body find these variables unset."""
+    held = {name: os.environ.pop(name) for name in variables if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(held)
 
 
 def token_header(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the header with the user's token, as Ray itself looks for one; none where there is none."""
+    """Return the header with the user's token, as Ray itself looks for one; none where there is none.
+
+    Raises:
+        ValueError: the file that is said to hold it cannot be read.
+    """
     token = environment.get("RAY_AUTH_TOKEN", "")
     path = environment.get("RAY_AUTH_TOKEN_PATH")
     place = Path(path) if path else Path("~/.ray/auth_token").expanduser()
     if not token and (path or place.is_file()):
-        token = place.read_text(encoding="utf-8")
+        try:
+            token = place.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "it is no text"
+            raise ValueError(
+                f"{_TOKENS[1]}: got {str(place)!r}, which cannot be read ({why}); name the file with the cluster's "
+                f"token, or set {_TOKENS[0]}"
+            ) from None
     return {"Authorization": f"Bearer {token.strip()}"} if token.strip() else {}
 
 
@@ -229,7 +257,7 @@ class Jobs:
             return said
         if ended.exit_code == 2 and marked:
             raise ValueError(said.strip().removeprefix("moeify: error: "))
-        why = " ".join((said or log or ended.message).split())[-300:]
+        why = one_line(said or log or ended.message, None)[-300:]
         raise OSError(f"the head at {self.address} could not run 'moeify {shlex.join(arguments)}' ({why})")
 
     def logs(self, job: str) -> str:
@@ -314,16 +342,12 @@ def _told(address: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionError) as error:
-        raise OSError(f"the cluster at {address} did not do it ({_one_line(error)})") from error
+        raise OSError(f"the cluster at {address} did not do it ({one_line(error)})") from error
     except Exception as error:
         if type(error).__name__ == "AuthenticationError":
             raise ValueError(
                 f"the cluster at {address} refused the token; set {_TOKENS[0]}, or {_TOKENS[1]} to the file with it"
             ) from error
-        if isinstance(error, OSError) or type(error).__module__.startswith("aiohttp"):
-            raise OSError(f"the cluster at {address} does not answer ({_one_line(error)})") from error
+        if isinstance(error, OSError) or type(error).__module__.startswith(("aiohttp", "ray.exceptions")):
+            raise OSError(f"the cluster at {address} does not answer ({one_line(error)})") from error
         raise
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

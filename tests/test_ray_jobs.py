@@ -1,8 +1,13 @@
 """Runs on a cluster, with a stand-in for Ray's job API."""
 
+import json
+import os
 import shlex
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +236,11 @@ def test_addresses_come_from_the_command_line_then_from_the_environment() -> Non
 
 
 @pytest.mark.parametrize(
-    "address", ["head:8265", "os.path://x", "http://", "ftp://a", "http://a:1/x", "http://u:p@a:1"]
+    "address",
+    [
+        *("head:8265", "os.path://x", "http://", "ftp://a", "http://[::1", "http://u:p@a:1"),
+        *("http://a:1/x", "http://a:1#x", "http://a:1?x", "http://a:b", "http://a:0", "http://a:99999"),
+    ],
 )
 def test_other_addresses_are_refused_without_their_password(address: str) -> None:
     with pytest.raises(ValueError, match=r"address: got .* wanted http://HOST:PORT") as caught:
@@ -249,6 +258,85 @@ def test_the_token_is_found_as_ray_finds_it(tmp_path: Path, monkeypatch: pytest.
     at = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "file")}
     assert token_header(at) == {"Authorization": "Bearer file"}
     assert token_header(at | {"RAY_AUTH_TOKEN": "given"}) == {"Authorization": "Bearer given"}
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "no text"])
+def test_a_token_file_that_cannot_be_read_is_named_before_the_cluster_is_asked(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path if kind == "folder" else tmp_path / "token"
+    if kind == "no text":
+        path.write_bytes(b"\xff\xff")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    with pytest.raises(ValueError, match=rf"^RAY_AUTH_TOKEN_PATH: got '{path}', which cannot be read \(.*\); name the"):
+        ray_jobs.connect("http://127.0.0.1:1")
+
+
+# --- where Ray's own client goes ---------------------------------------------------------------------------
+
+
+class JobApi(BaseHTTPRequestHandler):
+    """Answers as a job API without jobs, and counts what it is asked."""
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)  # type: ignore[attr-defined]
+        body = json.dumps({"ray_version": "2.60.0"} if self.path == "/api/version" else []).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@contextmanager
+def job_api() -> Iterator[tuple[str, list[str]]]:
+    """Serve one; give its address and what it was asked."""
+    asked: list[str] = []
+    with HTTPServer(("127.0.0.1", 0), JobApi) as server:
+        server.asked = asked  # type: ignore[attr-defined]
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.filterwarnings("ignore::Warning")  # of Ray's import
+def test_the_address_that_is_given_counts_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    with job_api() as (given, asked), job_api() as (other, asked_in_vain):
+        for name, value in (
+            ("RAY_API_SERVER_ADDRESS", other),
+            ("RAY_ADDRESS", other),
+            ("RAY_ADDRESS", "auto"),
+            ("RAY_ADDRESS", "127.0.0.1:1"),
+        ):
+            with monkeypatch.context() as patch:
+                for each in ray_jobs.VARIABLES:
+                    patch.delenv(each, raising=False)
+                patch.setenv(name, value)
+                before = len(asked)
+                assert ray_jobs.connect(given).attempts() == []
+                assert "/api/jobs/" in asked[before:]
+                assert os.environ[name] == value
+    assert asked_in_vain == []
+
+
+def test_what_ray_itself_raises_is_one_line(cluster: Jobs, client: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    class RpcError(Exception):
+        __module__ = "ray.exceptions"
+
+    def broken() -> list[Job]:
+        raise RpcError("GCS\nis away")
+
+    monkeypatch.setattr(client, "list_jobs", broken)
+    with pytest.raises(OSError, match=r"^the cluster at http://head:8265 does not answer \(GCS is away\)$"):
+        cluster.attempts()
 
 
 # --- the commands -----------------------------------------------------------------------------------------
