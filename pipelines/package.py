@@ -36,6 +36,7 @@ def pack(config: RunConfig, base: Path, to: Path) -> list[Path]:
                 f"put it where all nodes see it and name it by an absolute path"
             )
         target = to / name
+        assert ".." not in target.relative_to(to).parts, f"{name} is not below {to}"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
     return [path for _, path in _named(config) if path.is_absolute()]
@@ -48,10 +49,18 @@ def _check(config: RunConfig, base: Path) -> None:
             f"see, or leave it out and set MOEIFY_DATA on every node"
         )
     for key, path in _named(config):
-        if not path.is_absolute() and not (base / path).resolve().is_relative_to(base.resolve()):
+        if path.is_absolute():
+            continue
+        whole, top = (base / path).resolve(), base.resolve()
+        if not whole.is_relative_to(top):
             raise ValueError(
                 f"{key}: got {str(path)!r}, which lies outside of the recipe's folder and cannot go with it; move it "
                 f"below {base}, or give an absolute path that all nodes see"
+            )
+        if ".." in path.parts:  # there, what it goes up from may have another name, or not be there
+            raise ValueError(
+                f"{key}: got {str(path)!r}, wanted a path without '..' for what goes with a recipe; write "
+                f"{whole.relative_to(top).as_posix()!r}, or give an absolute path that all nodes see"
             )
 
 

@@ -89,6 +89,19 @@ def test_a_path_out_of_the_recipes_folder_is_refused_dots_and_links_alike(base: 
     assert not (tmp_path / "to").exists()
 
 
+@pytest.mark.parametrize("up", ["../base/law", "law/../law", "law/deep/.."])
+def test_dots_that_come_back_are_refused_and_nothing_is_written_beside_the_package(
+    base: Path, tmp_path: Path, up: str
+) -> None:
+    to = tmp_path / "deep" / "to"
+    config = recipe({"kind": "folders", "categories": {"law": up, "far": "/data/far"}, "pattern": "**/*.txt"})
+    with pytest.raises(
+        ValueError, match=r"^data.source.categories.law: got '.*', wanted a path without .* write 'law'"
+    ):
+        pack(config, base, to)
+    assert not to.parent.exists()
+
+
 def test_too_much_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package, "MOST_MEGABYTES", 1e-6)
     with pytest.raises(ValueError, match=r"more than 1e-06 MB by relative paths.*where all nodes see it"):

@@ -26,6 +26,11 @@ model: {kind: llama}
 training: {steps: 10}
 rounds: [{train: 1, recover: 2, separation: 0.4}]
 """
+LOG = """Job entrypoint command failed with exit code 2, last available logs (truncated to 20,000 chars):
+Runtime env is setting up.
+moeify: error: an earlier one
+moeify: error: the category 'a' is empty
+"""
 RUN, OTHER = "tiny-20260101-000000-abcd", "tiny-20260102-000000-abcd"
 
 
@@ -369,7 +374,46 @@ def test_submit_says_the_run_and_where_to_look(client: Cluster, base: Path) -> N
     client.logs[run] = "all of it\n"
     code, said, problem = moeify("logs", "-f", "last")
     assert (code, said) == (2, "all of it\n")
-    assert problem == f"moeify: {run} failed (m); go on with: moeify resume {run}\n"
+    assert problem == f"moeify: {run} failed with exit code 2; mend the recipe or its data and submit again\n"
+
+
+@pytest.mark.usefixtures("connected")
+@pytest.mark.parametrize(
+    ("status", "exit_code", "code", "told"),
+    [
+        ("FAILED", 1, 1, "failed with exit code 1"),
+        ("FAILED", None, 1, "failed (Runtime env: no room on the disk)"),
+        ("STOPPED", None, 130, "was stopped"),
+    ],
+)
+def test_how_a_job_ended_is_told_without_its_log(
+    client: Cluster,
+    cluster: Jobs,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    status: str,
+    exit_code: int | None,
+    code: int,
+    told: str,
+) -> None:
+    job = client.jobs[submit(cluster, base)]
+    job.message = LOG if exit_code else "Runtime env:\nno room on the disk"
+    job.status, job.driver_exit_code = status, exit_code
+    client.logs[RUN] = ""
+    monkeypatch.setattr(cluster, "follow", lambda job, _: cluster._get(job))
+    assert moeify("logs", "-f", RUN) == (code, "", f"moeify: {RUN} {told}; go on with: moeify resume {RUN}\n")
+
+
+@pytest.mark.usefixtures("connected")
+def test_the_reason_of_a_job_that_made_no_run_is_what_its_command_said(
+    client: Cluster, cluster: Jobs, base: Path
+) -> None:
+    job = client.jobs[submit(cluster, base)]
+    job.status, job.driver_exit_code, job.message = "FAILED", 2, LOG
+    client.answer = ("FAILED", 2, "moeify: error: no runs in /runs\n")
+    assert json.loads(moeify("status", "last", "--json")[1])["reason"] == "the category 'a' is empty"
+    job.message = "Runtime env:\nno room on the disk"
+    assert json.loads(moeify("status", "last", "--json")[1])["reason"] == "Runtime env: no room on the disk"
 
 
 def test_submit_without_a_cluster_says_what_is_missing(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,8 @@ def command(run_: str, address: str | None, as_json: bool) -> None:
 
 def _on_cluster(cluster: "Jobs", reference: str) -> dict[str, Any]:
     """Return what the folder says and the newest job."""
+    from pipelines.commands.watching import reason
+
     run = cluster.resolve(reference)
     newest = next(reversed(cluster.attempts(run)), None)
     try:
@@ -51,7 +53,7 @@ def _on_cluster(cluster: "Jobs", reference: str) -> dict[str, Any]:
             raise
         # Its driver has not made the folder yet, or never could.
         stands = {"run": run, "status": "queued" if newest.live else "failed", "work": 0.0, "where": "", "step": ""}
-        stands |= {"rounds": 0, "reason": None if newest.live else newest.message, "folder": None}
+        stands |= {"rounds": 0, "reason": None if newest.live else reason(newest), "folder": None}
     if newest and newest.live and stands["status"] in ("interrupted", "failed"):
         stands |= {"status": "starting", "reason": None}  # the driver of this attempt has yet to take the run up
     return stands | {"job": newest and {"id": newest.id, "status": newest.status}}

@@ -4,8 +4,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pipelines.one_line import one_line
+
 if TYPE_CHECKING:
     from pipelines.ray_jobs import Attempt, Jobs
+
+_ERROR = "moeify: error: "
 
 
 def job_of(run: str) -> str:
@@ -21,16 +25,23 @@ def watch(cluster: "Jobs", run: str, job: str) -> int:
         click.echo(f"moeify: no longer watched; {run} goes on, see: moeify logs -f {run}", err=True)
         return 130
     if ended.code:
-        click.echo(f"moeify: {run} {how(ended)}; go on with: moeify resume {run}", err=True)
+        next_ = (
+            "mend the recipe or its data and submit again" if ended.code == 2 else f"go on with: moeify resume {run}"
+        )
+        click.echo(f"moeify: {run} {_how(ended)}; {next_}", err=True)
     return ended.code
 
 
-def how(attempt: "Attempt") -> str:
-    """Say how a job ended."""
-    match attempt.status:
-        case "SUCCEEDED":
-            return "has ended"
-        case "STOPPED":
-            return "was stopped"
-        case _:
-            return f"failed ({' '.join(attempt.message.split())[:200]})"
+def reason(attempt: "Attempt") -> str:
+    """Return why a job failed: what the command said of it, which stands in Ray's message among the log, or that."""
+    told = [line for line in attempt.message.splitlines() if line.startswith(_ERROR)]
+    return one_line(told[-1].removeprefix(_ERROR) if told else attempt.message)
+
+
+def _how(attempt: "Attempt") -> str:
+    """Say how a job ended that did not end well; the log, which was told, says why, where there is one."""
+    if attempt.status == "STOPPED":
+        return "was stopped"
+    if attempt.exit_code is not None:
+        return f"failed with exit code {attempt.exit_code}"
+    return f"failed ({one_line(attempt.message, 200)})"
