@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from moeify.data.discover import TooSmallError
 from moeify.data.survey import look
-from moeify.recipe.data import TextFolders
+from moeify.recipe.data import Discover, TextData, TextFolders
 from moeify.recipe.load import load_recipe
 from moeify.starter import Machine, _shape, starter
 from pipelines.cli import main
@@ -96,6 +97,24 @@ def test_lines_without_categories_are_clustered(tmp_path: Path):
     config = load_recipe(tmp_path / "recipe.yaml")
     assert config.data.discover is not None
     assert config.data.source.category is None
+
+
+@pytest.mark.parametrize(("error", "tries"), [(TooSmallError("too small"), 5), (ValueError("too large"), 1)])
+def test_fewer_clusters_are_tried_only_where_clusters_are_too_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: ValueError, tries: int
+):
+    asked: list[Discover] = []
+
+    def prepare(data: TextData, *_: object) -> None:
+        assert data.discover
+        asked.append(data.discover)
+        raise error
+
+    monkeypatch.setattr("moeify.data.tokens.prepare", prepare)
+    found = look(write_lines(tmp_path / "d.jsonl", entries()), discover=True)
+    with pytest.raises(ValueError, match=str(error)):
+        starter(found, "d", Machine(1, 1.0), tmp_path / "cache", tmp_path)
+    assert len(asked) == tries
 
 
 @pytest.mark.parametrize(("number", "rounds"), [(2, 1), (3, 1), (4, 2), (9, 2), (11, 3), (20, 3), (60, 3)])

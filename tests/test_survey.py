@@ -5,7 +5,7 @@ import pytest
 
 from moeify.data.survey import look
 from moeify.recipe.data import JsonLines, TextFolders
-from tests.surveyed import entries, write_folders, write_lines
+from tests.surveyed import entries, text, write_folders, write_lines
 
 # --- folders --------------------------------------------------------------------------------------------
 
@@ -69,6 +69,11 @@ def spoil_binary(base: Path) -> None:
     (base / "b" / "0.txt").write_bytes(b"\0\1\2")
 
 
+def spoil_more_binary(base: Path) -> None:
+    spoil_binary(base)
+    (base / "a" / "0.txt").write_bytes(b"\0")
+
+
 def spoil_two_documents(base: Path) -> None:
     write_folders(base, a=3, b=2)
 
@@ -78,7 +83,8 @@ def spoil_two_documents(base: Path) -> None:
     [
         (spoil_one_folder, "1 folders with files in them, wanted at least 2"),
         (spoil_empty_files, "category 'b' has no text"),
-        (spoil_binary, "it holds null bytes"),
+        (spoil_binary, "it holds null bytes), and no suffix"),
+        (spoil_more_binary, "it holds null bytes), nor is 1 file more, and no suffix"),
         (spoil_two_documents, "category 'b' has 2 distinct documents, wanted at least 3"),
     ],
 )
@@ -132,6 +138,7 @@ def test_without_a_category_discover_is_suggested(tmp_path: Path, discover):
     [
         (b"", "is empty"),
         (b"\xff\xfe\0\1", "not UTF-8 (byte 0 of the line), wanted JSON lines; is it binary data?"),
+        (b'{"t": "x"}\nno\n[1]\n[2]\n', "has 3 bad lines: line 2: not JSON: "),
         (b"text\n", "line 1: not JSON"),
         (b"[1]\n", "got list, wanted an object"),
         (b'{"a": 1}\n', "no field is text in every line"),
@@ -150,8 +157,12 @@ def test_lines_that_no_run_can_use_are_refused_in_one_line(tmp_path: Path, conte
     [
         ({"text": "bodi"}, "got --text 'bodi', wanted a field that is text in every line: 'title', 'body'"),
         ({"category": "id"}, "category '0' has 1 distinct documents, wanted at least 3"),
+        (
+            {"category": "none"},
+            "got --category 'none', wanted a field that is text or a whole number in every line: 'id'",
+        ),
         ({"text": "body", "category": "body"}, "one field cannot be text and category at once"),
-        ({"category": "lang"}, "has 1 categories (en) in the field 'lang', wanted at least 2: take another"),
+        ({"category": "lang"}, "has 1 categories (en), wanted at least 2"),
     ],
 )
 def test_fields_that_will_not_do_are_refused(tmp_path: Path, options, words):
@@ -159,44 +170,51 @@ def test_fields_that_will_not_do_are_refused(tmp_path: Path, options, words):
         look(write_lines(tmp_path / "d.jsonl", entries()), **options)
 
 
-def test_lines_that_are_sorted_by_category_keep_their_labels(tmp_path: Path):
-    lines = [{"text": f"Text {n} of its own.", "category": "abc"[n // 700]} for n in range(2100)]
-    assert set(look(write_lines(tmp_path / "d.jsonl", lines)).amounts) == set("abc")
+def test_lines_are_judged_by_all_of_them(tmp_path: Path):
+    lines: list[dict[str, object]] = [{"text": text(n, 12), "category": "abc"[n // 900]} for n in range(2700)]
+    found = look(write_lines(tmp_path / "d.jsonl", lines))
+    assert isinstance(found.source, JsonLines)
+    assert found.source.category == "category"
+    assert set(found.amounts) == {"a", "b", "c"}
 
 
-def test_labels_may_be_numbers_and_names_in_any_language(tmp_path: Path):
-    lines = [{"text": f"Text {n} of its own.", "category": n % 2} for n in range(12)]
-    assert set(look(write_lines(tmp_path / "d.jsonl", lines)).amounts) == {"0", "1"}
-    lines = [{"text": f"Text {n} of its own.", "category": ("köche", "law")[n % 2]} for n in range(12)]
-    assert set(look(write_lines(tmp_path / "d.jsonl", lines)).amounts) == {"k-che", "law"}
-
-
-def test_a_usual_field_that_lines_lack_or_that_tells_nothing_apart_is_refused(tmp_path: Path):
-    lines = [{"text": f"Text {n} of its own.", "category": None if n % 5 == 0 else "ab"[n % 2]} for n in range(20)]
-    with pytest.raises(ValueError, match=r"line 1 and 3 more: field 'category' holds nothing, .* --discover"):
-        look(write_lines(tmp_path / "d.jsonl", lines))
-    lines = [{"text": f"Text {n} of its own.", "category": "a"} for n in range(20)]
-    with pytest.raises(ValueError, match=r"has 1 categories \(a\) in the field 'category', .* --discover"):
-        look(write_lines(tmp_path / "d.jsonl", lines))
-
-
-def test_what_was_left_out_is_said(tmp_path: Path):
-    lines = [{"text": f"Text {n % 12} of its own.", "category": "ab"[n % 2]} for n in range(30)]
-    assert any("18 duplicates" in note for note in look(write_lines(tmp_path / "d.jsonl", lines)).notes)
+def test_labels_that_are_numbers_or_no_names_are_categories(tmp_path: Path):
+    lines: list[dict[str, object]] = [
+        {"text": text(n), "label": n % 3, "topic": ["Öl", "core"][n % 2]} for n in range(30)
+    ]
+    path = write_lines(tmp_path / "d.jsonl", lines)
+    assert set(look(path).amounts) == {"0", "1", "2"}
+    found = look(path, category="topic")
+    assert set(found.amounts) == {"l", "core-1"}
+    assert found.notes[-2:] == ("category 'l' stands for 'Öl'", "category 'core-1' stands for 'core'")
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("category", "words"),
     [
-        ("text;label\none;a\n", "got ';' and no ',', wanted columns divided by ','"),
-        (f"{'A long document. ' * 9},law\nmore,law\n", "wanted the names of columns; put a row such as text,label"),
-        ("text,label\n" + "".join(f"Text {n}.,{'ab'[n % 2] if n else ''}\n" for n in range(20)), "row 1: column"),
+        (lambda n: "ab"[n % 2] if n % 3 else None, "10 bad lines: line 1 and 9 more: field 'category' holds nothing"),
+        (lambda n: float(n % 2), "30 bad lines: line 1 and 29 more: field 'category' holds float"),
+        (lambda n: "a", "has 1 categories (a), wanted at least 2 in the field 'category'"),
     ],
 )
-def test_tables_whose_first_row_or_labels_are_odd_are_refused(tmp_path: Path, content, words):
-    (tmp_path / "d.csv").write_text(content)
-    with pytest.raises(ValueError, match=re.escape(words)):
-        look(tmp_path / "d.csv")
+def test_a_usual_field_that_tells_no_category_is_refused_rather_than_clustered(tmp_path: Path, category, words):
+    lines: list[dict[str, object]] = [{"text": text(n), "category": category(n)} for n in range(30)]
+    path = write_lines(tmp_path / "d.jsonl", lines)
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        look(path)
+    assert "\n" not in str(error.value)
+    assert not look(path, discover=True).labelled
+    told = [{**line, "other": "xyz"[n % 3]} for n, line in enumerate(lines)]
+    assert set(look(write_lines(path, told), category="other").amounts) == {"x", "y", "z"}
+
+
+def test_what_is_left_out_is_said(tmp_path: Path):
+    lines = [*entries(), *entries(4), {**entries(1)[0], "body": " "}]
+    assert look(write_lines(tmp_path / "d.jsonl", lines)).notes[-1] == "left out: 4 duplicates, 1 line without text"
+    base = write_folders(tmp_path / "texts", a=3, b=3)
+    (base / "a" / "empty.txt").write_text("")
+    (base / "b" / "more.txt").write_text((base / "a" / "0.txt").read_text())
+    assert look(base).notes == ("left out: 1 duplicate, 1 empty file",)
 
 
 def test_other_files_and_none_at_all_are_refused(tmp_path: Path):

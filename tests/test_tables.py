@@ -1,6 +1,7 @@
 """Tables as data: what `datasets` saves, Parquet, Arrow, CSV, read by column and looked at by `moeify init`."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,31 @@ def test_a_table_that_is_sorted_by_category_shows_all_of_them(tmp_path: Path) ->
     assert found.amounts.keys() == {"a", "b"}
 
 
+def test_rows_without_text_or_anything_need_no_label(tmp_path: Path) -> None:
+    rows = table(*"abab" * 6).append_column("note", pa.array(["n"] * 24))
+    more = pa.table({"text": [None, ""], "label": [None, ""], "id": [None, 9], "note": [None, ""]})
+    found = look(write(tmp_path / "rows.parquet", pa.concat_tables([rows, more], promote_options="default")))
+    assert isinstance(found.source, Table)
+    assert (found.source.text, found.source.category) == ("text", "label")
+    assert {name: amount.documents for name, amount in found.amounts.items()} == {"a": 12, "b": 12}
+    assert found.notes[-1] == "left out: 2 rows without text"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("rows.csv", "text;label\nOne, two;a\n", "got ';' and no ',', wanted columns divided by ',' in a .csv file"),
+        ("rows.tsv", "text,label\nOne,a\n", r"got ',' and no '\t', wanted columns divided by '\t' in a .tsv file"),
+        ("rows.csv", f"{'One two. ' * 9},a\nThree.,b\n", "of 81 characters, wanted the names of columns; put a row"),
+    ],
+)
+def test_a_first_row_that_names_no_columns_is_refused(tmp_path: Path, name: str, content: str, told: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(told)) as error:
+        look(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
 def test_folders_of_text_stay_folders_of_text(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -142,12 +168,18 @@ def test_what_cannot_be_read_is_told_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "away" / "dataset_dict.json").write_text('{"splits": ["../../etc"]}')
     write(tmp_path / "numbers.parquet", pa.table({"text": [1.5, 2.5], "label": ["a", "b"]}))
     write(tmp_path / "nothing.parquet", pa.table({"text": ["x", "y"], "label": ["a", None]}))
+    write(tmp_path / "blank.csv", pa.table({"text": ["x", "y", "", "z"], "label": ["a", " ", "", ""]}))
     for name, category, told in (
         ("bad.parquet", "label", "cannot be read as parquet"),
         ("good.csv", "kind", "no column 'kind', got text, label, id"),
         ("away", "label", "wanted a name in that folder"),
         ("numbers.parquet", "label", "holds float, wanted text"),
-        ("nothing.parquet", "label", "row 2: column 'label' holds nothing"),
+        ("nothing.parquet", "label", "has 1 bad row: row 2: column 'label' holds nothing"),
+        (
+            "blank.csv",
+            "label",
+            "has 2 bad rows: row 2 and 1 more: column 'label' holds nothing, wanted a category; give",
+        ),
         ("missing.parquet", "label", "is not there"),
     ):
         with pytest.raises(ValueError, match=told) as error:

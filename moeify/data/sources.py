@@ -167,8 +167,8 @@ def _labelled(path: Path, found: dict[str, list[Document]], category: str | None
             raise ValueError(f"data.source.path: {path} has no text, wanted at least one document")
     elif len(found) < 2:
         raise ValueError(
-            f"data.source.path: {path} has {len(found)} categories ({', '.join(found) or 'no document'}) in the field "
-            f"{category!r}, wanted at least 2: {WAY_OUT}"
+            f"data.source.path: {path} has {len(found)} categories ({', '.join(found) or 'no document'}), wanted at "
+            f"least 2 in the field {category!r}; {WAY_OUT}"
         )
     return dict(sorted(found.items()))
 

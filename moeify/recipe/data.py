@@ -44,7 +44,8 @@ class JsonLines(Closed):
     text: str = "text"
     """The field that holds the document."""
     category: str | None = "category"
-    """The field that holds the category; ``null``: documents have none, and ``data.discover`` finds them."""
+    """The field that holds the category, as text or as a number; ``null``: documents have none, and ``data.discover``
+    finds them."""
 
 
 class Table(Closed):
