@@ -239,7 +239,7 @@ def test_mistakes_are_told_in_a_line_and_leave_no_run(ready: Path) -> None:
         (["empty", "--data", "texts.jsonl"], "holds no config.json"),
         (["checkpoint", "--data", "nothing.jsonl"], "is not there"),
         (["checkpoint", "--data", "empty"], "has 0 folders with files in them"),
-        (["checkpoint", "--data", "one.jsonl"], "distinct documents, wanted at least 3"),
+        (["checkpoint", "--data", "one.jsonl"], "has 1 categories (b), wanted at least 2 in the field"),
         (["checkpoint", "--data", "texts.jsonl", "--budget", "loss=3"], "--budget: got 'loss=3'"),
         (["checkpoint", "--data", "texts.jsonl", "--budget", "tax=much"], "budget.tax: got 'much'"),
         (["checkpoint", "--data", "texts.jsonl", "--separation", "0.8"], "cannot be split so far apart"),
