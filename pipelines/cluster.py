@@ -23,6 +23,7 @@ import psutil
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipelines.mlflow_store import artifact_root
 from pipelines.runs import told_home
 
 LOOPBACK = "127.0.0.1"
@@ -187,7 +188,8 @@ def commands(cluster: LocalCluster, ports: Iterator[int]) -> dict[str, list[str]
     mlflow = [
         *(sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(_port(cluster.mlflow))),
         *("--workers", "1", "--backend-store-uri", f"sqlite:///{cluster.home / 'mlflow.db'}"),
-        *("--artifacts-destination", str(cluster.home / "mlartifacts")),
+        *("--default-artifact-root", artifact_root(cluster.home)),  # so that runs without the server reach it too
+        *("--artifacts-destination", str(cluster.home / "mlartifacts")),  # of experiments from before
     ]
     workers = {f"worker-{number}": [*ray, f"--address={gcs}", *node(number)] for number in range(1, cluster.nodes)}
     return {"head": head, **workers, "mlflow": mlflow}

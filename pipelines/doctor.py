@@ -272,16 +272,26 @@ def _mlflow() -> Check:
     except (OSError, sqlite3.Error) as error:
         reason = getattr(error, "reason", None) or error
         return Check("mlflow", "problem", f"{where}: {one_line(reason, 200)}", way_out)
+    except ValueError as error:
+        return Check("mlflow", "problem", one_line(error, None))
     return Check("mlflow", "ok", f"{where}: {said}")
 
 
 def _sqlite(path: Path) -> str:
+    from moeify.recipe.config import Tracking
+    from pipelines.mlflow_store import check_reach
+
     if not path.exists():
         return "the first run makes it"
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=_SECONDS)) as database:
         database.execute("BEGIN IMMEDIATE")
         database.execute("PRAGMA schema_version").fetchone()
         database.rollback()
+        laid_out = database.execute("SELECT count(*) FROM sqlite_master WHERE name = 'experiments'").fetchone()[0]
+        name = Tracking().experiment
+        query = "SELECT experiment_id, artifact_location FROM experiments WHERE name = ? AND lifecycle_stage = 'active'"
+        for experiment, location in database.execute(query, (name,)).fetchall() if laid_out else ():
+            check_reach(name, str(experiment), location, f"sqlite:///{path}")
     return "opens to be written to"
 
 

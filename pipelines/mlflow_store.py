@@ -3,6 +3,7 @@
 import getpass
 import logging
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,6 +54,11 @@ def tracking_uri(home: Path) -> str:
     return asked.rstrip("/") if asked else f"sqlite:///{(home / 'mlflow.db').absolute()}"
 
 
+def artifact_root(home: Path) -> str:
+    """Return where the files of a home's own database lie, whoever makes an experiment in it: a client or a server."""
+    return (home / "mlflow-artifacts").absolute().as_uri()
+
+
 def address(uri: str, experiment: str, run: str) -> str:
     """Return the command line that shows MLflow, or a run's address on the server, as far as the ids are known."""
     uri = public(uri)
@@ -72,13 +78,25 @@ def first_contact(home: Path) -> Iterator["MlflowClient"]:
 def experiment_named(client: "MlflowClient", name: str, home: Path, way_out: str) -> str:
     """Return the id of the experiment, made where there is none; ``way_out``: what to do where it was deleted."""
     found = client.get_experiment_by_name(name)
+    uri = tracking_uri(home)
     if found is None:
-        local = tracking_uri(home).startswith("sqlite")
-        artifacts = (home / "mlflow-artifacts").absolute().as_uri() if local else None
+        artifacts = artifact_root(home) if uri.startswith("sqlite") else None
         return client.create_experiment(name, artifact_location=artifacts)
     if found.lifecycle_stage != "active":
         raise ValueError(f"MLflow's experiment {name!r} was deleted; restore it or {way_out}")
+    check_reach(name, found.experiment_id, found.artifact_location, uri)
     return found.experiment_id
+
+
+def check_reach(name: str, experiment: str, location: str, uri: str) -> None:
+    """Raise ValueError where an experiment's files go through the server that made it, and ``uri`` is a database."""
+    if location.startswith("mlflow-artifacts:") and not uri.startswith(("http://", "https://")):
+        rename = ["mlflow", "experiments", "rename", "--experiment-id", experiment, "--new-name", f"{name}-served"]
+        raise ValueError(
+            f"MLflow's experiment {name!r} keeps its files behind the server that made it ({location}); set "
+            f"MLFLOW_TRACKING_URI to that server, or let a new one be made: MLFLOW_TRACKING_URI={public(uri)} "
+            f"{shlex.join(rename)}"
+        )
 
 
 def new_run(client: "MlflowClient", experiment: str, name: str, began: float, tags: Mapping[str, str]) -> str:

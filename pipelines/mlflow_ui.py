@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipelines.mlflow_store import SETTINGS, tracking_uri
+from pipelines.mlflow_store import SETTINGS, artifact_root, tracking_uri
 from pipelines.one_line import public
 from pipelines.runs import RunFolder
 from pipelines.stopping import stoppable
@@ -56,7 +56,9 @@ def served(home: Path, port: int | None) -> Iterator[tuple[str, Callable[[], Non
     """
     port = _free_port(port)
     address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri(home), "--workers", "1"]
+    uri = tracking_uri(home)
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
+    command += ["--default-artifact-root", artifact_root(home)] if uri.startswith("sqlite") else []
     command += ["--host", "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryFile() as said, stoppable():
         process = subprocess.Popen(

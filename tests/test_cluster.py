@@ -135,6 +135,7 @@ def test_everything_binds_to_loopback_with_ports_of_its_own(tmp_path: Path) -> N
     assert sum(word == "--node-ip-address=127.0.0.1" for word in words) == 3
     assert "--dashboard-host=127.0.0.1" in words
     assert words[words.index("--host") + 1] == "127.0.0.1"
+    assert words[words.index("--default-artifact-root") + 1] == f"file://{tmp_path}/mlflow-artifacts"
     taken = [word for word in words if "port=" in word and not word.startswith("--dashboard-port")]
     assert len({word.partition("=")[2] for word in taken}) == len(taken) == 8
 

@@ -23,6 +23,7 @@ from moeify.split_folder import bytes_in_run, copy_from_run, load_from_run, load
 from moeify.store import FolderStore
 from moeify.task import Counted
 from moeify.tasks.digits import DigitsTask
+from pipelines import doctor
 from pipelines.cli import main
 from pipelines.journal import JournalTracker, follow, read_events
 from pipelines.mlflow_models import loader_of
@@ -385,6 +386,25 @@ def test_a_deleted_experiment_is_named(home: Path, folder: RunFolder) -> None:
     mlflow.delete_experiment(mlflow.create_experiment("moeify"))
     with pytest.raises(ValueError, match=r"'moeify' was deleted; restore it or change tracking.experiment"):
         deliver(folder, recipe())
+
+
+def test_an_experiment_whose_files_a_server_keeps_is_told_with_the_way_out(
+    home: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = client(home)
+    made = mlflow.create_experiment("moeify", artifact_location="mlflow-artifacts:/1")
+    with pytest.raises(ValueError, match=r"experiment 'moeify' keeps its files behind the server that made it") as told:
+        deliver(folder, recipe())
+    _, _, way_out = str(told.value).partition("made: ")
+    rename = f"mlflow experiments rename --experiment-id {made} --new-name moeify-served"
+    assert way_out == f"MLFLOW_TRACKING_URI=sqlite:///{home}/mlflow.db {rename}"
+    monkeypatch.setenv("MOEIFY_HOME", str(home))
+    check = doctor._mlflow()
+    assert (check.state, check.line) == ("problem", str(told.value))
+    mlflow.rename_experiment(made, "moeify-served")
+    deliver(folder, recipe())
+    assert "report.html" in files(home, runs(home)[folder.id])
+    assert doctor._mlflow().state == "ok"
 
 
 def test_an_artifact_outside_of_the_run_is_refused(home: Path, folder: RunFolder) -> None:

@@ -25,10 +25,9 @@ def watch(cluster: "Jobs", run: str, job: str) -> int:
         click.echo(f"moeify: no longer watched; {run} goes on, see: moeify logs -f {run}", err=True)
         return 130
     if ended.code:
-        next_ = (
-            "mend the recipe or its data and submit again" if ended.code == 2 else f"go on with: moeify resume {run}"
-        )
-        click.echo(f"moeify: {run} {_how(ended)}; {next_}", err=True)
+        at_fault = ended.code == 2
+        way_out = "mend the recipe or its data and submit again" if at_fault else f"go on with: moeify resume {run}"
+        click.echo(f"moeify: {run} {_how(ended)}; {way_out}", err=True)
     return ended.code
 
 
