@@ -247,6 +247,15 @@ def test_a_worker_names_what_it_lacks(stand_ins: dict[str, str], tmp_path: Path)
     assert noted(tmp_path, "ray")[0] == ["start", "--block", "--disable-usage-stats", "--address=head:6379"]
 
 
+def test_a_worker_lends_the_cores_that_it_is_told_to(stand_ins: dict[str, str], tmp_path: Path) -> None:
+    asked = read(DOCKER / "compose.yaml")["services"]["worker"]["environment"]["RAY_WORKER_CPUS"]
+    assert asked == "${RAY_WORKER_CPUS:-}"
+    environment = stand_ins | {"RAY_HEAD": "head:6379", "RAY_AUTH_TOKEN": SECRET}
+    for cores, told in (("", []), ("3", ["--num-cpus=3"])):
+        assert script("ray_worker.sh", environment | {"RAY_WORKER_CPUS": cores}, "--resources={}").returncode == 0
+        assert noted(tmp_path, "ray")[0][4:] == [*told, "--resources={}"]
+
+
 def test_the_mlflow_server_has_accounts_and_shows_no_secret(stand_ins: dict[str, str], tmp_path: Path) -> None:
     names = ("MLFLOW_ADMIN_PASSWORD", "MLFLOW_FLASK_SECRET", "DATABASE_PASSWORD", "S3_ACCESS_KEY", "S3_SECRET_KEY")
     for name in names:

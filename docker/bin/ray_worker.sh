@@ -5,6 +5,7 @@
 # RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH  the head's token
 # MOEIFY_HOME                            the folder of runs, the same on every node, or s3://BUCKET/PREFIX
 # S3_ACCESS_KEY_FILE, S3_SECRET_KEY_FILE hold what opens that bucket
+# RAY_WORKER_CPUS                        cores that it lends to training (unset: all that it may use, by Ray's count)
 set -eu
 : "${RAY_HEAD:?HOST:PORT of the head}"
 : "${MOEIFY_HOME:?the folder of runs, which every node sees}"
@@ -18,4 +19,6 @@ if [ -n "${S3_ACCESS_KEY_FILE:-}" ]; then
   export AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY
 fi
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
-exec ray start --block --disable-usage-stats --address="$RAY_HEAD" "$@"
+exec ray start --block --disable-usage-stats --address="$RAY_HEAD" \
+  ${RAY_WORKER_CPUS:+"--num-cpus=$RAY_WORKER_CPUS"} \
+  "$@"
