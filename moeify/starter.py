@@ -283,7 +283,7 @@ rounds:  # deeper each round; separation: the share of units that is off
 {rounds}
 controls: [random, told]  # a split at random; a dense twin that is given the category, as routing tells a split model
 budget: null  # {{tax: 0.02}}: nats per token above the dense twin; a round beyond it is rolled back
-routing: {{gradients: none}}  # or parameters, activations, both: rows teach the units on their category's route alone
+routing: {{gradients: none}}  # {{gradients: both, core: frozen}}: after a cut, rows teach their experts, not the core
 distillation: null  # {{}}, where model is a pretrained one: arms also learn from it as it was loaded
 evaluation:
   validation_rows: 64  # of each category, after each round

@@ -134,7 +134,7 @@ def test_a_classifier_may_not_be_routed_by_its_own_classes() -> None:
     ):
         pictures_config(model={"kind": "autoencoder"})
     with pytest.raises(ValidationError, match=r"beside model\.kind 'resnet', wanted 'none'; gradients of channels"):
-        pictures_config(routing={"gradients": "parameters"})
+        pictures_config(routing={"gradients": "parameters", "core": "frozen"})
     assert pictures_config().category_names == tuple(GROUPS)
 
 

@@ -43,6 +43,11 @@ def test_every_part_of_a_recipe_is_in_it(tmp_path: Path):
     written = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
     for part in type(load_recipe(tmp_path / "mine.yaml")).model_fields:
         assert f"\n{part}:" in written, part
+    (line,) = [line for line in written.splitlines() if line.startswith("routing: ")]
+    none, other = "{gradients: none}", "{gradients: both, core: frozen}"
+    assert line.startswith(f"routing: {none}  # {other}: ")
+    (tmp_path / "mine.yaml").write_text(written.replace(f"routing: {none}", f"routing: {other}"), encoding="utf-8")
+    assert load_recipe(tmp_path / "mine.yaml").routing.core == "frozen"
 
 
 def test_nothing_is_written_over_without_force(tmp_path: Path):

@@ -13,6 +13,7 @@ from moeify.evaluation import row_losses
 from moeify.events import Evaluated, MemoryTracker, Phase, Started, Step
 from moeify.export.pruning import prune, without
 from moeify.loop import run
+from moeify.recipe.routing import Routing
 from moeify.result import Result
 from moeify.split_folder import load_from_run, load_split, save_split
 from moeify.state import State
@@ -406,7 +407,8 @@ def test_fresh_units_are_the_split_models_alone_and_go_into_its_folder(tmp_path:
 
 
 def test_hard_routes_of_the_tree_with_every_label_known_are_what_a_split_model_does_anyway() -> None:
-    plain, routed = toy_config(), toy_config(routing={"gradients": "both"})
+    plain = toy_config()
+    routed = plain.model_copy(update={"routing": Routing(gradients="both")})  # which a recipe may not say by itself
     assert outcome(run(plain, ToyTask(plain))) == outcome(run(routed, ToyTask(routed)))
 
 

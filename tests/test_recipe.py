@@ -268,7 +268,7 @@ def test_units_that_are_split_must_be_there() -> None:
 def test_gradient_routing_must_fit_the_rest() -> None:
     routing = {"gradients": "both", "experts": [{"categories": ["1", "2"], "units": 0.5}], "strength": {"1": 0.5}}
     assert parse_recipe(changed(routing=routing), where="x").early_arms == ("dense", "split")
-    assert parse_recipe(changed(routing={**routing, "gradients": "none"}), where="x").early_arms == ("dense",)
+    assert parse_recipe(changed(routing={"gradients": "none"}), where="x").early_arms == ("dense",)
     twice = {**routing, "experts": [*routing["experts"], {"categories": ["2"], "units": 0.6}], "hard": ["1"]}
     assert problems(changed(routing=twice)) == (
         "routing.experts: got '2' more than once, wanted every category once at most",
@@ -286,17 +286,57 @@ def test_gradient_routing_must_fit_the_rest() -> None:
     )
     owners = {"owners": {"kind": "attribution", "hand_over": True}}
     parse_recipe(changed(routing=routing, partition=owners), where="x")
-    (line,) = problems(changed(routing={**routing, "experts": []}, partition=owners))
+    late = {**routing, "experts": [], "routes_after_cut": "soft"}
+    (line,) = problems(changed(routing=late, partition=owners))
     assert line.startswith("partition.owners.hand_over: got true, wanted false where routing.experts are not given")
     (line,) = problems(changed(routing={**routing, "hard": ["ten"]}))
     assert line.startswith("routing.hard: got 'ten', which is no category of the data")
     heads = {"data": {"kind": "text", "source": {"kind": "installed"}}, "model": {"kind": "llama"}}
-    (line,) = problems(changed(**heads, routing={"gradients": "both"}, partition={"units": ["ffn", "heads"]}))
+    frozen = {"gradients": "both", "core": "frozen"}
+    (line,) = problems(changed(**heads, routing=frozen, partition={"units": ["ffn", "heads"]}))
     assert line.startswith("routing.gradients: got 'both' beside partition.units ['ffn', 'heads'], wanted units [ffn]")
     images = {"kind": "images", "source": "cifar10", "objective": "classify"}
     images["categories"] = {"low": [0, 1, 2, 3, 4], "high": [5, 6, 7, 8, 9]}
-    (line,) = problems(changed(data=images, model={"kind": "resnet"}, routing={"gradients": "both"}))
+    (line,) = problems(changed(data=images, model={"kind": "resnet"}, routing=frozen))
     assert line.startswith("routing.gradients: got 'both' beside model.kind 'resnet', wanted 'none'")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"experts": [{"categories": ["1"], "fresh": 8}]},
+        {"core": "frozen"},
+        {"labelled": 0.5},
+        {"hard": ["1"]},
+        {"strength": {"1": 0.1}},
+        {"routes": "hard"},
+        {"routes_after_cut": "soft"},
+        {"apart": ["1"]},
+    ],
+)
+def test_what_does_nothing_without_routed_gradients_is_refused(said: dict[str, object]) -> None:
+    (line,) = problems(changed(routing=said, partition={"compensation": None}))
+    assert line == (
+        f"routing: got {next(iter(said))} beside gradients 'none', with which no gradient is routed, wanted gradients "
+        f"'parameters', 'activations' or 'both', or none of them"
+    )
+
+
+@pytest.mark.parametrize("more", [{}, {"strength": {"1": 0.1}}, {"routes": "hard"}, {"hard": ["1"]}])
+@pytest.mark.parametrize("gradients", ["parameters", "activations", "both"])
+def test_gradients_that_would_be_routed_nowhere_are_refused(gradients: str, more: dict[str, object]) -> None:
+    (line,) = problems(changed(routing={"gradients": gradients, **more}))
+    assert line.startswith(f"routing.gradients: got '{gradients}' which has nothing to act on: after a cut units off")
+    for acting in ({"core": "frozen"}, {"routes_after_cut": "soft"}, {"labelled": 0.5}):
+        parse_recipe(changed(routing={"gradients": gradients, **acting}), where="x")
+
+
+def test_strength_off_routes_that_are_always_hard_is_refused() -> None:
+    known = {"gradients": "both", "labelled": 0.5, "strength": {"1": 0.1}}
+    (line,) = problems(changed(routing=known))
+    assert line.startswith("routing.strength: got '1', whose routes are hard")
+    for soft in ({"experts": [{"categories": ["1"], "units": 0.1}]}, {"core": "frozen"}):
+        parse_recipe(changed(routing={**known, **soft}), where="x")
 
 
 def test_a_mapping_with_too_few_keys_is_told_in_a_line() -> None:

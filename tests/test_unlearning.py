@@ -155,9 +155,11 @@ def test_where_the_whole_network_is_routed_what_was_removed_left_no_trace(bench:
 
 
 def test_rows_without_a_label_are_not_filtered_out(bench: Bench) -> None:
-    config = changed(bench.config, routing={"labelled": 0.4})
     whole = [bench.task.train_batch(step).categories for step in range(20)]
-    some = [hard_neighbours.unlabelled(bench.task, config).train_batch(step).categories for step in range(20)]
+    some = [
+        hard_neighbours.unlabelled(bench.task, 0.4, bench.config.seed).train_batch(step).categories
+        for step in range(20)
+    ]
     share = sum((each == 0).sum().item() for each in some) / sum((each == 0).sum().item() for each in whole)
     assert 0.4 < share < 0.8
     assert sum((each == 1).sum().item() for each in some) == sum((each == 1).sum().item() for each in whole)

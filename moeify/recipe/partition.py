@@ -50,7 +50,8 @@ class AttributionOwners(Closed):
     kind: Literal["attribution"]
     hand_over: bool = False
     """At the first cut, units of ``routing.experts`` go to the expert that is made for all of their categories,
-    whatever is measured; attribution finds the owners of the others, and of those whose categories part."""
+    whatever is measured; attribution finds the owners of the others, and of those whose categories part. Experts are as
+    wide as the one that gets most, so that the cut may be much deeper than its round asks."""
 
 
 class RandomOwners(Closed):

@@ -51,7 +51,8 @@ class Routing(Closed):
     """What does not reach a unit off the row's route. ``parameters``: the gradients of its own weights and biases; what
     flows through it to units below stays. ``activations``: the gradient of its activation, so that nothing reaches its
     input weights, nor units below through it; its output weights learn. ``both``: all of these. ``none``: no gradient
-    routing."""
+    routing, and nothing else may be said here. Once a model is cut, its hard routes keep all of these from such units
+    anyway: it takes ``experts``, soft ``routes_after_cut``, a frozen ``core``, ``apart`` or ``labelled`` to act."""
     routes: Literal["soft", "hard"] = "soft"
     """Until the first cut. ``soft``: units off the row's route run in training. ``hard``: they do not, so that no
     gradient of any kind reaches them. What is measured before the first cut runs every unit."""
@@ -69,8 +70,8 @@ class Routing(Closed):
     """Fraction of each category's examples whose label is known in training, always the same ones; the others run, and
     teach, every unit."""
     strength: dict[Name, Share] = Field(default={})
-    """Category to the share of its gradients that is kept from units off its route, where routes are soft; 1 where it
-    is not named."""
+    """Category to the share of its gradients that is kept from units off its route, where routes are soft, and from a
+    frozen core; 1 where it is not named."""
     core: Literal["learns", "frozen"] = "learns"
     """Whether the core's units learn from labelled rows of categories that have an expert; ``frozen``: the same is kept
     from them as from units off the route."""
@@ -88,24 +89,45 @@ class Routing(Closed):
         """Whether gradients are routed before the first cut."""
         return self.gradients != "none" and bool(self.experts)
 
+    @property
+    def _acts(self) -> bool:
+        """Whether there is anything that routed gradients change."""
+        soft = self.routes_after_cut == "soft"
+        return bool(self.experts or soft or self.core == "frozen" or self.apart or self.labelled < 1.0)
+
     def added(self, site: str) -> int:
         """Return the units that are added to a site for all experts together."""
         return sum(expert.added(site) for expert in self.experts) if self.early else 0
 
     def misfits(self) -> Iterator[str]:
-        """Yield a line for each thing that does not fit the others."""
+        """Yield a line for each thing that does not fit the others, or would do nothing."""
+        if self.gradients == "none":
+            if idle := [key for key, field in type(self).model_fields.items() if getattr(self, key) != field.default]:
+                yield (
+                    f"routing: got {', '.join(idle)} beside gradients 'none', with which no gradient is routed, wanted "
+                    f"gradients 'parameters', 'activations' or 'both', or none of them"
+                )
+            return
+        if not self._acts:
+            yield (
+                f"routing.gradients: got {self.gradients!r} which has nothing to act on: after a cut units off a row's "
+                f"route do not run, wanted experts, routes_after_cut 'soft', core 'frozen', apart or labelled below 1, "
+                f"or gradients 'none'"
+            )
+            return
         named = [category for expert in self.experts for category in expert.categories]
         for category in dict.fromkeys(c for c in named if named.count(c) > 1):
             yield f"routing.experts: got {category!r} more than once, wanted every category once at most"
         if (total := sum(expert.units for expert in self.experts)) > 1 + 1e-9:
             yield f"routing.experts: got units {total:g} in all, wanted at most 1, of which the core is what is left"
-        for category in self.strength:
-            if all(self.is_hard(category, cut=cut) for cut in (False, True)):
+        moments = (False, True) if self.experts else (True,)
+        for category in self.strength if self.core == "learns" else ():
+            if all(self.is_hard(category, cut=cut) for cut in moments):
                 yield (
                     f"routing.strength: got {category!r}, whose routes are hard: nothing reaches units off them, "
                     f"wanted categories with soft routes"
                 )
-        if self.apart and self.gradients not in ("parameters", "both"):
+        if self.apart and self.gradients == "activations":
             yield (
                 f"routing.apart: got {list(self.apart)} beside gradients {self.gradients!r}, with which other units "
                 f"learn from their rows, wanted gradients 'parameters' or 'both'"

@@ -7,17 +7,16 @@ nobody: what SGTM asks (arXiv 2512.05648).
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, assert_never
 
-from moeify.recipe.config import RunConfig
 from moeify.recipe.routing import Routing
 from moeify.routed.gradients import GradientRouter
 from moeify.routed.split_model import SplitModel
 from moeify.task import Batch, Redrawn, Task
 from pipelines.studies import removal
 from pipelines.studies.removal import Removed, in_shares
-from pipelines.studies.study import Arm, Bench, Column, Measures, Size, Study, changed
+from pipelines.studies.study import Arm, Bench, Column, Measures, Size, Study
 from pipelines.studies.training import test_losses, trained
 from pipelines.studies.unlearning import ROWS, terms, texts_recipe
 
@@ -59,17 +58,16 @@ def _arms(size: Size, prefix: str, texts: Mapping[str, Any]) -> tuple[Arm, ...]:
     found = [Arm(f"{prefix}dense twin", dense, dense_twin), Arm(f"{prefix}attribution", dense, attributed)]
     for labelled in (1.0, 0.4, 0.1):
         label = f"{labelled:.0%}".replace("%", " %")
-        told = changed(dense, routing={"labelled": labelled})
-        found.append(Arm(f"{prefix}filtered, {label}", told, filtered))
-        found.append(Arm(f"{prefix}routed, {label}", told, routed))
-        found.append(Arm(f"{prefix}routed, whole, {label}", told, routed_whole))
+        found.append(Arm(f"{prefix}filtered, {label}", dense, Labelled("filtered", labelled)))
+        found.append(Arm(f"{prefix}routed, {label}", dense, Labelled("routed", labelled)))
+        found.append(Arm(f"{prefix}routed, whole, {label}", dense, Labelled("routed, whole", labelled)))
     return tuple(found)
 
 
-def unlabelled(task: Task, config: RunConfig) -> Redrawn:
-    """Return the task without the train rows of its first category whose label is known."""
+def unlabelled(task: Task, labelled: float, seed: int) -> Redrawn:
+    """Return the task without the train rows of its first category whose label is known: that share of them."""
     sites = SplitModel(task.build(), task.categories).space.readers
-    router = GradientRouter(Routing(labelled=config.routing.labelled), task.categories, sites, config.seed)
+    router = GradientRouter(Routing(labelled=labelled), task.categories, sites, seed)
 
     def some(step: int) -> Batch:
         batch = task.train_batch(step)
@@ -84,23 +82,29 @@ def dense_twin(bench: Bench) -> Measures:
     return _judged(bench, None)
 
 
-def filtered(bench: Bench) -> Measures:
-    """Never learn what is labelled."""
-    mine = _bench(bench)
-    model = trained(mine.config, unlabelled(mine.task, bench.config))
-    return _judged(bench, Removed(test_losses(model, mine), model.network))
+@dataclass(frozen=True)
+class Labelled:
+    """Remove by labels of which a share is known."""
 
+    way: Literal["filtered", "routed", "routed, whole"]
+    """``filtered``: never learn what is labelled. ``routed``: expand, route, ablate, as moeify's recipes do it.
+    ``routed, whole``: the same, and labelled rows teach fresh units and nothing else in the whole network."""
+    share: float
+    """Of the rows, 0..1."""
 
-def routed(bench: Bench) -> Measures:
-    """Expand, route, ablate, as moeify's recipes do it."""
-    mine, known = _bench(bench), bench.config.routing.labelled
-    return _judged(bench, removal.routed(mine, terms(mine), hard=True, labelled=known))
-
-
-def routed_whole(bench: Bench) -> Measures:
-    """Expand, route, ablate, where labelled rows teach fresh units and nothing else in the whole network."""
-    mine, known = _bench(bench), bench.config.routing.labelled
-    return _judged(bench, removal.routed(mine, terms(mine), hard=True, whole=True, labelled=known))
+    def __call__(self, bench: Bench) -> Measures:
+        """Train, remove, judge."""
+        mine = _bench(bench)
+        match self.way:
+            case "filtered":
+                model = trained(mine.config, unlabelled(mine.task, self.share, mine.config.seed))
+                removed = Removed(test_losses(model, mine), model.network)
+            case "routed" | "routed, whole":
+                whole = self.way == "routed, whole"
+                removed = removal.routed(mine, terms(mine), hard=True, whole=whole, labelled=self.share)
+            case _:
+                assert_never(self.way)
+        return _judged(bench, removed)
 
 
 def attributed(bench: Bench) -> Measures:
@@ -110,9 +114,8 @@ def attributed(bench: Bench) -> Measures:
 
 
 def _bench(bench: Bench) -> Bench:
-    """Return the bench as all arms have it but for what is their own: rows in their shares, all labels known."""
-    config = changed(bench.config, routing={"labelled": 1.0})
-    return replace(bench, config=config, task=in_shares(bench.task, SHARES, ROWS))
+    """Return the bench as all arms have it: rows in their shares."""
+    return replace(bench, task=in_shares(bench.task, SHARES, ROWS))
 
 
 def _judged(bench: Bench, removed: Removed | None) -> Measures:
