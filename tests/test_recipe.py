@@ -326,7 +326,7 @@ def test_what_does_nothing_without_routed_gradients_is_refused(said: dict[str, o
 @pytest.mark.parametrize("gradients", ["parameters", "activations", "both"])
 def test_gradients_that_would_be_routed_nowhere_are_refused(gradients: str, more: dict[str, object]) -> None:
     (line,) = problems(changed(routing={"gradients": gradients, **more}))
-    assert line.startswith(f"routing.gradients: got '{gradients}' which has nothing to act on: after a cut units off")
+    assert line.startswith(f"routing.gradients: got '{gradients}', which acts on nothing: after a cut units off")
     for acting in ({"core": "frozen"}, {"routes_after_cut": "soft"}, {"labelled": 0.5}):
         parse_recipe(changed(routing={"gradients": gradients, **acting}), where="x")
 

@@ -110,7 +110,7 @@ class Routing(Closed):
             return
         if not self._acts:
             yield (
-                f"routing.gradients: got {self.gradients!r} which has nothing to act on: after a cut units off a row's "
+                f"routing.gradients: got {self.gradients!r}, which acts on nothing: after a cut units off a row's "
                 f"route do not run, wanted experts, routes_after_cut 'soft', core 'frozen', apart or labelled below 1, "
                 f"or gradients 'none'"
             )
