@@ -130,6 +130,9 @@ class Subject:
             raise ValueError(f"categories must be distinct names, at least one, got {list(self.categories)}")
         if not self.sites:
             raise ValueError("no sites to measure; give at least one")
+        for site in self.sites:
+            if not isinstance(site, Site):
+                raise ValueError(f"sites: got {site!r:.60}, wanted a Site(name, reader, units) of attribution.sites")
         names = [site.name for site in self.sites]
         if len(set(names)) != len(names):
             raise ValueError(f"sites must have distinct names, got {names}")

@@ -12,7 +12,7 @@ from moeify.routed.split_model import SplitModel
 from moeify.splitting.null_test import Relabel
 from moeify.task import Task
 from moeify.task_subject import subject_of
-from moeify.tasks.tensors import Data, Loss, TensorTask
+from moeify.tasks.tensors import Data, Loss, TensorTask, whole_number
 
 
 def attribute(
@@ -46,7 +46,7 @@ def attribute(
     task = TensorTask(network, data, loss, rows=rows, seed=seed)
     if isinstance(network, SplitModel):
         return table_of(network, task, rows, rows_at_once, seed)
-    batches = task.probe_batches(0, rows, rows_at_once)
+    batches = task.probe_batches(0, rows, whole_number("rows_at_once", rows_at_once, 1))
     network = task.build() if sites is None else network  # what an architecture fuses is opened into units
     named = readers(network) if sites is None else tuple(sites)
     return measure(subject_of(task, network, named), batches, seed=seed)

@@ -57,7 +57,7 @@ def pace(config: RunConfig, base: Path, known: Sizes, categories: int, steps: in
         network.zero_grad(set_to_none=True)
 
     flops = rows * (known.forward + known.backward) / _median(passes, steps, clock)
-    names = tuple(f"category {number}" for number in range(categories))
+    names = tuple(f"category-{number}" for number in range(categories))
     task = TensorTask(network, dict.fromkeys(names, _some(config, network)), _loss(config), rows=rows, seed=0)
     model = SplitModel(task.build(), names, kinds=config.partition.units)
     contestant = Contestant(model, config.training)
