@@ -26,7 +26,7 @@ from moeify.models.transformer import config_of, image_size
 from moeify.models.units import ConvUnits, UnitSite, UnitSpace, flops
 from moeify.recipe.config import RunConfig
 from moeify.recipe.data import CLASSES, DigitsData, ImageData, TextData
-from moeify.recipe.model import AutoencoderModel, LlamaModel, PretrainedModel, ResnetModel
+from moeify.recipe.model import AutoencoderModel, GivenModel, LlamaModel, PretrainedModel, ResnetModel
 from moeify.recipe.partition import UnitKind
 from moeify.routed.ffn import Routes
 from moeify.routed.recompute import recompute_layers
@@ -126,6 +126,8 @@ def build(config: RunConfig, base: Path) -> nn.Module:
         case ResnetModel() as model:
             sizes = {"width": model.width, "blocks": model.blocks, "stages": model.stages}
             return build_resnet(_image(config), classes=CLASSES, **sizes, seed=0)
+        case GivenModel():
+            raise ValueError("model.kind: got 'given', a network at hand, wanted one that a recipe can build")
         case _ as never:
             assert_never(never)
 

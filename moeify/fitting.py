@@ -1,7 +1,9 @@
 """One call for a notebook: split a network by the categories of its data, with training around the cuts or without."""
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -11,11 +13,14 @@ from moeify.attributing import table_of
 from moeify.events import MemoryTracker
 from moeify.export.stock import to_dense
 from moeify.loop import run
-from moeify.models.families import DETECTED, detected
+from moeify.models.families import DETECTED, detected, traits
 from moeify.models.fused import closed
 from moeify.notebook import Split, Trained, loss_of
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
+from moeify.recipe.data import GivenData
+from moeify.recipe.load import read_values
+from moeify.recipe.model import GivenModel
 from moeify.routed.proof import prove
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.propose import menu
@@ -23,15 +28,21 @@ from moeify.splitting.terms import terms_in_reach
 from moeify.state import State
 from moeify.store import MemoryStore
 from moeify.task import tokens_read
-from moeify.tasks.tensors import Data, Loss, TensorTask
+from moeify.tasks.tensors import Data, Loss, TensorTask, whole_number
 
 _RECOVER = 0.4
 """Share of a round's steps that comes after its cut."""
 _FIRST = 0.9
 """Share of the separation that the first of several rounds asks for: later ones divide what its experts own."""
+_ROWS = 4
+"""Of a step, where no step is made."""
 _WANTED: tuple[Arm, ...] = ("split", "dense")
 _UNTRAINED = ("attribution", "evaluation", "partition", "tree")
 """Sections of a recipe that mean something where nothing is trained."""
+_TRAINED = (*_UNTRAINED, "budget", "checkpoints", "routing", "training")
+"""Those that mean something where network and rows are at hand, in one process that tracks nothing."""
+_ARGUMENTS = ("steps", "rows")
+"""Keys of ``training`` that are arguments here."""
 
 
 def fit(
@@ -56,7 +67,8 @@ def fit(
     ``steps``: of the optimizer, of each model, in all. ``separation``: that the last round asks for. ``rounds``: as
     many as it takes to divide the categories by ``branching`` down to one, where not given. ``sections``: of a recipe,
     as a recipe has them (``partition={"min_units": 2}``, ``tree=[["a", "b"], "c"]``, ``training={"learning_rate":
-    1e-3}``); what they say holds. ValueError for anything that does not fit.
+    1e-3}``), of ``attribution``, ``budget``, ``checkpoints``, ``evaluation``, ``partition``, ``routing``, ``training``
+    (its steps and rows are the arguments) and ``tree``; what they say holds. ValueError for anything that does not fit.
 
     >>> import torch
     >>> from moeify.models.build import Autoencoder
@@ -69,9 +81,12 @@ def fit(
     >>> found.test_loss["split"].keys() == found.test_loss["dense"].keys() == {"dark", "light"}
     True
     """
+    _check_sections(sections, _TRAINED)
     task = _task(network, data, loss, rows, seed)
-    planned = _plan(steps, separation, _rounds(task, rounds, branching), branching)
-    config = _config(loss, steps, planned, rows, seed, controls, sections)
+    rounds = _rounds(task, rounds, whole_number("branching", branching, 2))
+    steps = whole_number("steps", steps, 2 * rounds, ", two a round at least")
+    planned = _plan(steps, _fraction(separation), rounds, branching)
+    config = _config(task, steps, planned, rows, seed, controls, sections)
     store, events = MemoryStore(), MemoryTracker()
     result = run(config, task, store=store, tracker=events)
     newest = store.newest()
@@ -108,12 +123,12 @@ def split(
     >>> found.partition.separation >= 0.3, found.tax["mean"] < 0.1
     (True, True)
     """
-    if odd := sorted(sections.keys() - set(_UNTRAINED)):
-        raise ValueError(f"got {', '.join(odd)}, of which nothing is known where nothing is trained; use moeify.fit")
-    task = _task(network, data, loss, 4, seed)
-    branching = branching or len(task.categories)
-    planned = [{**each, "train": 0, "recover": 0} for each in _plan(1, separation, rounds, branching)]
-    config = _config(loss, 1, planned, 4, seed, (), sections)
+    _check_sections(sections, _UNTRAINED)
+    task = _task(network, data, loss, _ROWS, seed)
+    branching = len(task.categories) if branching is None else whole_number("branching", branching, 2)
+    planned = _plan(1, _fraction(separation), _rounds(task, rounds, branching), branching)
+    untrained = [{**each, "train": 0, "recover": 0} for each in planned]
+    config = _config(task, 1, untrained, _ROWS, seed, (), sections)
     if config.partition.null_test or config.partition.told:
         raise ValueError("got partition.null_test or partition.told, which take training; use moeify.fit")
     dense = SplitModel(task.build(), task.categories, kinds=config.partition.units).eval()
@@ -156,7 +171,38 @@ def _cut(model: SplitModel, task: TensorTask, config: RunConfig) -> None:
 
 def _rounds(task: TensorTask, rounds: int | None, branching: int) -> int:
     """Return as many rounds as were asked for, or as it takes to part all categories."""
-    return max(1, math.ceil(math.log(len(task.categories), branching))) if rounds is None else rounds
+    if rounds is not None:
+        return whole_number("rounds", rounds, 1)
+    return max(1, math.ceil(math.log(len(task.categories), branching)))
+
+
+def _fraction(separation: object) -> float:
+    """Return the separation that was asked for; ValueError where there is no such one."""
+    asked = float(separation) if isinstance(separation, Real) else math.nan
+    if not 0.0 < asked < 1.0:
+        raise ValueError(f"separation: got {separation!r:.60}, wanted a number > 0 and < 1")
+    return asked
+
+
+def _check_sections(sections: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise ValueError for a section that would mean nothing, though a recipe may have it."""
+    odd = sorted(sections.keys() - set(known))
+    if untrained := [name for name in odd if name in _TRAINED]:
+        told = ", ".join(untrained)
+        raise ValueError(f"got {told}, of which nothing is known where nothing is trained; use moeify.fit")
+    for name in odd:
+        wanted = f"wanted some of {', '.join(sorted(known))}"
+        if name in RunConfig.model_fields:
+            raise ValueError(
+                f"{name}: got a section that says nothing where network and rows are at hand, {wanted}; leave it out, "
+                f"or write a recipe and run that (moeify run)"
+            )
+        close = difflib.get_close_matches(name, known, 1)
+        raise ValueError(f"{name}: got an unknown section, {wanted}{f'; nearest: {close[0]}' if close else ''}")
+    training = sections.get("training")
+    for name in _ARGUMENTS:
+        if isinstance(training, Mapping) and name in training:
+            raise ValueError(f"training.{name}: got {training[name]!r:.60}, wanted it as the argument {name}")
 
 
 def _plan(steps: int, separation: float, rounds: int, branching: int) -> list[dict[str, Any]]:
@@ -169,20 +215,22 @@ def _plan(steps: int, separation: float, rounds: int, branching: int) -> list[di
 
 
 def _config(
-    loss: Loss,
+    task: TensorTask,
     steps: int,
-    rounds: list[dict[str, Any]],
+    rounds: Sequence[Mapping[str, Any]],
     rows: int,
     seed: int,
     controls: Sequence[str],
-    sections: dict[str, Any],
+    sections: Mapping[str, Any],
 ) -> RunConfig:
-    """Return a recipe. Of its sections ``data`` and ``model``, read by tasks of recipes, the kinds alone hold."""
-    kinds: dict[str, Any] = {"data": {"kind": "digits"}, "model": {"kind": "autoencoder"}}
-    if loss == "tokens":
-        source = {"kind": "jsonl", "path": "tensors"}
-        kinds = {"data": {"kind": "text", "source": source}, "model": {"kind": "llama"}}
-    training = {"steps": steps, "rows": rows, **sections.pop("training", {})}
-    partition = {"multiple": 2, "min_units": 2, **sections.pop("partition", {})}
-    given = {"seed": seed, "controls": tuple(controls), "rounds": rounds, **sections}
-    return RunConfig.model_validate({"name": "fit", **kinds, "training": training, "partition": partition, **given})
+    """Return a recipe of a network and rows at hand; ValueError, a line for each problem."""
+    at_hand = {"name": "fit", "data": GivenData(), "model": GivenModel(traits=traits(task.build()))}
+    training = _over({"steps": steps, "rows": rows}, sections.get("training", {}))
+    partition = _over({"multiple": 2, "min_units": 2}, sections.get("partition", {}))
+    asked = {"seed": seed, "controls": controls, "rounds": rounds, "training": training, "partition": partition}
+    return read_values({**sections, **at_hand, **asked})
+
+
+def _over(defaults: Mapping[str, Any], given: Any) -> Any:
+    """Return a section with what it does not say filled in; what is no mapping as it is, to be refused."""
+    return {**defaults, **given} if isinstance(given, Mapping) else given

@@ -1,10 +1,13 @@
 """The way in from a notebook: attribute, split, fit, what comes of it, and every example in a docstring."""
 
 import doctest
+import re
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,13 +16,16 @@ import moeify
 from attribution import heatmap
 from moeify.models.build import Autoencoder
 from moeify.notebook import Split, loss_of
+from moeify.recipe.arms import Arm
 from moeify.recipe.model import LlamaModel
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
 from moeify.splitting.tree import ExpertTree
 from moeify.task import Counted, Task
 from moeify.tasks.tensors import TensorTask
-from tests.networks import tiny_decoder
+from tests.networks import tiny_decoder, tiny_resnet
+
+FULL, ONES = torch.ones(9, 4), torch.ones(9, dtype=torch.long)
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")
 
@@ -88,8 +94,12 @@ def test_a_split_shows_itself_in_words_in_a_page_and_in_pictures() -> None:
 
 
 def test_names_of_categories_are_no_markup() -> None:
-    data = {"<b>": (torch.rand(20, 6) < 0.2).float(), "b": (torch.rand(20, 6) < 0.8).float()}
-    page = moeify.split(Autoencoder(6, 16, 3), data, loss="pixels", separation=0.2)._repr_html_()
+    split, names = small_split(), ("<b>", "b")  # a task of one's own may call them anything
+    split.task.categories = names
+    losses: dict[Arm, dict[str, float]] = {arm: dict.fromkeys(names, 1.0) for arm in ("split", "dense")}
+    tree = ExpertTree.undivided(names).split({0: [("<b>",), ("b",)]})
+    model = SplitModel(split.task.build(), names, Partition(tree, split.partition.widths))
+    page = replace(split, model=model, test_loss=losses)._repr_html_()
     assert "&lt;b&gt;" in page
     assert "<b>" not in page
 
@@ -133,6 +143,8 @@ def test_attribution_alone_reads_a_network_and_a_split_of_it() -> None:
         ({"training": {"steps": 3}}, "use moeify.fit"),
         ({"partition": {"told": True}}, "use moeify.fit"),
         ({"separation": 0.99}, "separation"),
+        ({"branching": 0}, "branching: got 0, wanted a whole number >= 2"),
+        ({"cluster": {"workers": 4}}, "cluster: got a section that says nothing"),
     ],
 )
 def test_what_a_split_without_training_cannot_do_is_told(asked: dict[str, Any], told: str) -> None:
@@ -218,12 +230,135 @@ def test_rows_are_shared_out_once_and_batches_lie_in_category_order() -> None:
         ("pixels", {"a": torch.rand(9, 4), "b": torch.rand(9, 5)}, "wanted the same shape"),
         ("pixels", {"a": torch.rand(9, 4), "b": torch.rand(2, 4)}, "got 2 rows, wanted 8 at least"),
         ("tokens", {"a": torch.rand(9, 4), "b": torch.rand(9, 4)}, "needs integers"),
+        ("mse", {}, "loss: got 'mse', wanted one of 'tokens', 'pixels', 'classes'"),
+        (
+            "pixels",
+            {"a": torch.rand(9, 4), "b": 200 * FULL},
+            "data['b']: got intensities up to 200, wanted 0..1; divide",
+        ),
+        (
+            "pixels",
+            {"a": 255 * FULL, "b": 200 * FULL},
+            "data['a']: got intensities up to 255, wanted 0..1; divide by 255",
+        ),
+        ("pixels", {"a": FULL, "b": (FULL, 200 * FULL)}, "data['b']: got intensities up to 200, wanted 0..1"),
+        ("pixels", {"a": FULL, "b": -FULL}, "data['b']: got intensities from -1, wanted 0..1; shift"),
+        ("pixels", {"a": FULL, "b": FULL / 0}, "data['b']: got NaN or infinity among the inputs"),
+        ("pixels", {"a": FULL, "b": (FULL, 0 * FULL / 0)}, "data['b']: got NaN or infinity among the targets"),
+        ("pixels", {"a": FULL.byte(), "b": FULL}, "data['a']: got inputs of torch.uint8, wanted floats 0..1"),
+        ("pixels", {"a": FULL, "b": (FULL, FULL.long())}, "data['b']: got targets of torch.int64, wanted floats 0..1"),
+        ("pixels", {"a": FULL[..., None], "b": FULL[..., None]}, "wanted [rows pixels]; flatten(1)"),
+        ("pixels", {"a": FULL, "b": (FULL, FULL[:, :3])}, "data: got targets of shapes"),
+        ("pixels", {"a": FULL, "b": FULL}, "data['a']: got targets [4] a row, wanted [3], which is what the network"),
+        (
+            "classes",
+            {"a": (FULL[:, :2], ONES), "b": (FULL[:, :2], ONES)},
+            "data['a']: got rows [2] of torch.float32, which",
+        ),
+        ("classes", {"a": (FULL, ONES), "b": (FULL, 3 * ONES)}, "data['b']: got 3 among the classes, wanted 0..2"),
+        ("classes", {"a": (FULL, ONES), "b": (FULL, -ONES)}, "data['b']: got -1 among the classes, wanted 0..2"),
+        ("pixels", {"a": FULL.numpy(), "b": FULL}, "data['a']: got ndarray, wanted a tensor of rows"),
+        (
+            "classes",
+            {"a": (FULL, ONES.numpy()), "b": FULL},
+            "data['a']: got a tensor of shape [9, 4] and ndarray, wanted",
+        ),
+        ("pixels", {"mean": FULL, "b": FULL}, "data: the category name 'mean' is reserved"),
+        ("pixels", {"": FULL, "b": FULL}, "data: got category ''"),
     ],
 )
-def test_data_that_does_not_fit_is_told_in_a_line(loss: str, data: dict[str, torch.Tensor], told: str) -> None:
-    with pytest.raises(ValueError, match=told) as error:
+def test_data_that_does_not_fit_is_told_in_a_line(loss: str, data: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)) as error:
         task(loss, **data)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"data": {0: FULL, 1: FULL}}, "data: got category 0, wanted a name in quotes, such as '0'"),
+        ({"data": [FULL, FULL]}, "data: got list, wanted a mapping from the names of categories to rows"),
+        ({"branching": 1}, "branching: got 1, wanted a whole number >= 2"),
+        ({"separation": 1.5}, "separation: got 1.5, wanted a number > 0 and < 1"),
+        ({"rounds": 0}, "rounds: got 0, wanted a whole number >= 1"),
+        ({"steps": 3, "rounds": 2}, "steps: got 3, wanted a whole number >= 4, two a round at least"),
+        ({"rows": 0}, "rows: got 0, wanted a whole number >= 1"),
+        ({"seed": -1}, "seed: got -1, wanted a whole number >= 0"),
+        ({"controls": "told"}, "controls: got 'told', wanted a list, each one of 'random', 'told'"),
+        ({"cluster": {"workers": 4}}, "cluster: got a section that says nothing where network and rows are at hand"),
+        ({"tracking": {"experiment": "x"}}, "tracking: got a section that says nothing"),
+        ({"distillation": {}}, "distillation: got a section that says nothing"),
+        ({"model": {"kind": "resnet"}}, "model: got a section that says nothing"),
+        ({"partitions": {}}, "partitions: got an unknown section"),
+        ({"training": {"rows": 3}}, "training.rows: got 3, wanted it as the argument rows"),
+        ({"training": 3}, "training: got 3, wanted a mapping"),
+        ({"training": {"clip": torch.zeros(2, 2)}}, "training.clip: got tensor("),
+        ({"training": {"cilp": 1}}, "training.cilp: got 1 for an unknown key"),
+        ({"training": {"checkpoint_activations": True}}, "wanted false beside the given network, which has no decoder"),
+        (
+            {"partition": {"units": ["ffn", "heads"]}},
+            "partition.units: got 'heads', which the given network has none of",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_told_in_a_line_in_the_words_that_were_given(asked: dict[str, Any], told: str) -> None:
+    known = {"data": {"a": FULL, "b": FULL}, "loss": "pixels", "steps": 8, **asked}
+    with pytest.raises(ValueError, match=re.escape(told)) as error:
+        moeify.fit(Autoencoder(4, 8, 2), **known)
+    assert "\n" not in str(error.value)
+    assert "pydantic" not in str(error.value)
+
+
+def test_inputs_beside_targets_may_have_any_range_and_whole_numbers_may_be_of_numpy() -> None:
+    noisy = {name: (3 * rows - 1, rows) for name, rows in shades().items()}
+    found = moeify.split(Autoencoder(6, 8, 2), noisy, loss="pixels", separation=0.2, rounds=np.int64(1))
+    assert found.test_loss["split"].keys() == {"dark", "light"}
+
+
+def test_what_was_asked_of_a_fit_stays_as_it_was() -> None:
+    asked = {"training": {"learning_rate": 1e-3}, "partition": {"min_units": 2}}
+    data = {c: torch.rand(8, 4) for c in "ab"}
+    found = moeify.fit(Autoencoder(4, 8, 2), data, loss="pixels", steps=2, rounds=1, separation=0.2, **asked)
+    assert found.config.training.learning_rate == 1e-3
+    assert asked == {"training": {"learning_rate": 1e-3}, "partition": {"min_units": 2}}
+
+
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_heads_of_a_given_transformer_are_split(family: str) -> None:
+    network, generator = tiny_decoder(family), torch.Generator().manual_seed(0)
+    loss: Any = "tokens"
+    data: Any = {c: torch.randint(1, 40, (20, 12), generator=generator) for c in "ab"}
+    if family == "vit":
+        loss, data = "classes", {c: (torch.rand(20, 2, 4, 6, generator=generator), torch.arange(20) % 5) for c in "ab"}
+    asked = {"units": ["ffn", "heads"], "frozen": ["*.ffn"], "compensation": None}
+    cut = moeify.split(network, data, loss=loss, separation=0.04, partition=asked)
+    fitted = moeify.fit(network, data, loss=loss, steps=4, rounds=1, rows=4, separation=0.04, partition=asked)
+    for found in (cut, fitted):
+        sites = [site for site in found.partition.widths if sum(found.partition.widths[site][1:])]
+        assert {site.rpartition(".")[2] for site in sites} == {"heads"}
+        assert found.test_loss["split"].keys() == {"a", "b"}
+
+
+def test_a_network_given_for_gradient_routing_is_asked_what_its_units_are() -> None:
+    image = torch.rand(16, 2, 8, 6)
+    data = {c: (image, torch.arange(16) % 5) for c in "ab"}
+    for asked, told in (
+        ({"routing": {"gradients": "parameters"}}, "gradients of channels are not routed"),
+        ({"training": {"accumulate": 2}}, "the given network, whose batch norm would see"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            moeify.fit(tiny_resnet().float(), data, loss="classes", steps=4, rounds=1, rows=4, **asked)
+
+
+def test_what_attribution_reads_is_named_by_sites() -> None:
+    data = dict.fromkeys("ab", (FULL, ONES))
+    with pytest.raises(ValueError, match="sites: got 'h', wanted a Site"):
+        moeify.attribute(nn.Sequential(nn.Linear(4, 3)), data, loss="classes", sites={"h": "0"})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rows_at_once: got 0"):
+        moeify.attribute(Autoencoder(4, 8, 2), dict.fromkeys("ab", FULL), loss="pixels", rows_at_once=0)
+    split = moeify.split(Autoencoder(6, 8, 2), shades(), loss="pixels", separation=0.2)
+    with pytest.raises(ValueError, match="which the network does not take"):
+        moeify.attribute(split.model, dict.fromkeys("ab", FULL), loss="pixels")
 
 
 def test_a_network_of_no_known_family_is_refused_by_name() -> None:

@@ -117,6 +117,16 @@ def test_controls_are_a_closed_list_of_names_each_once() -> None:
         assert problems(changed(controls=controls)) == (told,)
 
 
+def test_what_python_has_at_hand_is_unknown_to_a_recipe() -> None:
+    assert problems(changed(data={"kind": "given"})) == (
+        "data.kind: got 'given', wanted one of 'digits', 'images', 'text'",
+    )
+    assert problems(changed(model={"kind": "given", "traits": {}})) == (
+        "model.kind: got 'given', wanted one of 'autoencoder', 'llama', 'pretrained', 'resnet'",
+    )
+    assert "given" not in json_schema()["properties"]["model"]["discriminator"]["mapping"]
+
+
 def test_a_missing_kind_lists_the_kinds() -> None:
     assert "data.kind: got nothing, wanted one of 'digits', 'images', 'text'" in problems(changed(data={"test": 0.2}))
 

@@ -18,7 +18,7 @@ from moeify.models.families import describe, transformer_of
 from moeify.models.transformer import Transformer, config_of, image_size
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
-from moeify.recipe.data import DigitsData, ImageData, TextData
+from moeify.recipe.data import DigitsData, GivenData, ImageData, TextData
 from moeify.result import Result
 from moeify.routed.split_model import SplitModel
 from moeify.routers.by_layer import LayerRouterReport
@@ -246,6 +246,8 @@ def _recipe(recipe: RunConfig) -> Iterator[str]:
             yield f"- data: {kind.get(source.kind, 'JSON lines')}, {tokenizer}, rows of {length} tokens{found}"
         case DigitsData():
             yield "- data: scikit-learn's handwritten digits"
+        case GivenData():
+            yield "- data: rows at hand, given from Python"
         case ImageData(source=images, objective=objective, categories=groups):
             classes = "; ".join(f"{name}: {', '.join(map(str, numbers))}" for name, numbers in groups.items())
             yield f"- data: {images}, to {objective}; classes by category: {classes}"

@@ -35,7 +35,8 @@ from moeify.models.adapters import (
 )
 from moeify.models.detect import Detected
 from moeify.models.transformer import Transformer, config_of
-from moeify.models.units import UnitSpace, check, is_conv1d
+from moeify.models.units import ConvUnits, UnitSpace, check, is_conv1d
+from moeify.recipe.model import Traits
 from moeify.recipe.partition import PLAIN, UnitKind
 
 TRANSFORMERS: tuple[Transformer, ...] = (
@@ -77,6 +78,17 @@ def layers(network: nn.Module) -> list[nn.Module]:
     if not isinstance(adapter, Transformer):
         return []
     return [network.get_submodule(adapter.layer.format(i)) for i in range(config_of(network).num_hidden_layers)]
+
+
+def traits(network: nn.Module) -> Traits:
+    """Return what a network has of what parts of a recipe ask for; ValueError as ``unit_space`` raises it."""
+    sites = unit_space(network, get_args(UnitKind)).sites
+    return Traits(
+        units=tuple(kind for kind in get_args(UnitKind) if any(site.kind == kind for site in sites)),
+        layers=bool(layers(network)),
+        channels=any(isinstance(site, ConvUnits) for site in sites),
+        batch_norm=any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()),
+    )
 
 
 def readers(network: nn.Module) -> tuple[Site, ...]:

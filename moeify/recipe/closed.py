@@ -1,8 +1,9 @@
 """What all parts of a recipe are made of."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic_core import PydanticKnownError
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -26,3 +27,16 @@ class Closed(BaseModel):
     """Refuses unknown keys and changes; a string under a field is its documentation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class AtHand(Closed):
+    """What Python has at hand and no text can say: of kind ``given``, which recipes and their schema do not know."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unknown_to_recipes(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.mode == "json":
+            raise PydanticKnownError(
+                "union_tag_invalid", {"discriminator": "'kind'", "tag": "given", "expected_tags": "those of the schema"}
+            )
+        return value

@@ -23,6 +23,7 @@ from moeify.recipe.data import (
     Data,
     DigitsData,
     Discover,
+    GivenData,
     ImageData,
     InstalledText,
     MixedText,
@@ -32,7 +33,7 @@ from moeify.recipe.data import (
     cluster_names,
 )
 from moeify.recipe.given_tree import Nested, names, read_tree
-from moeify.recipe.model import Model
+from moeify.recipe.model import Model, called, traits_of
 from moeify.recipe.parallel import Parallel, Replicate
 from moeify.recipe.partition import PLAIN, AttributionOwners, Partition
 from moeify.recipe.rounds import Budget, Round
@@ -175,6 +176,8 @@ class RunConfig(Closed):
             yield f"controls: got {list(self.controls)}, wanted each control once"
 
     def _data_misfits(self) -> Iterator[str]:
+        if isinstance(self.data, GivenData):
+            return
         held_out = self.data.validation + (0.0 if self.data.kind == "images" else self.data.test)
         if held_out >= 1.0:
             yield f"data: got validation + test {held_out:g}, wanted less than 1, so that something is left to train on"
@@ -194,6 +197,8 @@ class RunConfig(Closed):
                 wanted, needs = ("autoencoder",), "data.kind 'digits'"
             case TextData():
                 wanted, needs = ("llama", "pretrained"), "data.kind 'text'"
+            case GivenData():
+                wanted, needs = ("given",), "data.kind 'given'"
         if self.model.kind not in wanted:
             known = " or ".join(map(repr, wanted))
             yield f"model.kind: got {self.model.kind!r}, wanted {known}, which {needs} needs"
@@ -229,8 +234,8 @@ class RunConfig(Closed):
                 f"partition.units: got {list(units)}, wanted [ffn] or [ffn, heads]; "
                 f"to split heads alone, freeze the rest: partition.frozen: ['*.ffn']"
             )
-        if "heads" in units and self.model.kind not in ("llama", "pretrained"):
-            yield f"partition.units: got 'heads', which model.kind {self.model.kind!r} has none of, wanted [ffn]"
+        if "heads" in units and "heads" not in traits_of(self.model).units:
+            yield f"partition.units: got 'heads', which {called(self.model)} has none of, wanted [ffn]"
 
     def _null_test_misfits(self) -> Iterator[str]:
         if self.partition.null_test and self.attribution.settled:
@@ -246,9 +251,9 @@ class RunConfig(Closed):
                 f"routing.gradients: got {self.routing.gradients!r} beside partition.units "
                 f"{list(self.partition.units)}, wanted units [ffn]; gradients of heads are not routed"
             )
-        if self.routing.gradients != "none" and self.model.kind == "resnet":
+        if self.routing.gradients != "none" and traits_of(self.model).channels:
             yield (
-                f"routing.gradients: got {self.routing.gradients!r} beside model.kind 'resnet', wanted 'none'; "
+                f"routing.gradients: got {self.routing.gradients!r} beside {called(self.model)}, wanted 'none'; "
                 f"gradients of channels are not routed"
             )
         if self.routing.apart and self.partition.compensation:
@@ -267,14 +272,15 @@ class RunConfig(Closed):
                 f"training.accumulate: got {parts}, wanted a divisor of {share}, the rows of a step that each "
                 f"worker has (training.rows / cluster.workers)"
             )
-        if parts > 1 and self.model.kind == "resnet":
+        traits = traits_of(self.model)
+        if parts > 1 and traits.batch_norm:
             yield (
-                f"training.accumulate: got {parts}, wanted 1 beside model.kind 'resnet', whose batch norm would see "
+                f"training.accumulate: got {parts}, wanted 1 beside {called(self.model)}, whose batch norm would see "
                 f"each part of a step by itself"
             )
-        if self.training.checkpoint_activations and self.model.kind not in ("llama", "pretrained"):
+        if self.training.checkpoint_activations and not traits.layers:
             yield (
-                f"training.checkpoint_activations: got true, wanted false beside model.kind {self.model.kind!r}, which "
+                f"training.checkpoint_activations: got true, wanted false beside {called(self.model)}, which "
                 f"has no decoder layers"
             )
 

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
-from moeify.recipe.closed import Closed, Fraction, Name
+from moeify.recipe.closed import AtHand, Closed, Fraction, Name
 
 BuiltinSource = Literal["python", "prose", "c", "web"]
 ImageSource = Literal["mnist", "cifar10", "cifar10-jpeg"]
@@ -240,4 +241,10 @@ class ImageData(Closed):
         return self
 
 
-Data = Annotated[TextData | DigitsData | ImageData, Field(discriminator="kind")]
+class GivenData(AtHand):
+    """Rows for ``moeify.fit`` or ``moeify.split``."""
+
+    kind: Literal["given"] = "given"
+
+
+Data = Annotated[TextData | DigitsData | ImageData | SkipJsonSchema[GivenData], Field(discriminator="kind")]

@@ -9,7 +9,7 @@ import functools
 import json
 import re
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,12 +74,30 @@ def parse_recipe(text: str, *, where: str) -> RunConfig:
     try:
         config = _validate(data)
     except ValidationError as error:
-        raise RecipeError(where, list(dict.fromkeys(_problems(data, error)))) from None
+        raise RecipeError(where, _problems(data, error, _validate)) from None
     try:
         check_categories(config, config.category_names)
     except ValueError as error:
         raise RecipeError(where, str(error).split("\n")) from None
     return config
+
+
+def read_values(values: Mapping[str, Any]) -> RunConfig:
+    """Return the recipe that Python values make; ValueError with a line for each problem.
+
+    >>> read_values({"training": 3})
+    Traceback (most recent call last):
+    ...
+    ValueError: name: got nothing, wanted a name that matches ^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$
+    data: got nothing, wanted a mapping whose kind is one of 'digits', 'images', 'text'
+    model: got nothing, wanted a mapping whose kind is one of 'autoencoder', 'llama', 'pretrained', 'resnet'
+    training: got 3, wanted a mapping ...
+    rounds: got nothing, wanted a list of at least 1, ...
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("\n".join(_problems(_plain(values), error, RunConfig.model_validate))) from None
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -102,28 +120,42 @@ def _validate(data: Any) -> RunConfig:
     return RunConfig.model_validate_json(json.dumps(data), strict=True)
 
 
-def _problems(data: dict[str, Any], error: ValidationError) -> Iterator[str]:
+_Validate = Callable[[Any], RunConfig]
+
+
+def _problems(data: dict[str, Any], error: ValidationError, validate: _Validate) -> list[str]:
+    return list(dict.fromkeys(_told(data, error, validate)))
+
+
+def _told(data: dict[str, Any], error: ValidationError, validate: _Validate) -> Iterator[str]:
     details = error.errors(include_url=False)
     for detail in details[:_MOST]:
         yield from _lines(data, detail)
     if len(details) > _MOST:
         yield f"... and {len(details) - _MOST} more"
     elif unknown := [detail for detail in details if detail["type"] == "extra_forbidden"]:
-        yield from _problems_without(data, unknown)
+        yield from _problems_without(data, unknown, validate)
 
 
-def _problems_without(data: dict[str, Any], unknown: Sequence[ErrorDetails]) -> Iterator[str]:
+def _problems_without(data: dict[str, Any], unknown: Sequence[ErrorDetails], validate: _Validate) -> Iterator[str]:
     """Yield what unknown keys hide: pydantic checks how the parts fit only where each part is valid."""
-    cleaned = json.loads(json.dumps(data))
+    cleaned = _plain(data)
     for detail in unknown:
         keys = _locate(_schema(), detail["loc"]).keys
         del _look_up(cleaned, keys[:-1])[keys[-1]]
     try:
-        _validate(cleaned)
+        validate(cleaned)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             if detail["type"] == "value_error":
                 yield from _lines(cleaned, detail)
+
+
+def _plain(value: Any) -> Any:
+    """Return a copy whose mappings are dicts and whose sequences are lists; all else as it is."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 # --- one problem, one line ------------------------------------------------------------------------------
@@ -165,7 +197,7 @@ def _shown(value: Any) -> str:
         return json.dumps(value)
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = _WIDEST - 4
-    text = short.repr(value)
+    text = short.repr(value).replace("\n", " ")
     return text if len(text) <= _WIDEST else text[: _WIDEST - 3] + "..."
 
 
@@ -220,6 +252,8 @@ def _locate(root: Schema, location: Sequence[str | int]) -> _Place:
             continue
         if "discriminator" in node:
             variants = {kind: resolved(root, {"$ref": ref}) for kind, ref in node["discriminator"]["mapping"].items()}
+            if item not in variants:  # a kind that the schema does not tell of
+                break
             place.node = variants[str(item)]
             continue
         if "anyOf" in node:  # a value or null

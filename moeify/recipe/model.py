@@ -1,11 +1,13 @@
 """What a recipe may say about the network, before any split."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self, assert_never
 
 from pydantic import Field, PositiveInt, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
-from moeify.recipe.closed import Closed, Fraction
+from moeify.recipe.closed import AtHand, Closed, Fraction
+from moeify.recipe.partition import PLAIN, UnitKind
 
 
 class LlamaModel(Closed):
@@ -70,4 +72,48 @@ class ResnetModel(Closed):
     """The map of the last one is ``2^(stages - 1)`` times smaller than the image, each way."""
 
 
-Model = Annotated[LlamaModel | PretrainedModel | AutoencoderModel | ResnetModel, Field(discriminator="kind")]
+class Traits(NamedTuple):
+    """What a network has, as far as other parts of a recipe ask for it."""
+
+    units: tuple[UnitKind, ...] = PLAIN
+    """Kinds of its units."""
+    layers: bool = False
+    """Whether it is a transformer, whose layers can be computed again."""
+    channels: bool = False
+    """Whether its units are channels of convolutions."""
+    batch_norm: bool = False
+    """Whether a row's outputs depend on the other rows of a training step."""
+
+
+class GivenModel(AtHand):
+    """A network for ``moeify.fit`` or ``moeify.split``."""
+
+    kind: Literal["given"] = "given"
+    traits: Traits
+    """Those of the network itself."""
+
+
+Model = Annotated[
+    LlamaModel | PretrainedModel | AutoencoderModel | ResnetModel | SkipJsonSchema[GivenModel],
+    Field(discriminator="kind"),
+]
+
+
+def traits_of(model: Model) -> Traits:
+    """Return what a model's network has."""
+    match model:
+        case LlamaModel() | PretrainedModel():
+            return Traits(units=("ffn", "heads"), layers=True)
+        case AutoencoderModel():
+            return Traits()
+        case ResnetModel():
+            return Traits(channels=True, batch_norm=True)
+        case GivenModel(traits=traits):
+            return traits
+        case _ as never:
+            assert_never(never)
+
+
+def called(model: Model) -> str:
+    """Return what a problem calls a model."""
+    return "the given network" if isinstance(model, GivenModel) else f"model.kind {model.kind!r}"

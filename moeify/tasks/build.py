@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import assert_never
 
 from moeify.recipe.config import RunConfig
-from moeify.recipe.data import DigitsData, ImageData, TextData
+from moeify.recipe.data import DigitsData, GivenData, ImageData, TextData
 from moeify.recipe.model import PretrainedModel
 from moeify.task import Task
 
@@ -35,5 +35,7 @@ def build_task(config: RunConfig, *, cache: Path, base: Path) -> Task:
             from moeify.tasks.images import ImagesTask
 
             return ImagesTask.prepare(config, base)
+        case GivenData():
+            raise ValueError("data.kind: got 'given', rows at hand, which are no recipe's; moeify.fit makes their task")
         case _ as never:
             assert_never(never)
