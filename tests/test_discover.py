@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from moeify.data.discover import Clusters, cluster, report
+from moeify.data.discover import Clusters, TooSmallError, cluster, report
 from moeify.data.documents import SPLITS, Split
 from moeify.data.tokens import Tokens, prepare, read
 from moeify.recipe.config import RunConfig
@@ -148,7 +148,7 @@ def test_a_cluster_without_held_out_documents_is_refused() -> None:
     ids, _ = splits()
     ids["test"] = ids["test"][::2]  # all of kind 0
     with pytest.raises(
-        ValueError,
+        TooSmallError,
         match=r"^data\.discover: cluster-\d of 2, with 45 documents.* none in the test split; raise data\.test.*$",
     ):
         cluster(Discover(number=2), ids, VOCABULARY)

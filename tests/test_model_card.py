@@ -64,6 +64,21 @@ def test_the_card_of_an_image_model_says_how_its_rows_are_made() -> None:
     assert "secret" not in text
 
 
+def test_the_card_of_a_checkpoint_that_was_split_says_what_taught_it() -> None:
+    changed = {"model": {"kind": "pretrained", "path": "/secret"}, "distillation": {"weight": 0.25}}
+    recipe = RunConfig.model_validate(RECIPE.model_dump(mode="json") | changed)
+    text = card(About(run="mine-3", recipe=recipe), source(), Checked(None, None), dtype="float32")
+    assert "- begun with: a pretrained model" in text
+    assert "- learned by 25% from what the pretrained model predicts, the rest from the data" in text
+    assert "secret" not in text
+    assert "what the pretrained model predicts" not in card(ABOUT, source(), Checked(None, None), dtype="float32")
+
+
+def test_a_card_in_half_precision_says_that_losses_are_of_float32() -> None:
+    for dtype, said in (("float32", "This export is of *split*."), ("float16", "*split*, which had float32 weights")):
+        assert said in card(ABOUT, source(), Checked(0.01, None), dtype=dtype)
+
+
 def source(**part: list[str]) -> Source:
     return Source.of(split_of(tiny_llama().float()), torch.float32, **part)
 

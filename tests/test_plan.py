@@ -4,7 +4,9 @@ import pytest
 
 from moeify.recipe.plan import check_categories, plan, training_work
 from moeify.recipe.reach import Stake, check_reachable
+from moeify.result import MEAN
 from moeify.splitting.terms import SiteTerms, stakes
+from moeify.splitting.tree import ROOT
 from tests.toy import toy_config
 
 NAMES = tuple("abcdefghij")
@@ -133,6 +135,12 @@ def test_names_that_are_no_categories_are_all_told() -> None:
     with pytest.raises(ValueError, match=r"(?s)tree: got 'x'.*\ntree: got 'y'"):
         check_categories(toy_config(tree=[["a", "x"], ["b", "y"]]), NAMES[:4])
     check_categories(toy_config(tree=[["a", "x"], ["b", "y"]]), None)
+
+
+@pytest.mark.parametrize("name", [ROOT, MEAN])
+def test_a_category_with_a_name_of_the_projects_own_is_refused_before_anything_is_trained(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^data: the category name '{name}' is reserved for .*; rename the category$"):
+        check_categories(toy_config(), ("a", name))
 
 
 def test_unrouted_categories_count_in_what_can_be_reached() -> None:

@@ -5,20 +5,19 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any, assert_never
+from typing import Any
 
-from moeify.data.images import NORMS
 from moeify.export import fresh_check, onnx_file
 from moeify.export.card_measures import FileForm, recovered, routed, table, timed
+from moeify.export.card_origin import origin
 from moeify.export.recovery import Recovery
 from moeify.export.speeds import Speeds
 from moeify.export.stock import Form, Stock, counted_sites, ffn_sites
 from moeify.export.verification import Source
-from moeify.models.families import describe, transformer_of
-from moeify.models.transformer import Transformer, config_of, image_size
+from moeify.models.families import transformer_of
+from moeify.models.transformer import config_of
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
-from moeify.recipe.data import DigitsData, GivenData, ImageData, TextData
 from moeify.result import Result
 from moeify.routed.split_model import SplitModel
 from moeify.routers.by_layer import LayerRouterReport
@@ -79,7 +78,7 @@ def card(
         _head(stock, file),
         _what(about, source, dtype, stock),
         _loading(source.part, stock, file, cache=cache),
-        _origin(about, source.whole),
+        origin(about.recipe, source.whole),
         _losses(about.result, source, stock, dtype),
         recovered(source.recovery, source.part),
         routed(checked.routers, about.result),
@@ -201,65 +200,6 @@ def _routing(stock: Stock, form: Form, file: FileForm | None) -> Iterator[str]:
         yield f"To send all tokens along one category's route instead (here {other}; {back}):"
     yield from ("", "```python", *imports, "", "", *source.split("\n"), "", "", f"experts = {dict(stock.experts)}")
     yield from (f'{route.__name__}({what}, experts["{other}"])', "```")
-
-
-def _origin(about: About, whole: SplitModel) -> Iterator[str]:
-    """Say where the weights come from; no path of the recipe is told."""
-    yield from ("## Where it comes from", "")
-    if family := transformer_of(whole.network):
-        config, ffn = config_of(whole.network), max(site.units for site in ffn_sites(whole))
-        name = family.config.removesuffix("Config").removesuffix("Text")
-        yield (
-            f"- network: {name}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
-            f"FFN {ffn}, {config.num_attention_heads} heads, {_takes(family, config)}"
-        )
-    else:
-        description = describe(whole.network)
-        sizes = ", ".join(f"{name} {size}" for name, size in description.items() if name != "family")
-        yield f"- network: {description['family']}, {sizes}"
-    yield f"- categories: {', '.join(whole.categories)}"
-    if about.recipe is not None:
-        yield from _recipe(about.recipe)
-
-
-def _takes(family: Transformer, config: Any) -> str:
-    if family.learns == "class of an image":
-        height, width = image_size(config)
-        return f"images of {height} x {width}, {config.num_labels} classes"
-    classes = f", {config.num_labels} classes" if family.learns == "class of a text" else ""
-    return f"vocabulary {config.vocab_size:,}, up to {family.positions(config):,} positions{classes}"
-
-
-def _recipe(recipe: RunConfig) -> Iterator[str]:
-    match recipe.data:
-        case TextData(source=source, length=length, discover=discover):
-            kind = {
-                "installed": "text that Python packages install",
-                "folders": "folders of text files",
-                "mixed": "text from several places",
-            }
-            found = "" if discover is None else "; categories are discovered clusters of documents"
-            pretrained = recipe.model.kind == "pretrained"
-            tokenizer = "its tokenizer" if pretrained else "byte-level BPE"
-            if pretrained:
-                yield "- begun with: a pretrained model, and not trained from scratch"
-            yield f"- data: {kind.get(source.kind, 'JSON lines')}, {tokenizer}, rows of {length} tokens{found}"
-        case DigitsData():
-            yield "- data: scikit-learn's handwritten digits"
-        case GivenData():
-            yield "- data: rows at hand, given from Python"
-        case ImageData(source=images, objective=objective, categories=groups):
-            classes = "; ".join(f"{name}: {', '.join(map(str, numbers))}" for name, numbers in groups.items())
-            yield f"- data: {images}, to {objective}; classes by category: {classes}"
-            mean, deviation = NORMS[images]
-            norm = f", less mean {mean}, over deviation {deviation}" if objective == "classify" else ", in one row"
-            yield f"- a row of inputs: an image's channels, height and width, intensities 0..1{norm}"
-        case other:
-            assert_never(other)
-    training = recipe.training
-    yield f"- recipe: `{recipe.name}`, seed {recipe.seed}; {training.steps:,} steps of {training.rows} rows"
-    separations = ", ".join(f"{r.separation:.0%}" for r in recipe.rounds)
-    yield f"- rounds asked for a separation of {separations}; owners by {recipe.partition.owners.kind}"
 
 
 def _losses(result: Result | None, source: Source, stock: Stock | None, dtype: str) -> Iterator[str]:
