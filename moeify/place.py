@@ -150,10 +150,10 @@ class Place:
         return f"{self._root}/{path}"
 
 
-def send(folder: Path, place: Place, last: tuple[str, ...]) -> None:
-    """Upload a folder; the files named ``last``, without which no reader takes it for whole, come last."""
+def send(folder: Path, place: Place) -> None:
+    """Upload what was exported to a folder, what is ``LOADED`` last."""
     files = [path for path in folder.rglob("*") if path.is_file()]
-    for path in sorted(files, key=lambda path: (path.name in last, str(path))):
+    for path in sorted(files, key=lambda path: (path.name in LOADED, str(path))):
         place.upload(path.relative_to(folder).as_posix(), path)
 
 

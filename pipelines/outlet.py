@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from moeify.place import LOADED, Place, checked_url, is_url, send
+from moeify.place import Place, checked_url, is_url, send
 from pipelines.homes import folder_of
 from pipelines.stopping import stoppable
 
@@ -30,4 +30,4 @@ def outlet(target: str) -> Iterator[Path]:
     with stoppable(), TemporaryDirectory(prefix="moeify-export-") as folder:
         out = Path(folder) / (PurePosixPath(place.url).name or "export")
         yield out
-        send(out, place, LOADED)
+        send(out, place)

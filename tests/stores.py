@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -108,14 +108,21 @@ def gs_server() -> Iterator[str]:
 
 
 @contextmanager
-def answering(*statuses: tuple[int, str]) -> Iterator[tuple[str, list[str]]]:
-    """Serve these answers, the last one for ever; give the address and a list of what was asked."""
+def answering(
+    *statuses: tuple[int, str], at: Mapping[str, tuple[int, str]] | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """Serve these answers, the last one for ever; give the address and a list of what was asked.
+
+    ``at``: path -> what it is answered, and counts for nothing.
+    """
+    told = at or {}
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            status, body = statuses[min(len(asked), len(statuses) - 1)]
-            asked.append(f"{self.command} {self.path}")
+            status, body = told.get(self.path) or statuses[min(len(asked), len(statuses) - 1)]
+            if self.path not in told:
+                asked.append(f"{self.command} {self.path}")
             content = body.encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))

@@ -3,11 +3,8 @@
 import json
 import os
 import shlex
-import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from pipelines import ray_jobs
 from pipelines.answer import answer
 from pipelines.cli import main
 from pipelines.ray_jobs import Jobs, address_of, token_header
+from tests.stores import answering
 
 TEXT = """name: tiny
 data: {kind: text, source: {kind: jsonl, path: data/texts.jsonl}}
@@ -281,53 +279,27 @@ def test_a_token_file_that_cannot_be_read_is_named_before_the_cluster_is_asked(
 # --- where Ray's own client goes ---------------------------------------------------------------------------
 
 
-class JobApi(BaseHTTPRequestHandler):
-    """Answers as a job API without jobs, and counts what it is asked."""
-
-    def do_GET(self) -> None:
-        self.server.asked.append(self.path)  # type: ignore[attr-defined]
-        body = json.dumps({"ray_version": "2.60.0"} if self.path == "/api/version" else []).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None: ...
-
-
-@contextmanager
-def job_api() -> Iterator[tuple[str, list[str]]]:
-    """Serve one; give its address and what it was asked."""
-    asked: list[str] = []
-    with HTTPServer(("127.0.0.1", 0), JobApi) as server:
-        server.asked = asked  # type: ignore[attr-defined]
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", asked
-        finally:
-            server.shutdown()
-            thread.join()
+VERSION = {"/api/version": (200, '{"ray_version": "2.60.0"}')}
+"""What a job API says of itself to who connects."""
 
 
 @pytest.mark.filterwarnings("ignore::Warning")  # of Ray's import
 def test_the_address_that_is_given_counts_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
-    with job_api() as (given, asked), job_api() as (other, asked_in_vain):
+    with answering((200, "[]")) as (other, asked_in_vain):
         for name, value in (
             ("RAY_API_SERVER_ADDRESS", other),
             ("RAY_ADDRESS", other),
             ("RAY_ADDRESS", "auto"),
             ("RAY_ADDRESS", "127.0.0.1:1"),
         ):
-            with monkeypatch.context() as patch:
+            with monkeypatch.context() as patch, answering((200, "[]"), at=VERSION) as (given, asked):
                 for each in ray_jobs.VARIABLES:
                     patch.delenv(each, raising=False)
                 patch.setenv(name, value)
-                before = len(asked)
                 assert ray_jobs.connect(given).attempts() == []
-                assert "/api/jobs/" in asked[before:]
+                assert asked == ["GET /api/jobs/"]
                 assert os.environ[name] == value
     assert asked_in_vain == []
 
