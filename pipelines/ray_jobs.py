@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -137,7 +138,7 @@ def connect(address: str) -> "Jobs":
 
     Raises:
         OSError: nothing answers there.
-        ValueError: it wants a token, or another one; the file with the token cannot be read.
+        ValueError: it wants a token, or another one; the file with the token cannot be read; it is no job API.
     """
     headers = token_header()
     parts = urlsplit(address)
@@ -151,7 +152,10 @@ def connect(address: str) -> "Jobs":
 
         for name in _CHATTY:
             logging.getLogger(name).setLevel(logging.WARNING)
-        client = JobSubmissionClient(address, headers=headers)
+        try:
+            client = JobSubmissionClient(address, headers=headers)
+        except (LookupError, TypeError, JSONDecodeError):  # of an answer that is another server's
+            raise ValueError(f"address: got {address}, where another server answers; wanted Ray's job API") from None
     if (own := client.get_address()) != address:
         raise OSError(f"Ray went to {own} in place of {address}; unset {' and '.join(VARIABLES)}")
     return Jobs(client, address)

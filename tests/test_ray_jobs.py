@@ -402,6 +402,15 @@ def test_an_address_where_nothing_is_is_one_line() -> None:
     assert problem == "moeify: error: no cluster answers at http://127.0.0.1:1 (Connection refused)\n"
 
 
+@pytest.mark.filterwarnings("ignore::Warning")  # of Ray's import
+@pytest.mark.parametrize("said", ["{}", "[]", "null", "<html></html>"])
+def test_an_address_where_another_server_is_is_one_line(said: str) -> None:
+    with answering((200, said)) as (there, _):
+        code, _, problem = moeify("runs", "--address", there)
+    assert code == 2
+    assert problem == f"moeify: error: address: got {there}, where another server answers; wanted Ray's job API\n"
+
+
 @pytest.mark.usefixtures("connected")
 def test_a_run_whose_folder_is_not_there_yet_is_queued(client: Cluster, cluster: Jobs, base: Path) -> None:
     submit(cluster, base)
