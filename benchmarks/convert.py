@@ -155,7 +155,7 @@ def recipe(
                 "model": model,
                 "training": {"steps": steps, "rows": 16, "learning_rate": learning_rate},
                 "attribution": {"rows": 64, "rows_at_once": 16},
-                "partition": {"multiple": 4, "min_units": 4, "min_core": 0.05},
+                "partition": {"multiple": 4, "min_units": 4, "min_core": 0.0},
                 "rounds": [
                     {"train": 0, "recover": steps // 4, "separation": 0.35},
                     {"train": 0, "recover": steps - steps // 4, "separation": 0.5},

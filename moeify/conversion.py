@@ -130,7 +130,8 @@ def _conversion(checkpoint: Checkpoint, learned: _Learned, name: str, wish: Wish
         "model": learned.model,
         "training": {"steps": steps, "rows": rows, "learning_rate": of_size(_RATES, parameters)},
         "attribution": {"rows": 64, "rows_at_once": rows},
-        "partition": {"multiple": multiple, "min_units": multiple},
+        # No floor under the core: a trained network's layers differ, and the knapsack knows by how much.
+        "partition": {"multiple": multiple, "min_units": multiple, "min_core": 0.0},
         "controls": ["random", "told"],
         "budget": wish.budget,
         "distillation": {"weight": 0.5, "temperature": 1.0} if wish.distill else None,

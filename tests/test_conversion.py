@@ -182,8 +182,11 @@ def test_a_budget_goes_deeper_and_tries_its_last_round_twice(ready: Path) -> Non
 def test_a_separation_out_of_reach_is_told(ready: Path) -> None:
     write_folders(ready / "folders", a=12, b=12)
     for texts in ("texts.jsonl", "folders"):
-        with pytest.raises(ValueError, match=r"^2 categories cannot be split so far apart \(rounds.*at most 0\.450"):
+        with pytest.raises(
+            ValueError, match=r"^2 categories cannot be split so far apart \(rounds.*at most 0\.500"
+        ) as told:
             made(ready, Wish(separation=0.6), texts)
+        assert "min_core" not in str(told.value)  # which is 0
 
 
 @pytest.mark.parametrize(

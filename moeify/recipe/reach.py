@@ -69,11 +69,16 @@ def check_reachable(config: RunConfig, categories: Sequence[str], stakes: Sequen
         ]
         most = reached + sum(_saved(spared, stakes, widest, [1.0] * len(stakes)))
         if most <= reached + 1e-9 or round_.separation >= most + max(1e-9, sum(spared) * rounding):
-            finer = " or partition.multiple" if any(stake.grain for stake in stakes) else ""
-            more = ", or freeze less (partition.frozen, partition.floors)" if held else ""
+            ways_out = {
+                "lower it": True,
+                "raise the separation of the round before": place > 0,
+                "lower partition.min_core": partition.min_core > 0.0,
+                "lower partition.multiple": any(stake.grain for stake in stakes),
+                "freeze less (partition.frozen, partition.floors)": bool(held),
+            }
             raise ValueError(
                 f"rounds.{place}.separation: got {round_.separation}, at most {most:.3f} can be reached there; "
-                f"lower it, raise the separation of the round before, or lower partition.min_core{finer}{more}"
+                + ", or ".join(way for way, helps in ways_out.items() if helps)
             )
         widths = _widths(spared, stakes, widest, round_.separation - reached)
         leaves = [
