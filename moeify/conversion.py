@@ -28,8 +28,8 @@ _EPOCHS = 4
 """How often the train split is read at most."""
 _STEPS = (60, 2000)
 """Optimizer steps, from and to."""
-_RATES = ((100_000_000, 5e-5), (10_000_000, 2e-4), (1_000_000, 5e-4), (0, 2e-3))
-"""From so many parameters on: the learning rate of recovery. Below a million it was tried (benchmarks/LOG.md)."""
+_RATES = ((100_000_000, 5e-5), (10_000_000, 2e-4), (2_000_000, 5e-4), (1_000_000, 1e-3), (0, 2e-3))
+"""From so many parameters on: the learning rate of recovery. Below two millions it was tried (benchmarks/LOG.md)."""
 _DEEPEST = (0.75, 0.7, 0.65, 0.6, 0.55)
 """Separations to try first where a budget limits the tax."""
 _USUAL = (0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
