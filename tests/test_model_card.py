@@ -195,6 +195,23 @@ def test_the_card_says_what_is_left_of_a_category_that_was_kept_apart(routing: d
     assert ("what those units know" in text) == ("kept apart" not in text)
 
 
+@pytest.mark.parametrize(
+    ("read", "said"),
+    [
+        ({"kind": "jsonl", "path": "x.jsonl"}, "- data: JSON lines, "),
+        ({"kind": "table", "path": "x.parquet"}, "- data: tables, "),
+        (
+            {"kind": "streamed", "categories": {name: {"files": [f"{name}.parquet"]} for name in "ab"}},
+            "- data: streamed files, ",
+        ),
+    ],
+)
+def test_the_card_says_what_the_data_was_read_from(read: dict[str, object], said: str) -> None:
+    changed = {"data": {"kind": "text", "source": read}, "model": {"kind": "llama"}}
+    about = replace(ABOUT, recipe=RunConfig.model_validate(RECIPE.model_dump(mode="json") | changed))
+    assert said in card(about, source(), Checked(None, None), dtype="float32")
+
+
 def test_a_card_tells_what_is_known_when_the_run_is_not() -> None:
     text = card(About(), source(), Checked(None, None), dtype="float32")
     assert "# A split model: a, b, c, d" in text

@@ -45,6 +45,9 @@ def _recipe(recipe: RunConfig) -> Iterator[str]:
             kind = {
                 "installed": "text that Python packages install",
                 "folders": "folders of text files",
+                "jsonl": "JSON lines",
+                "table": "tables",
+                "streamed": "streamed files",
                 "mixed": "text from several places",
             }
             found = "" if discover is None else "; categories are discovered clusters of documents"
@@ -52,7 +55,7 @@ def _recipe(recipe: RunConfig) -> Iterator[str]:
             tokenizer = "its tokenizer" if pretrained else "byte-level BPE"
             if pretrained:
                 yield "- begun with: a pretrained model, and not trained from scratch"
-            yield f"- data: {kind.get(source.kind, 'JSON lines')}, {tokenizer}, rows of {length} tokens{found}"
+            yield f"- data: {kind[source.kind]}, {tokenizer}, rows of {length} tokens{found}"
         case DigitsData():
             yield "- data: scikit-learn's handwritten digits"
         case GivenData():
