@@ -27,6 +27,7 @@ from moeify.comparison import DENSE, LOOP, Job, Row, jobs
 from moeify.data.root import data_file, data_root
 from moeify.evaluation import row_losses
 from moeify.recipe.config import RunConfig
+from moeify.recipe.rounds import Round
 from moeify.routed.split_model import SplitModel
 from moeify.tasks.build import build_task
 from moeify.training import Contestant, train
@@ -35,11 +36,15 @@ from pipelines.runs import cache
 
 LIGHT, DEEP = 0.25, 0.66
 """Separations of the headline figures: 75 % and 34 % of the FFN units active."""
-METHODS = ("oneshot", "random", "moefication", "cmoe", "coactivation", "magnitude", "learned", "uncompensated")
+METHODS = ("random", "moefication", "cmoe", "coactivation", "magnitude", "learned")
+ABLATIONS = ("uncompensated", "following", "unrefined", "equal_widths")
+EVERY = (*METHODS, *ABLATIONS)
 UNDISTILLED = ", not distilled"
 """The loop, and the dense twin that its gap is to, where all learn from the rows alone."""
 PLAIN = "random, plain"
 """Random owners at equal widths in every layer, without compensation: ``random`` has the recipe's of both."""
+TWO = "two rounds"
+"""The loop with a cut into pairs first and one into categories after a quarter of the steps."""
 TEXT: dict[str, Any] = {
     "kind": "text",
     "source": {"kind": "installed", "sources": ["python", "prose", "c", "web"]},
@@ -52,7 +57,7 @@ def main() -> None:
     """Make what is missing of the checkpoint and the runs, then print the table."""
     asks = parser(__doc__)
     asks.add_argument("--checkpoint", choices=CHECKPOINTS, default="own")
-    asks.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    asks.add_argument("--methods", nargs="+", choices=EVERY, default=list(EVERY), metavar="METHOD")
     asks.add_argument("--separations", nargs="+", type=float, default=[LIGHT, DEEP], metavar="FRACTION")
     asks.add_argument("--seeds", type=int, default=2, help="of the rows' order and of owners that are drawn")
     asks.add_argument("--work", type=Path, default=cache() / "convert", help="checkpoint, finished runs, shared twins")
@@ -77,8 +82,9 @@ def measured(
     found = run(config, jobs(methods, separations, range(seeds)), work)
     if not asked.quick:
         each = [(separation, seed) for separation in separations for seed in range(seeds)]
-        partition = config.partition.model_copy(update={"budget": "equal", "compensation": None})
+        partition = config.partition.model_copy(update={"budget": "equal", "refine": False, "compensation": None})
         plain = config.model_copy(update={"partition": partition})
+        twice = config.model_copy(update={"rounds": _two_rounds(config)})
         alone = config.model_copy(update={"distillation": None})
         found += [
             replace(row, method=PLAIN)
@@ -89,6 +95,9 @@ def measured(
             replace(row, method=row.method + UNDISTILLED)
             for row in run(alone, [Job(LOOP, *at) for at in each], work)
             if row.method in (LOOP, DENSE)
+        ]
+        found += [
+            replace(row, method=TWO) for row in run(twice, [Job(LOOP, *at) for at in each], work) if row.method == LOOP
         ]
     rows = [cells(asked.checkpoint, row) for row in sorted(found, key=lambda row: row.separation)]
     rows = [as_loaded(asked.checkpoint, config), *rows]
@@ -146,7 +155,7 @@ def recipe(
     learning_rate: float = 2e-3,
     distillation: Mapping[str, Any] | None = {},
 ) -> RunConfig:
-    """Return the recipe: a cut before the first step, the next one after a quarter of them."""
+    """Return the recipe, as ``moeify split`` writes it but for its sizes: one cut, before the first step."""
     return RunConfig.model_validate_json(
         json.dumps(
             {
@@ -155,16 +164,20 @@ def recipe(
                 "model": model,
                 "training": {"steps": steps, "rows": 16, "learning_rate": learning_rate},
                 "attribution": {"rows": 64, "rows_at_once": 16},
-                "partition": {"multiple": 4, "min_units": 4, "min_core": 0.0},
-                "rounds": [
-                    {"train": 0, "recover": steps // 4, "separation": 0.35},
-                    {"train": 0, "recover": steps - steps // 4, "separation": 0.5},
-                ],
+                "partition": {"multiple": 4, "min_units": 4, "min_core": 0.0, "refine": True},
+                "rounds": [{"train": 0, "recover": steps, "branching": 4, "separation": 0.5}],
                 "distillation": distillation,
                 "evaluation": {"validation_rows": 32, "test_rows": 128},
             }
         )
     )
+
+
+def _two_rounds(config: RunConfig) -> tuple[Round, Round]:
+    """Return a cut into pairs before the first step and one into categories after a quarter of them."""
+    steps, last = config.training.steps, config.rounds[-1].separation
+    first = Round(train=0, recover=steps // 4, branching=2, separation=0.7 * last)
+    return first, Round(train=0, recover=steps - steps // 4, branching=2, separation=last)
 
 
 # --- the table --------------------------------------------------------------------------------------------

@@ -30,6 +30,11 @@ _STEPS = (60, 2000)
 """Optimizer steps, from and to."""
 _RATES = ((100_000_000, 5e-5), (10_000_000, 2e-4), (2_000_000, 5e-4), (1_000_000, 1e-3), (0, 2e-3))
 """From so many parameters on: the learning rate of recovery. Below two millions it was tried (benchmarks/LOG.md)."""
+_MEASURED = (64, 256)
+"""Rows of each category that the cut is decided on, from and to: exchanges fit the rows they are measured on, and more
+rows pay (benchmarks/LOG.md)."""
+_REFINED = 1024
+"""Units of the widest site up to which they are exchanged; the time that takes grows with their cube."""
 _DEEPEST = (0.75, 0.7, 0.65, 0.6, 0.55)
 """Separations to try first where a budget limits the tax."""
 _USUAL = (0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
@@ -122,7 +127,8 @@ def _conversion(checkpoint: Checkpoint, learned: _Learned, name: str, wish: Wish
     a_minute = 60 * SPEED * machine.cores / (parameters * rows * learned.tokens * _ARMS)
     fitting = min(_MINUTES * a_minute, _EPOCHS * sum(learned.train) / (rows * learned.length))
     steps = wish.steps or round(min(max(_STEPS[0], fitting), _STEPS[1]) / 20) * 20
-    multiple = _multiple(min(site.units for site in unit_space(network).sites))
+    units = [site.units for site in unit_space(network).sites]
+    multiple, widest = _multiple(min(units)), max(units)
     workers, threads = machine.workers
     settings: dict[str, Any] = {
         "name": name,
@@ -131,7 +137,7 @@ def _conversion(checkpoint: Checkpoint, learned: _Learned, name: str, wish: Wish
         "training": {"steps": steps, "rows": rows, "learning_rate": of_size(_RATES, parameters)},
         "attribution": {"rows": 64, "rows_at_once": rows},
         # No floor under the core: a trained network's layers differ, and the knapsack knows by how much.
-        "partition": {"multiple": multiple, "min_units": multiple, "min_core": 0.0},
+        "partition": {"multiple": multiple, "min_units": multiple, "min_core": 0.0, "refine": widest <= _REFINED},
         "controls": ["random", "told"],
         "budget": wish.budget,
         "distillation": {"weight": 0.5, "temperature": 1.0} if wish.distill else None,
@@ -157,7 +163,8 @@ def _conversion(checkpoint: Checkpoint, learned: _Learned, name: str, wish: Wish
 
 def _depths(number: int, wish: Wish) -> Iterator[tuple[float, ...]]:
     """Yield separations, one a round, that may reach a leaf for each of so many categories, the best first."""
-    rounds = 1 if number <= 3 else 2 if number <= 9 else 3
+    # One cut leaves everybody all steps to recover (benchmarks/LOG.md); what a budget allows is felt out in rounds.
+    rounds = 1 if number <= (3 if wish.budget else 9) else 2 if number <= 9 else 3
     for last in (wish.separation,) if wish.separation else (*(_DEEPEST if wish.budget else ()), *_USUAL):
         for stages in _STAGES[rounds]:
             found = tuple(round(last * stage, 4) for stage in stages)

@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -12,6 +13,7 @@ from attribution.measure import Moments
 from moeify.attributing import table_of
 from moeify.events import MemoryTracker
 from moeify.export.stock import to_dense
+from moeify.following import cut
 from moeify.loop import run
 from moeify.models.families import DETECTED, detected, traits
 from moeify.models.fused import closed
@@ -29,6 +31,7 @@ from moeify.state import State
 from moeify.store import MemoryStore
 from moeify.task import tokens_read
 from moeify.tasks.tensors import Data, Loss, TensorTask, whole_number
+from moeify.world import Solo
 
 _RECOVER = 0.4
 """Share of a round's steps that comes after its cut."""
@@ -165,8 +168,9 @@ def _cut(model: SplitModel, task: TensorTask, config: RunConfig) -> None:
         table = table_of(model, task, asked.rows, asked.rows_at_once, config.seed, Moments(asked.columns), number)
         known = model.partition, table, model.output_weights, partition, config.rounds[number - 1 :], asked.score
         choices = menu(*known, config.tree, None, model.input_weight, config.seed, terms)
-        proposal = choices.cut(config.rounds[number - 1].separation)
-        model.cut(proposal, table, partition.compensation)
+        proposal = choices.refined(choices.cut(config.rounds[number - 1].separation))
+        rows = partial(task.probe_batches, number, asked.rows, asked.rows_at_once)
+        cut(model, proposal, table, partition.compensation, None, task, rows, Solo())
 
 
 def _rounds(task: TensorTask, rounds: int | None, branching: int) -> int:

@@ -10,7 +10,7 @@ the recipe routes gradients before that, the split model trains beside them, and
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -35,6 +35,7 @@ from moeify.distillation import Teacher
 from moeify.divergence import DivergedError, memory
 from moeify.evaluation import RowLosses, losses_without, row_losses, summarize, tax, tax_errors
 from moeify.events import MemoryTracker, Tracker
+from moeify.following import cut
 from moeify.learned_owners import learn_owners
 from moeify.mishaps import get_over
 from moeify.recipe.arms import Arm
@@ -199,9 +200,8 @@ class _Loop:
 
     def _cut(self, phase: PlannedPhase) -> None:
         """Attribute, partition, prune and compensate: the split arm the recipe's way, its control at random."""
-        before = self.state.name
+        before, self.state.uncut = self.state.name, None
         self.state.fork(self.config, self.task)
-        self.state.uncut = None
         rows = self._evaluate(phase, "before_cut", ("dense", *self.config.cut_arms))
         try:
             proposal, asked, tables = self._propose(phase, rows)
@@ -215,8 +215,9 @@ class _Loop:
             blind = shuffled(split.partition, proposal, tables["split"], split.output_weights, seed).predicted
             cuts["random"] = shuffled(random.partition, proposal, tables["random"], random.output_weights, seed)
         for arm in models:
-            contestant = self.state.arms[arm]
-            contestant.model.cut(cuts[arm], tables[arm], self.config.partition.compensation, contestant.optimizer)
+            contestant, compensation = self.state.arms[arm], self.config.partition.compensation
+            known = contestant.model, cuts[arm], tables[arm], compensation, contestant.optimizer
+            cut(*known, self.task, lambda: map(self._mine, self.world.heeding(self._probes(phase.round))), self.world)
             contestant.health.fresh = True
         self.say.cut(phase.round, proposal, tables["split"])
         cut_rows = self._evaluate(phase, "after_cut", self.config.cut_arms)
@@ -249,19 +250,20 @@ class _Loop:
         given, terms = self.state.handed_over(self.config), self.terms
         choices = menu(*known, partition, rounds, score, tree, passed, split.input_weight, seed, terms, given)
 
-        def fits(cut: Proposal) -> bool:
-            then = self._standing(self._tried(cut, tables["split"]), rows["dense"])
+        def fits(tried: Proposal) -> bool:
+            then = self._standing(self._tried(tried, tables["split"]), rows["dense"])
             return expected_use(now, then, self.state.rounds) <= 1.0
 
         proposal, why = choices.cut(asked), "widths leave no more room"
         if budget and not fits(proposal):
             proposal, why = deepest(choices.cut, reached + budget.least_step, asked, fits), "the budget allows no more"
+        proposal = choices.refined(proposal)
         got, multiple = self._separation(proposal.partition), choices.rounding
         depth = Depth(reached, asked, got, multiple, slack=budget.least_step if budget else multiple)
         depth.check_gain()
         if isinstance(owners := partition.owners, LearnedOwners):
-            pupil, table = self.state.arms["split"], tables["split"]
-            proposal = learn_owners(proposal, pupil, table, owners, self.task, self.world, self._mine)
+            pupil, mine = self.state.arms["split"], self._mine
+            proposal = learn_owners(proposal, pupil, tables["split"], owners, self.task, self.world, mine)
         if note := depth.note(why, handed=bool(given)):
             self.say.phase("partition", phase.round, note)
         return proposal, depth.judged, tables
@@ -273,7 +275,7 @@ class _Loop:
             check_handed_over(split.partition, given, self.config.partition, self.terms, parts)
 
     def _tried(self, proposal: Proposal, table: AttributionTable) -> RowLosses:
-        """Return the losses right after a cut that is undone again."""
+        """Return the losses right after a cut that is undone again, with neither exchanges nor weights that follow."""
         split = self.state.arms["split"]
         tensors = {name: tensor.clone() for name, tensor in split.tensors().items()}
         partition = split.model.partition
@@ -358,17 +360,19 @@ class _Loop:
     def _measure(self, model: SplitModel, round_: int, relabel: Relabel = iter) -> AttributionTable:
         """Return the attribution of every unit to every category, of all workers' rows together."""
         asked = self.config.attribution
-        batches = relabel(self.task.probe_batches(round_, asked.rows, asked.rows_at_once))
         # In the model's own order, so that it moves no row: what is seen inside belongs to the row of the same place.
-        ordered = (batch.take(model.order(batch.categories)) for batch in self.world.heeding(batches))
-        mine = (self._mine(batch) for batch in ordered)
+        batches = self.world.heeding(relabel(self._probes(round_)))
+        mine = (self._mine(batch.take(model.order(batch.categories))) for batch in batches)
         subject = subject_of(self.task, model.network, model.space.readers, model)
         settled = Stability(strongest_category, asked.settled, reduce=self.world.sum) if asked.settled else None
         with model.masked(), memory(lambda: f"attribution of round {round_}, worker {self.world.rank}"):
-            moments = Moments(asked.columns)
-            table = measure(subject, mine, seed=self.config.seed, moments=moments, stability=settled)
+            table = measure(subject, mine, seed=self.config.seed, moments=Moments(asked.columns), stability=settled)
         self.world.sum(table.tensors())
         return table
+
+    def _probes(self, number: int) -> Iterator[Batch]:
+        """Yield the rows that a round's cut is decided on, all workers'."""
+        return self.task.probe_batches(number, self.config.attribution.rows, self.config.attribution.rows_at_once)
 
     def _mine(self, batch: Batch) -> Batch | Uncounted:
         """Return this worker's rows of a batch; where it has none and passes take every worker, another's."""

@@ -22,4 +22,5 @@ def propose(
     *more: Any,
     **others: Any,
 ) -> Proposal:
-    return menu(partition, table, weights, config, rounds, score, *more, **others).cut(rounds[0].separation)
+    choices = menu(partition, table, weights, config, rounds, score, *more, **others)
+    return choices.refined(choices.cut(rounds[0].separation))

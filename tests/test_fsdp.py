@@ -74,7 +74,7 @@ def recipe(parallel: Parallel, **training: Any) -> RunConfig:
         {
             **TEXT_CONFIG,
             "training": {"steps": 24, "rows": 16, "learning_rate": 0.01, **training},
-            "partition": {"multiple": 2, "min_units": 2, "told": True},
+            "partition": {"multiple": 2, "min_units": 2, "told": True, "compensation": {"follow": True}},
             "rounds": [{"train": 8, "recover": 4, "separation": 0.2}, {"train": 4, "recover": 4, "separation": 0.3}],
             "controls": ["random", "told"],
             "attribution": {"rows": 33, "rows_at_once": 26},

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from moeify.loop import run
-from moeify.recipe.variants import methods, scaled, variant
+from moeify.recipe.variants import methods, rivals, scaled, variant
 from tests.toy import ToyTask, toy_config
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")
@@ -29,6 +29,23 @@ def _nodes(tree: dict[str, Any]) -> list[dict[str, Any]]:
 def test_fixed_at_init_is_cut_before_the_first_step() -> None:
     (round_,) = variant(toy_config(), "init", 4).rounds
     assert (round_.train, round_.recover, round_.branching) == (0, 40, 4)
+
+
+def test_a_switch_is_thrown_and_what_stands_so_already_is_no_rival() -> None:
+    config = toy_config(partition={"refine": True, "compensation": {"ridge": 0.1, "follow": True}})
+    closed = variant(config, "closed_form", 4).partition
+    assert closed.compensation is not None
+    assert (closed.compensation.ridge, closed.compensation.follow, closed.refine) == (0.1, False, True)
+    assert {*methods()} - {*rivals(config)} == {"loop", "following", "refined"}
+    assert {*methods()} - {*rivals(toy_config())} == {"loop", "closed_form", "unrefined"}
+    bare = toy_config(partition={"compensation": None})
+    assert {*methods()} - {*rivals(bare)} == {"loop", "uncompensated", "unrefined"}
+
+
+def test_other_owners_are_left_as_they_were_found() -> None:
+    config = toy_config(partition={"refine": True})
+    assert [variant(config, method, 4).partition.refine for method in ("random", "cmoe", "init")] == [False] * 3
+    assert variant(config, "oneshot", 4).partition.refine
 
 
 def test_an_unknown_method_is_named_with_what_there_is() -> None:

@@ -81,8 +81,8 @@ class Transformer:
     activation: str = "hidden_act"
     """Key of the configuration that names the activation function."""
     norm: str | None = "post_attention_layernorm"
-    """The norm before the feed-forward block; None where edges cannot be followed: another norm stands behind the
-    block, or it is given tokens without rows."""
+    """The norm before the feed-forward block; None where the residual stream cannot be followed: another norm stands
+    behind the block, or it is given tokens without rows."""
     heads: Heads | None = None
     """Whether heads are units too, and where."""
     padded: bool = False
@@ -220,6 +220,7 @@ class Transformer:
             transposed=self.transposed,
             after=self.after,
             places=self._tokens(network),
+            stream=self.layer.format(layer) if self.norm else None,
         )
 
     def _map(self, network: nn.Module, name: str) -> Any:

@@ -74,6 +74,9 @@ class FfnUnits:
     """Whether units learn a bias for each category (``moeify.routed.told``)."""
     places: int = 1
     """Tokens that an example is to the block, where what it costs is counted by examples."""
+    stream: str | None = None
+    """Qualified name of the module that returns the residual stream right behind the block, what the block writes added
+    to what came in; None where there is no such stream, or a norm between."""
 
     @property
     def site(self) -> Site:

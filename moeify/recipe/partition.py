@@ -18,6 +18,10 @@ class Compensation(Closed):
 
     ridge: PositiveFloat = 0.01
     """Pull towards the weights before the cut, as a fraction of the mean second moment of a unit's activation."""
+    follow: bool = False
+    """After that, layer after layer makes up for what those before it have lost as well: its output weights are fit to
+    what the residual stream lacks behind it (``moeify.following``). Two passes of the rows of attribution a site; not
+    of channels."""
 
 
 class AffinityGrouping(Closed):

@@ -1,13 +1,15 @@
 """Rivals of the loop, as recipes: the same model, data and tokens, split in another way.
 
 A variant changes a recipe's rounds, tree and partition and nothing else, so that runs of several methods on one seed
-share their twins (``moeify.twin_cache``) and can be compared pair by pair.
+share their twins (``moeify.twin_cache``) and can be compared pair by pair. Other ways to find owners are held against
+the loop as they are, without the exchanges of ``partition.refine``.
 """
 
 import json
 from typing import Any
 
 from moeify.recipe.config import RunConfig
+from moeify.recipe.partition import Partition
 
 SCHEDULES = ("loop", "oneshot", "init")
 """``loop``: the recipe as it is; ``oneshot``: one cut into all leaves at the first round's step, by the recipe's
@@ -17,10 +19,13 @@ compensation."""
 SWITCHES: dict[str, dict[str, Any]] = {
     "equal_widths": {"budget": "equal"},
     "uncompensated": {"compensation": None},
+    "closed_form": {"compensation": {"follow": False}},
+    "following": {"compensation": {"follow": True}},
     "refined": {"refine": True},
+    "unrefined": {"refine": False},
     "told_split": {"told": True},
 }
-"""The recipe with one switch of its partition thrown, to see what that buys."""
+"""The recipe with one switch of its partition thrown, to see what that buys; what a mapping leaves out stays."""
 
 
 def methods() -> tuple[str, ...]:
@@ -28,6 +33,11 @@ def methods() -> tuple[str, ...]:
     schema = RunConfig.model_json_schema()["$defs"]["Partition"]["properties"]["owners"]
     kinds = schema["discriminator"]["mapping"]
     return (*SCHEDULES, *SWITCHES, *(kind for kind in kinds if kind != "attribution"))
+
+
+def rivals(config: RunConfig) -> tuple[str, ...]:
+    """Return the methods that a recipe can be held against: all but itself, and switches that stand so already."""
+    return tuple(m for m in methods() if m != "loop" and (m not in SWITCHES or _thrown(config, m) != config.partition))
 
 
 def variant(config: RunConfig, method: str, categories: int) -> RunConfig:
@@ -42,12 +52,21 @@ def variant(config: RunConfig, method: str, categories: int) -> RunConfig:
             data |= _single_cut(config, config.rounds[0].train, categories)
         case "init":
             data |= _single_cut(config, 0, categories)
-            data["partition"] |= {"owners": {"kind": "random"}, "budget": "equal", "compensation": None}
+            drawn = {"owners": {"kind": "random"}, "budget": "equal", "refine": False, "compensation": None}
+            data["partition"] |= drawn
         case switch if switch in SWITCHES:
-            data["partition"] |= SWITCHES[switch]
+            return config.model_copy(update={"partition": _thrown(config, switch)})
         case kind:
-            data["partition"]["owners"] = {"kind": kind}
+            data["partition"] |= {"owners": {"kind": kind}, "refine": False}
     return RunConfig.model_validate_json(json.dumps(data), strict=True)
+
+
+def _thrown(config: RunConfig, switch: str) -> Partition:
+    """Return the recipe's partition with a switch thrown."""
+    data = config.partition.model_dump(mode="json")
+    for key, value in SWITCHES[switch].items():
+        data[key] = {**(data[key] or {}), **value} if isinstance(value, dict) else value
+    return Partition.model_validate_json(json.dumps(data), strict=True)
 
 
 def scaled(config: RunConfig, separation: float) -> RunConfig:

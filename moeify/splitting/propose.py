@@ -91,13 +91,23 @@ class Menu:
         Where rounding to whole multiples leaves too little room for it, the cut goes as far as there is room.
         """
         chosen = _spend(self.partition, self.config, self.terms, separation, self.groups, self.choices)
-        for key, exchange in self.exchanges.items():
-            owner_L = exchange.settle(chosen[key].owner_L)
-            chosen[key] = _Choice(chosen[key].width, owner_L, exchange.residual(owner_L), gap=None)
         owned = {key: choice.owner_L for key, choice in chosen.items()}
         predicted, gaps = (sum(c.predicted for c in chosen.values()), [c.gap for c in chosen.values()])
         known = [gap for gap in gaps if gap is not None]
         return _proposal(self.partition, self.groups, owned, predicted, max(known) if len(known) == len(gaps) else None)
+
+    def refined(self, cut: Proposal) -> Proposal:
+        """Return one of this menu's cuts with its units exchanged for as long as that lowers J, at the same widths.
+
+        The cut itself where ``config.refine`` is off. Dear where sites are wide, so for the cut that is made alone.
+        """
+        if not self.exchanges:
+            return cut
+        owned, predicted = dict(cut.owned), cut.predicted
+        for key, exchange in self.exchanges.items():
+            owned[key] = exchange.settle(cut.owned[key])
+            predicted += exchange.residual(owned[key]) - exchange.residual(cut.owned[key])
+        return _proposal(self.partition, self.groups, owned, predicted)
 
 
 def menu(

@@ -44,7 +44,9 @@ class _Lists(click.Command):
     ),
 )
 @RECIPE
-@click.option("--methods", multiple=True, metavar="METHOD ...", help="The loop's rivals; all of them if not given.")
+@click.option(
+    "--methods", multiple=True, metavar="METHOD ...", help="The loop's rivals; all that differ from it if not given."
+)
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="From the recipe's seed on.")
 @click.option(
     "--separations", multiple=True, type=float, metavar="FRACTION ...", help="Of the last round; the recipe's own."
@@ -62,20 +64,20 @@ def command(
     """Compare RECIPE's loop with its rivals, seed by seed.
 
     As many runs at a time as there are cores. METHOD is 'oneshot' (one cut into all leaves), 'init' (such a cut before
-    the first step, at random), the loop with one switch of its partition thrown (equal_widths, uncompensated, refined,
-    told_split), or another way to find owners (random, magnitude, moefication, coactivation, cmoe, llama_moe,
-    learned). The loop is always run. The same command goes on where it was stopped; more methods, seeds or separations
-    add to what is there.
+    the first step, at random), the loop with one switch of its partition thrown (equal_widths, uncompensated,
+    closed_form, following, refined, unrefined, told_split), or another way to find owners (random, magnitude,
+    moefication, coactivation, cmoe, llama_moe, learned). The loop is always run. The same command goes on where it was
+    stopped; more methods, seeds or separations add to what is there.
     """
     from moeify.comparison import jobs
     from moeify.recipe.load import parse_recipe
-    from moeify.recipe.variants import methods as every_method
+    from moeify.recipe.variants import rivals
     from pipelines import runs
 
     text, where, base = find_recipe(recipe)
     config = parse_recipe(text, where=where)
     asked = jobs(
-        methods or every_method(),
+        methods or rivals(config),
         separations or (config.rounds[-1].separation,),
         range(config.seed, config.seed + seeds),
     )
