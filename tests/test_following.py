@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,23 +38,24 @@ from tests.networks import (
 )
 from tests.proposals import propose
 from tests.test_loop import final, outcome
-from tests.toy import TEXT_CONFIG, ToyTextTask, toy_config
+from tests.toy import TEXT_CONFIG, ToyTask, ToyTextTask, toy_config
 
 FOLLOWING = Compensation(ridge=0.01, follow=True)
 ROWS = 24
 
 
-def task_of(network: nn.Module) -> Any:
-    """What following and measuring ask of a task."""
+class Squares(ToyTask):
+    """What following and measuring ask of a task, of any network."""
 
-    def nats(outputs: Tensor, _: Tensor) -> Tensor:
+    def nats(self, outputs: Tensor, _: Tensor) -> Tensor:
         return outputs.flatten(1).square().sum(1)
 
-    def root(outputs: Tensor, seeds: Sequence[int]) -> Tensor:
+    def root(self, outputs: Tensor, seeds: Sequence[int]) -> Tensor:
         drawn = [torch.randn(outputs.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(drawn).to(outputs.dtype)
 
-    return SimpleNamespace(categories=CATEGORIES, nats=nats, sample=None, root=root, build=lambda: network)
+
+TASK = Squares(toy_config())
 
 
 def batches_of(network: nn.Module) -> list[Rows]:
@@ -68,7 +68,7 @@ def batches_of(network: nn.Module) -> list[Rows]:
 
 
 def measured(model: SplitModel, batches: Sequence[Rows]) -> AttributionTable:
-    subject = subject_of(task_of(model.network), model.network, model.space.readers, model)
+    subject = subject_of(TASK, model.network, model.space.readers, model)
     ordered = []
     for rows in batches:
         order = model.order(rows.categories)
@@ -151,7 +151,7 @@ def test_behind_a_block_stands_what_it_writes_and_nothing_that_bends_it(family: 
 def test_output_weights_are_those_of_a_fit_of_one_site_after_the_other(make: Any) -> None:
     model, proposal, table, batches = twice_cut(make())
     dense, slow = copy.deepcopy(model), copy.deepcopy(model)
-    cut(model, proposal, table, FOLLOWING, None, task_of(model.network), lambda: batches, Solo())
+    cut(model, proposal, table, FOLLOWING, None, TASK, lambda: batches, Solo())
     slow.cut(proposal, table, Compensation(ridge=0.01))
     lacking: list[tuple[float, float]] = []
 
@@ -186,7 +186,7 @@ def test_heads_follow_by_what_they_write_themselves() -> None:
     sites, closed = [site.name for site in model.space.sites], copy.deepcopy(model)
     assert sites == ["layers.0.heads", "layers.0.ffn", "layers.1.heads", "layers.1.ffn"]
     closed.cut(proposal, table, Compensation(ridge=0.01))
-    cut(model, proposal, table, FOLLOWING, None, task_of(model.network), lambda: batches, Solo())
+    cut(model, proposal, table, FOLLOWING, None, TASK, lambda: batches, Solo())
     for site in model.space.sites:
         assert not torch.equal(output_weight(model.network, site), output_weight(closed.network, site)), site.name
 
@@ -197,7 +197,7 @@ def test_where_nothing_was_lost_nothing_is_changed() -> None:
     uncut = Uncut(
         model.partition, {site.output: model.network.get_parameter(site.output) for site in model.space.sites}
     )
-    follow(model, uncut, task_of(model.network), lambda: batches, 0.01, Solo())
+    follow(model, uncut, TASK, lambda: batches, 0.01, Solo())
     assert all(torch.equal(whole[name], tensor) for name, tensor in model.network.state_dict().items())
     assert proposal.partition.separation > model.partition.separation
 
@@ -207,7 +207,7 @@ def test_numbers_that_are_none_are_named() -> None:
     with torch.no_grad():
         output_weight(model.network, model.space.sites[0])[0, 0] = torch.inf
     with pytest.raises(ValueError, match=r"not positive definite with ridge 0.01; check that activations are finite"):
-        follow(model, Uncut.of(model, proposal), task_of(model.network), lambda: batches, 0.01, Solo())
+        follow(model, Uncut.of(model, proposal), TASK, lambda: batches, 0.01, Solo())
     assert table.sites
 
 
@@ -215,7 +215,7 @@ def workers(rank: int, folder: Path) -> None:
     model, proposal, table, batches = twice_cut(tiny_llama())
     mine = [Rows(b.inputs[rank::2], b.targets[rank::2], b.categories[rank::2], b.ids[rank::2]) for b in batches]
     more = Uncounted(batches[0]) if rank else batches[0]  # a batch of one row, which one of the two has
-    cut(model, proposal, table, FOLLOWING, None, task_of(model.network), lambda: [*mine, more], Group())
+    cut(model, proposal, table, FOLLOWING, None, TASK, lambda: [*mine, more], Group())
     torch.save(model.network.state_dict(), folder / f"{rank}.pt")
 
 
@@ -224,7 +224,7 @@ def test_two_workers_come_to_what_one_comes_to(tmp_path: Path) -> None:
     run_together(workers, tmp_path)
     model, proposal, table, batches = twice_cut(tiny_llama())
     rows = [*batches, batches[0]]
-    cut(model, proposal, table, FOLLOWING, None, task_of(model.network), lambda: rows, Solo())
+    cut(model, proposal, table, FOLLOWING, None, TASK, lambda: rows, Solo())
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for name, tensor in model.network.state_dict().items():
         assert torch.equal(one[name], other[name]), name
