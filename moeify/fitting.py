@@ -112,10 +112,11 @@ def split(
 ) -> Split:
     """Split a trained network as it is: measure, cut and compensate; nothing is trained.
 
-    Its tax is what the cut costs by itself; ``fit`` trains around its cuts. ``network``: as for ``fit``, or the dense
-    twin of a split. ``branching``: children of every expert that is divided in one of ``rounds`` cuts; not given, one
-    for each category, so that one cut is all. ``sections``: those of a recipe that mean something here,
-    ``attribution``, ``evaluation``, ``partition`` and ``tree``. All else is as in ``fit``.
+    Output weights follow (``partition.compensation.follow``), for two forward passes a site. Its tax is what the cut
+    costs by itself; ``fit`` trains around its cuts. ``network``: as for ``fit``, or the dense twin of a split.
+    ``branching``: children of every expert that is divided in one of ``rounds`` cuts; not given, one for each category,
+    so that one cut is all. ``sections``: those of a recipe that mean something here, ``attribution``, ``evaluation``,
+    ``partition`` and ``tree``. All else is as in ``fit``.
 
     >>> import torch
     >>> from moeify.models.build import Autoencoder
@@ -131,6 +132,7 @@ def split(
     branching = len(task.categories) if branching is None else whole_number("branching", branching, 2)
     planned = _plan(1, _fraction(separation), _rounds(task, rounds, branching), branching)
     untrained = [{**each, "train": 0, "recover": 0} for each in planned]
+    sections["partition"] = _over({"compensation": {"follow": True}}, sections.get("partition", {}))
     config = _config(task, 1, untrained, _ROWS, seed, (), sections)
     if config.partition.null_test or config.partition.told:
         raise ValueError("got partition.null_test or partition.told, which take training; use moeify.fit")

@@ -4,8 +4,8 @@ The closed form (``moeify.splitting.compensation``) takes each site as if all be
 through in the network's order. What the network held behind a site before the cut, less what it holds there now, is
 what is still missing, whichever site lost it; a change of the site's output weights that brings most of it back is a
 ridge regression on the units that are left. Units are read as the cut network has them, as Frantar and Alistarh,
-"Optimal Brain Compression", 2022 (arXiv 2208.11580) calibrate a layer on the layers before it; that the target is the
-residual stream, which holds what those have lost, is what pays (benchmarks/LOG.md).
+"SparseGPT", 2023 (arXiv 2301.00774) calibrate a layer on pruned ones before it; that the target is the residual stream,
+which holds what those have lost, is what pays (benchmarks/LOG.md).
 
 Axes: rows R, features F of a site (its units', side by side), stream D.
 """

@@ -267,14 +267,15 @@ def test_a_run_follows_in_every_arm_and_ends_with_the_same_bits_after_an_interru
     assert plain.rounds[0].tax_cut != whole.rounds[0].tax_cut
 
 
-def test_a_trained_network_of_ones_own_is_split_with_it() -> None:
+def test_a_trained_network_of_ones_own_is_split_with_it_if_nothing_else_is_said() -> None:
     torch.manual_seed(0)
     data = {name: (torch.rand(60, 6) < chance).float() for name, chance in (("dark", 0.2), ("light", 0.8))}
     network = Autoencoder(6, 16, 3)
-    one, other = (
-        split(network, data, loss="pixels", separation=0.35, partition={"compensation": {"follow": follows}})
-        for follows in (False, True)
+    closed, follows, unsaid = (
+        split(network, data, loss="pixels", separation=0.35, partition=said)
+        for said in ({"compensation": {"follow": False}}, {"compensation": {"follow": True}}, {})
     )
-    assert one.partition.separation == other.partition.separation
-    assert other.test_loss["dense"] == one.test_loss["dense"]
-    assert other.test_loss["split"] != one.test_loss["split"]
+    assert closed.partition.separation == follows.partition.separation
+    assert closed.test_loss["dense"] == follows.test_loss["dense"]
+    assert closed.test_loss["split"] != follows.test_loss["split"]
+    assert unsaid.test_loss == follows.test_loss

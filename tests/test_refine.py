@@ -12,8 +12,8 @@ from attribution.table import AttributionTable, SiteSums
 from moeify.recipe.partition import Partition as PartitionConfig
 from moeify.recipe.rounds import Round
 from moeify.splitting.partition import Partition
+from moeify.splitting.propose import menu, with_owners
 from moeify.splitting.refine import Exchange
-from tests.proposals import propose
 
 CATEGORIES = ("a", "b")
 DIM = 3
@@ -84,16 +84,25 @@ def test_a_refined_cut_has_the_same_widths_and_less_j() -> None:
     table = random_table(16, 3, rank=6)
     whole = Partition.undivided(CATEGORIES, [Site("s", "x", 16)])
     weights = {"s": torch.randn(DIM, 16, generator=torch.Generator().manual_seed(3))}
-    cuts = [
-        propose(
+    rounds = [Round(train=1, recover=1, separation=0.25)]
+    plain, refining = (
+        menu(
             whole,
             table,
             weights,
             PartitionConfig(multiple=1, min_units=1, min_core=0.0, refine=refine),
-            [Round(train=1, recover=1, separation=0.25)],
+            rounds,
             "fisher",
         )
         for refine in (False, True)
-    ]
-    assert cuts[0].partition.widths == cuts[1].partition.widths
-    assert cuts[1].predicted < 0.9 * cuts[0].predicted
+    )
+    cut = plain.cut(0.25)
+    assert plain.refined(cut) is cut
+    tried = refining.cut(0.25)
+    assert tried.predicted == cut.predicted, "exchanges come when the depth is known"
+    made = refining.refined(tried)
+    assert made.partition.widths == cut.partition.widths
+    assert made.predicted < 0.9 * cut.predicted
+    assert made.gap is None
+    again = with_owners(whole, made, made.owned, table, weights)
+    assert made.predicted == pytest.approx(again.predicted)
