@@ -11,13 +11,14 @@ Axes: rows R, features F of a site (its units', side by side), stream D.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from attribution.measure import Uncounted
@@ -142,6 +143,10 @@ class _Seen:
     stream: Float[Tensor, "places dim"]
 
 
+class _SeenError(Exception):
+    """All has been seen that a pass was for; what comes after it is not run."""
+
+
 @torch.no_grad()
 def follow(
     model: SplitModel,
@@ -153,8 +158,8 @@ def follow(
 ) -> None:
     """Correct the output weights of a model that has just been cut, in place, site after site.
 
-    ``batches`` as in ``cut``; two passes of them a site. ``ridge``: the pull towards the weights as they are, as
-    ``compensate`` counts it. Convolutions keep theirs: what they read is patches.
+    ``batches`` as in ``cut``; two passes of them a site, each as far as the site. ``ridge``: the pull towards the
+    weights as they are, as ``compensate`` counts it. Convolutions keep theirs: what they read is patches.
     """
     subject = subject_of(task, model.network, model.space.readers, model)
     for site in model.space.sites:
@@ -191,12 +196,15 @@ def _see(model: SplitModel, subject: Subject, site: UnitSite, rows: Probe) -> _S
 
     def streams(_: nn.Module, __: Any, output: Any) -> None:
         seen["stream"] = output[0] if isinstance(output, tuple) else output
+        if not isinstance(model.network, FSDPModule):  # whose workers go through all of a pass together
+            raise _SeenError
 
     name = site.stream if isinstance(site, FfnUnits) else None
     behind = subject.network.get_submodule(name or site.site.reader)
     handle = behind.register_forward_hook(streams)
     try:
-        with subject.still(), torch.no_grad(), model.masked(), at_readers(subject, len(order), {site.name: read}):
+        reading = at_readers(subject, len(order), {site.name: read})
+        with subject.still(), torch.no_grad(), model.masked(), reading, suppress(_SeenError):
             subject.forward(rows.inputs[order], rows.categories[order])
     finally:
         handle.remove()

@@ -20,8 +20,8 @@ class Compensation(Closed):
     """Pull towards the weights before the cut, as a fraction of the mean second moment of a unit's activation."""
     follow: bool = False
     """After that, layer after layer makes up for what those before it have lost as well: its output weights are fit to
-    what the residual stream lacks behind it (``moeify.following``). Two passes of the rows of attribution a site; not
-    of channels."""
+    what the residual stream lacks behind it (``moeify.following``). Two forward passes a site, as far as the site,
+    of the rows of attribution; not of channels."""
 
 
 class AffinityGrouping(Closed):
