@@ -37,7 +37,7 @@ from pipelines.runs import cache
 LIGHT, DEEP = 0.25, 0.66
 """Separations of the headline figures: 75 % and 34 % of the FFN units active."""
 METHODS = ("random", "moefication", "cmoe", "coactivation", "magnitude", "learned")
-ABLATIONS = ("uncompensated", "following", "unrefined", "equal_widths")
+ABLATIONS = ("uncompensated", "closed_form", "refined", "equal_widths")
 EVERY = (*METHODS, *ABLATIONS)
 UNDISTILLED = ", not distilled"
 """The loop, and the dense twin that its gap is to, where all learn from the rows alone."""
@@ -82,7 +82,7 @@ def measured(
     found = run(config, jobs(methods, separations, range(seeds)), work)
     if not asked.quick:
         each = [(separation, seed) for separation in separations for seed in range(seeds)]
-        partition = config.partition.model_copy(update={"budget": "equal", "refine": False, "compensation": None})
+        partition = config.partition.model_copy(update={"budget": "equal", "compensation": None})
         plain = config.model_copy(update={"partition": partition})
         twice = config.model_copy(update={"rounds": _two_rounds(config)})
         alone = config.model_copy(update={"distillation": None})
@@ -111,7 +111,8 @@ def own(work: Path, *, quick: bool) -> RunConfig:
     """Return the recipe that splits a dense Llama of our own, which is trained first where it is not there yet."""
     sizes = {"hidden": 16, "layers": 2, "heads": 2, "ffn": 64} if quick else {"hidden": 64, "layers": 4, "ffn": 384}
     dense = recipe({"kind": "llama", **sizes}, TEXT, steps=20 if quick else 800, learning_rate=3e-3, distillation=None)
-    known = hashlib.sha256(dense.model_dump_json().encode()).hexdigest()[:12]
+    learned = dense.model_dump_json(include={"seed", "data", "model", "training"})
+    known = hashlib.sha256(learned.encode()).hexdigest()[:12]
     folder = work.absolute() / f"dense-{known}"
     if not folder.is_dir():
         save_dense(dense, folder)
@@ -164,7 +165,7 @@ def recipe(
                 "model": model,
                 "training": {"steps": steps, "rows": 16, "learning_rate": learning_rate},
                 "attribution": {"rows": 64, "rows_at_once": 16},
-                "partition": {"multiple": 4, "min_units": 4, "min_core": 0.0, "refine": True},
+                "partition": {"multiple": 4, "min_units": 4, "min_core": 0.0, "compensation": {"follow": True}},
                 "rounds": [{"train": 0, "recover": steps, "branching": 4, "separation": 0.5}],
                 "distillation": distillation,
                 "evaluation": {"validation_rows": 32, "test_rows": 128},

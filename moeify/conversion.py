@@ -33,8 +33,6 @@ _RATES = ((100_000_000, 5e-5), (10_000_000, 2e-4), (2_000_000, 5e-4), (1_000_000
 _MEASURED = (64, 256)
 """Rows of each category that the cut is decided on, from and to: exchanges fit the rows they are measured on, and more
 rows pay (benchmarks/LOG.md)."""
-_REFINED = 1024
-"""Units of the widest site up to which they are exchanged; the time that takes grows with their cube."""
 _DEEPEST = (0.75, 0.7, 0.65, 0.6, 0.55)
 """Separations to try first where a budget limits the tax."""
 _USUAL = (0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
@@ -127,8 +125,8 @@ def _conversion(checkpoint: Checkpoint, learned: _Learned, name: str, wish: Wish
     a_minute = 60 * SPEED * machine.cores / (parameters * rows * learned.tokens * _ARMS)
     fitting = min(_MINUTES * a_minute, _EPOCHS * sum(learned.train) / (rows * learned.length))
     steps = wish.steps or round(min(max(_STEPS[0], fitting), _STEPS[1]) / 20) * 20
-    units = [site.units for site in unit_space(network).sites]
-    multiple, widest = _multiple(min(units)), max(units)
+    multiple = _multiple(min(site.units for site in unit_space(network).sites))
+    widths = {"multiple": multiple, "min_units": multiple}
     workers, threads = machine.workers
     settings: dict[str, Any] = {
         "name": name,
@@ -137,7 +135,7 @@ def _conversion(checkpoint: Checkpoint, learned: _Learned, name: str, wish: Wish
         "training": {"steps": steps, "rows": rows, "learning_rate": of_size(_RATES, parameters)},
         "attribution": {"rows": 64, "rows_at_once": rows},
         # No floor under the core: a trained network's layers differ, and the knapsack knows by how much.
-        "partition": {"multiple": multiple, "min_units": multiple, "min_core": 0.0, "refine": widest <= _REFINED},
+        "partition": {**widths, "min_core": 0.0, "compensation": {"ridge": 0.01, "follow": True}},
         "controls": ["random", "told"],
         "budget": wish.budget,
         "distillation": {"weight": 0.5, "temperature": 1.0} if wish.distill else None,

@@ -171,13 +171,14 @@ def test_rows_fit_the_models_positions_and_the_cut_comes_soon(ready: Path) -> No
     assert made(ready, Wish(distill=False)).distillation is None
 
 
-def test_without_a_budget_all_categories_part_in_one_cut_and_units_change_places(ready: Path) -> None:
+def test_without_a_budget_all_categories_part_in_one_cut_and_weights_follow(ready: Path) -> None:
     write_folders(ready / "folders", a=60, b=60, c=60, d=60)
     (round_,) = made(ready, Wish(separation=0.4, steps=40), "folders").rounds
     assert (round_.branching, round_.recover) == (4, 24)
     config = made(ready, Wish(budget={"tax": "2%"}, steps=40), "folders")
     assert [r.branching for r in config.rounds] == [2, 2, 2]
-    assert config.partition.refine
+    assert config.partition.compensation is not None
+    assert config.partition.compensation.follow
 
 
 def test_a_budget_goes_deeper_and_tries_its_last_round_twice(ready: Path) -> None:
