@@ -37,7 +37,7 @@ from pipelines.runs import cache
 LIGHT, DEEP = 0.25, 0.66
 """Separations of the headline figures: 75 % and 34 % of the FFN units active."""
 METHODS = ("random", "moefication", "cmoe", "coactivation", "magnitude", "learned")
-ABLATIONS = ("uncompensated", "closed_form", "refined", "equal_widths")
+ABLATIONS = ("uncompensated", "following", "refined", "equal_widths")
 EVERY = (*METHODS, *ABLATIONS)
 UNDISTILLED = ", not distilled"
 """The loop, and the dense twin that its gap is to, where all learn from the rows alone."""
@@ -165,7 +165,7 @@ def recipe(
                 "model": model,
                 "training": {"steps": steps, "rows": 16, "learning_rate": learning_rate},
                 "attribution": {"rows": 64, "rows_at_once": 16},
-                "partition": {"multiple": 4, "min_units": 4, "min_core": 0.0, "compensation": {"follow": True}},
+                "partition": {"multiple": 4, "min_units": 4, "min_core": 0.0},
                 "rounds": [{"train": 0, "recover": steps, "branching": 4, "separation": 0.5}],
                 "distillation": distillation,
                 "evaluation": {"validation_rows": 32, "test_rows": 128},

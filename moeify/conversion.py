@@ -30,10 +30,6 @@ _STEPS = (60, 2000)
 """Optimizer steps, from and to."""
 _RATES = ((100_000_000, 5e-5), (10_000_000, 2e-4), (2_000_000, 5e-4), (1_000_000, 1e-3), (0, 2e-3))
 """From so many parameters on: the learning rate of recovery. Below two millions it was tried (benchmarks/LOG.md)."""
-_MEASURED = 64
-"""Rows of each category that the cut is decided on."""
-_FOLLOWING = 0.25
-"""Of all training: what passes for output weights that follow (``moeify.following``) may take; they grow with depth."""
 _DEEPEST = (0.75, 0.7, 0.65, 0.6, 0.55)
 """Separations to try first where a budget limits the tax."""
 _USUAL = (0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
@@ -126,21 +122,16 @@ def _conversion(checkpoint: Checkpoint, learned: _Learned, name: str, wish: Wish
     a_minute = 60 * SPEED * machine.cores / (parameters * rows * learned.tokens * _ARMS)
     fitting = min(_MINUTES * a_minute, _EPOCHS * sum(learned.train) / (rows * learned.length))
     steps = wish.steps or round(min(max(_STEPS[0], fitting), _STEPS[1]) / 20) * 20
-    sites = unit_space(network).sites
-    multiple = _multiple(min(site.units for site in sites))
-    widths = {"multiple": multiple, "min_units": multiple}
-    # A site's two passes run half of the network on average, forward alone, for the split model and the random one.
-    passes = 2 * (len(sites) + 1) * _MEASURED * number / (3 * rows * _ARMS)
-    follow = passes <= _FOLLOWING * steps
+    multiple = _multiple(min(site.units for site in unit_space(network).sites))
     workers, threads = machine.workers
     settings: dict[str, Any] = {
         "name": name,
         "data": learned.data,
         "model": learned.model,
         "training": {"steps": steps, "rows": rows, "learning_rate": of_size(_RATES, parameters)},
-        "attribution": {"rows": _MEASURED, "rows_at_once": rows},
+        "attribution": {"rows": 64, "rows_at_once": rows},
         # No floor under the core: a trained network's layers differ, and the knapsack knows by how much.
-        "partition": {**widths, "min_core": 0.0, "compensation": {"ridge": 0.01, "follow": follow}},
+        "partition": {"multiple": multiple, "min_units": multiple, "min_core": 0.0},
         "controls": ["random", "told"],
         "budget": wish.budget,
         "distillation": {"weight": 0.5, "temperature": 1.0} if wish.distill else None,
@@ -160,8 +151,7 @@ def _conversion(checkpoint: Checkpoint, learned: _Learned, name: str, wish: Wish
         except ValueError as error:
             problem = str(error).split("\n")[-1]
             continue
-        minutes = 1.0 + (steps + follow * passes) / a_minute
-        return Starter(text, config, learned.categories, learned.train, minutes)
+        return Starter(text, config, learned.categories, learned.train, 1.0 + steps / a_minute)
     raise ValueError(f"{number} categories cannot be split so far apart ({problem}); give a lower --separation")
 
 
