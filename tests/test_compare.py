@@ -200,8 +200,8 @@ def test_all_methods_three_seeds_and_the_recipes_separation_if_nothing_is_said(a
     done = CliRunner().invoke(main, ["compare", "text"])
     assert {(job.separation, job.seed) for job in asked[0]} == {(0.5, seed) for seed in range(3)}
     no_rivals = {*methods()} - {job.method for job in asked[0]}
-    assert no_rivals == {"uncompensated", "unrefined"}, "what the recipe is already"
-    assert len(asked[0]) == (len(methods()) - 2) * 3
+    assert no_rivals == {"uncompensated", "closed_form", "following", "unrefined"}, "what the recipe is or has not"
+    assert len(asked[0]) == (len(methods()) - 4) * 3
     assert "each run has one worker of one thread, not the recipe's 2 of 1" in done.stderr
     assert done.stderr.count("random, seed") == 3
     assert "Separation 0.5" in done.stdout

@@ -39,7 +39,18 @@ def test_a_switch_is_thrown_and_what_stands_so_already_is_no_rival() -> None:
     assert {*methods()} - {*rivals(config)} == {"loop", "following", "refined"}
     assert {*methods()} - {*rivals(toy_config())} == {"loop", "closed_form", "unrefined"}
     bare = toy_config(partition={"compensation": None})
-    assert {*methods()} - {*rivals(bare)} == {"loop", "uncompensated", "unrefined"}
+    assert {*methods()} - {*rivals(bare)} == {"loop", "uncompensated", "closed_form", "following", "unrefined"}
+    following = variant(bare, "following", 4).partition.compensation
+    assert following is not None
+    assert following.follow
+
+
+def test_a_switch_that_the_recipe_forbids_is_told() -> None:
+    apart = {"gradients": "parameters", "experts": [{"categories": ["a"], "units": 0.25}], "apart": ["a"]}
+    config = toy_config(partition={"compensation": None}, routing=apart)
+    with pytest.raises(ValueError, match=r"beside routing\.apart"):
+        variant(config, "following", 4)
+    assert "following" not in rivals(config)
 
 
 def test_other_owners_are_left_as_they_were_found() -> None:

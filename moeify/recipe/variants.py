@@ -6,6 +6,7 @@ the loop as they are, without the exchanges of ``partition.refine``.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from moeify.recipe.config import RunConfig
@@ -36,8 +37,11 @@ def methods() -> tuple[str, ...]:
 
 
 def rivals(config: RunConfig) -> tuple[str, ...]:
-    """Return the methods that a recipe can be held against: all but itself, and switches that stand so already."""
-    return tuple(m for m in methods() if m != "loop" and (m not in SWITCHES or _thrown(config, m) != config.partition))
+    """Return the methods that a recipe can be held against.
+
+    All but itself, switches that stand so already, and those of what the recipe has not at all.
+    """
+    return tuple(m for m in methods() if m != "loop" and (m not in SWITCHES or _changes(config.partition, m)))
 
 
 def variant(config: RunConfig, method: str, categories: int) -> RunConfig:
@@ -55,18 +59,22 @@ def variant(config: RunConfig, method: str, categories: int) -> RunConfig:
             drawn = {"owners": {"kind": "random"}, "budget": "equal", "refine": False, "compensation": None}
             data["partition"] |= drawn
         case switch if switch in SWITCHES:
-            return config.model_copy(update={"partition": _thrown(config, switch)})
+            data["partition"] = _thrown(data["partition"], switch)
         case kind:
             data["partition"] |= {"owners": {"kind": kind}, "refine": False}
     return RunConfig.model_validate_json(json.dumps(data), strict=True)
 
 
-def _thrown(config: RunConfig, switch: str) -> Partition:
-    """Return the recipe's partition with a switch thrown."""
-    data = config.partition.model_dump(mode="json")
-    for key, value in SWITCHES[switch].items():
-        data[key] = {**(data[key] or {}), **value} if isinstance(value, dict) else value
-    return Partition.model_validate_json(json.dumps(data), strict=True)
+def _changes(partition: Partition, switch: str) -> bool:
+    data = partition.model_dump(mode="json")
+    there = all(data[key] is not None for key, value in SWITCHES[switch].items() if isinstance(value, dict))
+    return there and _thrown(data, switch) != data
+
+
+def _thrown(partition: Mapping[str, Any], switch: str) -> dict[str, Any]:
+    """Return a recipe's section with a switch thrown."""
+    new = {k: {**(partition[k] or {}), **v} if isinstance(v, dict) else v for k, v in SWITCHES[switch].items()}
+    return {**partition, **new}
 
 
 def scaled(config: RunConfig, separation: float) -> RunConfig:
