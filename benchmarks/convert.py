@@ -7,7 +7,7 @@ and from the same teacher, the checkpoint as loaded; so does the dense twin, the
 is the dense twin's test loss over the split model's, ``perplexity kept`` the ratio of perplexities, ``gap`` the
 difference in nats (of what is not distilled: to the dense twin that is not), means over seeds with 95 % intervals
 (Student's t). Runs are Ray tasks, as many at a time as there are cores; those that have ended are kept in ``--work``.
-Half an hour on two cores; ``--quick`` makes a tiny checkpoint and one cut.
+An hour on two cores; ``--quick`` makes a tiny checkpoint and one cut.
 """
 
 import argparse
