@@ -208,6 +208,8 @@ def _see(model: SplitModel, subject: Subject, site: UnitSite, rows: Probe) -> _S
             subject.forward(rows.inputs[order], rows.categories[order])
     finally:
         handle.remove()
-    back = torch.argsort(order)
-    units, stream = (wide(seen[what].detach()[back.to(seen[what].device)]) for what in ("units", "stream"))
-    return _Seen(units.flatten(0, -2), stream.flatten(0, -2))
+    back, units = torch.argsort(order), seen["units"].detach()
+    # OPT's way out hands on tokens without rows.
+    stream = seen["stream"].detach().reshape(*units.shape[:-1], seen["stream"].shape[-1])
+    lines = (wide(each[back.to(each.device)]).flatten(0, -2) for each in (units, stream))
+    return _Seen(*lines)
