@@ -238,5 +238,9 @@ def _config(
 
 
 def _over(defaults: Mapping[str, Any], given: Any) -> Any:
-    """Return a section with what it does not say filled in; what is no mapping as it is, to be refused."""
-    return {**defaults, **given} if isinstance(given, Mapping) else given
+    """Return a section with what it does not say filled in, at every depth; what is no mapping as it is, to be
+    refused."""
+    if not isinstance(given, Mapping):
+        return given
+    deeper = {key: _over(own, given[key]) for key, own in defaults.items() if key in given and isinstance(own, Mapping)}
+    return {**defaults, **given, **deeper}

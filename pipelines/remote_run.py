@@ -56,7 +56,7 @@ class RemoteRun:
                     file.write(part)
 
     def push(self, *paths: Path) -> None:
-        """Send files of the copy, and those below folders of it."""
+        """Send files of the copy, and folders of it, of which there goes what is gone here."""
         sent = [file for path in paths for file in files_in(path)]
         for file in sent:
             self.place.upload(self._name(file), file)
@@ -64,7 +64,10 @@ class RemoteRun:
             index = self._index()
             for file in sent:
                 index[self._name(file)] = self.place.item(self._name(file)).mark
-            self._save_index(index)
+            folders = tuple(f"{self._name(path)}/" for path in paths if path.is_dir())
+            gone = [name for name in index if name.startswith(folders) and not (self.copy / name).exists()]
+            self.place.remove(gone)
+            self._save_index({name: mark for name, mark in index.items() if name not in gone})
 
     def compact(self) -> None:
         """Put the journal's parts together; only the run's driver may, when no worker writes."""
@@ -79,8 +82,12 @@ class RemoteRun:
     # --- files ----------------------------------------------------------------------------------------
 
     def _pull_files(self) -> None:
-        index = self._index()
-        for name, item in self.place.found().items():
+        index, found = self._index(), self.place.found()
+        for name in index.keys() - found.keys():
+            with storing(self.copy):
+                (self.copy / name).unlink(missing_ok=True)
+            del index[name]
+        for name, item in found.items():
             parts = PurePosixPath(name).parts
             if parts[0] in _APART or any(part.startswith(".") for part in parts):
                 continue

@@ -291,7 +291,9 @@ def test_a_trained_network_of_ones_own_is_split_with_it_if_nothing_else_is_said(
         split(network, data, loss="pixels", separation=0.35, partition=said)
         for said in ({"compensation": {"follow": False}}, {"compensation": {"follow": True}}, {})
     )
+    of_ridge = split(network, data, loss="pixels", separation=0.35, partition={"compensation": {"ridge": 0.02}})
     assert closed.partition.separation == follows.partition.separation
     assert closed.test_loss["dense"] == follows.test_loss["dense"]
     assert closed.test_loss["split"] != follows.test_loss["split"]
     assert unsaid.test_loss == follows.test_loss
+    assert of_ridge.config.partition.compensation == Compensation(ridge=0.02, follow=True)

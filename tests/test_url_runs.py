@@ -270,6 +270,28 @@ def test_a_copy_whose_journal_was_cut_short_is_put_right(tmp_path: Path, cut: in
     assert run.journal.read_bytes() == whole
 
 
+def test_what_a_folder_no_longer_holds_goes_behind_the_url_and_in_every_copy(tmp_path: Path) -> None:
+    place = Place(f"memory://{tmp_path.name}")
+    one, other = RemoteRun(place, tmp_path / "one"), RemoteRun(place, tmp_path / "other")
+    made = one.copy / "attribution"
+    made.mkdir(parents=True)
+    for name in ("table", "agreement"):
+        (made / name).write_text(name)
+    (one.copy / "beside").write_text("of another command")
+    one.push(made, one.copy / "beside")
+    other.pull()
+    (other.copy / "attribution/own").write_text("never sent")
+    for name in (made / "agreement", one.copy / "beside"):
+        name.unlink()
+    one.push(made)
+    assert sorted(place.found()) == ["attribution/table", "beside"]
+    other.pull()
+    assert sorted(path.name for path in (other.copy / "attribution").iterdir()) == ["own", "table"]
+    one.pull()
+    assert (one.copy / "beside").read_text() == "of another command"
+    assert not (made / "agreement").exists()
+
+
 def test_no_credential_is_ever_written(machines: tuple[Machine, Machine], caplog: pytest.LogCaptureFixture) -> None:
     one, _ = machines
     with caplog.at_level("DEBUG", logger="pipelines"):
