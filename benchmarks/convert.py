@@ -3,11 +3,11 @@
 ``own`` (the default, needs no data): a dense Llama that this benchmark trains on installed text first, saves as
 ``transformers`` does, and splits by the same four categories. ``stories260K``: a public Llama of 260,032 parameters
 below MOEIFY_DATA, on clusters of its own stories. Every method cuts the same checkpoint and recovers on the same rows
-and from the same teacher, the checkpoint as loaded; so does the dense twin, the checkpoint equally retrained. ``kept``
-is the dense twin's test loss over the split model's, ``perplexity kept`` the ratio of perplexities, ``gap`` the
-difference in nats (of what is not distilled: to the dense twin that is not), means over seeds with 95 % intervals
-(Student's t). Runs are Ray tasks, as many at a time as there are cores; those that have ended are kept in ``--work``.
-An hour on two cores; ``--quick`` makes a tiny checkpoint and one cut.
+and from the same teacher, the checkpoint as loaded, its residual stream too; so does the dense twin, the checkpoint
+equally retrained. ``kept`` is the dense twin's test loss over the split model's, ``perplexity kept`` the ratio of
+perplexities, ``gap`` the difference in nats (of what is taught in another way: to the dense twin that is, too), means
+over seeds with 95 % intervals (Student's t). Runs are Ray tasks, as many at a time as there are cores; those that have
+ended are kept in ``--work``. An hour on two cores; ``--quick`` makes a tiny checkpoint and one cut.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from moeify.comparison import DENSE, LOOP, Job, Row, jobs
 from moeify.data.root import data_file, data_root
 from moeify.evaluation import row_losses
 from moeify.recipe.config import RunConfig
-from moeify.recipe.rounds import Round
+from moeify.recipe.training import Distillation
 from moeify.routed.split_model import SplitModel
 from moeify.tasks.build import build_task
 from moeify.training import Contestant, train
@@ -39,12 +39,10 @@ LIGHT, DEEP = 0.25, 0.66
 METHODS = ("random", "moefication", "cmoe", "coactivation", "magnitude", "learned")
 ABLATIONS = ("uncompensated", "following", "refined", "equal_widths")
 EVERY = (*METHODS, *ABLATIONS)
-UNDISTILLED = ", not distilled"
-"""The loop, and the dense twin that its gap is to, where all learn from the rows alone."""
+TAUGHT: dict[str, Distillation | None] = {", logits only": Distillation(), ", not distilled": None}
+"""Other ways to teach the loop, and the dense twin that its gap is to."""
 PLAIN = "random, plain"
 """Random owners at equal widths in every layer, without compensation: ``random`` has the recipe's of both."""
-TWO = "two rounds"
-"""The loop with a cut into pairs first and one into categories after a quarter of the steps."""
 TEXT: dict[str, Any] = {
     "kind": "text",
     "source": {"kind": "installed", "sources": ["python", "prose", "c", "web"]},
@@ -84,21 +82,18 @@ def measured(
         each = [(separation, seed) for separation in separations for seed in range(seeds)]
         partition = config.partition.model_copy(update={"budget": "equal", "compensation": None})
         plain = config.model_copy(update={"partition": partition})
-        twice = config.model_copy(update={"rounds": _two_rounds(config)})
-        alone = config.model_copy(update={"distillation": None})
         found += [
             replace(row, method=PLAIN)
             for row in run(plain, [Job("random", *at) for at in each], work)
             if row.method == "random"
         ]
-        found += [
-            replace(row, method=row.method + UNDISTILLED)
-            for row in run(alone, [Job(LOOP, *at) for at in each], work)
-            if row.method in (LOOP, DENSE)
-        ]
-        found += [
-            replace(row, method=TWO) for row in run(twice, [Job(LOOP, *at) for at in each], work) if row.method == LOOP
-        ]
+        for way, teacher in TAUGHT.items():
+            taught = config.model_copy(update={"distillation": teacher})
+            found += [
+                replace(row, method=row.method + way)
+                for row in run(taught, [Job(LOOP, *at) for at in each], work)
+                if row.method in (LOOP, DENSE)
+            ]
     rows = [cells(asked.checkpoint, row) for row in sorted(found, key=lambda row: row.separation)]
     rows = [as_loaded(asked.checkpoint, config), *rows]
     report("convert", rows, list(figures(found, asked.checkpoint)), asked.json, quick=asked.quick)
@@ -153,8 +148,8 @@ def recipe(
     data: Mapping[str, Any],
     *,
     steps: int,
-    learning_rate: float = 2e-3,
-    distillation: Mapping[str, Any] | None = {},
+    learning_rate: float = 4e-3,
+    distillation: Mapping[str, Any] | None = {"stream": 3.0},
 ) -> RunConfig:
     """Return the recipe, as ``moeify split`` writes it but for its sizes: one cut, before the first step."""
     return RunConfig.model_validate_json(
@@ -172,13 +167,6 @@ def recipe(
             }
         )
     )
-
-
-def _two_rounds(config: RunConfig) -> tuple[Round, Round]:
-    """Return a cut into pairs before the first step and one into categories after a quarter of them."""
-    steps, last = config.training.steps, config.rounds[-1].separation
-    first = Round(train=0, recover=steps // 4, branching=2, separation=0.7 * last)
-    return first, Round(train=0, recover=steps - steps // 4, branching=2, separation=last)
 
 
 # --- the table --------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 from moeify.data import given_tokenizer
 from moeify.data.survey import Survey
-from moeify.models.families import unit_space
+from moeify.models.families import streams, unit_space
 from moeify.models.pretrained import Checkpoint, look
 from moeify.recipe import strict_yaml
 from moeify.recipe.config import RunConfig
@@ -30,6 +30,10 @@ _STEPS = (60, 2000)
 """Optimizer steps, from and to."""
 _RATES = ((100_000_000, 5e-5), (10_000_000, 2e-4), (2_000_000, 5e-4), (1_000_000, 1e-3), (0, 2e-3))
 """From so many parameters on: the learning rate of recovery. Below two millions it was tried (benchmarks/LOG.md)."""
+_STREAM = 3.0
+"""How much arms keep to the residual stream, where there is one: from .3 to 10 were tried (benchmarks/LOG.md)."""
+_FASTER = 2.0
+"""How many times the rate they recover best at then."""
 _DEEPEST = (0.75, 0.7, 0.65, 0.6, 0.55)
 """Separations to try first where a budget limits the tax."""
 _USUAL = (0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
@@ -123,18 +127,20 @@ def _conversion(checkpoint: Checkpoint, learned: _Learned, name: str, wish: Wish
     fitting = min(_MINUTES * a_minute, _EPOCHS * sum(learned.train) / (rows * learned.length))
     steps = wish.steps or round(min(max(_STEPS[0], fitting), _STEPS[1]) / 20) * 20
     multiple = _multiple(min(site.units for site in unit_space(network).sites))
+    stream = _STREAM if wish.distill and streams(network) else 0.0
+    rate = of_size(_RATES, parameters) * (_FASTER if stream else 1.0)
     workers, threads = machine.workers
     settings: dict[str, Any] = {
         "name": name,
         "data": learned.data,
         "model": learned.model,
-        "training": {"steps": steps, "rows": rows, "learning_rate": of_size(_RATES, parameters)},
+        "training": {"steps": steps, "rows": rows, "learning_rate": rate},
         "attribution": {"rows": 64, "rows_at_once": rows},
         # No floor under the core: a trained network's layers differ, and the knapsack knows by how much.
         "partition": {"multiple": multiple, "min_units": multiple, "min_core": 0.0},
         "controls": ["random", "told"],
         "budget": wish.budget,
-        "distillation": {"weight": 0.5, "temperature": 1.0} if wish.distill else None,
+        "distillation": {"weight": 0.5, "temperature": 1.0, "stream": stream} if wish.distill else None,
         "evaluation": {"validation_rows": 64, "test_rows": 256, "rows_at_once": 32},
         "cluster": {"workers": workers, "threads": threads},
     }

@@ -1,38 +1,64 @@
 """What arms learn besides their rows: the network as the run began with it, frozen.
 
-Hinton et al., "Distilling the Knowledge in a Neural Network", 2015 (arXiv 1503.02531).
+Its distribution over classes: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015 (arXiv 1503.02531).
+Its residual stream, after Romero et al., "FitNets", 2014 (arXiv 1412.6550): a cut takes no layer away and leaves none
+narrower on the outside, so each has its counterpart, and no map between the two has to be learned.
 """
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attribution.reading import wide
 from attribution.subject import IGNORED
 from moeify.models.build import PRECISIONS, logits
-from moeify.models.families import describe
+from moeify.models.families import describe, streams
 from moeify.recipe.config import RunConfig
 from moeify.recipe.training import Distillation
+from moeify.routed.split_model import SplitModel
 from moeify.task import Task
 
 
 class Teacher:
-    """A network that gives logits, classes last, and how much its word counts."""
+    """A network that gives logits, classes last, and how much its word counts.
 
-    def __init__(self, network: nn.Module, settings: Distillation, autocast: torch.dtype | None = None) -> None:
+    ``units_per_row``: tokens (or examples) that a row's nats are summed over. Raises ValueError where students are to
+    keep to its residual stream and it has none.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        settings: Distillation,
+        autocast: torch.dtype | None = None,
+        units_per_row: int = 1,
+    ) -> None:
         self.network = network.eval().requires_grad_(False)
         self.settings = settings
         self.autocast = autocast
+        self.units_per_row = units_per_row
+        self.streams = streams(network) if settings.stream else ()
+        if settings.stream and not self.streams:
+            raise ValueError(
+                f"distillation.stream: got {settings.stream:g}, wanted 0: behind the blocks of "
+                f"{type(network).__name__} there is no residual stream to keep to"
+            )
 
     @classmethod
     def of(cls, config: RunConfig, task: Task) -> "Teacher | None":
         """Return the teacher that a recipe asks for, in the precision of its training; None where it asks for none."""
         if config.distillation is None:
             return None
-        return cls(task.build(), config.distillation, PRECISIONS[config.training.autocast])
+        precision = PRECISIONS[config.training.autocast]
+        return cls(task.build(), config.distillation, precision, task.units_per_row)
 
     def loss(
         self,
@@ -57,6 +83,74 @@ class Teacher:
                 f"the run began with a network whose hash is {began[:12]}, and model.path now holds {now[:12]}, from "
                 f"which nothing can be distilled; put the checkpoint back, or start a new run"
             )
+
+
+@contextmanager
+def teaching(teacher: Teacher | None, student: SplitModel) -> Iterator["Teacher | _Likeness | None"]:
+    """Yield what a student learns from while the context lasts."""
+    if teacher is None or not teacher.streams:
+        yield teacher
+        return
+    likeness = _Likeness(teacher)
+    heard = ((student.network, likeness.note), (teacher.network, likeness.compare))
+    with ExitStack() as handles:
+        for name in teacher.streams:
+            for network, hear in heard:
+                handles.callback(network.get_submodule(name).register_forward_hook(partial(hear, name)).remove)
+        yield likeness
+
+
+class _Likeness:
+    """A teacher of one student, which is to keep to its streams too; both networks' passes tell what they are."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+        self._student: dict[str, Tensor] = {}
+        """Stream -> what it held in the student's last pass, until the teacher's."""
+        self._strayed: list[Float[Tensor, " rows"]] = []
+        self._rows = 0
+
+    def loss(
+        self,
+        inputs: Tensor,
+        outputs: Float[Tensor, "rows *positions classes"],
+        nats: Float[Tensor, " rows"],
+        targets: Tensor | None = None,
+    ) -> Float[Tensor, " rows"]:
+        """Return what the student has to lower, as ``Teacher.loss`` does; its last pass was that of ``inputs``."""
+        self._rows = len(inputs)
+        own = self._teacher.loss(inputs, outputs, nats, targets)
+        far, self._strayed = torch.stack(self._strayed).mean(0), []
+        return own + self._teacher.settings.stream * self._teacher.units_per_row * far
+
+    def note(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
+        """Hear what a stream of the student holds."""
+        self._student[name] = _first(output)
+
+    def compare(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
+        """Hear what the teacher's holds."""
+        with torch.enable_grad():
+            self._strayed.append(strayed(_first(output), self._student.pop(name), self._rows))
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def strayed(
+    teacher: Float[Tensor, "*places dim"], student: Float[Tensor, "*places dim"], rows: int
+) -> Float[Tensor, " rows"]:
+    """Return each row's squared distance of a student's residual stream from the teacher's, over its square, mean over
+    places.
+
+    Each place's own square, since some places of a row, the first among them, may be longer than all others together
+    (Sun et al., "Massive Activations in Large Language Models", 2024, arXiv 2402.17762); of empty ones a rounding
+    error of the row's mean.
+    """
+    wanted, got = (wide(each).reshape(rows, -1, each.shape[-1]) for each in (teacher, student))
+    square = wanted.square().sum(-1)
+    least = torch.finfo(square.dtype).eps * square.mean(1, keepdim=True)
+    return ((got - wanted).square().sum(-1) / torch.maximum(square, least)).mean(1)
 
 
 def divergence(

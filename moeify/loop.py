@@ -31,7 +31,7 @@ from moeify.control import (
     expected_use,
     why_stopped,
 )
-from moeify.distillation import Teacher
+from moeify.distillation import Teacher, teaching
 from moeify.divergence import DivergedError, memory
 from moeify.evaluation import RowLosses, losses_without, row_losses, summarize, tax, tax_errors
 from moeify.events import MemoryTracker, Tracker
@@ -185,14 +185,14 @@ class _Loop:
         """Train an arm up to a step, or to where its numbers went wrong; return it as it goes on."""
         contestant, settings, every = self.state.arms[arm], self.config.training, self.config.tracking.every
         try:
-            with memory(lambda: f"{arm}, step {contestant.step + 1}, worker {self.world.rank}"):
-                known = contestant, self.task, self.group, settings, stop, every, report, self.teacher
+            where = memory(lambda: f"{arm}, step {contestant.step + 1}, worker {self.world.rank}")
+            with where, teaching(self.teacher, contestant.model) as taught:
+                known = contestant, self.task, self.group, settings, stop, every, report, taught
                 stopped = train(*known, self.world.asked)
         except DivergedError as trouble:
             done = get_over(trouble, arm, self.state, self.config, self.task, self.group, self.store)
-            contestant = self.state.arms[arm]
-            self.say.mishap(arm, phase.round, contestant, trouble.what, done)
-            return contestant
+            self.say.mishap(arm, phase.round, self.state.arms[arm], trouble.what, done)
+            return self.state.arms[arm]
         if stopped:
             self._checkpoint()
             raise StoppedError(f"asked to stop at step {contestant.step} of {arm}; the run goes on from there")

@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from benchmarks.gloo import run_together
+from moeify.distillation import Teacher, teaching
 from moeify.events import MemoryTracker, Mishap
 from moeify.loop import run
 from moeify.recipe.config import RunConfig
 from moeify.recipe.parallel import Fsdp, Parallel, Replicate
 from moeify.recipe.partition import UnitKind
 from moeify.recipe.routing import Routing
+from moeify.recipe.training import Distillation
 from moeify.result import Result
 from moeify.routed.gradients import GradientRouter
 from moeify.routed.shard import shard
@@ -59,7 +61,9 @@ def trained(world: Group, training: dict[str, Any], *, heads: bool) -> dict[str,
     routing = Routing.model_validate({"gradients": "both", "routes": "soft", "apart": ["a"], "labelled": 0.5})
     router = None if heads else GradientRouter(routing, CATEGORIES, model.space.readers, 0)
     contestant = Contestant(model, config.training, router)
-    train(contestant, task, world, config.training, 3, 9, lambda *_: None)
+    teacher = Teacher(task.build(), Distillation(weight=0.1, stream=0.5), None, task.units_per_row)
+    with teaching(teacher, model) as taught:
+        train(contestant, task, world, config.training, 3, 9, lambda *_: None, taught)
     held = contestant.tensors()
     if shares_models(world):
         halves = [own(tensor).numel() / tensor.numel() for tensor in held.values() if isinstance(tensor, DTensor)]

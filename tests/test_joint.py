@@ -1,12 +1,14 @@
 """A network that learns with the routers inside of it."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from moeify.recipe.config import RunConfig
+from moeify.recipe.training import Distillation
 from moeify.result import MEAN
 from moeify.routed.split_model import SplitModel
 from moeify.routers import by_layer, joint
@@ -51,6 +53,15 @@ def test_what_is_learned_from_a_pass_is_its_nats_and_a_tenth_of_those_about_leav
     found.sum().backward()
     assert all(weight.grad is not None and weight.grad.abs().max() > 0 for weight in learner._weights.values())
     assert model.network.get_submodule("model.embed_tokens").weight.grad.abs().max() > 0
+
+
+def test_the_network_learns_from_what_its_run_learned_from() -> None:
+    found = []
+    for taught in (None, Distillation(), Distillation(stream=3.0)):
+        phase, model = of(2)
+        dataclasses.replace(phase, config=CONFIG.model_copy(update={"distillation": taught}))(model)
+        found.append(model.network.get_parameter("lm_head.weight").detach())
+    assert all(not torch.equal(found[a], found[b]) for a, b in ((0, 1), (1, 2), (0, 2)))
 
 
 def test_sharpened_routers_choose_as_before_and_foretell_better() -> None:

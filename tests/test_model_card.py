@@ -65,11 +65,12 @@ def test_the_card_of_an_image_model_says_how_its_rows_are_made() -> None:
 
 
 def test_the_card_of_a_checkpoint_that_was_split_says_what_taught_it() -> None:
-    changed = {"model": {"kind": "pretrained", "path": "/secret"}, "distillation": {"weight": 0.25}}
+    changed = {"model": {"kind": "pretrained", "path": "/secret"}, "distillation": {"weight": 0.25, "stream": 2.0}}
     recipe = RunConfig.model_validate(RECIPE.model_dump(mode="json") | changed)
     text = card(About(run="mine-3", recipe=recipe), source(), Checked(None, None), dtype="float32")
     assert "- begun with: a pretrained model" in text
     assert "- learned by 25% from what the pretrained model predicts, the rest from the data" in text
+    assert "- kept to the pretrained model's residual stream, at 2 nats a token" in text
     assert "secret" not in text
     assert "what the pretrained model predicts" not in card(ABOUT, source(), Checked(None, None), dtype="float32")
 

@@ -12,6 +12,7 @@ from moeify.loop import run
 from moeify.models.families import unit_space
 from moeify.recipe.config import RunConfig
 from moeify.recipe.load import parse_recipe
+from moeify.recipe.training import Distillation
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
 from moeify.splitting.tree import ExpertTree
@@ -128,6 +129,17 @@ def test_a_recovered_model_is_exported_as_it_was_trained_and_the_card_says_so(tm
     rows_given = torch.randint(300, (3, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(moe(rows_given).logits, along(part, "a"), atol=1e-4, rtol=0)
+
+
+def test_a_recovery_learns_from_what_its_run_learned_from() -> None:
+    task, found = ToyTextTask(config()), []
+    for taught in (None, Distillation(), Distillation(stream=3.0)):
+        known = config().model_copy(update={"distillation": taught})
+        split = split_of(task)
+        part = cut(split, ["c"])
+        Recover(task, known, 2)(split, part, ["c"])
+        found.append(part.network.get_parameter("lm_head.weight").detach())
+    assert all(not torch.equal(found[a], found[b]) for a, b in ((0, 1), (1, 2), (0, 2)))
 
 
 def test_what_cannot_be_recovered_is_refused(tmp_path: Path) -> None:

@@ -73,4 +73,6 @@ def _recipe(recipe: RunConfig) -> Iterator[str]:
     separations = ", ".join(f"{r.separation:.0%}" for r in recipe.rounds)
     if (taught := recipe.distillation) is not None:
         yield f"- learned by {taught.weight:.0%} from what the pretrained model predicts, the rest from the data"
+        if taught.stream:
+            yield f"- kept to the pretrained model's residual stream, at {taught.stream:g} nats a token"
     yield f"- rounds asked for a separation of {separations}; owners by {recipe.partition.owners.kind}"

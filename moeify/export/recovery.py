@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from moeify.distillation import teaching
 from moeify.evaluation import held_out_loss
 from moeify.further import Further
 from moeify.recipe.training import Training
@@ -61,7 +62,8 @@ class Recover(Further):
         teacher, training = self.teacher(), self._training()
         intact, before = self._losses(whole), self._losses(part)
         rows = _Retained(self.task, retained, self.config.training.steps, self.steps)
-        self.train(Contestant(part, training), rows, training, teacher)
+        with teaching(teacher, part) as taught:
+            self.train(Contestant(part, training), rows, training, taught)
         read = rows.seen * tokens_read(self.task)
         return Recovery(self.steps, rows.seen, read, self.task.unit, retained, intact, before, self._losses(part))
 

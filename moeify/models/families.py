@@ -35,7 +35,7 @@ from moeify.models.adapters import (
 )
 from moeify.models.detect import Detected
 from moeify.models.transformer import Transformer, config_of
-from moeify.models.units import ConvUnits, UnitSpace, check, is_conv1d
+from moeify.models.units import ConvUnits, FfnUnits, UnitSpace, check, is_conv1d
 from moeify.recipe.model import Traits
 from moeify.recipe.partition import PLAIN, UnitKind
 
@@ -89,6 +89,12 @@ def traits(network: nn.Module) -> Traits:
         channels=any(isinstance(site, ConvUnits) for site in sites),
         batch_norm=any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()),
     )
+
+
+def streams(network: nn.Module) -> tuple[str, ...]:
+    """Return the names of the modules that return the residual stream right behind each feed-forward block; none where
+    there is no such stream, or a norm between."""
+    return tuple(site.stream for site in unit_space(network).sites if isinstance(site, FfnUnits) and site.stream)
 
 
 def readers(network: nn.Module) -> tuple[Site, ...]:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from moeify.recipe.closed import Closed
 from moeify.recipe.divergence import OnDivergence, StopRun
@@ -49,3 +49,7 @@ class Distillation(Closed):
     """Share of the training loss that is KL(pretrained model || arm), in nats per token; the rest is the loss."""
     temperature: PositiveFloat = 1.0
     """Divides the logits of both; the divergence is multiplied by its square, so that gradients keep their size."""
+    stream: NonNegativeFloat = 0.0
+    """Adds so many times the squared distance of the residual stream behind each feed-forward block from the pretrained
+    model's, over its square, mean over blocks and places, to a token's nats. Transformers with norms before their
+    blocks have such streams."""

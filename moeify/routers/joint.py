@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moeify.distillation import Teacher
+from moeify.distillation import teaching
 from moeify.further import Further
 from moeify.recipe.training import Training
 from moeify.routed.split_model import SplitModel
 from moeify.routers.by_layer import Distil, JointReport, LayerRouters, reading
 from moeify.routers.router import leaf_of_category
 from moeify.task import Batch, Redrawn, tokens_read
-from moeify.training import Contestant
+from moeify.training import Contestant, Lesson
 
 _RATE = 0.3
 """Of the recipe's learning rate; it warms up to it and falls as the recipe's does."""
@@ -59,7 +59,8 @@ class Joint(Further):
         first, before = distil.start(model), distil.losses(model, None)
         learner = _Learner(model, training, first)
         learner.sharpen(self._rows().train_batch(0))
-        self.train(learner, self._rows(), training, _Lesson(learner, self.teacher()))
+        with teaching(self.teacher(), model) as taught:
+            self.train(learner, self._rows(), training, _Lesson(learner, taught))
         if dense is not None:
             self.train(Contestant(dense, training), self._rows(), training, self.teacher())
         return Joined(
@@ -133,12 +134,12 @@ class _Lesson:
     """What a learner has to lower: its nats, as a teacher sees them where there is one, and those about leaves."""
 
     learner: _Learner
-    teacher: Teacher | None
+    taught: Lesson | None
 
     def loss(
         self, inputs: Tensor, outputs: Tensor, nats: Float[Tensor, " rows"], targets: Tensor | None = None
     ) -> Float[Tensor, " rows"]:
         """Return it for the rows of the learner's pass before."""
         assert self.learner.missed is not None
-        own = self.teacher.loss(inputs, outputs, nats, targets) if self.teacher else nats
+        own = self.taught.loss(inputs, outputs, nats, targets) if self.taught else nats
         return own + _WEIGHT * self.learner.missed

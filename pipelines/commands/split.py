@@ -114,7 +114,7 @@ def _print_plan(made: "Starter", folder: "RunFolder") -> None:
     cuts = ", ".join(dict.fromkeys(f"{r.separation:.0%}" for r in config.rounds))
     limit = f", as far as a tax of {config.budget.tax} allows" if config.budget else ""
     click.echo(f"\ncuts:    FFN units off: {cuts}{limit}")
-    teacher = " and from the checkpoint's own predictions" if config.distillation else ""
+    teacher = " and from the checkpoint itself" if config.distillation else ""
     click.echo(f"learns:  {config.training.steps:,} steps an arm, the dense twin too, from the rows{teacher}")
     click.echo(
         f"recipe:  {folder.recipe}: about {max(1, round(made.minutes))} min here; again: moeify run {folder.recipe}"
