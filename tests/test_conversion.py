@@ -170,7 +170,17 @@ def test_rows_fit_the_models_positions_and_the_cut_comes_soon(ready: Path) -> No
     assert config.rounds[0].train == 4
     assert config.distillation is not None
     assert config.distillation.stream > 0
-    assert made(ready, Wish(distill=False)).distillation is None
+    alone = made(ready, Wish(distill=False))
+    assert alone.distillation is None
+    assert config.training.learning_rate > alone.training.learning_rate
+
+
+def test_what_holds_no_stream_learns_from_the_distribution_at_the_rate_of_rows_alone(ready: Path) -> None:
+    shutil.rmtree(ready / "checkpoint")
+    save_checkpoint(ready / "checkpoint", "opt")
+    config, alone = made(ready, Wish(separation=0.4)), made(ready, Wish(separation=0.4, distill=False))
+    assert config.distillation == Distillation()
+    assert config.training == alone.training
 
 
 def test_without_a_budget_all_categories_part_in_one_cut(ready: Path) -> None:
