@@ -42,7 +42,7 @@ _ROWS = 4
 _WANTED: tuple[Arm, ...] = ("split", "dense")
 _UNTRAINED = ("attribution", "evaluation", "partition", "tree")
 """Sections of a recipe that mean something where nothing is trained."""
-_TRAINED = (*_UNTRAINED, "budget", "checkpoints", "routing", "training")
+_TRAINED = (*_UNTRAINED, "budget", "checkpoints", "distillation", "routing", "training")
 """Those that mean something where network and rows are at hand, in one process that tracks nothing."""
 _ARGUMENTS = ("steps", "rows")
 """Keys of ``training`` that are arguments here."""
@@ -70,8 +70,9 @@ def fit(
     ``steps``: of the optimizer, of each model, in all. ``separation``: that the last round asks for. ``rounds``: as
     many as it takes to divide the categories by ``branching`` down to one, where not given. ``sections``: of a recipe,
     as a recipe has them (``partition={"min_units": 2}``, ``tree=[["a", "b"], "c"]``, ``training={"learning_rate":
-    1e-3}``), of ``attribution``, ``budget``, ``checkpoints``, ``evaluation``, ``partition``, ``routing``, ``training``
-    (its steps and rows are the arguments) and ``tree``; what they say holds. ValueError for anything that does not fit.
+    1e-3}``), of ``attribution``, ``budget``, ``checkpoints``, ``distillation`` (from the network as it was given),
+    ``evaluation``, ``partition``, ``routing``, ``training`` (its steps and rows are the arguments) and ``tree``; what
+    they say holds. ValueError for anything that does not fit.
 
     >>> import torch
     >>> from moeify.models.build import Autoencoder
@@ -90,6 +91,8 @@ def fit(
     steps = whole_number("steps", steps, 2 * rounds, ", two a round at least")
     planned = _plan(steps, _fraction(separation), rounds, branching)
     config = _config(task, steps, planned, rows, seed, controls, sections)
+    if config.distillation and loss == "pixels":
+        raise ValueError("distillation: got a mapping beside the loss 'pixels', wanted a loss with classes to foretell")
     store, events = MemoryStore(), MemoryTracker()
     result = run(config, task, store=store, tracker=events)
     newest = store.newest()

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import moeify
 from attribution import heatmap
-from moeify.models.build import Autoencoder
+from moeify.distillation import divergence
+from moeify.models.build import Autoencoder, logits
 from moeify.notebook import Split, loss_of
 from moeify.recipe.arms import Arm
 from moeify.recipe.model import LlamaModel
@@ -287,7 +288,7 @@ def test_data_that_does_not_fit_is_told_in_a_line(loss: str, data: dict[str, Any
         ({"controls": "told"}, "controls: got 'told', wanted a list, each one of 'random', 'told'"),
         ({"cluster": {"workers": 4}}, "cluster: got a section that says nothing where network and rows are at hand"),
         ({"tracking": {"experiment": "x"}}, "tracking: got a section that says nothing"),
-        ({"distillation": {}}, "distillation: got a section that says nothing"),
+        ({"distillation": {}}, "distillation: got a mapping beside the loss 'pixels', wanted a loss with classes"),
         ({"model": {"kind": "resnet"}}, "model: got a section that says nothing"),
         ({"partitions": {}}, "partitions: got an unknown section"),
         ({"training": {"rows": 3}}, "training.rows: got 3, wanted it as the argument rows"),
@@ -372,6 +373,21 @@ def test_what_type_checkers_are_told_is_what_there_is() -> None:
     stub = (Path(moeify.__file__).parent / "__init__.pyi").read_text(encoding="utf-8")
     told = {line.split()[3]: line.split()[1] for line in stub.splitlines() if line.startswith("from ")}
     assert told == moeify._HOMES  # type: ignore[attr-defined]
+
+
+def test_a_trained_network_teaches_what_is_made_of_it() -> None:
+    teacher = tiny_decoder("llama")
+    data = {
+        name: torch.randint(40, (20, 12), generator=torch.Generator().manual_seed(place))
+        for place, name in enumerate("ab")
+    }
+    strayed = []
+    for said in ({}, {"distillation": {"weight": 1.0, "stream": 30.0}}):
+        found = moeify.fit(teacher, data, loss="tokens", steps=12, rounds=1, separation=0.2, **said)
+        inputs, rows = data["a"][:4], torch.zeros(4, dtype=torch.long)
+        with torch.no_grad():
+            strayed.append(float(divergence(logits(teacher, inputs), found.model(inputs, rows), 1.0).mean()))
+    assert strayed[1] < 0.8 * strayed[0]
 
 
 def test_a_classifier_of_texts_is_trained_split_and_stays_one_of_transformers() -> None:

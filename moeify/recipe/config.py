@@ -202,7 +202,7 @@ class RunConfig(Closed):
         if self.model.kind not in wanted:
             known = " or ".join(map(repr, wanted))
             yield f"model.kind: got {self.model.kind!r}, wanted {known}, which {needs} needs"
-        if self.distillation and self.model.kind != "pretrained":
+        if self.distillation and self.model.kind not in ("pretrained", "given"):
             yield f"distillation: got a mapping, wanted null beside model.kind {self.model.kind!r}, which is untrained"
 
     def _rounds_misfits(self) -> Iterator[str]:
