@@ -32,8 +32,8 @@ _RATES = ((100_000_000, 5e-5), (10_000_000, 2e-4), (2_000_000, 5e-4), (1_000_000
 """From so many parameters on: the learning rate of recovery. Below two millions it was tried (benchmarks/LOG.md)."""
 _STREAM = 3.0
 """How much arms keep to the residual stream, where there is one: from .3 to 10 were tried (benchmarks/LOG.md)."""
-_FASTER = 2.0
-"""How many times the rate they recover best at then."""
+_FASTER = ((2_000_000, 1.0), (0, 2.0))
+"""From so many parameters on: how many times that rate they recover at then, as far as it was tried."""
 _DEEPEST = (0.75, 0.7, 0.65, 0.6, 0.55)
 """Separations to try first where a budget limits the tax."""
 _USUAL = (0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
@@ -128,7 +128,7 @@ def _conversion(checkpoint: Checkpoint, learned: _Learned, name: str, wish: Wish
     steps = wish.steps or round(min(max(_STEPS[0], fitting), _STEPS[1]) / 20) * 20
     multiple = _multiple(min(site.units for site in unit_space(network).sites))
     stream = _STREAM if wish.distill and streams(network) else 0.0
-    rate = of_size(_RATES, parameters) * (_FASTER if stream else 1.0)
+    rate = of_size(_RATES, parameters) * (of_size(_FASTER, parameters) if stream else 1.0)
     workers, threads = machine.workers
     settings: dict[str, Any] = {
         "name": name,

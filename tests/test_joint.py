@@ -55,13 +55,15 @@ def test_what_is_learned_from_a_pass_is_its_nats_and_a_tenth_of_those_about_leav
     assert model.network.get_submodule("model.embed_tokens").weight.grad.abs().max() > 0
 
 
-def test_the_network_learns_from_what_its_run_learned_from() -> None:
+def test_the_network_and_its_twin_learn_from_what_their_run_learned_from() -> None:
     found = []
     for taught in (None, Distillation(), Distillation(stream=3.0)):
         phase, model = of(2)
-        dataclasses.replace(phase, config=CONFIG.model_copy(update={"distillation": taught}))(model)
-        found.append(model.network.get_parameter("lm_head.weight").detach())
-    assert all(not torch.equal(found[a], found[b]) for a, b in ((0, 1), (1, 2), (0, 2)))
+        dense = SplitModel(phase.task.build(), "abcd")
+        dataclasses.replace(phase, config=CONFIG.model_copy(update={"distillation": taught}))(model, dense)
+        found.append([each.network.get_parameter("lm_head.weight").detach() for each in (model, dense)])
+    for one, other, third in zip(*found, strict=True):
+        assert not any(torch.equal(a, b) for a, b in ((one, other), (other, third), (one, third)))
 
 
 def test_sharpened_routers_choose_as_before_and_foretell_better() -> None:

@@ -59,10 +59,12 @@ class Joint(Further):
         first, before = distil.start(model), distil.losses(model, None)
         learner = _Learner(model, training, first)
         learner.sharpen(self._rows().train_batch(0))
-        with teaching(self.teacher(), model) as taught:
+        teacher = self.teacher()
+        with teaching(teacher, model) as taught:
             self.train(learner, self._rows(), training, _Lesson(learner, taught))
         if dense is not None:
-            self.train(Contestant(dense, training), self._rows(), training, self.teacher())
+            with teaching(teacher, dense) as taught:
+                self.train(Contestant(dense, training), self._rows(), training, taught)
         return Joined(
             learner.routers,
             JointReport(
