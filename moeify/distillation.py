@@ -24,7 +24,7 @@ from moeify.models.families import describe, streams
 from moeify.recipe.config import RunConfig
 from moeify.recipe.training import Distillation
 from moeify.routed.split_model import SplitModel
-from moeify.task import Task
+from moeify.task import Batch, Task
 
 
 class Teacher:
@@ -60,21 +60,21 @@ class Teacher:
         precision = PRECISIONS[config.training.autocast]
         return cls(task.build(), config.distillation, precision, task.units_per_row)
 
+    def outputs(self, rows: Batch) -> Float[Tensor, "rows *positions classes"]:
+        """Return what it says of rows."""
+        return logits(self.network, rows.inputs, autocast=self.autocast)
+
     def loss(
-        self,
-        inputs: Tensor,
-        outputs: Float[Tensor, "rows *positions classes"],
-        nats: Float[Tensor, " rows"],
-        targets: Tensor | None = None,
+        self, rows: Batch, outputs: Float[Tensor, "rows *positions classes"], nats: Float[Tensor, " rows"]
     ) -> Float[Tensor, " rows"]:
         """Return what a student that gave ``outputs`` with a loss of ``nats`` has to lower, summed over each row.
 
         Where targets do not ask every position, the teacher does not either.
         """
         with torch.no_grad():
-            wanted = logits(self.network, inputs, autocast=self.autocast)
+            wanted = self.outputs(rows)
         weight = self.settings.weight
-        return (1 - weight) * nats + weight * divergence(wanted, outputs, self.settings.temperature, targets)
+        return (1 - weight) * nats + weight * divergence(wanted, outputs, self.settings.temperature, rows.targets)
 
     def check(self, began: str) -> None:
         """Raise ValueError where this is not the network that a run began with (``network_hash``; empty: unknown)."""
@@ -110,16 +110,10 @@ class _Likeness:
         self._strayed: list[Float[Tensor, " rows"]] = []
         self._rows = 0
 
-    def loss(
-        self,
-        inputs: Tensor,
-        outputs: Float[Tensor, "rows *positions classes"],
-        nats: Float[Tensor, " rows"],
-        targets: Tensor | None = None,
-    ) -> Float[Tensor, " rows"]:
-        """Return what the student has to lower, as ``Teacher.loss`` does; its last pass was that of ``inputs``."""
-        self._rows = len(inputs)
-        own = self._teacher.loss(inputs, outputs, nats, targets)
+    def loss(self, rows: Batch, outputs: Tensor, nats: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+        """Return what the student has to lower, as ``Teacher.loss`` does; its last pass was that of ``rows``."""
+        self._rows = len(rows.inputs)
+        own = self._teacher.loss(rows, outputs, nats)
         far, self._strayed = torch.stack(self._strayed).mean(0), []
         return own + self._teacher.settings.stream * self._teacher.units_per_row * far
 

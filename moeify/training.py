@@ -27,9 +27,7 @@ from moeify.world import World
 class Lesson(Protocol):
     """What is learned besides, or instead, of the task's own loss."""
 
-    def loss(
-        self, inputs: Tensor, outputs: Tensor, nats: Float[Tensor, " rows"], targets: Tensor | None = None
-    ) -> Float[Tensor, " rows"]:
+    def loss(self, rows: Batch, outputs: Tensor, nats: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         """Return what a model that gave ``outputs`` with a loss of ``nats`` has to lower, summed over each row."""
         ...
 
@@ -206,7 +204,7 @@ def train(
         """Return each row's nats, and its loss with what the teacher adds."""
         outputs = contestant.outputs(batch, run)
         nats_R = task.nats(outputs, batch.targets)
-        return nats_R, teacher.loss(batch.inputs, outputs, nats_R, batch.targets) if teacher else nats_R
+        return nats_R, teacher.loss(batch, outputs, nats_R) if teacher else nats_R
 
     parameters = [p for p in contestant.model.parameters() if p.requires_grad]
     gathered, exchanged = list(contestant.buffers().values()), contestant.exchange(world)

@@ -13,6 +13,7 @@ from moeify.recipe.training import Distillation
 from moeify.routed.split_model import SplitModel
 from moeify.splitting.partition import Partition
 from moeify.splitting.tree import ExpertTree
+from moeify.task import Batch
 from moeify.training import Contestant, train
 from moeify.world import Solo
 from tests.networks import CATEGORIES, rows_for, tiny_decoder
@@ -26,6 +27,12 @@ LAYERS = {
     "vit": "vit.layers",
 }
 """Family -> where its layers are; the residual stream behind a feed-forward block is what its layer returns."""
+
+
+def rows_of(inputs: Tensor) -> Batch:
+    """Rows whose targets ask every position."""
+    places = torch.arange(len(inputs))
+    return Batch(inputs, inputs, places, places)
 
 
 def slow_divergence(teacher: torch.Tensor, student: torch.Tensor, temperature: float) -> list[float]:
@@ -56,7 +63,7 @@ def test_a_students_loss_is_shared_between_its_rows_and_the_teacher(weight: floa
     inputs = torch.randint(40, (3, 6), generator=torch.Generator().manual_seed(0))
     student = torch.randn(3, 6, 40, generator=torch.Generator().manual_seed(1), requires_grad=True)
     nats = student.square().sum((1, 2))
-    found = teacher.loss(inputs, student, nats)
+    found = teacher.loss(rows_of(inputs), student, nats)
     with torch.no_grad():
         wanted = logits(tiny_decoder("llama"), inputs)
     torch.testing.assert_close(found, (1 - weight) * nats + weight * divergence(wanted, student, 1.0))
@@ -111,7 +118,7 @@ def test_a_cut_student_keeps_to_the_teachers_stream_behind_each_layer(family: st
         assert taught is not None
         outputs = student(inputs, rows)
         nats = outputs.flatten(1).square().sum(1)
-        found = taught.loss(inputs, outputs, nats)
+        found = taught.loss(rows_of(inputs), outputs, nats)
     layers = LAYERS[family]
     with student.masked():  # each row along its route, by the oracle
         student(inputs, rows)
@@ -119,7 +126,7 @@ def test_a_cut_student_keeps_to_the_teachers_stream_behind_each_layer(family: st
     its = layer_outputs(teacher.network, layers, inputs)
     apart = [strayed(wanted, got, 4) for wanted, got in zip(its, mine, strict=True)]
     assert len(apart) == len(teacher.streams) >= 2
-    wanted = teacher.loss(inputs, outputs, nats) + 0.7 * 12 * sum(apart) / len(apart)
+    wanted = teacher.loss(rows_of(inputs), outputs, nats) + 0.7 * 12 * sum(apart) / len(apart)
     torch.testing.assert_close(found, wanted)
     found.sum().backward()
     assert all(parameter.grad is not None for name, parameter in student.network.named_parameters() if "mlp" in name)
@@ -141,7 +148,7 @@ def test_the_teacher_itself_has_nothing_to_learn_from_its_stream() -> None:
     inputs, nats = rows_for(student.network, 4), torch.ones(4)
     with teaching(teacher, student) as taught:
         assert taught is not None
-        found = taught.loss(inputs, student(inputs, torch.arange(4)), nats)
+        found = taught.loss(rows_of(inputs), student(inputs, torch.arange(4)), nats)
     torch.testing.assert_close(found, torch.zeros(4), rtol=0, atol=1e-5)
 
 

@@ -4,9 +4,11 @@ Routers that are distilled from labels in a frozen network (``moeify.routers.by_
 their label would, to experts that never saw such, and read states in which nothing had to be said of the category.
 Here every block routes by its own router while the whole network goes on learning: experts from the tokens that they
 get. Routers learn their tokens' labels still, and so, through what they read, does what lies before them: attention
-learns to carry the category. Their part of the loss is small (``_WEIGHT``).
+learns to carry the category. Network and dense twin each also learn from what they were before: the split model from
+what it says, and holds in its residual stream, along labels' routes.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -15,20 +17,23 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moeify.distillation import teaching
+from moeify.distillation import Teacher, teaching
 from moeify.further import Further
-from moeify.recipe.training import Training
+from moeify.models.build import PRECISIONS
+from moeify.models.families import streams
+from moeify.recipe.training import Distillation, Training
 from moeify.routed.split_model import SplitModel
 from moeify.routers.by_layer import Distil, JointReport, LayerRouters, reading
 from moeify.routers.router import leaf_of_category
 from moeify.task import Batch, Redrawn, tokens_read
 from moeify.training import Contestant, Lesson
 
-_RATE = 0.3
-"""Of the recipe's learning rate; it warms up to it and falls as the recipe's does."""
-_WEIGHT = 0.1
-"""Of a token's nats about its leaf, mean over sites, beside its nats about the next token. From .03 to 1 were tried
-(benchmarks/LOG.md)."""
+_SELF = Distillation(weight=0.5, stream=3.0)
+"""How much they learn from what they were; where there is no such stream, from what it says alone."""
+_RATES = (1.0, 0.3)
+"""Of the recipe's learning rate, with such a stream and without; it warms up to it and falls as the recipe's does."""
+_WEIGHT = 0.3
+"""Of a token's nats about its leaf, mean over sites, beside its nats about the next token (benchmarks/LOG.md)."""
 _SHARPEST = 10
 """Scores begin at the power of two, up to two to this, that foretells labels best."""
 
@@ -55,15 +60,15 @@ class Joint(Further):
         """
         if model.categories != self.task.categories:
             raise ValueError("joint training is for the whole split model, which serves all of the run's categories")
-        distil, training = Distil(self.task, self.config), self._training()
+        followed = bool(streams(model.network))
+        distil, training = Distil(self.task, self.config), self._training(_RATES[not followed])
         first, before = distil.start(model), distil.losses(model, None)
-        learner = _Learner(model, training, first)
-        learner.sharpen(self._rows().train_batch(0))
-        teacher = self.teacher()
-        with teaching(teacher, model) as taught:
+        with teaching(self._before(model, followed), model) as taught:
+            learner = _Learner(model, training, first)
+            learner.sharpen(self._rows().train_batch(0))
             self.train(learner, self._rows(), training, _Lesson(learner, taught))
         if dense is not None:
-            with teaching(teacher, dense) as taught:
+            with teaching(self._before(dense, followed), dense) as taught:
                 self.train(Contestant(dense, training), self._rows(), training, taught)
         return Joined(
             learner.routers,
@@ -78,9 +83,28 @@ class Joint(Further):
     def _rows(self) -> Redrawn:
         return Redrawn(self.task, lambda step: self.task.train_batch(self.config.training.steps + step))
 
-    def _training(self) -> Training:
+    def _before(self, model: SplitModel, followed: bool) -> "_Before":
+        settings = _SELF if followed else _SELF.model_copy(update={"stream": 0.0})
+        return _Before(model, settings, PRECISIONS[self.config.training.autocast], self.task.units_per_row)
+
+    def _training(self, rate: float) -> Training:
         given = self.config.training
-        return given.model_copy(update={"steps": self.steps, "learning_rate": _RATE * given.learning_rate})
+        return given.model_copy(update={"steps": self.steps, "learning_rate": rate * given.learning_rate})
+
+
+class _Before(Teacher):
+    """A model as it is now, each row along its category's route."""
+
+    def __init__(
+        self, model: SplitModel, settings: Distillation, autocast: torch.dtype | None, units_per_row: int
+    ) -> None:
+        self._model = copy.deepcopy(model)
+        self._model.autocast = autocast
+        super().__init__(self._model.network, settings, autocast, units_per_row)
+
+    def outputs(self, rows: Batch) -> Tensor:
+        """Return what it says of rows."""
+        return self._model(rows.inputs, rows.categories)
 
 
 class _Learner(Contestant):
@@ -138,10 +162,8 @@ class _Lesson:
     learner: _Learner
     taught: Lesson | None
 
-    def loss(
-        self, inputs: Tensor, outputs: Tensor, nats: Float[Tensor, " rows"], targets: Tensor | None = None
-    ) -> Float[Tensor, " rows"]:
+    def loss(self, rows: Batch, outputs: Tensor, nats: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         """Return it for the rows of the learner's pass before."""
         assert self.learner.missed is not None
-        own = self.taught.loss(inputs, outputs, nats, targets) if self.taught else nats
+        own = self.taught.loss(rows, outputs, nats) if self.taught else nats
         return own + _WEIGHT * self.learner.missed
