@@ -21,6 +21,7 @@ from attribution.reading import wide
 from attribution.subject import IGNORED
 from moeify.models.build import PRECISIONS, logits
 from moeify.models.families import describe, streams
+from moeify.models.units import stream_of
 from moeify.recipe.config import RunConfig
 from moeify.recipe.training import Distillation
 from moeify.routed.split_model import SplitModel
@@ -119,16 +120,12 @@ class _Likeness:
 
     def note(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
         """Hear what a stream of the student holds."""
-        self._student[name] = _first(output)
+        self._student[name] = stream_of(output)
 
     def compare(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
         """Hear what the teacher's holds."""
         with torch.enable_grad():
-            self._strayed.append(strayed(_first(output), self._student.pop(name), self._rows))
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+            self._strayed.append(strayed(stream_of(output), self._student.pop(name), self._rows))
 
 
 def strayed(

@@ -26,7 +26,7 @@ from attribution.reading import at_readers, wide
 from attribution.subject import Probe, Subject
 from attribution.table import AttributionTable
 from moeify.divergence import memory
-from moeify.models.units import ConvUnits, FfnUnits, UnitSite, as_output
+from moeify.models.units import ConvUnits, FfnUnits, UnitSite, as_output, stream_of
 from moeify.recipe.partition import Compensation
 from moeify.routed.split_model import SplitModel
 from moeify.shares import assign, like, whole
@@ -195,7 +195,7 @@ def _see(model: SplitModel, subject: Subject, site: UnitSite, rows: Probe) -> _S
         return units
 
     def streams(_: nn.Module, __: Any, output: Any) -> None:
-        seen["stream"] = output[0] if isinstance(output, tuple) else output
+        seen["stream"] = stream_of(output)
         if not isinstance(model.network, FSDPModule):  # whose workers go through all of a pass together
             raise _SeenError
 

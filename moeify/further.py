@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moeify.distillation import Teacher
 from moeify.divergence import DivergedError, memory
 from moeify.recipe.config import RunConfig
 from moeify.recipe.training import Training
@@ -22,19 +21,10 @@ class Further:
     config: RunConfig
     """The run's."""
     steps: int
-    began: str = ""
-    """Hash of the network that the run began with, for recipes that distil from it; empty: unknown."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"{self.what}: got {self.steps} steps, wanted one at least")
-
-    def teacher(self) -> Teacher | None:
-        """Return the teacher of the recipe, where it has one; ValueError where that is not the run's."""
-        teacher = Teacher.of(self.config, self.task)
-        if teacher:
-            teacher.check(self.began)
-        return teacher
 
     def train(self, contestant: Contestant, rows: Task, training: Training, lesson: Lesson | None) -> None:
         """Train a model in place, by a schedule of its own, and leave it in eval mode; ValueError where it diverges."""

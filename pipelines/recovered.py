@@ -32,7 +32,7 @@ def routers_on(folder: runs.RunFolder) -> Distil:
 def joint_on(folder: runs.RunFolder, steps: int) -> Callable[[SplitModel], Joined]:
     """Return what has a run's split model learn with its routers, on the run's data, and its dense twin beside it."""
     config, task = _data_of(folder, "--joint needs", "export without --joint")
-    joint = Joint(task, config, steps, began_of_run(folder.path))
+    joint = Joint(task, config, steps)
     return lambda split: joint(split, load_from_run(folder.path, "dense"))
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moeify.distillation import divergence
 from moeify.recipe.config import RunConfig
+from moeify.recipe.training import Distillation
 from moeify.result import MEAN
 from moeify.routed.split_model import SplitModel
 from moeify.routers import by_layer, joint
@@ -41,14 +43,17 @@ def test_what_is_learned_from_a_pass_is_its_nats_and_a_part_of_those_about_leave
     learner = joint._Learner(model, phase._training(1.0), routers)
     outputs = learner.outputs(batch)
     nats = phase.task.nats(outputs, batch.targets)
-    found = joint._Lesson(learner, None).loss(batch, outputs, nats)
+    before = joint._Before(model, phase.task, CONFIG)
+    found = joint._Lesson(learner, before).loss(batch, outputs, nats)
     with reading(model) as read:
         again = model.by_layer(batch.inputs, routers.weights)
     leaf_N = leaf_of_category(model)[batch.categories].repeat_interleave(batch.inputs.shape[1])
     missed = sum(
         F.cross_entropy(x_ND @ routers.weights[site].t(), leaf_N, reduction="none") for site, x_ND in read.items()
     )
-    by_hand = phase.task.nats(again, batch.targets) + 0.3 * missed.view(len(nats), -1).sum(1) / len(read)
+    said = divergence(model(batch.inputs, batch.categories), again, 1.0)
+    by_hand = 0.5 * phase.task.nats(again, batch.targets) + 0.5 * said
+    by_hand += 0.3 * missed.view(len(nats), -1).sum(1) / len(read)
     torch.testing.assert_close(found, by_hand)
     found.sum().backward()
     assert all(weight.grad is not None and weight.grad.abs().max() > 0 for weight in learner._weights.values())
@@ -58,7 +63,8 @@ def test_what_is_learned_from_a_pass_is_its_nats_and_a_part_of_those_about_leave
 def test_a_model_as_it_was_speaks_along_labels_routes_whatever_becomes_of_it() -> None:
     phase, model = of(1)
     lean = phase.config.training.model_copy(update={"checkpoint_activations": True})
-    before, batch = phase._before(model, followed=True), Contestant(model, lean).arranged(phase.task.train_batch(0))
+    before = joint._Before(model, phase.task, CONFIG)
+    batch = Contestant(model, lean).arranged(phase.task.train_batch(0))
     with torch.no_grad():
         wanted = model.eval()(batch.inputs, batch.categories)
         torch.testing.assert_close(before.outputs(batch), wanted)
@@ -66,6 +72,28 @@ def test_a_model_as_it_was_speaks_along_labels_routes_whatever_becomes_of_it() -
             parameter.zero_()
         torch.testing.assert_close(before.outputs(batch), wanted)
     assert len(before.streams) == 2
+
+
+def test_network_and_twin_are_held_to_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    strayed = []
+    for held in (Distillation(weight=0.5), Distillation(weight=1.0, stream=100.0)):
+        monkeypatch.setattr(joint, "_SELF", held)
+        monkeypatch.setattr(joint, "_RATE_ALONE", joint._RATE)
+        phase, model = of(12)
+        dense = SplitModel(phase.task.build(), "abcd").eval()
+        batch = Contestant(model, CONFIG.training).arranged(phase.task.train_batch(0))
+        known = batch.inputs, batch.categories
+        with torch.no_grad():
+            said = [each(*known) for each in (model, dense)]
+        phase(model, dense)
+        with torch.no_grad():
+            strayed.append(
+                [
+                    float(divergence(was, each(*known), 1.0).mean())
+                    for was, each in zip(said, (model, dense), strict=True)
+                ]
+            )
+    assert all(held < 0.8 * free for free, held in zip(*strayed, strict=True))
 
 
 def test_sharpened_routers_choose_as_before_and_foretell_better() -> None:

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from moeify.distillation import teaching
+from moeify.distillation import Teacher, teaching
 from moeify.evaluation import held_out_loss
 from moeify.further import Further
 from moeify.recipe.training import Training
@@ -49,6 +49,8 @@ class Recover(Further):
     """So many optimizer steps on a run's data."""
 
     what: ClassVar[str] = "recovery"
+    began: str = ""
+    """Hash of the network that the run began with, for recipes that distil from it; empty: unknown."""
 
     def __call__(self, whole: SplitModel, part: SplitModel, dropped: Collection[str]) -> Recovery:
         """Train ``part``, which is ``whole`` without the experts of ``dropped``, in place.
@@ -59,13 +61,20 @@ class Recover(Further):
         retained = tuple(category for category in self.task.categories if category not in dropped)
         if not retained:
             raise ValueError("every category's expert is taken out, so there is nothing to recover; export without")
-        teacher, training = self.teacher(), self._training()
+        teacher, training = self._teacher(), self._training()
         intact, before = self._losses(whole), self._losses(part)
         rows = _Retained(self.task, retained, self.config.training.steps, self.steps)
         with teaching(teacher, part) as taught:
             self.train(Contestant(part, training), rows, training, taught)
         read = rows.seen * tokens_read(self.task)
         return Recovery(self.steps, rows.seen, read, self.task.unit, retained, intact, before, self._losses(part))
+
+    def _teacher(self) -> Teacher | None:
+        """Return the teacher of the recipe, where it has one; ValueError where that is not the run's."""
+        teacher = Teacher.of(self.config, self.task)
+        if teacher:
+            teacher.check(self.began)
+        return teacher
 
     def _training(self) -> Training:
         """Return the recipe's settings for a schedule of its own, which starts where the run's ended."""

@@ -5,7 +5,7 @@ Everything that moves or weighs units (permutation, compensation, extraction) wo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, assert_never
+from typing import Any, ClassVar, Literal, assert_never
 
 import torch
 from jaxtyping import Float, Int
@@ -281,6 +281,11 @@ def output_weight(network: nn.Module, site: UnitSite) -> Float[Tensor, "dim feat
 def as_output(weight: Tensor, site: UnitSite) -> Float[Tensor, "dim features"]:
     """Return a view of the parameter that ``site.output`` names, as ``output_weight`` gives it."""
     return weight.t() if _transposed(site) else weight.flatten(1)
+
+
+def stream_of(output: Tensor | tuple[Any, ...]) -> Tensor:
+    """Return the residual stream in what the module of ``FfnUnits.stream`` returned: it comes first."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def input_weight(network: nn.Module, site: UnitSite) -> Float[Tensor, "units inputs"]:

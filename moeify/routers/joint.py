@@ -21,17 +21,20 @@ from moeify.distillation import Teacher, teaching
 from moeify.further import Further
 from moeify.models.build import PRECISIONS
 from moeify.models.families import streams
+from moeify.recipe.config import RunConfig
 from moeify.recipe.training import Distillation, Training
 from moeify.routed.split_model import SplitModel
 from moeify.routers.by_layer import Distil, JointReport, LayerRouters, reading
 from moeify.routers.router import leaf_of_category
-from moeify.task import Batch, Redrawn, tokens_read
+from moeify.task import Batch, Redrawn, Task, tokens_read
 from moeify.training import Contestant, Lesson
 
 _SELF = Distillation(weight=0.5, stream=3.0)
 """How much they learn from what they were; where there is no such stream, from what it says alone."""
-_RATES = (1.0, 0.3)
-"""Of the recipe's learning rate, with such a stream and without; it warms up to it and falls as the recipe's does."""
+_RATE = 1.0
+"""Of the recipe's learning rate; it warms up to it and falls as the recipe's does."""
+_RATE_ALONE = 0.3
+"""The same where there is no such stream to hold a network back from forgetting."""
 _WEIGHT = 0.3
 """Of a token's nats about its leaf, mean over sites, beside its nats about the next token (benchmarks/LOG.md)."""
 _SHARPEST = 10
@@ -60,32 +63,30 @@ class Joint(Further):
         """
         if model.categories != self.task.categories:
             raise ValueError("joint training is for the whole split model, which serves all of the run's categories")
-        followed = bool(streams(model.network))
-        distil, training = Distil(self.task, self.config), self._training(_RATES[not followed])
-        first, before = distil.start(model), distil.losses(model, None)
-        with teaching(self._before(model, followed), model) as taught:
+        distil = Distil(self.task, self.config)
+        first, label = distil.start(model), distil.losses(model, None)
+        before = _Before(model, self.task, self.config)
+        training = self._training(_RATE if before.streams else _RATE_ALONE)
+        with teaching(before, model) as taught:
+            assert taught, "a teacher teaches"
             learner = _Learner(model, training, first)
             learner.sharpen(self._rows().train_batch(0))
             self.train(learner, self._rows(), training, _Lesson(learner, taught))
         if dense is not None:
-            with teaching(self._before(dense, followed), dense) as taught:
+            with teaching(_Before(dense, self.task, self.config), dense) as taught:
                 self.train(Contestant(dense, training), self._rows(), training, taught)
         return Joined(
             learner.routers,
             JointReport(
                 steps=self.steps,
                 tokens=self.steps * training.rows * tokens_read(self.task),
-                label=before,
+                label=label,
                 dense=distil.losses(dense, None) if dense is not None else None,
             ),
         )
 
     def _rows(self) -> Redrawn:
         return Redrawn(self.task, lambda step: self.task.train_batch(self.config.training.steps + step))
-
-    def _before(self, model: SplitModel, followed: bool) -> "_Before":
-        settings = _SELF if followed else _SELF.model_copy(update={"stream": 0.0})
-        return _Before(model, settings, PRECISIONS[self.config.training.autocast], self.task.units_per_row)
 
     def _training(self, rate: float) -> Training:
         given = self.config.training
@@ -95,12 +96,11 @@ class Joint(Further):
 class _Before(Teacher):
     """A model as it is now, each row along its category's route."""
 
-    def __init__(
-        self, model: SplitModel, settings: Distillation, autocast: torch.dtype | None, units_per_row: int
-    ) -> None:
+    def __init__(self, model: SplitModel, task: Task, config: RunConfig) -> None:
         self._model = copy.deepcopy(model)
-        self._model.autocast = autocast
-        super().__init__(self._model.network, settings, autocast, units_per_row)
+        self._model.autocast = PRECISIONS[config.training.autocast]
+        settings = _SELF if streams(model.network) else _SELF.model_copy(update={"stream": 0.0})
+        super().__init__(self._model.network, settings, self._model.autocast, task.units_per_row)
 
     def outputs(self, rows: Batch) -> Tensor:
         """Return what it says of rows."""
@@ -157,13 +157,12 @@ class _Learner(Contestant):
 
 @dataclass(frozen=True)
 class _Lesson:
-    """What a learner has to lower: its nats, as a teacher sees them where there is one, and those about leaves."""
+    """What a learner has to lower: its nats, as its teacher sees them, and those about leaves."""
 
     learner: _Learner
-    taught: Lesson | None
+    taught: Lesson
 
     def loss(self, rows: Batch, outputs: Tensor, nats: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         """Return it for the rows of the learner's pass before."""
         assert self.learner.missed is not None
-        own = self.taught.loss(rows, outputs, nats) if self.taught else nats
-        return own + _WEIGHT * self.learner.missed
+        return self.taught.loss(rows, outputs, nats) + _WEIGHT * self.learner.missed
