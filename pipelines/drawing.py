@@ -4,14 +4,13 @@ MLflow is handed the same files, and often sooner or later than they would be ma
 made, and the other waits.
 """
 
-import sys
 import threading
 from collections.abc import Sequence
 
 from moeify.events import Event, Exported, Failed, Finished, RoundEnded
 from pipelines import plots
 from pipelines.journal import read_events
-from pipelines.one_line import one_line
+from pipelines.one_line import one_line, warn
 from pipelines.report.page import write_or_warn
 from pipelines.runs import RunFolder, Status
 
@@ -63,7 +62,7 @@ class Drawing:
                 plots.tax_separation(self._folder)
         except (OSError, ValueError) as error:
             what = f"round {event.round}" if isinstance(event, RoundEnded) else "the end"
-            sys.stderr.write(f"moeify: warning: {what} was not drawn ({one_line(error)})\n")
+            warn(f"{what} was not drawn ({one_line(error)})")
         if isinstance(event, RoundEnded):  # the end's is written when it is known that it was the end
             write_or_warn(self._folder, "running" if self._driven else ended_as(last_event(self._folder)))
 

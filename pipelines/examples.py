@@ -1,12 +1,11 @@
 """What each expert does, by example: kept with its run at the end, read by the report."""
 
-import sys
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from moeify.examples import Portraits
-from pipelines.one_line import one_line
+from pipelines.one_line import one_line, warn
 from pipelines.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def keep_or_warn(folder: RunFolder, config: "RunConfig", task: "Task") -> bool:
         keep(folder, config, task)
     except Exception as error:  # the run itself is done
         what = one_line(error, kind=True)
-        sys.stderr.write(f"moeify: warning: examples of what the experts do were not kept ({what})\n")
+        warn(f"examples of what the experts do were not kept ({what})")
     return folder.portraits.is_file()
 
 

@@ -4,7 +4,6 @@ Everything is delivered from kept results, and found again by tags: what is deli
 could not take is delivered when the same command is given again. While jobs run, a thread delivers.
 """
 
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +23,7 @@ from pipelines.mlflow_store import (
     told_as_delivery_error,
     tracking_uri,
 )
-from pipelines.one_line import one_line
+from pipelines.one_line import one_line, warn
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -128,7 +127,7 @@ class JobTracker:
             try:
                 self._client.set_terminated(self._parent, "KILLED")
             except Exception as error:
-                _warn(f"was not told of the interruption ({one_line(error, 150, kind=True)})")
+                warn(f"MLflow was not told of the interruption ({one_line(error, 150, kind=True)})")
 
     @property
     def where_to_look(self) -> str:
@@ -140,7 +139,7 @@ class JobTracker:
             self._deliver(ended, note)
         except Exception as error:  # never the jobs' trouble
             self._away = True
-            _warn(f"will be tried again at the end ({one_line(error, 150, kind=True)})")
+            warn(f"MLflow will be tried again at the end ({one_line(error, 150, kind=True)})")
 
     def _deliver(self, ended: Sequence[EndedJob], note: str) -> None:
         client = self._connected()
@@ -228,7 +227,3 @@ class JobTracker:
         child = self._child(client, job)
         client.set_tag(child.run, "moeify.last_failure", job.problem[:LONGEST_TAG])
         client.set_terminated(child.run, "FAILED")
-
-
-def _warn(what: str) -> None:
-    sys.stderr.write(f"moeify: warning: MLflow {what}\n")

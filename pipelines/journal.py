@@ -6,7 +6,6 @@ it. A follower reads behind at its own pace, and can begin again at any whole li
 
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from moeify.events import Event
 from moeify.storing import storing
-from pipelines.one_line import one_line
+from pipelines.one_line import one_line, warn
 
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 _BATCH = 1000
@@ -237,7 +236,7 @@ class _Pump(threading.Thread):
         named = self.follower if isinstance(self.follower, Named) else None
         name = named.name if named else type(self.follower).__name__
         where = f"later: {named.later}" if named else f"what it missed stays in {self.path}"
-        sys.stderr.write(f"moeify: warning: {name} {what}{f'; {where}' if left else ''}\n")
+        warn(f"{name} {what}{f'; {where}' if left else ''}")
 
     def _deliver(self) -> bool:
         events, end = read_events(self.path, self.follower.offset, _BATCH)

@@ -9,7 +9,6 @@ mix is the journal's doing.
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from moeify.place import Place
 from moeify.storing import StorageError
+from pipelines.one_line import one_line, warn
 from pipelines.remote_run import RemoteRun
 
 NAME = "driver.json"
@@ -128,7 +128,7 @@ class _Keeper(threading.Thread):
             what()
         except StorageError as error:
             if not self._warned:
-                sys.stderr.write(f"moeify: warning: {' '.join(str(error).split())[:300]}\n")
+                warn(one_line(error))
             self._warned = True
         except FileNotFoundError:  # a file that went while it was looked at; it is looked at again
             pass

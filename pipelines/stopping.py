@@ -7,7 +7,6 @@ it, wherever that is.
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from contextlib import contextmanager, suppress
 from moeify.events import Finished
 from moeify.place import Place
 from pipelines.journal import read_events
+from pipelines.one_line import one_line, say, warn
 from pipelines.runs import RunFolder
 
 NOTE = "stop"
@@ -84,15 +84,14 @@ class Asking:
         self._timer.start()
 
     def _ask(self) -> None:
-        sys.stderr.write("moeify: stopping after a checkpoint; Ctrl-C again stops at once\n")
-        sys.stderr.flush()
+        say("moeify: stopping after a checkpoint; Ctrl-C again stops at once")
         try:
             if remote := self._folder.remote:
                 remote.place.write(NOTE, b"")
             else:
                 (self._folder.path / NOTE).touch()
         except OSError as error:
-            sys.stderr.write(f"moeify: warning: the workers cannot be asked ({error}); Ctrl-C again stops at once\n")
+            warn(f"the workers cannot be asked ({one_line(error)}); Ctrl-C again stops at once")
 
     def take_back(self) -> None:
         """Take the note away, which would stop the next attempt."""

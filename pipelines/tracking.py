@@ -5,7 +5,6 @@ times and steps, so that the store knows a point it already has, and files and t
 delivered twice shows once. MLflow is imported by the thread that delivers, while the run already works.
 """
 
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -40,7 +39,7 @@ from pipelines.mlflow_store import (
 from pipelines.mlflow_system import SystemMetrics
 from pipelines.mlflow_tags import log_data, outcome_tags, recipe_tags
 from pipelines.mlflow_terms import final_points, flat, points_of, summary
-from pipelines.one_line import one_line, public
+from pipelines.one_line import one_line, public, warn
 from pipelines.runs import RunFolder, Status, hold
 
 if TYPE_CHECKING:
@@ -298,7 +297,7 @@ class MlflowFollower:
         try:
             fetch_checkpoint(self._folder)
         except CorruptCheckpointError as error:
-            sys.stderr.write(f"moeify: warning: no model was logged ({one_line(error)})\n")
+            warn(f"no model was logged ({one_line(error)})")
             return
         for arm in _REGISTERED:
             try:
@@ -309,7 +308,7 @@ class MlflowFollower:
                     log_model(client, self._origin(), arm, Path(place) / arm, self._config.training.steps)
             except CorruptCheckpointError as error:
                 what = one_line(error)
-                sys.stderr.write(f"moeify: warning: the {arm} model was not logged ({what})\n")
+                warn(f"the {arm} model was not logged ({what})")
             except ValueError:  # never split, or the checkpoints were cleared away
                 continue
 
@@ -322,7 +321,7 @@ class MlflowFollower:
                 with suppress(FileNotFoundError):
                     fetch(Place(checked_url(event.folder)), folder)
             if loader_of(folder) is None:
-                sys.stderr.write(f"moeify: warning: {event.folder} holds no model any more and was not registered\n")
+                warn(f"{event.folder} holds no model any more and was not registered")
                 return
             log_model(client, self._origin(), event.alias, folder, self._config.training.steps)
 

@@ -10,7 +10,7 @@ from fake_runs import fake_run, finish, leave_rounds, recipe, story, tell
 from moeify.events import Event, Failed
 from pipelines import drawing
 from pipelines.drawing import Drawing
-from pipelines.journal import follow
+from pipelines.journal import follow, left_behind
 from pipelines.runs import RunFolder
 from pipelines.tracking import MlflowFollower
 from tests.test_journal import wait_until
@@ -49,6 +49,7 @@ def test_an_mlflow_that_never_answers_costs_the_run_no_picture_and_no_report(
     assert (folder.plots / "attribution-round-2.png").is_file()
     assert (folder.plots / "tax-separation.png").is_file()
     over.set()
+    wait_until(lambda: not left_behind(), 60)
 
 
 def test_what_two_ask_for_is_made_once(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

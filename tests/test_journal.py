@@ -1,6 +1,8 @@
 """The journal: whole lines, each event once, delivered by followers that can fail as they like."""
 
+import io
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -193,6 +195,31 @@ def test_a_failing_follower_is_reported_once_and_loses_nothing(path: Path, capfd
     assert capfd.readouterr().err == (
         "moeify: warning: Listener failed and will be tried again (ConnectionError: server away)\n"
     )
+
+
+@pytest.mark.parametrize("gone", [OSError(9, "Bad file descriptor"), ValueError("I/O operation on closed file")])
+def test_a_failing_follower_is_tried_again_though_nobody_is_left_to_be_told(
+    gone: Exception, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = iter(range(3))
+    written: list[str] = []
+
+    class Gone(io.StringIO):
+        def write(self, line: str) -> int:
+            written.append(line)
+            raise gone
+
+    def fail() -> None:
+        if next(failures, None) is not None:
+            raise ConnectionError
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    listener = Listener(fail)
+    with follow(path, [listener], poll_seconds=0.01), JournalTracker(path) as tracker:
+        tracker.emit(phase(1))
+        wait_until(lambda: bool(listener.events))
+    assert listener.events == [phase(1)]
+    assert len(written) == 1
 
 
 def test_a_follower_that_always_fails_is_given_up_after_the_run_and_never_stops_it(

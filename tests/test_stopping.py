@@ -1,5 +1,6 @@
 """Ctrl-C once leaves a checkpoint from which a run goes on to the same bits; twice ends it at once."""
 
+import io
 import json
 import os
 import signal
@@ -197,6 +198,26 @@ def test_sigterm_again_ends_a_run_at_once(folder: RunFolder) -> None:
         twice()
     assert str(stopped.value) == ""
     assert not (folder.path / NOTE).exists()
+
+
+def test_a_run_can_be_stopped_though_nobody_is_left_to_be_told(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = io.StringIO()
+    gone.close()
+    monkeypatch.setattr("sys.stderr", gone)
+    watch, heard = Watch(folder), []
+
+    def work() -> None:
+        press()
+        deadline = time.monotonic() + 10
+        while not watch() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        heard.append(watch())
+
+    with pytest.raises(KeyboardInterrupt, match="stopped with a checkpoint"), asking(folder):
+        work()
+    assert heard == [True]
 
 
 def test_a_run_that_ends_before_it_can_stop_has_ended(folder: RunFolder, tmp_path: Path) -> None:

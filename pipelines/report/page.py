@@ -7,7 +7,6 @@ before a figure was kept, is a shorter one.
 
 import hashlib
 import os
-import sys
 from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeify.result import MEAN
-from pipelines.one_line import one_line
+from pipelines.one_line import one_line, warn
 from pipelines.report.affinity import affinities
 from pipelines.report.boxes import looks, served
 from pipelines.report.cost import costs, in_words
@@ -64,7 +63,7 @@ def write_or_warn(folder: RunFolder, ended_as: Status | None = None) -> None:
         write(folder, ended_as=ended_as)
     except Exception as error:  # a page is never worth a run
         what = one_line(error, kind=True)
-        sys.stderr.write(f"moeify: warning: the report of {folder.id} was not written ({what})\n")
+        warn(f"the report of {folder.id} was not written ({what})")
 
 
 def build(folder: RunFolder, ended_as: Status | None = None) -> str:
