@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from attribution.hashing import signs
 from attribution.measure import Moments, measure
@@ -58,8 +59,10 @@ def test_a_seed_gives_the_same_root_wherever_its_row_is() -> None:
     for root in (categorical_root, bernoulli_root):
         whole = root(outputs, seeds)
         part = [4, 1]
-        assert torch.equal(root(outputs[part], [seeds[row] for row in part]), whole[part])
-        assert not torch.equal(root(outputs, seeds[::-1]), whole)
+        alone = root(outputs[part], [seeds[row] for row in part])
+        assert torch.equal(alone.sign(), whole[part].sign())
+        assert_close(alone, whole[part], rtol=1e-6, atol=1e-7)  # a tail of a vector register is rounded otherwise
+        assert not torch.allclose(root(outputs, seeds[::-1]), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
