@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.gloo import run_together
 from benchmarks.report import Cell, Figure, arguments, report
+from moeify.evaluation import row_losses
 from moeify.recipe.config import RunConfig
 from moeify.recipe.load import parse_recipe
 from moeify.recipe.parallel import Ddp
@@ -115,6 +116,8 @@ def _worker(rank: int, folder: Path, recipe: str, turns: int, steps: int) -> Non
     task = build_task(config, cache=cache(), base=Path())
     worlds: tuple[World, ...] = (Solo(), Group(), Group(Ddp(kind="ddp")), _Silent())
     contestants = [Contestant(SplitModel(task.build(), task.categories), config.training) for _ in worlds]
+    # A run has evaluated before it trains. What a process once held it need not ask the system for at every step.
+    row_losses(contestants[0].model, task, Solo(), config.evaluation, "validation")
 
     def turn(contestant: Contestant, world: World) -> float:
         dist.barrier()
