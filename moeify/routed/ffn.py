@@ -180,7 +180,8 @@ class RoutedFfn(nn.Module):
 
     def _map(self, name: str) -> Any:
         """Return an ``nn.Linear``, or a ``Conv1D`` where units are transposed."""
-        return self.get_submodule(name)
+        found = self._modules.get(name)  # at once, where the name has no dots: a token at a time, this shows
+        return self.get_submodule(name) if found is None else found
 
     def _told(self, x: Tensor) -> Tensor | None:
         if self.told is None:
@@ -258,14 +259,15 @@ def _written(
     if down_bias_D is not None:
         out_ND += down_bias_D
     for rows, units in rectangles:
-        up_nu = F.linear(x_ND[rows], up_UD[units], None if up_bias_U is None else up_bias_U[units])
+        x_nD = x_ND[rows]
+        up_nu = F.linear(x_nD, up_UD[units], None if up_bias_U is None else up_bias_U[units])
         if told_NU is not None:
             up_nu += told_NU[rows, units]
         read = [up_nu]
         if gate_UD is None:
             active_nu = activate(up_nu, activation)
         else:
-            gate_nu = F.linear(x_ND[rows], gate_UD[units], None if gate_bias_U is None else gate_bias_U[units])
+            gate_nu = F.linear(x_nD, gate_UD[units], None if gate_bias_U is None else gate_bias_U[units])
             read.append(gate_nu)
             active_nu = activate(gate_nu, activation).mul_(up_nu)
         if hidden is not None:
