@@ -5,8 +5,8 @@ Axes: categories C, units U of all sites together, draws D.
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
+from typing import TYPE_CHECKING
 
-import networkx as nx
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from attribution.agglomeration import agglomerate
 from attribution.table import AttributionTable, Score
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 _ELEMENTS = 2**20
 """Redrawn scores at a time: 8 MB of float64."""
@@ -118,7 +121,7 @@ def affinity_graph(
     matrix: Float[Tensor, "categories categories"],
     names: Sequence[str],
     interval: tuple[Float[Tensor, "categories categories"], Float[Tensor, "categories categories"]] | None = None,
-) -> nx.Graph:
+) -> "nx.Graph":
     """Return the complete graph of the categories, for drawing and for export.
 
     An edge has the affinity as ``weight``, and of a given ``interval`` the ends as ``lower`` and ``upper``.
@@ -127,6 +130,8 @@ def affinity_graph(
     >>> graph.edges["left", "right"]["weight"]
     0.5
     """
+    import networkx as nx
+
     ends = {} if interval is None else dict(zip(("lower", "upper"), interval, strict=True))
     for values in (matrix, *ends.values()):
         _check(values)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float64
-from scipy.stats import t as student
+from scipy.special import stdtrit
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -109,7 +109,7 @@ class GradientSketch:
         without_FCC = torch.stack(without)
         spread_CC = (without_FCC - without_FCC.mean(0)).square().sum(0) * (folds - 1) / folds
         error_CC = (spread_CC + (1 - cosine_CC.square()).square() / self.sums.shape[2]).sqrt()
-        half_CC = error_CC.nan_to_num(nan=torch.inf) * float(student.ppf((1 + level) / 2, folds - 1))
+        half_CC = error_CC.nan_to_num(nan=torch.inf) * float(stdtrit(folds - 1, (1 + level) / 2))
         return _tidy(cosine_CC - half_CC), _tidy(cosine_CC + half_CC)
 
     def _products(self) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
+from scipy.special import stdtrit
+
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import RunConfig
 from moeify.recipe.variants import methods as known_methods
@@ -148,11 +150,9 @@ def losses(found: Mapping[Job, Result], arm: Arm, method: str | None = None) -> 
 
 def mean_interval(values: Collection[float]) -> Interval:
     """Return the mean over seeds and half of its 95 % interval (Student's t); NaN for a single seed."""
-    from scipy.stats import t as student
-
     if len(values) < 2:
         return Interval(statistics.fmean(values), math.nan)
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    half = float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / len(values) ** 0.5
     return Interval(statistics.fmean(values), half)
 
 

@@ -9,7 +9,8 @@ from moeify.recipe.closed import Closed
 
 class Replicate(Closed):
     """Every worker holds the whole model. When its backward pass is over, the gradients of all workers are added up in
-    one message, in the order of the parameters."""
+    one message, in the order of the parameters; two workers on the processors of one machine add them up in memory that
+    both see, to the same bits."""
 
     kind: Literal["replicate"] = "replicate"
 

@@ -8,8 +8,6 @@ import warnings
 import numpy as np
 import scipy.linalg
 from jaxtyping import Float64, Int
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 from moeify.splitting.assignment import assign
@@ -26,6 +24,9 @@ def k_means(
     The same bits each time: on one thread, since threads add up in the order in which they end. Where fewer points
     differ than there are clusters, some clusters are empty.
     """
+    from sklearn.cluster import KMeans  # brings pandas where it is installed: a second that most runs do without
+    from sklearn.exceptions import ConvergenceWarning
+
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # said of points that do not differ
         found = KMeans(number, n_init=starts, random_state=seed).fit(point_PX)

@@ -6,11 +6,12 @@ because leaves are ordered too, serve one contiguous range of categories.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
-
-import networkx as nx
+from typing import TYPE_CHECKING, Any, Self
 
 from moeify.recipe import closed
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 ROOT = closed.ROOT
 """Name of the root, the shared core that serves every category."""
@@ -130,6 +131,8 @@ class ExpertTree:
 
     def graph(self) -> "nx.DiGraph[str]":
         """Return a view for drawing and export: a node for each expert, an edge from parent to child."""
+        import networkx as nx
+
         graph: nx.DiGraph[str] = nx.DiGraph()
         for node in self.nodes:
             graph.add_node(node.name, categories=", ".join(node.categories))
