@@ -62,6 +62,29 @@ def shapes_checked() -> Iterator[None]:
     config.update("jaxtyping_disable", True)
 
 
+@pytest.fixture(scope="module")
+def pictures_left_blank() -> Iterator[None]:
+    """For files that ask where pictures go, and not what is on them: to draw them takes longer than all else there."""
+
+    def blank(_: object, path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"a picture")
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.plots.save_png", blank)
+        patch.setattr("pipelines.report.figures.inline", lambda *_, **__: "<svg></svg>")
+        yield
+
+
+@pytest.fixture(scope="module")
+def few_rows_to_fit() -> Iterator[None]:
+    """For files whose routers need not be good: on all the rows they may have, some would learn for ten seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moeify.routers.classifiers._MOST_ROWS", 1024)
+        yield
+
+
 @pytest.fixture(scope="session")
 def published() -> Path:
     """The folder of published data that the project does not carry."""

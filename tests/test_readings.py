@@ -19,6 +19,8 @@ from tests.networks import CATEGORIES, rows_for
 from tests.test_routers import some_router, split_llama
 from tests.toy import TEXT_CONFIG, ToyTask, ToyTextTask, toy_config
 
+pytestmark = pytest.mark.usefixtures("few_rows_to_fit")
+
 TASK = ToyTextTask(toy_config(**TEXT_CONFIG))
 
 

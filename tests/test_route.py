@@ -11,7 +11,7 @@ from moeify.routers.router import Layer, load_router, save_router
 from moeify.store import CorruptCheckpointError, read_manifest, write_folder
 from tests.finished_runs import TINY, call, finish
 
-pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+pytestmark = pytest.mark.usefixtures("shapes_unchecked", "few_rows_to_fit")
 
 TEXT = TINY + "controls: [told]\n"
 DIGITS = """name: images

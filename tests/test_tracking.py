@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 pytestmark = [
-    pytest.mark.usefixtures("shapes_unchecked"),
+    pytest.mark.usefixtures("shapes_unchecked", "pictures_left_blank"),
     pytest.mark.filterwarnings(r"ignore::Warning:(mlflow|alembic|sqlalchemy|pydantic|google)\."),
 ]
 
