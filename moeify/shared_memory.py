@@ -104,7 +104,10 @@ def _offer() -> _Offer | None:
     """Make room for both workers' places; None where there is none, or no such memory on this system."""
     if not hasattr(os, "memfd_create"):
         return None
-    descriptor = os.memfd_create("moeify-sums")
+    try:
+        descriptor = os.memfd_create("moeify-sums")
+    except OSError:  # containers may forbid it
+        return None
     try:  # what memory is missing is missing now: found out on writing, it would kill the process
         os.posix_fallocate(descriptor, 0, _SIZE)
     except OSError:

@@ -100,6 +100,8 @@ def messages_are_sent(rank: int, folder: Path, size: int, trouble: str) -> None:
             patch.setattr(shared_memory, "_where", lambda: None)
         elif trouble == "room" and rank == 0:
             patch.setattr(os, "posix_fallocate", _full)
+        elif trouble == "forbidden" and rank == 0:
+            patch.setattr(os, "memfd_create", _forbidden)
         elif trouble == "rights" and rank == 1:
             patch.setattr(shared_memory, "_mapped", lambda _: None)
         elif trouble == "system":
@@ -116,7 +118,11 @@ def _full(*_: int) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("trouble", ["machines", "unknown", "room", "rights", "system", "three"])
+def _forbidden(*_: str) -> int:
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.mark.parametrize("trouble", ["machines", "unknown", "room", "forbidden", "rights", "system", "three"])
 def test_memory_that_not_both_reach_is_used_by_neither(trouble: str, tmp_path: Path) -> None:
     size = 3 if trouble == "three" else 2
     run_together(messages_are_sent, tmp_path, size, told=(size, trouble))
