@@ -1,9 +1,9 @@
 """Sums of two workers on one machine, through memory that both see.
 
-Gloo's message over loopback is copied into the kernel and out of it, twice each way, by the processors that should be
-computing: a third of a million gradients take it longer than a tenth of a step. Here each worker writes what it has and
-reads what the other wrote. Two numbers have one sum, in whatever order: these are the bits of a message, so that a run
-may go on with its workers on two machines. Three have several, which is why three workers send messages.
+Gloo's message over loopback is copied into the kernel and out of it by the processors that should be computing: the
+427,000 gradients of the shipped text recipe take 2.9 ms of a step of 55, and .5 ms here, where each worker writes what
+it has and reads what the other wrote. Two numbers have one sum, in whatever order: these are the bits of a message, so
+that a run may go on with its workers on two machines. Three have several, which is why three workers send messages.
 """
 
 import mmap
