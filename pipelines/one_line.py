@@ -1,4 +1,4 @@
-"""Errors as people are told them: on one line, cut to length, and without what opens a door."""
+"""What people are told of trouble: on one line, cut to length, and without what opens a door."""
 
 import re
 import sys
