@@ -77,7 +77,7 @@ def check_reachable(config: RunConfig, categories: Sequence[str], stakes: Sequen
                 "freeze less (partition.frozen, partition.floors)": bool(held),
             }
             raise ValueError(
-                f"rounds.{place}.separation: got {round_.separation}, at most {most:.3f} can be reached there; "
+                f"rounds.{place}.separation: got {round_.separation:.4g}, at most {most:.3f} can be reached there; "
                 + ", or ".join(way for way, helps in ways_out.items() if helps)
             )
         widths = _widths(spared, stakes, widest, round_.separation - reached)
