@@ -114,10 +114,7 @@ def measure(
                 break
     if not bool(table.rows.any()):
         raise ValueError("no batches to measure; give at least one row")
-    cpu = torch.device("cpu")
-    return AttributionTable(
-        table.categories, table.counts, table.rows, table.sampled, {n: s.to(cpu) for n, s in table.sites.items()}
-    )
+    return table.to(torch.device("cpu"))
 
 
 def _empty(subject: Subject, moments: Moments | None) -> AttributionTable:

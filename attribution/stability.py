@@ -63,6 +63,7 @@ class Watch:
         self._batches += 1
         if self._batches % self._asked.every:
             return False
+        table = table.to(torch.device("cpu"))
         if self._asked.reduce:
             table = table + AttributionTable.empty(table.categories, {n: _nothing(s) for n, s in table.sites.items()})
             self._asked.reduce(table.tensors())

@@ -5,7 +5,7 @@ whatever the counts count: tokens of text, or whole examples where a row has one
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal, cast, get_args
 
 import torch
@@ -195,6 +195,10 @@ class AttributionTable:
             self.sampled + other.sampled,
             {name: sums + other.sites[name] for name, sums in self.sites.items()},
         )
+
+    def to(self, device: torch.device) -> "AttributionTable":
+        """Return the table with its sites' sums on another device."""
+        return replace(self, sites={name: sums.to(device) for name, sums in self.sites.items()})
 
     def tensors(self) -> list[Tensor]:
         """Return every sum and count, not copies of them, in an order that depends on the sites' order alone.

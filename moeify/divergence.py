@@ -57,7 +57,7 @@ class Health:
 def sums_by_category(nats_R: Float[Tensor, " rows"], categories_R: Int[Tensor, " rows"], count: int) -> Tensor:
     """Return this rank's nats of each of ``count`` categories [categories], in the dtype of ``nats_R``."""
     sums_C = torch.zeros(count, dtype=nats_R.dtype, device=nats_R.device)
-    return sums_C.index_add_(0, categories_R, nats_R.detach())
+    return sums_C.index_add_(0, categories_R.to(nats_R.device), nats_R.detach())
 
 
 def check_loss(

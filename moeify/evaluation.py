@@ -53,9 +53,9 @@ def row_losses(model: SplitModel, task: Task, world: World, evaluation: Evaluati
             model(*_one_of(batch))  # a pass takes every worker
         if len(part.categories):
             outputs = model(part.inputs, part.categories)
-            nats_R[world.rank :: world.size] = task.nats(outputs, part.targets).double()
+            nats_R[world.rank :: world.size] = task.nats(outputs, part.targets).cpu().double()
             if (found := task.right(outputs, part.targets)) is not None:
-                right_R[world.rank :: world.size] = found.double()
+                right_R[world.rank :: world.size] = found.cpu().double()
                 judged += 1
         nats.append(nats_R)
         right.append(right_R)

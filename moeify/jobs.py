@@ -10,6 +10,7 @@ from pathlib import Path
 
 import attribution
 from moeify.comparison import Job, job_recipe, seeded
+from moeify.device import device_of
 from moeify.kept_results import KeptResults
 from moeify.loop import run
 from moeify.recipe.config import RunConfig
@@ -64,11 +65,12 @@ def run_job(config: RunConfig, job: Job, places: Places) -> Ended:
     """
     task = build_task(seeded(config, job), cache=places.cache, base=places.base)
     recipe = job_recipe(config, job, len(task.categories))
-    content = f"{recipe.model_dump_json()} {fingerprint(recipe, task, Solo())} {code()}"
+    world = Solo(device_of(recipe.cluster))
+    content = f"{recipe.model_dump_json()} {fingerprint(recipe, task, world)} {code()}"
     name = f"{job}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
     if known := _understood(places.kept.read(name)):
         return Ended(known, places.results / name, before=True)
-    result = run(recipe, task, twins=places.twins, twins_url=places.twins_url)
+    result = run(recipe, task, world=world, twins=places.twins, twins_url=places.twins_url)
     places.kept.write(name, (result.model_dump_json(indent=1) + "\n").encode())
     return Ended(result, places.results / name, before=False)
 

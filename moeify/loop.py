@@ -31,6 +31,7 @@ from moeify.control import (
     expected_use,
     why_stopped,
 )
+from moeify.device import OnDevice
 from moeify.distillation import Teacher, teaching
 from moeify.divergence import DivergedError, memory
 from moeify.evaluation import RowLosses, losses_without, row_losses, summarize, tax, tax_errors
@@ -118,12 +119,12 @@ class _Loop:
     ) -> None:
         check_categories(config, task.categories)
         self.config = config
-        self.task = task
+        self.task = OnDevice.of(task, group.device)
         self.group = group  # for training and checkpoints: what stops, stops with a checkpoint
         self.world = Stoppable(group, stop)
         self.store = store
         self.twins = twins
-        self.teacher = Teacher.of(config, task)
+        self.teacher = Teacher.of(config, self.task)
         self.say = Reporter(config, store, tracker, speaks=group.rank == 0)
         self.state = self._begin()
         self._check_handed_over()

@@ -30,10 +30,10 @@ def assign(tensor: Tensor, values: Tensor) -> None:
 
 @torch.no_grad()
 def like(tensor: Tensor, values: Tensor) -> Tensor:
-    """Return a copy of values, shared out as the tensor is where they have its shape."""
+    """Return a copy of values on the tensor's device, shared out as it is where they have its shape."""
     if not isinstance(tensor, DTensor) or values.shape != tensor.shape:
-        return own(values).clone()
-    share = _share(tensor, values).clone()
+        return own(values).to(tensor.device, copy=True)
+    share = _share(tensor, values).to(tensor.device, copy=True)
     return DTensor.from_local(
         share, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )

@@ -183,7 +183,7 @@ def _untrained(task: Task, arm: Arm, config: RunConfig, world: World) -> Contest
 
 def _in_training(model: SplitModel, arm: Arm, config: RunConfig, world: World) -> Contestant:
     if shares_models(world):
-        shard(model)
+        shard(model, world.device)
     return Contestant(model, config.training, _router(model, arm, config))
 
 
@@ -223,7 +223,7 @@ def _contestant(
     """Return an arm of a checkpoint, or, where it ``becomes`` another one, that arm's fork."""
     becomes = becomes or arm
     partition, told = Partition.from_json(facts["arms"][arm]["partition"]), becomes in config.told_arms
-    network = shaped(facts["network"], {site: partition.units(site) for site in partition.widths})
+    network = shaped(facts["network"], {site: partition.units(site) for site in partition.widths}).to(world.device)
     model = SplitModel(network, facts["categories"], partition, told=told)
     contestant = _in_training(model, becomes, config, world)
     begun = {} if becomes == arm else contestant.tensors()  # biases of categories, which the dense twin has none of

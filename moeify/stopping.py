@@ -30,7 +30,7 @@ class Stoppable:
     """A world whose every sum raises ``StoppedError``, on every rank, where someone has asked rank 0 to stop."""
 
     def __init__(self, world: World, asked: Asked) -> None:
-        self.rank, self.size, self.parallel = world.rank, world.size, world.parallel
+        self.rank, self.size, self.parallel, self.device = world.rank, world.size, world.parallel, world.device
         self._world = world
         self._asked = asked
 

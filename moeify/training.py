@@ -253,8 +253,8 @@ def mean_by_category(nats: list[tuple[Tensor, Tensor]], task: Task, world: World
     """Return nats per unit of each category that has rows, over all ranks; each item holds nats and category by row."""
     sums_C, rows_C = torch.zeros(2, len(task.categories), dtype=torch.float64)
     for nats_R, categories_R in nats:
-        sums_C.index_add_(0, categories_R, nats_R.double())
-        rows_C.index_add_(0, categories_R, torch.ones_like(nats_R, dtype=torch.float64))
+        sums_C.index_add_(0, categories_R, nats_R.cpu().double())
+        rows_C.index_add_(0, categories_R, torch.ones_like(categories_R, dtype=torch.float64))
     world.sum([sums_C, rows_C])
     means = sums_C / (rows_C * task.units_per_row)
     return {c: means[i].item() for i, c in enumerate(task.categories) if rows_C[i] > 0}

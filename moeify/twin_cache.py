@@ -119,6 +119,7 @@ def fingerprint(config: RunConfig, task: Task, world: World) -> str:
         platform.machine(),
         torch.backends.cpu.get_cpu_capability(),
         torch.get_num_threads(),
+        torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type,
     ]
     digest = hashlib.sha256(json.dumps([settings, machine, world.size], sort_keys=True).encode())
     digest.update(code_of(Path(__file__).parent))  # nearly all of the package has a say in some twin's bits

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moeify.device import CPU
 from moeify.recipe.parallel import Fsdp, Parallel, Replicate
 from moeify.shared_memory import SharedMemory
 
@@ -21,6 +22,8 @@ class World(Protocol):
     size: int
     parallel: Parallel
     """How training is shared; see ``moeify.exchange``."""
+    device: torch.device
+    """Where this rank's networks and rows lie."""
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor, in place, by its sum over ranks."""
@@ -42,6 +45,9 @@ class Solo:
     size = 1
     parallel: Parallel = Replicate()
 
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
+
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Leave the tensors as they are."""
 
@@ -57,20 +63,22 @@ class Solo:
 class Group:
     """The default process group of torch.distributed; every rank makes its own at the same time.
 
-    Sums travel as one flat buffer for each dtype, in the order given: the result depends on the world size and
-    on nothing else, so that a resumed run adds up the same way as an undisturbed one. Two workers of one machine need
-    not send what they can both see.
+    Sums travel as one flat buffer for each dtype and device, in the order given: the result depends on the world size
+    and on nothing else, so that a resumed run adds up the same way as an undisturbed one. Two workers of one machine
+    need not send what they can both see.
     """
 
-    def __init__(self, parallel: Parallel | None = None) -> None:
+    def __init__(self, parallel: Parallel | None = None, device: torch.device = CPU) -> None:
         self.parallel = parallel or Replicate()
+        self.device = device
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self._memory = SharedMemory.of_group()
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor, in place, by its sum over ranks."""
-        alike = [[t for t in tensors if t.dtype == dtype] for dtype in dict.fromkeys(t.dtype for t in tensors)]
+        kinds = dict.fromkeys((t.dtype, t.device) for t in tensors)
+        alike = [[t for t in tensors if (t.dtype, t.device) == kind] for kind in kinds]
         sent = []
         for same in sorted(alike, key=lambda same: sum(t.numel() for t in same)):  # small ones leave while others pack
             flat = torch.cat([t.reshape(-1) for t in same])

@@ -80,8 +80,8 @@ def _exit_code(error: Exception) -> int | None:
     """Return 2 for a user's mistake, 1 for a run whose workers broke down, None for a mistake of ours."""
     if isinstance(error, ValueError | OSError):
         return 2
-    launch = sys.modules.get("pipelines.launch")
-    return 1 if launch and isinstance(error, launch.RunFailedError) else None
+    on_ray = sys.modules.get("pipelines.ray_cluster")
+    return 1 if on_ray and isinstance(error, on_ray.RunFailedError) else None
 
 
 def _told(error: Exception) -> str:

@@ -92,7 +92,7 @@ def compare(
 
 
 def run_jobs(config: RunConfig, jobs: Sequence[Job], places: Places, traces: Path, heard: Heard) -> Comparison:
-    """Run jobs as Ray tasks of one core each, as many at a time as the cluster has cores.
+    """Run jobs as Ray tasks of one core each, and of a GPU where the recipe asks, as many at a time as the cluster has.
 
     A seed's first job, which is the loop's, trains the twins that the seed's others share, so those wait for it; where
     it fails, the next one is the first. ``traces``: the folder of the tracebacks of jobs that fail.
@@ -110,7 +110,7 @@ def run_jobs(config: RunConfig, jobs: Sequence[Job], places: Places, traces: Pat
             comparison.ended[job] = Ended(result, places.kept.near(answer["name"]), answer["before"])
         heard(comparison, job, cores)
 
-    run_pool(work, by_seed(jobs), order, ended, traces=traces, retries=config.cluster.retries)
+    run_pool(work, by_seed(jobs), order, ended, traces=traces, retries=config.cluster.retries, gpus=config.cluster.gpus)
     return comparison
 
 

@@ -129,6 +129,8 @@ def _torch() -> Check:
     if not torch.equal(one @ one, torch.full((8, 8), 8.0)):
         return Check("torch", "problem", f"{torch.__version__} multiplies wrongly", "install torch anew")
     said = f"{torch.__version__}, {build}, {threads} threads"
+    if names := [torch.cuda.get_device_name(place) for place in range(torch.cuda.device_count())]:
+        said += f", {len(names)} GPUs for cluster.gpus ({', '.join(sorted(set(names)))})"
     if threads > cores:
         todo = f"more threads than the {cores} cores of this process wait for each other; set OMP_NUM_THREADS={cores}"
         return Check("torch", "warning", said, todo)

@@ -33,7 +33,7 @@ class Machine:
 
     workers: int
     name: str | None = None
-    """Of its GPUs; None: this machine's CPU."""
+    """Of its GPUs, ``GPU`` where the recipe asks for some; None: this machine's CPU."""
     memory: float | None = None
     """Bytes of one worker's device; None where it is not asked for."""
     flops: float | None = None

@@ -1,5 +1,6 @@
-"""Jobs side by side on Ray, one core each, as many at a time as there are cores; one that fails stops no other."""
+"""Jobs side by side on Ray, a core each, as many at a time as there are cores; one that fails stops no other."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -7,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moeify.recipe.config import Cluster
-from pipelines.launch import RunFailedError, cluster
 from pipelines.one_line import one_line
+from pipelines.ray_cluster import RunFailedError, cluster
 from pipelines.stopping import stoppable
 from pipelines.worker import Failure
 
@@ -33,18 +34,19 @@ def run_pool(
     *,
     traces: Path,
     retries: int,
+    gpus: int = 0,
 ) -> None:
     """Have workers do every job, and call ``ended`` after each with what it gave and how many run at a time.
 
     A queue's first job makes what its others share (twins), so those wait for it; where it fails, the next one is the
     first. ``work``: a function of a module, whose body is ``answered``. ``traces``: the folder of the tracebacks of
-    jobs that fail.
+    jobs that fail. ``gpus``: those that each job has besides its core.
     """
-    one = Cluster(workers=1, threads=1)
+    one = Cluster(workers=1, threads=1, gpus=gpus)
     with stoppable(), cluster(one, keep_logs=traces / "ray-logs"), stoppable():  # Ray sets handlers of its own
         import ray
 
-        task = ray.remote(num_cpus=1, max_retries=retries)(work)
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=retries)(work)
         running: dict[Any, tuple[Job, deque[Job]]] = {}
 
         def start(queue: deque[Job]) -> None:
@@ -54,7 +56,8 @@ def run_pool(
         for waiting in map(deque, queues):
             if waiting:
                 start(waiting)
-        cores = int(ray.cluster_resources().get("CPU", 1))
+        there = ray.cluster_resources()
+        at_once = int(min(there.get("CPU", 1), there["GPU"] / gpus if gpus else math.inf))
         try:
             while running:
                 (ready,), _ = _waited(list(running))
@@ -64,7 +67,7 @@ def run_pool(
                     start(queue)
                     if isinstance(answer, Broken):
                         break
-                ended(job, answer, cores)
+                ended(job, answer, at_once)
         finally:
             for each in running:  # stopped in the middle: on a cluster that lives on, too
                 ray.cancel(each, force=True)

@@ -25,6 +25,7 @@ from pipelines.cli import COMMANDS, main
 from pipelines.commands.export import command as export_command
 from pipelines.journal import Follower, JournalTracker, follow
 from pipelines.kept_speeds import read_speeds
+from pipelines.ray_cluster import RunFailedError
 
 RECIPE = """name: tiny
 data: {kind: digits}
@@ -96,9 +97,6 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launched:
     told = Launched()
     launch, tracking, export = (ModuleType(f"pipelines.{name}") for name in ("launch", "tracking", "export"))
 
-    class RunFailedError(RuntimeError):
-        pass
-
     def exporter(kind: str) -> Callable[..., Checked]:
         def write(run: Path, *what: Any, **part: Any) -> Checked:
             *told, out, how = what
@@ -111,7 +109,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launched:
 
         return write
 
-    vars(launch).update(on_ray=told.start("ray"), in_process=told.start("local"), RunFailedError=RunFailedError)
+    vars(launch).update(on_ray=told.start("ray"), in_process=told.start("local"))
     vars(tracking).update(where_to_look=lambda folder: f"mlflow ui of {folder.id}", deliver=told.deliver)
     vars(export).update({f"export_{kind}": exporter(kind) for kind in ("dense", "moe", "split")}, How=How)
     monkeypatch.setitem(sys.modules, "pipelines.launch", launch)
@@ -261,7 +259,7 @@ def _config() -> dict[str, Any]:
 def test_an_error_of_a_run_is_one_line_and_with_debug_a_traceback(
     launched: Launched, recipe: Path, error: Exception | str, code: int, told: str
 ) -> None:
-    raised = sys.modules["pipelines.launch"].RunFailedError(told) if isinstance(error, str) else error
+    raised = RunFailedError(told) if isinstance(error, str) else error
 
     def fail(folder: runs.RunFolder) -> None:
         raise raised

@@ -21,6 +21,7 @@ from moeify.task import Batch
 from moeify.training import Contestant, train
 from moeify.world import Group, Solo
 from pipelines import launch
+from pipelines.ray_cluster import RunFailedError
 from pipelines.runs import RunFolder
 from tests.test_loop import DyingStore, KilledError, final, outcome
 from tests.toy import CONFIG, ToyTask, toy_config
@@ -204,7 +205,7 @@ def test_a_local_run_without_memory_ends_in_one_line(tmp_path: Path, monkeypatch
     monkeypatch.setattr(pipelines.worker, "work", work)
     folder = RunFolder(tmp_path / "tiny-20260101-000000-abcd")
     folder.path.mkdir()
-    with pytest.raises(launch.RunFailedError, match=f"step 7, worker 0: out of memory; 'moeify resume {folder.id}'"):
+    with pytest.raises(RunFailedError, match=f"step 7, worker 0: out of memory; 'moeify resume {folder.id}'"):
         launch.in_process(folder, recipe(), tmp_path, [])
     with pytest.raises(OutOfMemoryError):  # on Ray, another attempt may find memory
         pipelines.worker.guarded(work, {"folder": str(tmp_path)})

@@ -105,6 +105,7 @@ class Rank:
     """One of two ranks, whose sums arrive nowhere: what it alone knows."""
 
     size = 2
+    device = torch.device("cpu")
     parallel = Replicate()
 
     def __init__(self, rank: int) -> None:

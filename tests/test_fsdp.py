@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from benchmarks.gloo import run_together
+from moeify.device import CPU
 from moeify.distillation import Teacher, teaching
 from moeify.events import MemoryTracker, Mishap
 from moeify.loop import run
@@ -57,7 +58,7 @@ def trained(world: Group, training: dict[str, Any], *, heads: bool) -> dict[str,
     widths = {site.name: (0, 1, 1) if site.width > 1 else (16, 8, 8) for site in model.space.readers}
     model.repartition(Partition(TREE, widths))
     if shares_models(world):
-        shard(model)
+        shard(model, CPU)
     routing = Routing.model_validate({"gradients": "both", "routes": "soft", "apart": ["a"], "labelled": 0.5})
     router = None if heads else GradientRouter(routing, CATEGORIES, model.space.readers, 0)
     contestant = Contestant(model, config.training, router)

@@ -17,10 +17,11 @@ from moeify.events import Failed
 from moeify.recipe.config import Cluster, RunConfig
 from moeify.recipe.load import to_yaml
 from moeify.split_folder import load_from_run
-from pipelines import launch, restarts
+from pipelines import launch, ray_cluster, restarts
 from pipelines.cli import main
 from pipelines.journal import JournalTracker, read_events
-from pipelines.launch import RayStartError, RunFailedError, cluster, fit, in_process
+from pipelines.launch import fit, in_process
+from pipelines.ray_cluster import RayStartError, RunFailedError, cluster
 from pipelines.runs import RunBusyError, RunFolder, hold, status
 
 
@@ -231,7 +232,7 @@ def test_a_cluster_that_cannot_be_joined_is_named(tmp_path: Path, monkeypatch: p
 
 def test_settings_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEIFY_TEST_OLD", "1")
-    with launch._environment({"MOEIFY_TEST_OLD": "2", "MOEIFY_TEST_NEW": "3"}):
+    with ray_cluster._environment({"MOEIFY_TEST_OLD": "2", "MOEIFY_TEST_NEW": "3"}):
         assert os.environ["MOEIFY_TEST_OLD"] == "2"
     assert os.environ["MOEIFY_TEST_OLD"] == "1"
     assert "MOEIFY_TEST_NEW" not in os.environ
@@ -247,7 +248,7 @@ def test_what_a_killed_driver_left_is_removed_and_what_others_hold_is_not(tmp_pa
     (tmp_path / "moeify-link").symlink_to(tmp_path / "other")
     with FileLock(tmp_path / "moeify-alive" / "driver.lock"):
         os.utime(tmp_path / "moeify-alive" / "driver.lock", (0, 0))
-        launch.clear_leftovers(tmp_path)
+        ray_cluster.clear_leftovers(tmp_path)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["moeify-alive", "moeify-link", "moeify-new", "moeify-stranger", "other"]
     assert (tmp_path / "other" / "session").is_dir()
@@ -255,10 +256,10 @@ def test_what_a_killed_driver_left_is_removed_and_what_others_hold_is_not(tmp_pa
 
 def test_what_the_user_set_about_tokens_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    assert launch._token(tmp_path) == {}
+    assert ray_cluster._token(tmp_path) == {}
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
-    path = Path(launch._token(tmp_path)["RAY_AUTH_TOKEN_PATH"])
+    path = Path(ray_cluster._token(tmp_path)["RAY_AUTH_TOKEN_PATH"])
     assert path.stat().st_mode & 0o777 == 0o600
     assert len(path.read_text()) == 64
 
@@ -456,7 +457,10 @@ def test_a_private_cluster_stays_out_of_the_home_folder_and_leaves_the_logs_of_w
 
             assert ray.cluster_resources()["CPU"] >= 64
             with pytest.raises(ValueError, match=r"lower cluster.workers or cluster.threads"):
-                launch._check_cores(Cluster(workers=2, threads=64))
+                ray_cluster._check_room(Cluster(workers=2, threads=64))
+            refused = r"2 workers of 1 cores and a GPU do not fit .* cores and \[0\] GPUs; .*set cluster.gpus: 0"
+            with pytest.raises(ValueError, match=refused):
+                ray_cluster._check_room(Cluster(workers=2, gpus=1))
             fit(folder, wanted, worker, {"folder": str(folder.path)})
 
     with pytest.raises(RunFailedError, match=f"moeify resume {folder.id}"):
@@ -465,6 +469,26 @@ def test_a_private_cluster_stays_out_of_the_home_folder_and_leaves_the_logs_of_w
     assert list(home.iterdir()) == []
     assert dict(os.environ) == before
     assert ray_processes() == []
+
+
+def test_a_gpu_that_torch_cannot_use_is_told_before_workers_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert ray_cluster._trouble(Cluster()) is None
+    assert "cluster.gpus is 1" in (ray_cluster._trouble(Cluster(gpus=1)) or "")
+
+
+@pytest.mark.gpu
+@pytest.mark.ray
+@RAYS_OWN_WARNINGS
+@pytest.mark.usefixtures("untracked")
+def test_a_whole_run_on_ray_with_a_gpu_ends_near_one_without(folder: RunFolder, tmp_path: Path) -> None:
+    launch.on_ray(folder, recipe(workers=1, gpus=1), tmp_path, [])
+    beside = RunFolder(tmp_path / "tiny-20260101-000001-abcd")
+    beside.path.mkdir()
+    in_process(beside, recipe(workers=1), tmp_path, [])
+    there, here = (json.loads(run.result.read_text())["test_loss"] for run in (folder, beside))
+    for arm, losses in here.items():
+        assert there[arm] == pytest.approx(losses, abs=1e-2), arm
 
 
 @pytest.mark.ray

@@ -102,6 +102,15 @@ def test_what_cannot_be_planned_is_told_in_a_line(recipe: str, arguments: tuple[
     assert len(text.splitlines()) == 1
 
 
+def test_a_recipe_for_gpus_is_planned_for_gpus(recipe: str) -> None:
+    path = Path(recipe)
+    path.write_text(JSONL + "cluster: {workers: 2, gpus: 1}\n")
+    code, text = asked(recipe, "--categories", "2")
+    assert (code, "2 x GPU" in text) == (0, True)
+    code, text = asked(recipe, "--categories", "2", "--here")
+    assert (code, "asks for GPUs; name them with --gpus" in text) == (2, True)
+
+
 def test_large_numbers_have_three_digits_and_a_prefix() -> None:
     assert [short(n) for n in (0, 7, 999, 1000, 999_600, 6.738e9, 5.13e18)] == [
         *("0 ", "7 ", "999 ", "1 k", "1 M", "6.74 G", "5.13 E")

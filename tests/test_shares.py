@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from moeify.device import CPU
 from moeify.parts import Part, part_names, write_parts
 from moeify.place import Place
 from moeify.recipe.parallel import Fsdp
@@ -75,7 +76,7 @@ def contestants() -> tuple[Contestant, Contestant]:
     config = toy_config(**TEXT_CONFIG)
     task = ToyTextTask(config)
     plain, shared = (SplitModel(task.build(), task.categories, told=True) for _ in range(2))
-    shard(shared)
+    shard(shared, CPU)
     return Contestant(plain, config.training), Contestant(shared, config.training)
 
 

@@ -23,7 +23,7 @@ from moeify.loop import run
 from moeify.place import Place
 from moeify.recipe.config import RunConfig
 from moeify.split_folder import load_split
-from pipelines import launch, lease
+from pipelines import launch, lease, ray_cluster
 from pipelines.cli import main
 from pipelines.journal import JournalError, line_of, read_events
 from pipelines.remote_run import RemoteRun, part_name
@@ -403,14 +403,14 @@ def test_under_ray_the_keys_come_from_each_process_and_are_written_nowhere(
     real = shutil.rmtree
 
     def searched(path: Path, **settings: Any) -> None:
-        if Path(path).name.startswith(launch._PREFIX):  # all that Ray wrote: logs, sessions, sockets
+        if Path(path).name.startswith(ray_cluster._PREFIX):  # all that Ray wrote: logs, sessions, sockets
             for file in Path(path).rglob("*"):
                 if file.is_file() and not file.is_symlink():
                     looked_at.append(file)
                     told_in.extend([file] * (SECRET.encode() in file.read_bytes()))
         real(path, **settings)
 
-    monkeypatch.setattr(launch.shutil, "rmtree", searched)
+    monkeypatch.setattr(ray_cluster.shutil, "rmtree", searched)
     under_ray(one, "run", str(one.place / "tiny.yaml"))
     assert len(looked_at) > 10
     assert told_in == []

@@ -44,14 +44,14 @@ def widened(network: nn.Module, added: Callable[[str], int], seed: int) -> nn.Mo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         drawn = rebuild(with_units(describe(network), max(widths.values())))
-        wide = shaped(describe(network), widths)
+        wide = shaped(describe(network), widths).to(next(network.parameters()))
     copy_units(network, space, {site.name: torch.arange(site.units) for site in space.sites}, wide)
     for site in space.sites:
         for part in site.ways_in:
             fresh = (part.axis, site.units, more[site.name])
             values = drawn.get_parameter(part.parameter).narrow(*fresh)
             wide.get_parameter(part.parameter).narrow(*fresh).copy_(values)
-    return wide.to(next(network.parameters()).dtype)
+    return wide
 
 
 @torch.no_grad()
@@ -65,7 +65,11 @@ def copy_units(
         values = held[name]
         if name in parts:
             part, index = parts[name]
-            values = padded(values.index_select(part.axis, part.entries(index)), part.axis, tensor.shape[part.axis])
+            values = padded(
+                values.index_select(part.axis, part.entries(index).to(values.device)),
+                part.axis,
+                tensor.shape[part.axis],
+            )
         tensor.copy_(values)
 
 

@@ -102,6 +102,9 @@ class Cluster(Closed):
     """Training processes; they share each step's rows."""
     threads: PositiveInt = 1
     """CPU cores, and torch threads, of each worker."""
+    gpus: Annotated[int, Field(ge=0, le=1)] = 0
+    """GPUs of each worker. 1: networks, training, attribution and losses are on one that is its own, partitioning on
+    its cores. 0: all is on its cores."""
     parallel: Parallel = Replicate()
     """How they share each arm's training. Held-out losses and attribution are always shared by rows."""
     retries: Annotated[int, Field(ge=0)] = 2

@@ -75,11 +75,14 @@ class SplitModel(nn.Module):
 
     @property
     def output_weights(self) -> Mapping[str, Float[Tensor, "dim _"]]:
-        """Site -> the weights [dim features] through which its units write; gathered where workers share them out."""
+        """Site -> the weights [dim features] through which its units write, on the CPU.
+
+        Gathered where workers share them out.
+        """
         return Gathered({site.name: partial(self._output_weight, site) for site in self.space.sites})
 
     def _output_weight(self, site: UnitSite) -> Tensor:
-        return output_weight(self.network, site).detach()
+        return output_weight(self.network, site).detach().cpu()
 
     def active_flops(self, length: int) -> dict[str, float]:
         """Return category -> share of the whole network's floating-point operations that a token of it runs, 0..1.
@@ -95,8 +98,8 @@ class SplitModel(nn.Module):
         }
 
     def input_weight(self, site: str) -> Float[Tensor, "units inputs"]:
-        """Return a copy of the weights through which a site's units read."""
-        return input_weight(self.network, self.space[site]).detach()
+        """Return a copy, on the CPU, of the weights through which a site's units read."""
+        return input_weight(self.network, self.space[site]).detach().cpu()
 
     def repartition(self, partition: Partition) -> None:
         """Route by another partition. The caller has put the units into its order."""
@@ -151,7 +154,7 @@ class SplitModel(nn.Module):
         order = None if in_order else torch.argsort(positions, stable=True)
         if order is not None:
             inputs, positions, categories = inputs[order], positions[order], categories[order]
-        uncompiled(self._set_routes)(positions, categories, None)
+        uncompiled(self._set_routes)(positions, categories.to(inputs.device), None)
         outputs = logits(self.network, inputs, autocast=self.autocast, **more)
         return outputs if order is None else outputs[torch.argsort(order)]
 
@@ -173,7 +176,8 @@ class SplitModel(nn.Module):
             )
         positions = self.positions(categories).flatten()
         order = torch.argsort(positions, stable=True)
-        uncompiled(self._set_routes)(positions[order], categories.flatten()[order], order)
+        found = categories.flatten()[order].to(inputs.device), order.to(inputs.device)
+        uncompiled(self._set_routes)(positions[order], *found)
         return logits(self.network, inputs, autocast=self.autocast, **more)
 
     def by_layer(self, inputs: Tensor, routers: Mapping[str, Float[Tensor, "leaves dim"]], **more: Any) -> Tensor:

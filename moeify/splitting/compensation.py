@@ -34,12 +34,12 @@ def compensate(
     features, units = weight.shape[0], active.shape[1]
     if features % units:
         raise ValueError(f"{units} units do not divide the {features} rows of the weight")
-    active = active.repeat_interleave(features // units, dim=1)
+    active = active.to(weight.device).repeat_interleave(features // units, dim=1)
     left_UU = torch.zeros(features, features, dtype=torch.float64, device=weight.device)
     missing_UU = torch.zeros_like(left_UU)
     scale = 0.0
     for moment, active_U, share in zip(moments, active, shares.tolist(), strict=True):
-        moment_UU = moment.dense() if isinstance(moment, LowRank) else moment
+        moment_UU = (moment.dense() if isinstance(moment, LowRank) else moment).to(weight.device)
         pooled_UU = moment_UU.double() * (share * active_U.double())[:, None]
         kept_UU = pooled_UU * active_U
         left_UU += kept_UU

@@ -47,7 +47,9 @@ def command(
     number = len(known) if known else categories
     if number is None:
         raise ValueError(f"{where}: its categories are known from its data alone; say how many with --categories")
-    machine = planned.Machine(config.cluster.workers)
+    if here and config.cluster.gpus:
+        raise ValueError(f"--here measures this machine's CPU, and {where} asks for GPUs; name them with --gpus")
+    machine = planned.Machine(config.cluster.workers, "GPU" if config.cluster.gpus else None)
     if on:
         machine = planned.on_gpus(*on, config, utilization or accelerators.UTILIZATION)
     plan = planned.planned(config, base, number, machine, here=here)
