@@ -18,7 +18,8 @@ that reads in no time, which says too little of decode: at batch 32 all models, 
 of keys and values as the dense model has of weights. All write keys and values in place, and copy none.
 
 Medians over turns of a ratio within each turn (``moeify.timing``), on as many threads as torch is given
-(OMP_NUM_THREADS). About ten minutes on one thread; --quick runs a tiny model, too hastily to quote.
+(OMP_NUM_THREADS). About ten minutes on one thread; --large, a model four times the size, of whose single tokens a
+framework's own work is a smaller part, takes half an hour; --quick runs a tiny model, too hastily to quote.
 """
 
 import math
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks.random_splits import CATEGORIES, Size, pair
-from benchmarks.report import Cell, Figure, arguments, report
+from benchmarks.report import Cell, Figure, parser, report
 from moeify.data.documents import Document
 from moeify.data.tokens import train_tokenizer
 from moeify.export import gguf_file
@@ -45,6 +46,7 @@ from moeify.roofline import Machine
 from moeify.routed.split_model import SplitModel
 from moeify.timing import ratio, seconds
 
+LARGE = Size(1024, 4096, 8, 8, vocabulary=4096, length=512)
 FULL = Size(512, 2048, 8, 8, vocabulary=4096, length=512)
 QUICK = Size(64, 256, 4, 2, vocabulary=512, length=512)
 WAYS = ("grouped_mm", "batched_mm", "eager")
@@ -55,8 +57,10 @@ MIXED, ALONE = "split, mixed", "split, one category"
 
 def main() -> None:
     """Run the benchmark."""
-    args = arguments(__doc__)
-    size = QUICK if args.quick else FULL
+    asked = parser(__doc__)
+    asked.add_argument("--large", action="store_true", help="d_model 1024 in place of 512")
+    args = asked.parse_args()
+    size = QUICK if args.quick else LARGE if args.large else FULL
     turns, at_least = (2, 0.01) if args.quick else (5, 0.2)
     dense, split = pair(size, "equal")
     dense.eval()

@@ -15,10 +15,10 @@ CPU = torch.device("cpu")
 
 
 def device_of(cluster: Cluster) -> torch.device:
-    """Return where this worker's networks and rows lie: on the GPU that torch has as its current one, if it is to have
-    one. ValueError where torch cannot use any.
+    """Return where this worker's networks and rows lie: if it is to have a GPU, on torch's current one.
 
-    A GPU's kernels are then torch's deterministic ones, where it has such.
+    On a GPU this process then runs torch's deterministic kernels, where there are such. ValueError where torch cannot
+    use any.
     """
     if not cluster.gpus:
         return CPU

@@ -155,7 +155,6 @@ def data_hash(task: Task, config: RunConfig) -> str:
 
 def content(tensor: Tensor) -> bytes:
     """Return a tensor's numbers, row by row, as they lie in memory."""
-    flat = (
-        tensor.detach().cpu().flatten().clone(memory_format=torch.contiguous_format)
-    )  # one element may have any stride
+    flat = tensor.detach().cpu().flatten()
+    flat = flat.clone(memory_format=torch.contiguous_format)  # one element may have any stride
     return flat.view(torch.uint8).numpy().tobytes()

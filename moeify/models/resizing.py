@@ -65,11 +65,8 @@ def copy_units(
         values = held[name]
         if name in parts:
             part, index = parts[name]
-            values = padded(
-                values.index_select(part.axis, part.entries(index).to(values.device)),
-                part.axis,
-                tensor.shape[part.axis],
-            )
+            entries = part.entries(index).to(values.device)
+            values = padded(values.index_select(part.axis, entries), part.axis, tensor.shape[part.axis])
         tensor.copy_(values)
 
 
