@@ -28,6 +28,7 @@ from attribution.table import AttributionTable, Unsigned
 from moeify.models.families import entries
 from moeify.subjects import Probed
 from pipelines.tables import console_for, in_columns, table_for
+from pipelines.wording import counted
 
 Say = Callable[[str], None]
 Matrix = Float64[Tensor, "categories categories"]
@@ -254,7 +255,7 @@ def _print_agreement(console: Console, found: Comparison) -> None:
             )
         console.print(grid)
         each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
-        console.print(f"{len(sites)} {'site' if len(sites) == 1 else 'sites'}, {each} {of} each", style="dim")
+        console.print(f"{counted(len(sites), 'site')}, {each} {of} each", style="dim")
     console.print(
         f"±: 95 % bootstrap interval; lowest, highest: of the sites; top 10 %: of the strongest tenth, the share "
         f"found; true/predicted: 1 where calibrated; cost: in forward passes of the same rows "

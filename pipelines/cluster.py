@@ -72,6 +72,8 @@ class LocalCluster(BaseModel):
     nodes: int
     cores: int
     """That each node counts."""
+    gpus: int = 0
+    """GPUs that each node has of this machine's."""
     api: str
     """Address of the job API and the dashboard."""
     mlflow: str
@@ -104,10 +106,11 @@ def folder(home: Path) -> Path:
     return home / ".cluster"
 
 
-def up(home: Path, nodes: int, cores: int | None = None) -> LocalCluster:
+def up(home: Path, nodes: int, cores: int | None = None, gpus: int = 0) -> LocalCluster:
     """Start a cluster and return once it answers; it lives on when this process ends.
 
-    ``cores``: what each node counts, real or not; None: an equal share of this machine's, at least one.
+    ``cores``: what each node counts, real or not; None: an equal share of this machine's, at least one. ``gpus``: how
+    many of this machine's each node has for itself.
 
     Raises:
         ValueError: there is one already.
@@ -127,6 +130,7 @@ def up(home: Path, nodes: int, cores: int | None = None) -> LocalCluster:
         cluster = LocalCluster(
             nodes=nodes,
             cores=cores or max(1, (os.cpu_count() or 1) // nodes),
+            gpus=gpus,
             api=f"http://{LOOPBACK}:{next(ports)}",
             mlflow=f"http://{LOOPBACK}:{next(ports)}",
             home=home,
@@ -169,7 +173,7 @@ def commands(cluster: LocalCluster, ports: Iterator[int]) -> dict[str, list[str]
             f"--node-ip-address={LOOPBACK}",
             f"--temp-dir={cluster.temporary / str(number)}",
             f"--num-cpus={cluster.cores}",
-            "--num-gpus=0",
+            f"--num-gpus={cluster.gpus}",
             f"--object-store-memory={_OBJECT_STORE_BYTES}",
             f"--dashboard-agent-listen-port={next(ports)}",
             f"--metrics-export-port={next(ports)}",
@@ -209,6 +213,16 @@ def _environment(cluster: LocalCluster) -> dict[str, str]:
     }
 
 
+def _visible(cluster: LocalCluster, name: str) -> dict[str, str]:
+    """Return which GPUs a process sees: of those that this one does, a node's are no other node's."""
+    if not cluster.gpus or name == "mlflow":
+        return {}
+    first = cluster.gpus * (0 if name == "head" else int(name.rpartition("-")[2]))
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = named.split(",") if named else [str(place) for place in range(cluster.gpus * cluster.nodes)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(there[first : first + cluster.gpus])}
+
+
 def _spawn(log: Path, command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     with log.open("wb") as out:
         return subprocess.Popen(
@@ -231,7 +245,7 @@ def _start(cluster: LocalCluster, place: Path, name: str, command: list[str]) ->
     before = cluster.processes
     deadline = time.monotonic() + _START_SECONDS
     while True:
-        process = _spawn(log, command, _environment(cluster))
+        process = _spawn(log, command, _environment(cluster) | _visible(cluster, name))
         cluster = cluster.model_copy(update={"processes": (*before, *_family([process.pid]))})
         _write(place, cluster)
         try:

@@ -16,7 +16,7 @@ from pipelines.kept_jobs import JobsFolder
 from pipelines.pool import Broken
 from pipelines.show import finite, to_json
 from pipelines.tables import console_for, table_for
-from pipelines.wording import nats, percent
+from pipelines.wording import counted, nats, percent
 
 Summary = dict[str, Any]
 
@@ -140,12 +140,12 @@ def _print_rows(console: Console, found: Sequence[Row]) -> None:
 
 
 def _extent(jobs: Sequence[Job]) -> str:
-    def counted(of: Callable[[Job], object], thing: str) -> str:
-        count = len({of(job) for job in jobs})
-        return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
-
-    of = (counted(lambda j: j.method, "method"), counted(lambda j: j.seed, "seed"))
-    return " x ".join([*of, counted(lambda j: j.separation, "separation")])
+    of: dict[str, Callable[[Job], object]] = {
+        "method": lambda job: job.method,
+        "seed": lambda job: job.seed,
+        "separation": lambda job: job.separation,
+    }
+    return " x ".join(counted(len({get(job) for job in jobs}), thing) for thing, get in of.items())
 
 
 def _cell(interval: Interval | None) -> str:

@@ -19,7 +19,7 @@ from moeify.events import Evaluated, Event, Failed, Finished, Mishap, Phase, Rou
 from moeify.recipe.config import RunConfig
 from pipelines.journal import Follower
 from pipelines.remaining import Remaining
-from pipelines.wording import clock, percent, two_digits
+from pipelines.wording import clock, counted, percent, two_digits
 
 _PLAIN_PARTS = 20
 """Parts of the run's training work that a plain log tells of."""
@@ -121,7 +121,7 @@ def milestones(event: Event) -> Iterator[str]:
             units = sum(event.sites.values())
             yield (
                 f"{len(event.categories)} categories ({', '.join(event.categories)}), {event.parameters:,} parameters, "
-                f"{units:,} units in {_counted(len(event.sites), 'site')}, {event.steps:,} steps an arm"
+                f"{units:,} units in {counted(len(event.sites), 'site')}, {event.steps:,} steps an arm"
             )
         case RoundEnded():
             random = "" if event.tax_random is None else f"random {event.tax_random:+.3f}, "
@@ -140,10 +140,6 @@ def milestones(event: Event) -> Iterator[str]:
             yield f"finished in {clock(event.seconds)}"
         case Failed():
             yield f"failed: {event.reason}"
-
-
-def _counted(count: int, thing: str) -> str:
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 class JsonDisplay:

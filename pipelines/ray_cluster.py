@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from moeify.recipe.config import Cluster
 from pipelines.one_line import one_line
+from pipelines.wording import counted
 
 _OBJECT_STORE_BYTES = 100 * 10**6
 """Workers hand one another nothing through Ray: the smallest store that it starts with, and some."""
@@ -181,11 +182,13 @@ def _check_room(wanted: Cluster) -> None:
     room = [min(node[kind] // number for kind, number in asked.items() if number) for node in nodes]
     if sum(room) < wanted.workers:
         cores, gpus = (sorted((node[kind] for node in nodes), reverse=True) for kind in asked)
-        each, have, way_out = f"{wanted.threads} cores", f"{cores} cores", "lower cluster.workers or cluster.threads"
+        each, have = counted(wanted.threads, "core"), f"{cores} cores"
+        way_out = "lower cluster.workers or cluster.threads"
         if wanted.gpus:
             each, have, way_out = f"{each} and a GPU", f"{have} and {gpus} GPUs", f"{way_out}, or set cluster.gpus: 0"
         raise ValueError(
-            f"{wanted.workers} workers of {each} do not fit into the cluster, whose nodes have {have}; {way_out}"
+            f"{counted(wanted.workers, 'worker')} of {each} will never fit into the cluster, whose nodes have {have}; "
+            f"{way_out}"
         )
     if not wanted.gpus:
         return

@@ -18,7 +18,7 @@ from pipelines.copies import refresh
 from pipelines.display import JsonDisplay, PlainDisplay, RunState
 from pipelines.journal import read_events
 from pipelines.runs import RunFolder, status
-from pipelines.wording import clock
+from pipelines.wording import clock, counted
 
 _STOP_SECONDS = 60.0
 _POLL_SECONDS = 0.25
@@ -56,7 +56,7 @@ def recipe_of(folder: RunFolder) -> RunConfig | None:
 
 def lines(stands: dict[str, Any]) -> list[str]:
     """Return the same for people."""
-    rounds = "1 round" if stands["rounds"] == 1 else f"{stands['rounds']} rounds"
+    rounds = counted(stands["rounds"], "round")
     told = [f"{stands['run']} · {stands['status']} · {stands['work']:.0%} of the work · {rounds} done"]
     doing = " · ".join(filter(None, (stands["where"], stands["step"])))
     told += [f"now:     {doing}"] * bool(doing)

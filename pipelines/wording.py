@@ -13,6 +13,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """Return a number of things: ``1 core``, ``2 cores``; ``many``: of those whose plural has more than an s."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
 def nats(value: float | None, *, signed: bool = False) -> str:
     """Return a loss, or with a sign a difference of losses, to the ten-thousandth."""
     if value is None:

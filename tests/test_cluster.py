@@ -140,6 +140,23 @@ def test_everything_binds_to_loopback_with_ports_of_its_own(tmp_path: Path) -> N
     assert len({word.partition("=")[2] for word in taken}) == len(taken) == 8
 
 
+@pytest.mark.parametrize(
+    ("named", "seen"), [(None, ["0,1", "2,3", "4,5"]), ("7,1,3,5,0,2", ["7,1", "3,5", "0,2"]), ("3,1", ["3,1", "", ""])]
+)
+def test_no_gpu_is_two_nodes(
+    tmp_path: Path, named: str | None, seen: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    api, mlflow = "http://127.0.0.1:1", "http://127.0.0.1:2"
+    known = LocalCluster(nodes=3, cores=2, gpus=2, api=api, mlflow=mlflow, home=tmp_path, temporary=Path("/tmp/x"))
+    started = cluster.commands(known, cluster._free_ports())
+    assert ["--num-gpus=2" in command for command in started.values()] == [True, True, True, False]
+    assert [cluster._visible(known, name).get("CUDA_VISIBLE_DEVICES") for name in started] == [*seen, None]
+    assert cluster._visible(known.model_copy(update={"gpus": 0}), "head") == {}
+
+
 # --- the whole service ------------------------------------------------------------------------------------
 
 RECIPE = """name: NAME

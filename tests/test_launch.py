@@ -458,7 +458,7 @@ def test_a_private_cluster_stays_out_of_the_home_folder_and_leaves_the_logs_of_w
             assert ray.cluster_resources()["CPU"] >= 64
             with pytest.raises(ValueError, match=r"lower cluster.workers or cluster.threads"):
                 ray_cluster._check_room(Cluster(workers=2, threads=64))
-            refused = r"2 workers of 1 cores and a GPU do not fit .* cores and \[0\] GPUs; .*set cluster.gpus: 0"
+            refused = r"2 workers of 1 core and a GPU will never fit .* cores and \[0\] GPUs; .*set cluster.gpus: 0"
             with pytest.raises(ValueError, match=refused):
                 ray_cluster._check_room(Cluster(workers=2, gpus=1))
             fit(folder, wanted, worker, {"folder": str(folder.path)})

@@ -22,19 +22,22 @@ def command() -> None:
 )
 @click.option("--local", "nodes", type=click.IntRange(1, 16), required=True, metavar="N", help="Ray nodes.")
 @click.option("--cores", type=click.IntRange(1), help="That each node counts; with fewer real ones, runs take turns.")
-def up(nodes: int, cores: int | None) -> None:
+@click.option("--gpus", type=click.IntRange(0, 16), default=0, help="That each node has of this machine's.")
+def up(nodes: int, cores: int | None, gpus: int) -> None:
     """Start it, in the background, and print the environment of a shell that uses it.
 
     eval "$(moeify cluster up --local 2)" does both.
     """
     from pipelines import cluster, runs
+    from pipelines.wording import counted
 
     began = time.monotonic()
-    told = "1 Ray node" if nodes == 1 else f"{nodes} Ray nodes"
+    told = counted(nodes, "Ray node")
     click.echo(f"starting {told} and MLflow; this takes half a minute ...", err=True)
-    started = cluster.up(runs.home(), nodes, cores)
+    started = cluster.up(runs.home(), nodes, cores, gpus)
+    each = counted(started.cores, "core") + (f" and {counted(gpus, 'GPU')}" if gpus else "")
     for line in (
-        f"{told} ({started.cores} cores each): up after {time.monotonic() - began:.0f} s",
+        f"{told} ({each} each): up after {time.monotonic() - began:.0f} s",
         f"jobs:    {started.api}, the dashboard too; the token is in {started.token}",
         f"curves:  {started.mlflow}",
         f"runs:    {started.home}",

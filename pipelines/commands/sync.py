@@ -27,7 +27,8 @@ def command(run_: str, address: str | None) -> None:
     folder = runs.find(run_, runs.home())
     config = load_recipe(folder.resolved)
     from pipelines.tracking import deliver, where_to_look
+    from pipelines.wording import counted
 
     count = deliver(folder, config)
-    click.echo(f"{count:,} {'event' if count == 1 else 'events'} delivered" if count else "MLflow misses nothing")
+    click.echo(f"{counted(count, 'event')} delivered" if count else "MLflow misses nothing")
     click.echo(f"curves:  {where_to_look(folder)}")

@@ -10,7 +10,7 @@ from moeify.events import Phase, Step
 from moeify.result import MEAN
 from pipelines.report.recorded import Recorded
 from pipelines.show import walk
-from pipelines.wording import STANDARD_ERRORS, interval, nats, percent
+from pipelines.wording import STANDARD_ERRORS, counted, interval, nats, percent
 
 Outcome = Literal["better", "worse", "level", "unknown"]
 
@@ -157,10 +157,10 @@ def _scope(run: Recorded) -> str:
         return ""
     experts = sum(1 for _, depth in walk(run.tree) if depth)
     sites = run.started.sites
-    what = f"{_count(len(run.started.categories), 'category', 'categories')}, {_count(sum(sites.values()), 'unit')}"
-    where = f"in {_count(len(sites), 'site')}"
+    what = f"{counted(len(run.started.categories), 'category', 'categories')}, {counted(sum(sites.values()), 'unit')}"
+    where = f"in {counted(len(sites), 'site')}"
     return f"{what} {where}, " + (
-        f"split into a core and {_count(experts, 'expert')}" if experts else "one dense model"
+        f"split into a core and {counted(experts, 'expert')}" if experts else "one dense model"
     )
 
 
@@ -180,7 +180,7 @@ def _ending(run: Recorded) -> Iterator[str]:
                 f"{outcomes[each]} {each}" for each in ("kept", "rolled back", "not cut") if outcomes[each]
             )
             why = f": {run.known['stopped']}" if run.known["stopped"] else ""
-            yield f"Finished{why}. Of {_count(planned, 'planned round')}: {counts or 'none judged'}."
+            yield f"Finished{why}. Of {counted(planned, 'planned round')}: {counts or 'none judged'}."
     limit = f"the budget of {run.budget}" if run.budget else "the budget"
     for event in run.rounds:
         if event.outcome == "rolled back":
@@ -198,7 +198,3 @@ def _reached(run: Recorded) -> str:
         return "nothing was reported"
     where = f"round {phase.round}, {phase.phase}" if phase.round else phase.phase
     return where + (f", {step.work:.0%} of the training" if step else "")
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
