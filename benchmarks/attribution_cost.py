@@ -5,7 +5,8 @@ forward and backward pass, parameter gradients included. Times are medians of ra
 process, by the clock and by the processor's time, which other work on the machine does not lengthen; memory is the peak
 of live tensor memory above the weights, from the profiler's allocation events.
 
-The full benchmark takes about two minutes of two idle cores; --quick a smaller network.
+The full benchmark takes about two minutes of two idle cores; --quick a smaller network, --gpu a larger one on a GPU,
+whose memory is what its allocator says.
 """
 
 import statistics
@@ -21,9 +22,11 @@ from torch.profiler import ProfilerActivity, profile
 from attribution.measure import Moments, measure
 from attribution.roots import categorical_root
 from attribution.subject import Rows, Subject
-from benchmarks.report import Cell, Figure, arguments, report
+from benchmarks.report import Cell, Figure, gpu_parser, report
+from moeify.device import CPU, device_of, finish
 from moeify.models.build import build_llama
 from moeify.models.families import readers
+from moeify.recipe.config import Cluster
 from moeify.recipe.model import LlamaModel
 from moeify.tasks.language import token_nats
 
@@ -33,13 +36,16 @@ VOCABULARY, LENGTH, ROWS, BATCHES = 4096, 128, 16, 1
 
 def main() -> None:
     """Time each way against the plain passes, and compare its memory."""
-    asked = arguments(__doc__)
+    asked = gpu_parser(__doc__).parse_args()
+    device = device_of(Cluster(gpus=int(asked.gpu)))
     size, repeats = ((32, 2, 128), 3) if asked.quick else ((256, 6, 1024), 5)
+    if asked.gpu and not asked.quick:
+        size = (1024, 8, 4096)
     hidden, layers, ffn = size
     model = LlamaModel(kind="llama", hidden=hidden, layers=layers, heads=4, ffn=ffn)
-    network = build_llama(model, vocabulary=VOCABULARY, length=LENGTH, end=0, seed=0).eval()
+    network = build_llama(model, vocabulary=VOCABULARY, length=LENGTH, end=0, seed=0).eval().to(device)
     sites = readers(network)
-    batches = make_batches(ROWS, BATCHES)
+    batches = make_batches(ROWS * (4 if asked.gpu else 1), BATCHES, device)
 
     def subject(sampled: bool) -> Subject:
         return Subject(network, sites, CATEGORIES, token_nats, root=categorical_root if sampled else None)
@@ -54,8 +60,8 @@ def main() -> None:
         "captum, one layer at a time": lambda: captum(network, batches, [s.reader for s in sites], together=False),
     }
     base = next(iter(ways))
-    ratios, cpu = time_ratios(ways, base, repeats)
-    peaks = {name: peak_bytes(way) for name, way in ways.items()}
+    ratios, cpu = time_ratios(ways, base, repeats, device)
+    peaks = {name: peak_bytes(way, device) for name, way in ways.items()}
     rows: list[dict[str, Cell]] = [
         {
             "way": name,
@@ -82,12 +88,12 @@ def main() -> None:
     report("attribution_cost", rows, figures, asked.json, quick=asked.quick)
 
 
-def make_batches(rows: int, count: int) -> list[Rows]:
+def make_batches(rows: int, count: int, device: torch.device = CPU) -> list[Rows]:
     """Return random tokens in category order."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for number in range(count):
-        tokens = torch.randint(VOCABULARY, (rows, LENGTH + 1), generator=generator)
+        tokens = torch.randint(VOCABULARY, (rows, LENGTH + 1), generator=generator).to(device)
         categories = torch.arange(rows) * len(CATEGORIES) // rows
         found.append(Rows(tokens[:, :-1], tokens[:, 1:], categories, torch.arange(rows) + number * rows))
     return found
@@ -127,17 +133,21 @@ Ratios = dict[str, list[float]]
 """Of each way: its time over the base's of the same turn, turn by turn."""
 
 
-def time_ratios(ways: dict[str, Callable[[], object]], base: str, repeats: int) -> tuple[Ratios, Ratios]:
+def time_ratios(
+    ways: dict[str, Callable[[], object]], base: str, repeats: int, device: torch.device = CPU
+) -> tuple[Ratios, Ratios]:
     """Run all ways in turn, ``repeats`` times, and return their ratios by the clock and by the processor's time."""
     clock: Ratios = {name: [] for name in ways}
     cpu: Ratios = {name: [] for name in ways}
     for way in ways.values():
         way()
+    finish(device)
     for _ in range(repeats):
         taken = {}
         for name, way in ways.items():
             started, busy = time.perf_counter(), time.process_time()
             way()
+            finish(device)
             taken[name] = time.perf_counter() - started, time.process_time() - busy
         for name in ways:
             clock[name].append(taken[name][0] / taken[base][0])
@@ -145,8 +155,13 @@ def time_ratios(ways: dict[str, Callable[[], object]], base: str, repeats: int) 
     return clock, cpu
 
 
-def peak_bytes(way: Callable[[], object]) -> int:
+def peak_bytes(way: Callable[[], object], device: torch.device = CPU) -> int:
     """Return the peak of tensor memory that ``way`` holds beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        way()
+        return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         way()
     assert watched.profiler is not None

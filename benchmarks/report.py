@@ -32,6 +32,13 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def gpu_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return the same with ``gpu`` (bool), for those that can run on one."""
+    made = parser(doc)
+    made.add_argument("--gpu", action="store_true", help="on a GPU, at sizes that fill it")
+    return made
+
+
 def arguments(doc: str | None) -> argparse.Namespace:
     """Parse the arguments that every benchmark has."""
     return parser(doc).parse_args()

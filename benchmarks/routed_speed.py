@@ -12,7 +12,8 @@ by token         the whole network, every token along a route of its own, drawn 
 Norms, rotary positions, softmax and loss are no FLOPs of this count but cost time in both models, the more of it the
 smaller the model: where a whole network is small, no routing saves enough for the goal.
 Medians over turns of a ratio within each turn (``moeify.timing``), on as many threads as torch is given
-(OMP_NUM_THREADS). About ten minutes on one thread; --quick does the smallest size, too hastily to quote.
+(OMP_NUM_THREADS). About ten minutes on one thread; --quick does the smallest size, too hastily to quote. --gpu takes
+larger batches, and leaves out the sizes that are over before the next kernel has been asked for.
 """
 
 import torch
@@ -20,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.random_splits import CATEGORIES, Size, Widths, mixed_rows, pair
-from benchmarks.report import Cell, Figure, arguments, report
+from benchmarks.report import Cell, Figure, gpu_parser, report
+from moeify.device import device_of
+from moeify.recipe.config import Cluster
 from moeify.roofline import flops
 from moeify.routed.split_model import SplitModel
 from moeify.timing import Run, ratio, seconds
@@ -33,18 +36,21 @@ SIZES = (  # the first is that of the shipped text recipe
     (Size(1024, 4096, 16, 2), 8),
 )
 """And rows of a batch."""
+GPU_SIZES = ((Size(1024, 4096, 16, 2), 64), (Size(2048, 8192, 16, 2), 64))
 
 Rivals = dict[str, Run]
 
 
 def main() -> None:
     """Run the benchmark."""
-    args = arguments(__doc__)
+    args = gpu_parser(__doc__).parse_args()
+    device = device_of(Cluster(gpus=int(args.gpu)))
+    sizes = GPU_SIZES if args.gpu else SIZES
     turns, at_least = (2, 0.01) if args.quick else (7, 0.1)
     rows: list[dict[str, Cell]] = []
-    for size, batch in SIZES[:1] if args.quick else SIZES:
+    for size, batch in sizes[:1] if args.quick else sizes:
         for widths in ("equal", "ragged"):
-            for part, step, inference in _parts(size, batch, widths):
+            for part, step, inference in _parts(size, batch, widths, device):
                 found: dict[str, Cell] = {
                     "part": part,
                     "size": f"{size.hidden}/{size.ffn}",
@@ -53,7 +59,8 @@ def main() -> None:
                 }
                 for what, rivals in (("step", step), ("inference", inference)):
                     counted = flops(rivals["split"]) / flops(rivals["dense"])
-                    taken = ratio(seconds(rivals, turns=turns, at_least=at_least), "split", "dense")
+                    times = seconds(rivals, turns=turns, at_least=at_least, device=device)
+                    taken = ratio(times, "split", "dense")
                     found |= {f"{what}: time": taken, "FLOPs" if what == "step" else "FLOPs ": counted}
                     found[f"{what} over FLOPs"] = taken / counted
                 rows.append(found)
@@ -69,15 +76,16 @@ def _worst(rows: list[dict[str, Cell]], column: str, token: bool) -> float:
     return max(float(row[column] or 0.0) for row in rows if (row["part"] == "by token") == token)
 
 
-def _parts(size: Size, batch: int, widths: Widths) -> list[tuple[str, Rivals, Rivals]]:
+def _parts(size: Size, batch: int, widths: Widths, device: torch.device) -> list[tuple[str, Rivals, Rivals]]:
     """Return part, its rivals' training steps, and their inference."""
     tokens, categories = mixed_rows(size, batch)
-    dense, split = pair(size, widths, ("ffn", "heads"))
+    tokens = tokens.to(device)
+    dense, split = (model.to(device) for model in pair(size, widths, ("ffn", "heads")))
     split(tokens, categories)  # the blocks alone take the routes of the last batch
     found = [_block("ffn", dense, split, batch), _block("attention", dense, split, batch)]
     generator = torch.Generator().manual_seed(2)
     by_token = torch.randint(len(CATEGORIES), tokens.shape, generator=generator)
-    plain = pair(size, widths)[1]
+    plain = pair(size, widths)[1].to(device)
     found.append(_model("model", dense, plain, tokens, categories))
     found.append(_model("model, heads", dense, split, tokens, categories))
     found.append(_model("by token", dense, plain, tokens, by_token))
@@ -87,9 +95,10 @@ def _parts(size: Size, batch: int, widths: Widths) -> list[tuple[str, Rivals, Ri
 def _block(part: str, dense: nn.Module, split: SplitModel, batch: int) -> tuple[str, Rivals, Rivals]:
     name = {"ffn": "model.layers.0.mlp", "attention": "model.layers.0.self_attn"}[part]
     blocks = {"dense": dense.get_submodule(name), "split": split.network.get_submodule(name)}
-    length, width = 128, dense.get_parameter("model.norm.weight").numel()
-    x_RTD = torch.randn(batch, length, width, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    rotary = dense.get_submodule("model.rotary_emb")(x_RTD, torch.arange(length)[None])
+    length, norm = 128, dense.get_parameter("model.norm.weight")
+    x_RTD = torch.randn(batch, length, norm.numel(), generator=torch.Generator().manual_seed(3)).to(norm.device)
+    x_RTD.requires_grad_()
+    rotary = dense.get_submodule("model.rotary_emb")(x_RTD, torch.arange(length, device=norm.device)[None])
 
     def output(block: nn.Module) -> Tensor:
         return block(x_RTD) if part == "ffn" else block(x_RTD, position_embeddings=rotary, attention_mask=None)[0]

@@ -33,6 +33,12 @@ def device_of(cluster: Cluster) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def finish(device: torch.device) -> None:
+    """Return once the device has done all that it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class OnDevice:
     """A task whose networks and rows lie on an accelerator; all else is as it was.
 

@@ -1,7 +1,8 @@
 """Times of rivals that take turns.
 
 On one thread a turn is timed by the processor time of that thread, which neighbours on a shared machine disturb least;
-on several by the wall clock, since threads that wait for one another spin and would be counted.
+on several by the wall clock, since threads that wait for one another spin and would be counted; and so on a GPU, each
+turn up to where it has done all that it was asked.
 """
 
 import statistics
@@ -10,15 +11,24 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from moeify.device import CPU, finish
+
 Run = Callable[[], object]
 
 
-def seconds(rivals: Mapping[str, Run], *, turns: int, at_least: float) -> dict[str, list[float]]:
+def seconds(
+    rivals: Mapping[str, Run], *, turns: int, at_least: float, device: torch.device = CPU
+) -> dict[str, list[float]]:
     """Return rival -> seconds of one run, a value a turn; all rivals run once in each turn, in alternating order.
 
-    ``at_least``: seconds that one rival's turn lasts; it runs as often as that takes.
+    ``at_least``: seconds that one rival's turn lasts; it runs as often as that takes. ``device``: where they run.
     """
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    alone = device == CPU and torch.get_num_threads() == 1
+
+    def clock() -> float:
+        finish(device)
+        return time.thread_time() if alone else time.perf_counter()
+
     often = {}
     for name, run in rivals.items():  # the first run warms up
         run()
