@@ -3,34 +3,38 @@
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
 from moeify.recipe.config import Cluster
-from moeify.task import Batch, HeldOut, Task
+from moeify.task import Batch, Counted, HeldOut, Partial, Task
+from moeify.world import CPU, World, built_on
 
-CPU = torch.device("cpu")
+_WAY_OUT = "install torch for this GPU, or set cluster.gpus: 0"
 
 
-def device_of(cluster: Cluster) -> torch.device:
-    """Return where this worker's networks and rows lie: if it is to have a GPU, on torch's current one.
+def take_device(cluster: Cluster) -> torch.device:
+    """Return where networks and rows of this process lie: on torch's current GPU, where a worker is to have one.
 
-    On a GPU this process then runs torch's deterministic kernels, where there are such. ValueError where torch cannot
-    use any.
+    Torch is then set, for all of the process, to compute in one order and in float32 where float32 is asked for. An
+    operation of which it has no such kernel raises RuntimeError. ValueError where no GPU is there that torch can use.
     """
     if not cluster.gpus:
         return CPU
     if not torch.cuda.is_available():
-        raise ValueError(
-            f"cluster.gpus is 1, and torch {torch.__version__} finds no GPU here that it can use; "
-            f"install torch for this GPU, or set cluster.gpus: 0"
-        )
+        raise ValueError(f"cluster.gpus is 1, and torch {torch.__version__} finds no GPU here; {_WAY_OUT}")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS wants it for sums in one order
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)  # only to warn would leave attention's backward pass as it is
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    return torch.device("cuda", torch.cuda.current_device())
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        device = torch.device("cuda", torch.cuda.current_device())
+        torch.ones(2, device=device).sum().item()  # a build of torch may lack this GPU's kernels
+    except RuntimeError as error:
+        said = " ".join(str(error).split())[:160]
+        raise ValueError(f"cluster.gpus is 1, and torch cannot use this GPU ({said}); {_WAY_OUT}") from error
+    return device
 
 
 def finish(device: torch.device) -> None:
@@ -40,29 +44,29 @@ def finish(device: torch.device) -> None:
 
 
 class OnDevice:
-    """A task whose networks and rows lie on an accelerator; all else is as it was.
+    """A task whose networks and rows lie where a world computes; all else is as it was.
 
     Inputs and targets move. Categories, ids and examples stay on the CPU, where rows are put in order by them.
     """
 
-    def __init__(self, task: Task, device: torch.device) -> None:
+    def __init__(self, task: Task, world: World) -> None:
         self.categories, self.unit, self.units_per_row = task.categories, task.unit, task.units_per_row
         self.nats, self.right, self.sample, self.root = task.nats, task.right, task.sample, task.root
         self.bits_per_byte, self.assets = task.bits_per_byte, task.assets
-        self._task, self._device = task, device
+        if isinstance(task, Partial):
+            self.length = task.length
+        if isinstance(task, Counted):
+            self.sizes = task.sizes
+        self._task, self._device, self._built_on = task, world.device, built_on(world)
 
     @classmethod
-    def of(cls, task: Task, device: torch.device) -> Task:
-        """Return the task on a device; on the CPU it is itself."""
-        return task if device == CPU else cls(task, device)
-
-    def __getattr__(self, name: str) -> Any:
-        """Return what only some tasks have."""
-        return getattr(self._task, name)
+    def of(cls, task: Task, world: World) -> Task:
+        """Return the task where a world computes; on the CPU it is itself."""
+        return task if world.device == CPU else cls(task, world)
 
     def build(self) -> nn.Module:
         """Return a freshly initialised dense network, the bits that it has on the CPU."""
-        return self._task.build().to(self._device)
+        return self._task.build().to(self._built_on)
 
     def train_batch(self, step: int) -> Batch:
         """Return the rows of one optimizer step."""

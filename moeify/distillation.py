@@ -26,6 +26,7 @@ from moeify.recipe.config import RunConfig
 from moeify.recipe.training import Distillation
 from moeify.routed.split_model import SplitModel
 from moeify.task import Batch, Task
+from moeify.world import CPU
 
 
 class Teacher:
@@ -54,12 +55,12 @@ class Teacher:
             )
 
     @classmethod
-    def of(cls, config: RunConfig, task: Task) -> "Teacher | None":
+    def of(cls, config: RunConfig, task: Task, device: torch.device = CPU) -> "Teacher | None":
         """Return the teacher that a recipe asks for, in the precision of its training; None where it asks for none."""
         if config.distillation is None:
             return None
         precision = PRECISIONS[config.training.autocast]
-        return cls(task.build(), config.distillation, precision, task.units_per_row)
+        return cls(task.build().to(device), config.distillation, precision, task.units_per_row)
 
     def outputs(self, rows: Batch) -> Float[Tensor, "rows *positions classes"]:
         """Return what it says of rows."""

@@ -25,6 +25,10 @@ _WAY_OUT = (
 )
 
 
+_MEMORY = ("can't allocate memory", "not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch's errors say that are of no class of their own."""
+
+
 class DivergedError(ValueError):
     """Training left the numbers that can be learned from."""
 
@@ -149,10 +153,10 @@ def memory(where: Callable[[], str]) -> Iterator[None]:
 
 
 def _is_memory(error: Exception) -> bool:
-    """Whether torch or Python ran out of memory; torch's CPU allocator has no exception of its own."""
+    """Whether torch or Python ran out of memory; torch has an exception of its own for some alone."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return any(said in str(error) for said in _MEMORY)
 
 
 def _clear(parameters: Sequence[nn.Parameter]) -> None:

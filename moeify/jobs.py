@@ -10,7 +10,7 @@ from pathlib import Path
 
 import attribution
 from moeify.comparison import Job, job_recipe, seeded
-from moeify.device import device_of
+from moeify.device import take_device
 from moeify.kept_results import KeptResults
 from moeify.loop import run
 from moeify.recipe.config import RunConfig
@@ -65,7 +65,7 @@ def run_job(config: RunConfig, job: Job, places: Places) -> Ended:
     """
     task = build_task(seeded(config, job), cache=places.cache, base=places.base)
     recipe = job_recipe(config, job, len(task.categories))
-    world = Solo(device_of(recipe.cluster))
+    world = Solo(take_device(recipe.cluster))
     content = f"{recipe.model_dump_json()} {fingerprint(recipe, task, world)} {code()}"
     name = f"{job}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
     if known := _understood(places.kept.read(name)):

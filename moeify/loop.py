@@ -119,12 +119,12 @@ class _Loop:
     ) -> None:
         check_categories(config, task.categories)
         self.config = config
-        self.task = OnDevice.of(task, group.device)
+        self.task = OnDevice.of(task, group)
         self.group = group  # for training and checkpoints: what stops, stops with a checkpoint
         self.world = Stoppable(group, stop)
         self.store = store
         self.twins = twins
-        self.teacher = Teacher.of(config, self.task)
+        self.teacher = Teacher.of(config, self.task, group.device)
         self.say = Reporter(config, store, tracker, speaks=group.rank == 0)
         self.state = self._begin()
         self._check_handed_over()

@@ -28,7 +28,7 @@ from moeify.splitting.partition import Partition
 from moeify.store import Store, understood
 from moeify.task import Task
 from moeify.training import Contestant
-from moeify.world import Solo, World, shares_models
+from moeify.world import Solo, World, built_on, shares_models
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def _contestant(
     """Return an arm of a checkpoint, or, where it ``becomes`` another one, that arm's fork."""
     becomes = becomes or arm
     partition, told = Partition.from_json(facts["arms"][arm]["partition"]), becomes in config.told_arms
-    network = shaped(facts["network"], {site: partition.units(site) for site in partition.widths}).to(world.device)
+    network = shaped(facts["network"], {site: partition.units(site) for site in partition.widths}).to(built_on(world))
     model = SplitModel(network, facts["categories"], partition, told=told)
     contestant = _in_training(model, becomes, config, world)
     begun = {} if becomes == arm else contestant.tensors()  # biases of categories, which the dense twin has none of

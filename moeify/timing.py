@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from moeify.device import CPU, finish
+from moeify.device import finish
+from moeify.world import CPU
 
 Run = Callable[[], object]
 

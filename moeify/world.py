@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moeify.device import CPU
 from moeify.recipe.parallel import Fsdp, Parallel, Replicate
 from moeify.shared_memory import SharedMemory
 
 T = TypeVar("T")
+CPU = torch.device("cpu")
 
 
 @runtime_checkable
@@ -65,7 +65,7 @@ class Group:
 
     Sums travel as one flat buffer for each dtype and device, in the order given: the result depends on the world size
     and on nothing else, so that a resumed run adds up the same way as an undisturbed one. Two workers of one machine
-    need not send what they can both see.
+    need not send what they can both see, where they have no GPUs.
     """
 
     def __init__(self, parallel: Parallel | None = None, device: torch.device = CPU) -> None:
@@ -105,6 +105,12 @@ class Group:
         boxes = [value] * self.size
         dist.all_gather_object(boxes, value)
         return boxes
+
+
+def built_on(world: World) -> torch.device:
+    """Return where a world's networks come to be: where it computes, but for those that are shared out, which move
+    there a layer's share at a time."""
+    return CPU if shares_models(world) else world.device
 
 
 def shares_models(world: World) -> bool:

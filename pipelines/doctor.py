@@ -23,6 +23,7 @@ from typing import Any, Literal
 from moeify.place import Place
 from pipelines import homes, machine, runs
 from pipelines.one_line import one_line, public
+from pipelines.wording import counted
 
 State = Literal["ok", "warning", "problem"]
 
@@ -130,7 +131,7 @@ def _torch() -> Check:
         return Check("torch", "problem", f"{torch.__version__} multiplies wrongly", "install torch anew")
     said = f"{torch.__version__}, {build}, {threads} threads"
     if names := [torch.cuda.get_device_name(place) for place in range(torch.cuda.device_count())]:
-        said += f", {len(names)} GPUs for cluster.gpus ({', '.join(sorted(set(names)))})"
+        said += f", {counted(len(names), 'GPU')} for cluster.gpus ({', '.join(sorted(set(names)))})"
     if threads > cores:
         todo = f"more threads than the {cores} cores of this process wait for each other; set OMP_NUM_THREADS={cores}"
         return Check("torch", "warning", said, todo)

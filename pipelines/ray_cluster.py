@@ -29,6 +29,9 @@ _CLAIM = "driver.lock"
 """File in a temporary folder that its driver holds locked for as long as it lives."""
 _FRESH_SECONDS = 60.0
 """Age up to which a folder is left alone: its driver may be about to lock the claim."""
+_PATIENCE = 30.0
+"""Seconds that a GPU which others use is waited for, to try it."""
+
 _SLOW = "timed out during startup"
 """What Ray says of a node that took too long."""
 _QUICK = {
@@ -190,19 +193,34 @@ def _check_room(wanted: Cluster) -> None:
             f"{counted(wanted.workers, 'worker')} of {each} will never fit into the cluster, whose nodes have {have}; "
             f"{way_out}"
         )
-    if not wanted.gpus:
+    if wanted.gpus:
+        _check_gpu(wanted)
+
+
+def _check_gpu(wanted: Cluster) -> None:
+    """Refuse GPUs that torch cannot use before a group is made of workers that all find the same.
+
+    Where none is free, those who are given one later will say so.
+    """
+    import ray
+
+    found = ray.remote(num_gpus=wanted.gpus)(_trouble).remote(wanted)
+    ready, _ = ray.wait([found], timeout=_PATIENCE)
+    if not ready:
+        ray.cancel(found)
         return
-    found = ray.remote(num_gpus=wanted.gpus, max_calls=1)(_trouble).remote(wanted)
-    if trouble := ray.get(found):  # before a group is made of workers that all find the same
+    with _explained("a GPU of the cluster could not be tried", "see its nodes' logs, or set cluster.gpus: 0"):
+        trouble = ray.get(found)
+    if trouble:
         raise ValueError(trouble)
 
 
 def _trouble(wanted: Cluster) -> str | None:
     """Return what keeps this process from using the GPU that it was lent; None: nothing does."""
-    from moeify.device import device_of
+    from moeify.device import take_device
 
     try:
-        device_of(wanted)
+        take_device(wanted)
     except ValueError as error:
         return str(error)
     return None

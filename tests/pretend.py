@@ -2,7 +2,7 @@
 
 So a run on it shows, without a GPU, that every tensor is where a GPU would want it, and gives the CPU's own bits. It is
 registered with torch for good and some libraries look for what an accelerator should have, so import this in a process
-of its own. What it does not show: kernels, streams, precision, memory.
+of its own. What it does not show: kernels, streams, autocast, memory, and what goes from one GPU to another.
 """
 
 from collections.abc import Mapping, Sequence
@@ -67,6 +67,16 @@ class Held(Tensor):
         return self.raw.untyped_storage()
 
 
+_STRICT = {
+    each.default
+    for each in (
+        *(_aten.cat, _aten.stack, _aten.index_add, _aten.index_add_, _aten.index_select, _aten.gather),
+        *(_aten.scatter_add, _aten.scatter_add_),
+    )
+}
+"""What does not take a single number of the CPU beside a GPU's tensors, as arithmetic does."""
+
+
 def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     given: list[Tensor] = []
     device = kwargs.get("device")
@@ -75,6 +85,9 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         on_cpu["device"] = torch.device("cpu")
     raw = [_raw(each, given) for each in args]
     held = [each for each in given if isinstance(each, Held)]
+    on_cpu_alone = not held and (device is None or torch.device(device).type != DEVICE.type)
+    if kwargs.get("generator") is not None and not on_cpu_alone:
+        raise RuntimeError(f"{func}: expected a generator of the accelerator, got one of the CPU")
     if held:
         Held.operations += 1
         _check(func, args, given)
@@ -106,7 +119,8 @@ def _check(func: Any, args: Sequence[Any], given: Sequence[Tensor]) -> None:
         return
     if func in _INDEXED:
         given = [each for each in (args[0], *args[2:3]) if isinstance(each, Tensor)]
-    if any(not isinstance(each, Held) and (each.dim() or func in _INDEXED) for each in given):
+    strict = func in _INDEXED or func in _STRICT
+    if any(not isinstance(each, Held) and (each.dim() or strict) for each in given):
         told = [(str(each.device), tuple(each.shape)) for each in given]
         raise RuntimeError(f"{func}: expected all tensors on one device, got {told}")
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from benchmarks.gloo import run_together
-from moeify.device import CPU
 from moeify.distillation import Teacher, teaching
 from moeify.events import MemoryTracker, Mishap
 from moeify.loop import run
@@ -36,7 +35,7 @@ from moeify.splitting.tree import ExpertTree
 from moeify.store import CorruptCheckpointError, FolderStore
 from moeify.task import Batch
 from moeify.training import Contestant, train
-from moeify.world import Group, shares_models
+from moeify.world import CPU, Group, shares_models
 from tests.networks import CATEGORIES
 from tests.test_exchange import LEAN, Mortal
 from tests.test_loop import KilledError, final, outcome

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moeify.device import CPU
 from moeify.parts import Part, part_names, write_parts
 from moeify.place import Place
 from moeify.recipe.parallel import Fsdp
@@ -24,6 +23,7 @@ from moeify.store import CorruptCheckpointError, FolderStore, Store
 from moeify.storing import StorageError
 from moeify.training import Contestant
 from moeify.url_store import UrlStore
+from moeify.world import CPU
 from tests.toy import TEXT_CONFIG, ToyTextTask, toy_config
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")
