@@ -2,7 +2,7 @@
 
 A worker's file holds its share of every tensor, along the first axis, and the first worker's also what is not shared
 out. Readers join the shares, a tensor at a time, so that they need not know; neither need a run that goes on with
-another number of workers.
+another number of workers. It is not ``torch.distributed.checkpoint``, whose files say what is where in a pickle.
 """
 
 import hashlib

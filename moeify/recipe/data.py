@@ -1,12 +1,15 @@
-"""What a recipe may say about data: where documents and images come from, and how they become rows."""
+"""What a recipe may say about data: where documents and images come from, and how they become rows.
 
-from pathlib import Path
+Paths may be URLs (``s3://BUCKET/PREFIX``, ``gs://...``) everywhere: see ``moeify.far``.
+"""
+
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from moeify.recipe.closed import AtHand, Closed, Fraction, Name
+from moeify.recipe.where import Glob, Where
 
 BuiltinSource = Literal["python", "prose", "c", "web"]
 ImageSource = Literal["mnist", "cifar10", "cifar10-jpeg"]
@@ -30,8 +33,8 @@ class TextFolders(Closed):
     """Folders of UTF-8 text files; each file is a document, each folder a category."""
 
     kind: Literal["folders"]
-    categories: Annotated[dict[Name, Path], Field(min_length=2)]
-    """Category to folder. Relative paths start at the recipe's folder."""
+    categories: Annotated[dict[Name, Where], Field(min_length=2)]
+    """Category to folder, or the URL of a prefix. Relative paths start at the recipe's folder."""
     pattern: str = "**/*"
     """Glob below each folder. Files and folders whose name starts with a dot are left out."""
 
@@ -40,8 +43,8 @@ class JsonLines(Closed):
     """One JSON object a line; a field names the category, where there is one."""
 
     kind: Literal["jsonl"]
-    path: Path
-    """The file, or one compressed with xz or gzip. A relative path starts at the recipe's folder."""
+    path: Where
+    """The file, or one compressed with xz or gzip, or its URL. A relative path starts at the recipe's folder."""
     text: str = "text"
     """The field that holds the document."""
     category: str | None = "category"
@@ -53,7 +56,7 @@ class Table(Closed):
     """Rows of Parquet, Arrow, CSV or TSV files, or of a data set that Hugging Face ``datasets`` saved to disk."""
 
     kind: Literal["table"]
-    path: Path
+    path: Where
     """The file; or a folder, of which all files are read, the splits of a saved data set too. A relative path starts at
     the recipe's folder."""
     text: str = "text"
@@ -75,7 +78,7 @@ class FolderPart(Closed):
     """A folder of UTF-8 text files; each file is a document."""
 
     kind: Literal["folder"]
-    path: Path
+    path: Where
     """The folder."""
     pattern: str = "**/*"
     """Glob below the folder. Files and folders whose name starts with a dot are left out."""
@@ -85,7 +88,7 @@ class LinesPart(Closed):
     """One JSON object a line; those with the wanted values in their fields are documents."""
 
     kind: Literal["jsonl"]
-    path: Path
+    path: Where
     """The file, or one compressed with xz or gzip."""
     text: str = "text"
     """The field that holds the document."""
@@ -104,7 +107,7 @@ class MixedText(Closed):
     kind: Literal["mixed"]
     categories: Annotated[dict[Name, Part], Field(min_length=2)]
     """Category to where its documents come from."""
-    root: Path | None = None
+    root: Where | None = None
     """Folder that relative paths of parts start at, itself relative to the recipe's; ``null``: the one that the
     environment variable MOEIFY_DATA names."""
     megabytes: PositiveFloat = 3.0
@@ -114,8 +117,9 @@ class MixedText(Closed):
 class StreamedFiles(Closed):
     """Files of one kind: JSON lines, Parquet, CSV, Arrow, or text, where each file is a document."""
 
-    files: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Paths, or globs such as ``code/*.parquet``, plain or compressed. Relative ones start at the recipe's folder."""
+    files: Annotated[tuple[Glob, ...], Field(min_length=1)]
+    """Paths or URLs, or globs such as ``code/*.parquet``, plain or compressed. Relative ones start at the recipe's
+    folder."""
     text: str = "text"
     """The field or column that holds the document; of text files it is ``text``."""
 
@@ -214,7 +218,7 @@ class ImageData(Closed):
     kind: Literal["images"]
     source: ImageSource
     """The set, of ten classes."""
-    root: Path | None = None
+    root: Where | None = None
     """The folder with the set's files; a relative path starts at the recipe's folder. ``null``: the one that the
     environment variable MOEIFY_DATA names."""
     objective: Literal["classify", "reconstruct"] = "classify"

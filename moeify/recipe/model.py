@@ -1,6 +1,5 @@
 """What a recipe may say about the network, before any split."""
 
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self, assert_never
 
 from pydantic import Field, PositiveInt, model_validator
@@ -8,6 +7,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from moeify.recipe.closed import AtHand, Closed, Fraction
 from moeify.recipe.partition import PLAIN, UnitKind
+from moeify.recipe.where import Where
 
 
 class LlamaModel(Closed):
@@ -43,8 +43,8 @@ class PretrainedModel(Closed):
     """
 
     kind: Literal["pretrained"]
-    path: Path
-    """Folder with ``config.json``. A relative path starts at the recipe's folder."""
+    path: Where
+    """Folder with ``config.json``, or its URL. A relative path starts at the recipe's folder."""
     hidden: Fraction = 0.15
     """Share of a row's tokens that are hidden from a masked language model, to be predicted."""
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import assert_never
 
+from moeify.far import near
 from moeify.recipe.config import RunConfig
 from moeify.recipe.data import DigitsData, GivenData, ImageData, TextData
 from moeify.recipe.model import PretrainedModel
@@ -12,12 +13,13 @@ from moeify.task import Task
 def build_task(config: RunConfig, *, cache: Path, base: Path) -> Task:
     """Prepare the recipe's data and return its task; what was prepared before is read from ``cache``.
 
-    ``base`` is the folder that the recipe's relative paths start at.
+    ``base`` is the folder that the recipe's relative paths start at. What it names by URL is copied to ``cache`` first.
 
     >>> from moeify.recipe.load import load_recipe
     >>> build_task(load_recipe(recipes / "digits.yaml"), cache=Path("cache"), base=Path(".")).unit
     'example'
     """
+    config = near(config, cache)
     match config.data:
         case TextData():
             from moeify.tasks.language import LanguageTask

@@ -29,8 +29,9 @@ def command(
     Its data are not read, nothing is trained. The network is run once on tensors that hold no numbers, at its full
     size, so this takes seconds for billions of parameters.
     """
+    from moeify.far import near_model
     from moeify.recipe.load import parse_recipe
-    from pipelines import accelerators, planned
+    from pipelines import accelerators, planned, runs
     from pipelines.find_recipe import find_recipe
     from pipelines.show import to_json
 
@@ -42,7 +43,7 @@ def command(
         )
     on = accelerators.asked(gpus) if gpus else None
     text, where, base = find_recipe(recipe)
-    config = parse_recipe(text, where=where)
+    config = near_model(parse_recipe(text, where=where), runs.cache())
     known = config.category_names
     number = len(known) if known else categories
     if number is None:

@@ -1,0 +1,156 @@
+"""What a recipe names by URL, copied to this machine before anything reads it.
+
+Copies lie in the cache by what the store says of each object (its mark): an object that was written anew is fetched
+anew, and one that is there already is not. What opens the store is in the environment of each node.
+"""
+
+import hashlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import assert_never
+
+from filelock import FileLock
+
+from moeify.place import Item, Place, checked_url, is_url
+from moeify.recipe.config import RunConfig
+from moeify.recipe.data import (
+    ImageData,
+    InstalledPart,
+    InstalledText,
+    JsonLines,
+    MixedText,
+    Part,
+    Source,
+    StreamedText,
+    Table,
+    TextData,
+    TextFolders,
+)
+from moeify.recipe.model import PretrainedModel
+from moeify.recipe.where import url_of
+from moeify.storing import storing
+
+
+def near(config: RunConfig, cache: Path) -> RunConfig:
+    """Return the recipe with what it names by URL named by where the copy lies, below ``cache``.
+
+    ValueError where nothing is at a URL; StorageError where its store cannot be reached, or there is no room here.
+    """
+    config = near_model(config, cache)
+    data: TextData | ImageData
+    match config.data:
+        case TextData(source=source):
+            data = config.data.model_copy(update={"source": _source(source, cache)})
+        case ImageData(root=Path() as root):
+            data = config.data.model_copy(update={"root": _copy(root, cache, "data.root")})
+        case _:
+            return config
+    return config.model_copy(update={"data": data})
+
+
+def near_model(config: RunConfig, cache: Path) -> RunConfig:
+    """Return the recipe with the same done for its checkpoint alone."""
+    if not isinstance(config.model, PretrainedModel):
+        return config
+    path = _copy(config.model.path, cache, "model.path")
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+
+
+def _source(source: Source, cache: Path) -> Source:
+    said = "data.source"
+    match source:
+        case InstalledText():
+            return source
+        case JsonLines(path=path) | Table(path=path):
+            return source.model_copy(update={"path": _copy(path, cache, f"{said}.path")})
+        case TextFolders(categories=folders):
+            found = {name: _copy(path, cache, f"{said}.categories.{name}") for name, path in folders.items()}
+            return source.model_copy(update={"categories": found})
+        case MixedText(root=root, categories=parts):
+            there = root if root and url_of(root) else None
+            mine = {name: _part(part, there, cache, f"{said}.categories.{name}.path") for name, part in parts.items()}
+            return source.model_copy(update={"root": None if there else root, "categories": mine})
+        case StreamedText(categories=streams):
+            streamed = {
+                name: files.model_copy(update={"files": _files(files.files, cache, f"{said}.categories.{name}.files")})
+                for name, files in streams.items()
+            }
+            return source.model_copy(update={"categories": streamed})
+        case _ as never:
+            assert_never(never)
+
+
+def _part(part: Part, root: Path | None, cache: Path, said: str) -> Part:
+    if isinstance(part, InstalledPart):
+        return part
+    path = part.path if url_of(part.path) or root is None else root / part.path
+    return part.model_copy(update={"path": _copy(path, cache, said)})
+
+
+def _copy(path: Path, cache: Path, said: str) -> Path:
+    """Return where the object, or all that is below a prefix, lies on this machine."""
+    if (url := url_of(path)) is None:
+        return path
+    place = Place(url)
+    if there := place.found():
+        return _copied(place, there, cache)
+    above, _, name = url.rpartition("/")
+    with suppress(FileNotFoundError):
+        if not above.endswith(":/"):  # else the bucket itself
+            return _copied(Place(above), {name: Place(above).item(name)}, cache) / name
+    raise ValueError(f"{said}: nothing is at {url}; wanted an object, or a prefix with objects below it")
+
+
+def _files(named: Iterable[str], cache: Path, said: str) -> tuple[str, ...]:
+    """Return the same files, those behind URLs by where their copies lie; globs that are none stay as they are."""
+    found: list[str] = []
+    for each in named:
+        if not is_url(each):
+            found.append(each)
+            continue
+        parts = PurePosixPath(checked_url(each).partition("://")[2]).parts
+        fixed = next((place for place, part in enumerate(parts) if set(part) & set("*[")), None)
+        if fixed is None:
+            found.append(str(_copy(Path(each), cache, said)))
+            continue
+        place = Place(f"{each.partition('://')[0]}://{'/'.join(parts[:fixed])}")
+        fits = re.compile(_pattern(parts[fixed:]))
+        if not (there := {name: item for name, item in place.found().items() if fits.fullmatch(name)}):
+            raise ValueError(f"{said}: no object matches {each!r}")
+        copies = _copied(place, there, cache)
+        found += [str(copies / name) for name in sorted(there)]
+    return tuple(found)
+
+
+def _pattern(parts: Iterable[str]) -> str:
+    """Return a glob's regular expression: ``*`` is any name, ``**`` any folders."""
+    from fsspec.utils import glob_translate
+
+    return str(glob_translate("/".join(parts)))
+
+
+def _copied(place: Place, there: Mapping[str, Item], cache: Path) -> Path:
+    """Return the folder with copies of these objects, made if it is not there; whole, or not at all."""
+    known_by = hashlib.sha256(place.url.encode())
+    for name, item in sorted(there.items()):
+        known_by.update(f"\n{name} {item.mark}".encode())
+    shelf = cache / "far"
+    folder = shelf / known_by.hexdigest()[:32]
+    with storing(shelf):
+        shelf.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                draft = Path(tempfile.mkdtemp(prefix=".", dir=shelf))
+                try:
+                    for name in there:
+                        target = draft.joinpath(*PurePosixPath(name).parts)
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        place.download(name, target)
+                    draft.rename(folder)
+                finally:
+                    shutil.rmtree(draft, ignore_errors=True)
+    return folder
