@@ -30,7 +30,7 @@ def s3() -> Iterator[str]:
 def machines(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Machine, Machine]:
     """Two machines on which MLflow is a stand-in, and a comparison's jobs run in this process."""
 
-    def here(*given: Any, retries: int, **more: Any) -> None:
+    def here(*given: Any, retries: int, gpus: int, **more: Any) -> None:
         run_here(*given, **more)
 
     monkeypatch.setattr(compare, "run_pool", here)
