@@ -7,7 +7,6 @@ anew, and one that is there already is not. What opens the store is in the envir
 import hashlib
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -117,6 +116,8 @@ def _files(named: Iterable[str], cache: Path, said: str) -> tuple[str, ...]:
         if fixed is None:
             found.append(str(_copy(Path(each), cache, said)))
             continue
+        if fixed == 0:
+            raise ValueError(f"{said}: got {each!r}, wanted the name of a bucket before the first '*'")
         place = Place(f"{each.partition('://')[0]}://{'/'.join(parts[:fixed])}")
         fits = re.compile(_pattern(parts[fixed:]))
         if not (there := {name: item for name, item in place.found().items() if fits.fullmatch(name)}):
@@ -144,13 +145,11 @@ def _copied(place: Place, there: Mapping[str, Item], cache: Path) -> Path:
         shelf.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
-                draft = Path(tempfile.mkdtemp(prefix=".", dir=shelf))
-                try:
-                    for name in there:
-                        target = draft.joinpath(*PurePosixPath(name).parts)
-                        target.parent.mkdir(parents=True, exist_ok=True)
-                        place.download(name, target)
-                    draft.rename(folder)
-                finally:
-                    shutil.rmtree(draft, ignore_errors=True)
+                draft = shelf / f".{folder.name}"
+                shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+                for name in there:
+                    target = draft.joinpath(*PurePosixPath(name).parts)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    place.download(name, target)
+                draft.rename(folder)
     return folder
