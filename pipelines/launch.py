@@ -71,9 +71,10 @@ def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, A
     from ray.exceptions import RayError
     from ray.train import RunConfig as RayRunConfig
     from ray.train import ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    from pipelines.rendezvous import NodeTorchConfig
     from pipelines.worker import failure_of, failure_path, guarded
 
     def settled() -> bool:
@@ -97,7 +98,7 @@ def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, A
         return Trainer(
             entry,
             train_loop_config=payload,
-            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if wanted.gpus else "gloo"),
+            torch_config=NodeTorchConfig(backend="cpu:gloo,cuda:nccl" if wanted.gpus else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=wanted.workers,
                 use_gpu=bool(wanted.gpus),

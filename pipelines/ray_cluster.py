@@ -20,6 +20,7 @@ from moeify.recipe.config import Cluster
 from pipelines.one_line import one_line
 from pipelines.wording import counted
 
+_LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 100 * 10**6
 """Workers hand one another nothing through Ray: the smallest store that it starts with, and some."""
 _LONGEST_TEMPORARY = 40
@@ -49,8 +50,10 @@ _PRIVATE = {
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_metrics_collection": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
-"""What a cluster of one run can do without: idle workers kept ready, and figures for a dashboard that it has not."""
+"""What a cluster of one run can do without: idle workers kept ready, figures for a dashboard that it has not, and
+listening to other machines."""
 _STEADY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(512 * 2**20),
@@ -112,10 +115,11 @@ def _private_cluster(wanted: Cluster, keep_logs: Path) -> Iterator[None]:
     claim.acquire()
     try:
         threads = {"OMP_NUM_THREADS": str(wanted.threads)}
-        with _environment(_PRIVATE | _STEADY | _importable() | _token(temporary) | threads):
+        with _environment(_PRIVATE | _STEADY | _importable() | _token(temporary) | threads), _alone():
             try:
                 _start(
                     address="local",
+                    _node_ip_address=_LOOPBACK,
                     num_cpus=max(wanted.workers * wanted.threads, os.cpu_count() or 1),
                     num_gpus=None if wanted.gpus else 0,  # None: as many as there are
                     object_store_memory=_OBJECT_STORE_BYTES,
@@ -137,6 +141,18 @@ def _private_cluster(wanted: Cluster, keep_logs: Path) -> Iterator[None]:
     finally:
         claim.release()
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Have Ray stay with loopback, which it else takes for the machine's public address; see ``loopback_node``."""
+    from ray._private import ray_constants
+
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _start(**settings: Any) -> None:

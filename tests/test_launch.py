@@ -287,6 +287,29 @@ RAYS_OWN_WARNINGS = pytest.mark.filterwarnings(r"ignore::Warning:ray\.")
 @RAYS_OWN_WARNINGS
 @pytest.mark.usefixtures("up")
 class TestOnOneCluster:
+    def test_nothing_of_a_run_listens_to_other_machines(self, folder: RunFolder) -> None:
+        def worker(payload: dict[str, Any]) -> None:
+            import torch
+            import torch.distributed as dist
+
+            dist.all_reduce(torch.ones(3))
+            open_ = [each for each in psutil.Process().net_connections() if each.status == psutil.CONN_LISTEN]
+            told = [each.laddr.ip for each in open_]
+            Path(payload["folder"], f"worker-{dist.get_rank()}").write_text(json.dumps(told))
+
+        fit(folder, Cluster(workers=2, threads=1), worker, {"folder": str(folder.path)})
+        told = [json.loads((folder.path / f"worker-{rank}").read_text()) for rank in (0, 1)]
+        assert all(told)
+        others = [
+            each.laddr.ip
+            for process in psutil.Process().children(recursive=True)
+            if process.status() != psutil.STATUS_ZOMBIE
+            for each in process.net_connections()
+            if each.status == psutil.CONN_LISTEN
+        ]
+        assert len(others) > 3
+        assert {*told[0], *told[1], *others} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
     def test_a_worker_that_is_killed_is_started_again(self, folder: RunFolder) -> None:
         def worker(payload: dict[str, Any]) -> None:
             import torch.distributed as dist
