@@ -54,6 +54,11 @@ class Memory:
     """The table, and what is kept while it is measured; not at the same time as the two above."""
 
     @property
+    def measuring(self) -> bool:
+        """Whether the worst moment is attribution's, and not a training step's."""
+        return self.attribution > self.gradients + self.training
+
+    @property
     def peak(self) -> int:
         """Return the bytes at the worst moment."""
         return self.parameters + self.optimizer + max(self.gradients + self.training, self.attribution)

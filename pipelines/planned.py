@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from moeify.dry_run import Sizes, sizes
-from moeify.forecast import FLOAT, Forecast, Work, forecast
+from moeify.forecast import Forecast, Memory, Work, forecast
 from moeify.pace import Pace, pace
 from moeify.recipe.config import RunConfig
+from moeify.recipe.model import traits_of
+from moeify.recipe.parallel import Fsdp
 from pipelines.accelerators import Gpu
 from pipelines.tables import console_for, table_for
 from pipelines.wording import clock, percent
@@ -24,6 +26,12 @@ _KINDS = {
 }
 _SHORT = 0.01
 """Seconds of a step's operations up to which what a step takes besides is most of it (3 to 10 ms on a CPU core)."""
+_SPARED = {
+    "controls": "Fewer controls spare one each.",
+    "cluster.parallel": "Where cluster.parallel is fsdp, workers share it out.",
+    "cluster.workers": "Workers share it out: more of them hold less each.",
+}
+"""What makes less of what arms take."""
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 
 
@@ -78,11 +86,35 @@ def planned(config: RunConfig, base: Path, categories: int, machine: Machine, *,
             "attribution": memory.attribution,
             "peak": memory.peak,
             "device": machine.memory,
+            "savers": list(_savers(config, memory, machine.workers)),
         },
         "arms": list(config.arms),
         "checkpoint": found.checkpoint,
         "checkpoints": config.checkpoints.keep + 1,  # and the one that an open round may go back to
     }
+
+
+def _savers(config: RunConfig, memory: Memory, workers: int) -> Iterator[str]:
+    """Yield the settings that would make the peak less and are not at their least yet."""
+    training, traits = config.training, traits_of(config.model)
+    if config.controls:
+        yield "controls"
+    if isinstance(config.cluster.parallel, Fsdp):
+        yield "cluster.workers"
+    elif workers > 1:
+        yield "cluster.parallel"
+    if memory.measuring:
+        if config.attribution.rows_at_once > workers:
+            yield "attribution.rows_at_once"
+        if config.attribution.columns != 1:
+            yield "attribution.columns"
+    else:
+        if training.accumulate < training.rows // workers and not traits.batch_norm:
+            yield "training.accumulate"
+        if traits.layers and not training.checkpoint_activations:
+            yield "training.checkpoint_activations"
+    if training.autocast == "none":
+        yield "training.autocast"
 
 
 def _groups(found: Forecast) -> Iterator[tuple[str, list[Work]]]:
@@ -172,13 +204,20 @@ def verdict(plan: Summary) -> str:
     memory, room = plan["memory"], plan["memory"]["device"]
     if memory["peak"] <= room:
         return f"Fits: {short(memory['peak'])}B of {short(room)}B."
-    arm = 3 * FLOAT * plan["parameters"]
-    return (
-        f"Does not fit: {short(memory['peak'])}B wanted, one {plan['device']} has {short(room)}B.\n"
-        f"An arm takes {short(arm)}B with its optimizer: fewer controls spare one each.\n"
-        f"What a step keeps takes {short(memory['training'])}B: training.accumulate, .checkpoint_activations\n"
-        f"and .autocast make it less."
-    )
+    arm = 1.5 * memory["optimizer"] / len(plan["arms"])  # its parameters beside two moments of each
+    step = memory["gradients"] + memory["training"]
+    what, most = ("Attribution", memory["attribution"]) if memory["attribution"] > step else ("A step", step)
+    savers = [each for each in memory["savers"] if each not in _SPARED]
+    lines = [
+        f"Does not fit: {short(memory['peak'])}B wanted, one {plan['device']} has {short(room)}B.",
+        f"An arm takes {short(arm)}B of a worker with its optimizer.",
+        *(told for each, told in _SPARED.items() if each in memory["savers"]),
+        f"{what} takes {short(most)}B; {'less with' if savers else 'no setting makes that less.'}",
+        *[f"{', '.join(savers)}."] * bool(savers),
+    ]
+    if not memory["savers"]:
+        lines.append("What is left is a smaller model, or a device with more memory.")
+    return "\n".join(lines)
 
 
 def short(number: float) -> str:

@@ -63,6 +63,67 @@ def test_a_plan_for_people_fits_80_columns_and_says_whether_a_device_does(
     assert max(map(len, (text + tight).splitlines())) <= 80
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_arm_is_as_large_as_a_worker_holds_it(recipe: str, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
+    monkeypatch.setitem(accelerators.GPUS, "H100", accelerators.Gpu(1000.0, 1e12, 1e12))
+    if shared:
+        Path(recipe).write_text(JSONL + "cluster: {workers: 2, parallel: {kind: fsdp}}\n")
+    asks = (recipe, "--categories", "2", "--gpus", "2xH100")
+    plan = json.loads(asked(*asks, "--json")[1])
+    part = -(-plan["parameters"] // (2 if shared else 1))
+    text = asked(*asks)[1]
+    assert f"An arm takes {short(3 * 4 * part)}B of a worker with its optimizer." in text
+    assert ("Workers share it out: more of them hold less each." in text) == shared
+    assert ("Where cluster.parallel is fsdp, workers share it out." in text) != shared
+
+
+LEAST = "training: {steps: 10, rows: 4, accumulate: 4, checkpoint_activations: true, autocast: bfloat16}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "savers", "told"),
+    [
+        (
+            {"attribution: {rows: 4, rows_at_once: 4}": "attribution: {rows: 4, rows_at_once: 1}"},
+            ["controls", "training.accumulate", "training.checkpoint_activations", "training.autocast"],
+            "less with\ntraining.accumulate, training.checkpoint_activations, training.autocast.\n",
+        ),
+        (
+            {"training: {steps: 10, rows: 4}": LEAST, "rounds:": "controls: []\nrounds:"},
+            ["attribution.rows_at_once", "attribution.columns"],
+            "less with\nattribution.rows_at_once, attribution.columns.\n",
+        ),
+        (
+            {
+                "training: {steps: 10, rows: 4}": LEAST,
+                "rounds:": "controls: []\nrounds:",
+                "{rows: 4, rows_at_once: 4}": "{rows: 4, rows_at_once: 1, columns: 1}",
+            },
+            [],
+            "no setting makes that less.\nWhat is left is a smaller model, or a device with more memory.\n",
+        ),
+    ],
+    ids=["nothing set", "attribution alone", "all set"],
+)
+def test_what_would_make_it_fit_is_what_is_not_set_yet(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], savers: list[str], told: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setitem(accelerators.GPUS, "H100", accelerators.Gpu(1000.0, 1e12, 1e12))
+    text = JSONL
+    for before, after in changes.items():
+        assert before in text
+        text = text.replace(before, after)
+    Path(recipe).write_text(text)
+    asks = (recipe, "--categories", "2", "--gpus", "1xH100")
+    assert json.loads(asked(*asks, "--json")[1])["memory"]["savers"] == savers
+    code, text = asked(*asks)
+    assert code == 0
+    assert told in text
+    assert ("Fewer controls" in text) == ("controls" in savers)
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_this_machine_is_measured_when_asked(recipe: str) -> None:
     code, text = asked(recipe, "--categories", "2", "--here", "--json")
     assert code == 0
