@@ -226,6 +226,17 @@ class Jobs:
 
         return dict(json.loads(self.ask(["status", reference, "--json"])))
 
+    def finished(self, ended: Attempt) -> bool:
+        """Return whether a run had finished when its job ended, which may be a moment before a stop reached it.
+
+        False where the run's folder cannot be asked, or was never made.
+        """
+        if ended.status != "STOPPED":
+            return ended.status == "SUCCEEDED"
+        with suppress(ValueError, OSError):
+            return bool(self.status(ended.run)["status"] == "finished")
+        return False
+
     # --- what can be done -----------------------------------------------------------------------------
 
     def submit(self, run: str, text: str, config: RunConfig, base: Path) -> tuple[str, list[Path]]:

@@ -17,7 +17,7 @@ from moeify.recipe.load import load_recipe
 from pipelines.copies import refresh
 from pipelines.display import JsonDisplay, PlainDisplay, RunState
 from pipelines.journal import read_events
-from pipelines.runs import RunFolder, status
+from pipelines.runs import RunFolder, Status, status
 from pipelines.wording import clock, counted
 
 _STOP_SECONDS = 60.0
@@ -77,8 +77,10 @@ def tell(folder: RunFolder, display: PlainDisplay | JsonDisplay, *, follow: bool
         time.sleep(_REMOTE_POLL_SECONDS if folder.remote else _POLL_SECONDS)
 
 
-def stop(folder: RunFolder) -> None:
+def stop(folder: RunFolder) -> Status:
     """Ask the process that drives the run to end, with a checkpoint where there is time (``stopping``), and wait.
+
+    Return where the run stands then: it may have finished meanwhile.
 
     Raises:
         ValueError: nobody drives it, or a process that is not on this machine.
@@ -89,12 +91,14 @@ def stop(folder: RunFolder) -> None:
     pid, where = _driver(folder)
     if pid is None:
         raise ValueError(f"run {folder.id} is driven {where}; stop it there, or give --address")
-    os.kill(pid, signal.SIGTERM)
+    with suppress(ProcessLookupError):  # it has just ended
+        os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + _STOP_SECONDS
-    while status(folder) == "running":
+    while (now := status(folder)) == "running":
         if time.monotonic() > deadline:
             raise OSError(f"process {pid}, which drives {folder.id}, has not ended in {_STOP_SECONDS:g} s")
         time.sleep(_POLL_SECONDS)
+    return now
 
 
 def _driver(folder: RunFolder) -> tuple[int | None, str]:

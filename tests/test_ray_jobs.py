@@ -441,6 +441,26 @@ def test_stop_and_resume_work_with_the_same_id(client: Cluster, cluster: Jobs, b
 
 
 @pytest.mark.usefixtures("connected")
+def test_a_run_that_finishes_while_a_stop_is_on_its_way_has_finished(
+    client: Cluster, cluster: Jobs, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(cluster, base)
+    client.answer = ("SUCCEEDED", 0, f'{{"run": "{RUN}", "status": "finished"}}\n')
+    told = f"{RUN} finished before it could be stopped; see it with: moeify show {RUN}\n"
+    assert moeify("stop", RUN) == (0, told, "")
+    client.logs[RUN] = "all of it\n"
+    monkeypatch.setattr(cluster, "follow", lambda job, write: (write(client.logs[job]), cluster._get(job))[1])
+    assert moeify("logs", "-f", RUN) == (0, "all of it\n", "")
+
+
+@pytest.mark.usefixtures("connected")
+def test_a_run_whose_folder_cannot_be_asked_after_a_stop_is_stopped(client: Cluster, cluster: Jobs, base: Path) -> None:
+    submit(cluster, base)
+    client.answer = ("FAILED", 1, "no room\n")
+    assert moeify("stop", RUN) == (0, f"{RUN} is stopped; go on with: moeify resume {RUN}\n", "")
+
+
+@pytest.mark.usefixtures("connected")
 def test_runs_and_show_are_the_heads_own(client: Cluster) -> None:
     assert moeify("runs", "--json") == moeify("show", "last") == moeify("sync", "x") == (0, "fine\n", "")
     asked = [shlex.split(each["entrypoint"])[4:] for each in client.submitted]

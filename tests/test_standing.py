@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -9,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from fake_runs import fake_run, finish, story, tell
 
 from moeify.events import Failed
 from pipelines import runs, standing
+from pipelines.cli import main
 from pipelines.display import PlainDisplay
 from pipelines.runs import RunFolder
 
@@ -57,12 +60,27 @@ def driver(folder: RunFolder) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_stop_ends_the_driver_at_once(folder: RunFolder, driver: subprocess.Popen[str]) -> None:
-    standing.stop(folder)
+    assert standing.stop(folder) == "interrupted"
     assert driver.stdout
     assert driver.stdout.read() == "stopped\n"
     assert driver.wait(10) == 0
     with pytest.raises(ValueError, match=r"is interrupted, so there is nothing to stop"):
         standing.stop(folder)
+
+
+def test_a_run_that_finishes_while_a_stop_is_on_its_way_has_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fake_run(tmp_path)
+    monkeypatch.setenv("MOEIFY_HOME", str(tmp_path))
+    monkeypatch.setattr(standing, "_driver", lambda _: (123, ""))
+    monkeypatch.setattr(os, "kill", lambda *_: finish(run))
+    monkeypatch.setattr(standing, "status", lambda _: "finished" if run.result.exists() else "running")
+    told = CliRunner().invoke(main, ["stop", run.id, "--address", "local"])
+    assert (told.exit_code, told.output) == (
+        0,
+        f"{run.id} finished before it could be stopped; see it with: moeify show {run.id}\n",
+    )
 
 
 @pytest.mark.parametrize(

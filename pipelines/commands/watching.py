@@ -24,6 +24,8 @@ def watch(cluster: "Jobs", run: str, job: str) -> int:
     except KeyboardInterrupt:
         click.echo(f"moeify: no longer watched; {run} goes on, see: moeify logs -f {run}", err=True)
         return 130
+    if cluster.finished(ended):
+        return 0
     if ended.code:
         at_fault = ended.code == 2
         way_out = "mend the recipe or its data and submit again" if at_fault else f"go on with: moeify resume {run}"
