@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from moeify.models.families import TRANSFORMERS, transformer_named
@@ -21,6 +22,7 @@ _SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 GENERATION = "generation_config.json"
 """How text is written."""
 _PREPROCESSING = "preprocessor_config.json"
+_SHARDS = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,21 @@ def look(folder: Path) -> Checkpoint:
         pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
         got = f"its weights as a pickle, {pickles[0]}, which is never read" if pickles else "no weights"
         raise ValueError(f"{folder} holds {got}; wanted safetensors, which save_pretrained of transformers writes")
+    if other := next((name for name in _weight_files(folder, config) if not name.endswith(".safetensors")), None):
+        raise ValueError(f"{folder} names {other!r:.60} as a file of weights, which is never read; wanted safetensors")
     return Checkpoint(folder, found)
+
+
+def _weight_files(folder: Path, config: dict[str, Any]) -> Iterator[str]:
+    """Yield the files of weights that a folder names: ``transformers`` reads those whatever their kind."""
+    named = config.get("transformers_weights")
+    if named is not None and not str(named).endswith(".index.json"):
+        yield str(named)
+    for path in (folder / _SHARDS, folder / str(named)):
+        if path.name.endswith(".index.json") and path.is_file():
+            with _one_line(folder, f"has a {path.name} that cannot be read"):
+                shards = set(dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"]).values())
+            yield from sorted(map(str, shards))
 
 
 @contextmanager
@@ -170,5 +186,5 @@ def _one_line(folder: Path, what: str = "cannot be read") -> Iterator[None]:
     """Turn what ``transformers`` raises about a folder into a ValueError that names it."""
     try:
         yield
-    except (OSError, KeyError, TypeError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} {what} ({' '.join(str(error).split())[:300]})") from error
