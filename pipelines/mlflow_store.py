@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    _RETRIES: "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
@@ -100,11 +101,27 @@ def check_reach(name: str, experiment: str, location: str, uri: str) -> None:
 
 
 def new_run(client: "MlflowClient", experiment: str, name: str, began: float, tags: Mapping[str, str]) -> str:
-    """Make a run that began then, in seconds since the epoch, and return its id; its tags say who made it."""
+    """Make a run that began then, in seconds since the epoch, and return its id; its tags say who made it.
+
+    MLflow's client is kept from asking again by itself: where only the answer was lost, that would make a second run.
+    """
     tags = {"mlflow.source.type": "LOCAL", **tags}
     with suppress(KeyError, OSError):  # a user id without a name
         tags["mlflow.user"] = getpass.getuser()
-    return client.create_run(experiment, start_time=milliseconds(began), run_name=name, tags=tags).info.run_id
+    with _asked_once():
+        return client.create_run(experiment, start_time=milliseconds(began), run_name=name, tags=tags).info.run_id
+
+
+@contextmanager
+def _asked_once() -> Iterator[None]:
+    before = os.environ.get(_RETRIES)
+    os.environ[_RETRIES] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(_RETRIES)
+        if before is not None:
+            os.environ[_RETRIES] = before
 
 
 def log_params(client: "MlflowClient", run: str, params: Mapping[str, str]) -> None:

@@ -2,9 +2,13 @@ import json
 import os
 import shutil
 import socket
+import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -25,7 +29,7 @@ from moeify.task import Counted
 from moeify.tasks.digits import DigitsTask
 from pipelines import doctor
 from pipelines.cli import main
-from pipelines.journal import JournalTracker, follow, read_events
+from pipelines.journal import JournalTracker, follow, left_behind, read_events
 from pipelines.mlflow_models import loader_of
 from pipelines.mlflow_store import DeliveryError, open_mlflow
 from pipelines.mlflow_terms import final_points, flat, points_of, summary
@@ -295,6 +299,119 @@ def test_while_the_server_is_away_nothing_is_lost(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert deliver(folder, recipe()) == len(story()) + 1
     assert runs(home)[folder.id].info.status == "FINISHED"
+
+
+class Moody:
+    """MLflow's own server, behind a gate that lets through what its mood is."""
+
+    def __init__(self, app: Callable[[dict[str, Any], Any], Iterable[bytes]]) -> None:
+        self.app = app
+        self.mood: Literal["silent", "500", "503", "lost", "well"] = "well"
+        """``lost``: what is asked is done, but every other answer does not come through."""
+        self.let_go = threading.Event()
+        self.asked: list[str] = []
+        """The mood that met each request."""
+        self.points: list[tuple[str, str, int, int]] = []
+        """Run, key, time and step of each point that MLflow took, in the order in which it did."""
+
+    def __call__(self, request: dict[str, Any], respond: Any) -> Iterable[bytes]:
+        mood, lost = self.mood, self.asked.count("lost")
+        self.asked.append(mood)
+        if mood == "silent":
+            self.let_go.wait(60)
+        if mood not in ("lost", "well"):
+            respond("500 Broken" if mood == "500" else "503 Busy", [("Content-Length", "0")])
+            return []
+        body = request["wsgi.input"].read(int(request.get("CONTENT_LENGTH") or 0))
+        request["wsgi.input"] = BytesIO(body)
+        hidden = mood == "lost" and lost % 2 == 0
+        done = self.app(request, (lambda *_: None) if hidden else respond)
+        if request["PATH_INFO"].endswith("/log-batch"):
+            told = json.loads(body)
+            self.points += [(told["run_id"], m["key"], m["timestamp"], m["step"]) for m in told.get("metrics", [])]
+        if hidden:
+            b"".join(done)
+            respond("503 Busy", [("Content-Length", "0")])
+            return []
+        return done
+
+
+@pytest.fixture
+def moody(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Moody]:
+    """An MLflow server with a database in ``home``; clients wait for it a second."""
+    open_mlflow()
+    from mlflow.server import app, handlers
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    class Silent(WSGIRequestHandler):
+        def log(self, *_: Any) -> None: ...
+
+    store = SqlAlchemyStore(f"sqlite:///{home}/mlflow.db", (home / "mlflow-artifacts").as_uri())
+    monkeypatch.setattr(handlers, "_tracking_store", store)
+    moody = Moody(app)
+    server = make_server("127.0.0.1", 0, moody, threaded=True, request_handler=Silent)
+    serving = threading.Thread(target=server.serve_forever, daemon=True)
+    serving.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    try:
+        yield moody
+    finally:
+        moody.let_go.set()
+        server.shutdown()
+        serving.join()
+        server.server_close()
+
+
+def test_a_server_that_hangs_and_errs_gets_every_point_later_in_order_and_once(
+    home: Path, moody: Moody, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = fake_run(home)
+    leave_rounds(folder, sites=1)
+    events = story()
+    moods: tuple[Literal["silent", "500", "503"], ...] = ("silent", "500", "503")
+    with follow(folder.journal, [MlflowFollower(folder, recipe())], poll_seconds=0.01):
+        for number, mood in enumerate(moods, 1):
+            moody.mood = mood
+            tell(folder, events[: len(events) * number // len(moods)])
+            deadline = time.monotonic() + 60
+            while mood not in moody.asked:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        finish(folder)
+    assert not left_behind()
+    said = capsys.readouterr().err.splitlines()
+    assert ["MLflow failed and will be tried again" in line for line in said] == [True, False]
+    assert "MLflow gave up" in said[1]
+    assert said[1].endswith(f"; later: moeify sync {folder.id}")
+    whole = len(events) + 1
+    assert len(read_events(folder.journal, 0)[0]) == whole
+    assert not moody.points
+
+    with pytest.raises(DeliveryError, match="what is missing stays in "):
+        deliver(folder, recipe())
+
+    moody.mood = "lost"
+    for _ in range(10):
+        with suppress(DeliveryError):
+            deliver(folder, recipe())
+            break
+    moody.mood = "well"
+    assert deliver(folder, recipe()) == 0
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    found = runs(home)
+    assert sorted(found) == [folder.id, "round 1", "round 2"]
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    parent = found[folder.id]
+    written = [(event.time, *point) for event in events for point in points_of(event, "token")]
+    keys = {key for _, key, _, _ in written}
+    taken = dict.fromkeys(point[1:] for point in moody.points if point[0] == parent.info.run_id)
+    assert [point for point in taken if point[0] in keys] == [(key, round(at * 1000), n) for at, key, _, n in written]
+    for key in keys:
+        assert curve(home, parent, key) == [(n, value) for _, name, value, n in sorted(written) if name == key]
 
 
 def test_a_driven_run_has_system_metrics_until_it_is_closed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
