@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -248,6 +249,37 @@ class TestService:
         shown = json.loads(moeify(service, "show", run, "--json"))
         assert (shown["run"], shown["status"]) == (run, "finished")
         assert run in moeify(service, "runs")
+
+    @pytest.mark.slow
+    def test_of_two_runs_that_each_need_the_whole_cluster_one_waits_for_the_other(
+        self, service: dict[str, str], tmp_path: Path
+    ) -> None:
+        recipes = [write(tmp_path, name, 800) for name in ("one", "other")]
+        for recipe in recipes:
+            recipe.write_text(recipe.read_text() + "cluster: {workers: 2}\n")
+        told = [moeify(service, "submit", recipe) for recipe in recipes]
+        ids = [line.split()[1] for line in told]
+
+        def stand() -> list[dict[str, Any]]:
+            return [json.loads(moeify(service, "status", run, "--json")) for run in ids]
+
+        deadline = time.monotonic() + WAIT
+        waits = ""
+        while not waits:
+            assert time.monotonic() < deadline, stand()
+            first, second = sorted(stand(), key=lambda each: -each["work"])
+            if first["work"] and first["status"] == "running" and second["where"] == "starting workers":
+                waits = second["run"]
+        assert "now:     starting workers\n" in moeify(service, "status", waits)
+        while {each["job"]["status"] for each in stand()} != {"SUCCEEDED"}:
+            assert time.monotonic() < deadline + WAIT, stand()
+            time.sleep(0.5)
+        listed = moeify(service, "runs")
+        for run, each in zip(ids, stand(), strict=True):
+            assert (each["run"], each["job"]["id"], each["status"]) == (run, run, "finished")
+            assert run in moeify(service, "logs", run)
+            assert json.loads(moeify(service, "show", run, "--json"))["run"] == run
+            assert run in listed
 
     @pytest.mark.slow
     @pytest.mark.parametrize("killed", [False, True])
