@@ -122,8 +122,7 @@ class _Loop:
         self.task = OnDevice.of(task, group)
         self.group = group  # for training and checkpoints: what stops, stops with a checkpoint
         self.world = Stoppable(group, stop)
-        self.store = store
-        self.twins = twins
+        self.store, self.twins = store, twins
         self.teacher = Teacher.of(config, self.task, group.device)
         self.say = Reporter(config, store, tracker, speaks=group.rank == 0)
         self.state = self._begin()
