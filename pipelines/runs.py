@@ -30,6 +30,8 @@ from pipelines.versions import package_version, versions
 
 Status = Literal["running", "finished", "failed", "interrupted"]
 
+_PATIENCE = 5.0
+"""Seconds that outlast the probe in ``status``, and what a driver that was killed had just forked."""
 _ID = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]*)-(?P<when>\d{8}-\d{6})-[0-9a-f]{4}$")
 _LONGEST_ID = 90
 """Characters: a name, which has 64 at most, and what follows it."""
@@ -330,7 +332,7 @@ def hold_lock(path: Path, what: str) -> Iterator[None]:
 
     The operating system lets the lock go when the process ends, however it ends.
     """
-    lock = FileLock(path, timeout=1.0)  # long enough to outlast the probe in ``status``
+    lock = FileLock(path, timeout=_PATIENCE)
     try:
         with storing(path):
             lock.acquire()
