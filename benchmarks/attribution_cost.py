@@ -26,7 +26,6 @@ from benchmarks.report import Cell, Figure, gpu_parser, report
 from moeify.device import finish, take_device
 from moeify.models.build import build_llama
 from moeify.models.families import readers
-from moeify.recipe.config import Cluster
 from moeify.recipe.model import LlamaModel
 from moeify.tasks.language import token_nats
 from moeify.world import CPU
@@ -38,7 +37,7 @@ VOCABULARY, LENGTH, ROWS, BATCHES = 4096, 128, 16, 1
 def main() -> None:
     """Time each way against the plain passes, and compare its memory."""
     asked = gpu_parser(__doc__).parse_args()
-    device = take_device(Cluster(gpus=int(asked.gpu)))
+    device = take_device(int(asked.gpu))
     size, repeats = ((32, 2, 128), 3) if asked.quick else ((256, 6, 1024), 5)
     if asked.gpu and not asked.quick:
         size = (1024, 8, 4096)

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from benchmarks.random_splits import CATEGORIES, Size, Widths, mixed_rows, pair
 from benchmarks.report import Cell, Figure, gpu_parser, report
 from moeify.device import take_device
-from moeify.recipe.config import Cluster
 from moeify.roofline import flops
 from moeify.routed.split_model import SplitModel
 from moeify.timing import Run, ratio, seconds
@@ -44,7 +43,7 @@ Rivals = dict[str, Run]
 def main() -> None:
     """Run the benchmark."""
     args = gpu_parser(__doc__).parse_args()
-    device = take_device(Cluster(gpus=int(args.gpu)))
+    device = take_device(int(args.gpu))
     sizes = GPU_SIZES if args.gpu else SIZES
     turns, at_least = (2, 0.01) if args.quick else (7, 0.1)
     rows: list[dict[str, Cell]] = []

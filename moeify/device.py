@@ -7,20 +7,19 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from moeify.recipe.config import Cluster
 from moeify.task import Batch, Counted, HeldOut, Partial, Task
 from moeify.world import CPU, World, built_on
 
 _WAY_OUT = "install torch for this GPU, or set cluster.gpus: 0"
 
 
-def take_device(cluster: Cluster) -> torch.device:
-    """Return where networks and rows of this process lie: on torch's current GPU, where a worker is to have one.
+def take_device(gpus: int) -> torch.device:
+    """Return where networks and rows of this process lie: on torch's current GPU, where it is to have one.
 
     Torch is then set, for all of the process, to compute in one order and in float32 where float32 is asked for. An
     operation of which it has no such kernel raises RuntimeError. ValueError where no GPU is there that torch can use.
     """
-    if not cluster.gpus:
+    if not gpus:
         return CPU
     if not torch.cuda.is_available():
         raise ValueError(f"cluster.gpus is 1, and torch {torch.__version__} finds no GPU here; {_WAY_OUT}")

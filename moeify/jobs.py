@@ -65,7 +65,7 @@ def run_job(config: RunConfig, job: Job, places: Places) -> Ended:
     """
     task = build_task(seeded(config, job), cache=places.cache, base=places.base)
     recipe = job_recipe(config, job, len(task.categories))
-    world = Solo(take_device(recipe.cluster))
+    world = Solo(take_device(recipe.cluster.gpus))
     content = f"{recipe.model_dump_json()} {fingerprint(recipe, task, world)} {code()}"
     name = f"{job}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
     if known := _understood(places.kept.read(name)):

@@ -24,9 +24,9 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines.mlflow_store import artifact_root
+from pipelines.ray_cluster import LOOPBACK
 from pipelines.runs import told_home
 
-LOOPBACK = "127.0.0.1"
 _START_SECONDS = 180.0
 """Time to answer that each process is given."""
 _END_SECONDS = 20.0

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
@@ -26,6 +27,9 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 """Set where the user has not: an absent server costs seconds instead of four minutes, and MLflow prints nothing."""
+
+_ONE_BY_ONE = Lock()
+"""For those who change a setting for one request."""
 
 LONGEST_TAG = 8000
 """Characters that MLflow takes."""
@@ -114,14 +118,15 @@ def new_run(client: "MlflowClient", experiment: str, name: str, began: float, ta
 
 @contextmanager
 def _asked_once() -> Iterator[None]:
-    before = os.environ.get(_RETRIES)
-    os.environ[_RETRIES] = "0"
-    try:
-        yield
-    finally:
-        os.environ.pop(_RETRIES)
-        if before is not None:
-            os.environ[_RETRIES] = before
+    with _ONE_BY_ONE:
+        before = os.environ.get(_RETRIES)
+        os.environ[_RETRIES] = "0"
+        try:
+            yield
+        finally:
+            os.environ.pop(_RETRIES)
+            if before is not None:
+                os.environ[_RETRIES] = before
 
 
 def log_params(client: "MlflowClient", run: str, params: Mapping[str, str]) -> None:

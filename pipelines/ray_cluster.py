@@ -20,7 +20,7 @@ from moeify.recipe.config import Cluster
 from pipelines.one_line import one_line
 from pipelines.wording import counted
 
-_LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 100 * 10**6
 """Workers hand one another nothing through Ray: the smallest store that it starts with, and some."""
 _LONGEST_TEMPORARY = 40
@@ -115,11 +115,11 @@ def _private_cluster(wanted: Cluster, keep_logs: Path) -> Iterator[None]:
     claim.acquire()
     try:
         threads = {"OMP_NUM_THREADS": str(wanted.threads)}
-        with _environment(_PRIVATE | _STEADY | _importable() | _token(temporary) | threads), _alone():
+        with _environment(_PRIVATE | _STEADY | _importable() | _token(temporary) | threads), _on_loopback():
             try:
                 _start(
                     address="local",
-                    _node_ip_address=_LOOPBACK,
+                    _node_ip_address=LOOPBACK,
                     num_cpus=max(wanted.workers * wanted.threads, os.cpu_count() or 1),
                     num_gpus=None if wanted.gpus else 0,  # None: as many as there are
                     object_store_memory=_OBJECT_STORE_BYTES,
@@ -144,7 +144,7 @@ def _private_cluster(wanted: Cluster, keep_logs: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _on_loopback() -> Iterator[None]:
     """Have Ray stay with loopback, which it else takes for the machine's public address; see ``loopback_node``."""
     from ray._private import ray_constants
 
@@ -220,7 +220,7 @@ def _check_gpu(wanted: Cluster) -> None:
     """
     import ray
 
-    found = ray.remote(num_gpus=wanted.gpus)(_trouble).remote(wanted)
+    found = ray.remote(num_gpus=wanted.gpus)(_trouble).remote(wanted.gpus)
     ready, _ = ray.wait([found], timeout=_PATIENCE)
     if not ready:
         ray.cancel(found)
@@ -231,12 +231,12 @@ def _check_gpu(wanted: Cluster) -> None:
         raise ValueError(trouble)
 
 
-def _trouble(wanted: Cluster) -> str | None:
+def _trouble(gpus: int) -> str | None:
     """Return what keeps this process from using the GPU that it was lent; None: nothing does."""
     from moeify.device import take_device
 
     try:
-        take_device(wanted)
+        take_device(gpus)
     except ValueError as error:
         return str(error)
     return None

@@ -107,7 +107,7 @@ def work(payload: dict[str, Any]) -> None:
     """Run one worker's part of an ``Order``, alone or in torch.distributed's group; write the result on rank 0."""
     order = Order.model_validate(payload)
     torch.set_num_threads(order.config.cluster.threads)
-    device = take_device(order.config.cluster)
+    device = take_device(order.config.cluster.gpus)
     world = Group(order.config.cluster.parallel, device) if dist.is_initialized() else Solo(device)
     if order.url:
         homes.note(order.folder.parent, order.url.rpartition("/")[0])

@@ -125,9 +125,9 @@ def _check(func: Any, args: Sequence[Any], given: Sequence[Tensor]) -> None:
         raise RuntimeError(f"{func}: expected all tensors on one device, got {told}")
 
 
-_library = torch.library.Library("_", "IMPL")
-_library.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")  # what makes tensors there
-_library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+_kernels = torch.library.Library("_", "IMPL")
+_kernels.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")  # what makes tensors there
+_kernels.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 
 _tensor, _to = torch.tensor, nn.Module.to
 

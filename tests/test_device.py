@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from moeify.device import OnDevice, take_device
-from moeify.recipe.config import Cluster
 from moeify.recipe.parallel import Fsdp
 from moeify.task import Counted, Partial
 from moeify.world import CPU, Solo, built_on
@@ -67,7 +66,7 @@ def test_the_pretend_accelerator_did_the_work_and_refuses_what_a_gpu_refuses(the
 
 @pytest.fixture
 def gpu() -> Iterator[torch.device]:
-    yield take_device(Cluster(gpus=1))
+    yield take_device(1)
     torch.use_deterministic_algorithms(False)
 
 
@@ -81,11 +80,11 @@ def test_a_gpu_comes_to_what_the_cpu_comes_to(gpu: torch.device, here: dict[str,
 
 def test_a_worker_that_is_to_have_a_gpu_and_finds_none_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert take_device(Cluster()) == CPU
+    assert take_device(0) == CPU
     with pytest.raises(
         ValueError, match=r"cluster.gpus is 1, and torch .* finds no GPU here; .* or set cluster.gpus: 0"
     ):
-        take_device(Cluster(gpus=1))
+        take_device(1)
 
 
 def test_a_task_on_a_device_is_the_task_but_for_where_its_rows_lie() -> None:

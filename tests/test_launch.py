@@ -494,13 +494,13 @@ def test_a_private_cluster_stays_out_of_the_home_folder_and_leaves_the_logs_of_w
 
 def test_a_gpu_that_torch_cannot_use_is_told_before_workers_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert ray_cluster._trouble(Cluster()) is None
-    assert "finds no GPU here" in (ray_cluster._trouble(Cluster(gpus=1)) or "")
+    assert ray_cluster._trouble(0) is None
+    assert "finds no GPU here" in (ray_cluster._trouble(1) or "")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     broken = Mock(side_effect=RuntimeError("no kernel image is available"))
     monkeypatch.setattr("torch.cuda.current_device", broken)
     monkeypatch.setattr("torch.use_deterministic_algorithms", Mock())
-    assert "cannot use this GPU (no kernel image is available)" in (ray_cluster._trouble(Cluster(gpus=1)) or "")
+    assert "cannot use this GPU (no kernel image is available)" in (ray_cluster._trouble(1) or "")
 
 
 @pytest.mark.gpu
