@@ -13,7 +13,7 @@ from moeify.recipe.model import traits_of
 from moeify.recipe.parallel import Fsdp
 from pipelines.accelerators import Gpu
 from pipelines.tables import console_for, table_for
-from pipelines.wording import clock, percent
+from pipelines.wording import clock, counted, percent
 
 Summary = dict[str, Any]
 _ARMS = {"dense": "dense twin", "told": "told twin", "split": "split model", "random": "random split"}
@@ -159,7 +159,7 @@ def print_plan(plan: Summary, stream: TextIO) -> None:
         f"{plan['steps']:,} steps of {plan['units_per_step']:,} {plan['unit']}s",
     ]
     console.print(" · ".join(facts), style="bold")
-    where = f"{plan['workers']} x {plan['device']}" if plan["device"] else f"{plan['workers']} worker(s), CPU"
+    where = f"{plan['workers']} x {plan['device']}" if plan["device"] else f"{counted(plan['workers'], 'worker')}, CPU"
     if rate := plan["flops_per_second"]:
         where += f", {short(rate)}FLOP/s in all"
     console.print(where)
