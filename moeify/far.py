@@ -1,20 +1,19 @@
-"""What a recipe names by URL, copied to this machine before anything reads it.
+"""What a recipe names by URL, copied to this machine before anything reads it; streamed files when they are read.
 
 Copies lie in the cache by what the store says of each object (its mark): an object that was written anew is fetched
 anew, and one that is there already is not. What opens the store is in the environment of each node.
 """
 
 import hashlib
-import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import assert_never
 
 from filelock import FileLock
 
-from moeify.place import Item, Place, checked_url, is_url
+from moeify.place import Item, Place
 from moeify.recipe.config import RunConfig
 from moeify.recipe.data import (
     ImageData,
@@ -73,12 +72,8 @@ def _source(source: Source, cache: Path) -> Source:
             there = root if root and url_of(root) else None
             mine = {name: _part(part, there, cache, f"{said}.categories.{name}.path") for name, part in parts.items()}
             return source.model_copy(update={"root": None if there else root, "categories": mine})
-        case StreamedText(categories=streams):
-            streamed = {
-                name: files.model_copy(update={"files": _files(files.files, cache, f"{said}.categories.{name}.files")})
-                for name, files in streams.items()
-            }
-            return source.model_copy(update={"categories": streamed})
+        case StreamedText():
+            return source  # file by file, by who reads it: moeify.data.streamed_files
         case _ as never:
             assert_never(never)
 
@@ -96,45 +91,15 @@ def _copy(path: Path, cache: Path, said: str) -> Path:
         return path
     place = Place(url)
     if there := place.found():
-        return _copied(place, there, cache)
+        return copied(place, there, cache)
     above, _, name = url.rpartition("/")
     with suppress(FileNotFoundError):
         if not above.endswith(":/"):  # else the bucket itself
-            return _copied(Place(above), {name: Place(above).item(name)}, cache) / name
+            return copied(Place(above), {name: Place(above).item(name)}, cache) / name
     raise ValueError(f"{said}: nothing is at {url}; wanted an object, or a prefix with objects below it")
 
 
-def _files(named: Iterable[str], cache: Path, said: str) -> tuple[str, ...]:
-    """Return the same files, those behind URLs by where their copies lie; globs that are none stay as they are."""
-    found: list[str] = []
-    for each in named:
-        if not is_url(each):
-            found.append(each)
-            continue
-        parts = PurePosixPath(checked_url(each).partition("://")[2]).parts
-        fixed = next((place for place, part in enumerate(parts) if set(part) & set("*[")), None)
-        if fixed is None:
-            found.append(str(_copy(Path(each), cache, said)))
-            continue
-        if fixed == 0:
-            raise ValueError(f"{said}: got {each!r}, wanted the name of a bucket before the first '*'")
-        place = Place(f"{each.partition('://')[0]}://{'/'.join(parts[:fixed])}")
-        fits = re.compile(_pattern(parts[fixed:]))
-        if not (there := {name: item for name, item in place.found().items() if fits.fullmatch(name)}):
-            raise ValueError(f"{said}: no object matches {each!r}")
-        copies = _copied(place, there, cache)
-        found += [str(copies / name) for name in sorted(there)]
-    return tuple(found)
-
-
-def _pattern(parts: Iterable[str]) -> str:
-    """Return a glob's regular expression: ``*`` is any name, ``**`` any folders."""
-    from fsspec.utils import glob_translate
-
-    return str(glob_translate("/".join(parts)))
-
-
-def _copied(place: Place, there: Mapping[str, Item], cache: Path) -> Path:
+def copied(place: Place, there: Mapping[str, Item], cache: Path) -> Path:
     """Return the folder with copies of these objects, made if it is not there; whole, or not at all."""
     known_by = hashlib.sha256(place.url.encode())
     for name, item in sorted(there.items()):

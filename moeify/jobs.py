@@ -31,8 +31,10 @@ class Places:
     results: Path
     twins: Path
     """Of ``moeify.twin_cache``."""
+    shelf: str | None = None
+    """URL where machines share prepared text."""
     twins_url: str | None = None
-    """Where machines share them."""
+    """Where they share twins."""
     results_url: str | None = None
     """The same of results."""
 
@@ -63,7 +65,7 @@ def run_job(config: RunConfig, job: Job, places: Places) -> Ended:
 
     Bits, and so what counts as the same, depend on torch's threads. ValueError where recipe or data are at fault.
     """
-    task = build_task(seeded(config, job), cache=places.cache, base=places.base)
+    task = build_task(seeded(config, job), cache=places.cache, base=places.base, shelf=places.shelf)
     recipe = job_recipe(config, job, len(task.categories))
     world = Solo(take_device(recipe.cluster.gpus))
     content = f"{recipe.model_dump_json()} {fingerprint(recipe, task, world)} {code()}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from moeify.data import tokens
 from moeify.data.given_tokenizer import GivenTokenizer
+from moeify.data.prepared import Tokens
 from moeify.data.survey import Survey
 from moeify.recipe import strict_yaml
 from moeify.recipe.config import RunConfig
@@ -125,7 +126,7 @@ def rows_of(
     given: GivenTokenizer | None = None,
     most: int = _LENGTHS[0],
     **more: Any,
-) -> tuple[TextData, tokens.Tokens]:
+) -> tuple[TextData, Tokens]:
     """Return the data section for what was found, rows as long as they may be, ``most`` at most, and its tokens.
 
     ``base``: None leaves absolute paths as they are. ``more``: fields of the section. ValueError for too little text.
@@ -148,7 +149,7 @@ def rows_a_step(categories: int) -> int:
     return max(16, 2 ** math.ceil(math.log2(categories)))
 
 
-def _prepared(data: TextData, cache: Path, base: Path, given: GivenTokenizer | None) -> tuple[TextData, tokens.Tokens]:
+def _prepared(data: TextData, cache: Path, base: Path, given: GivenTokenizer | None) -> tuple[TextData, Tokens]:
     """Prepare the tokens; where clusters are too small to hold any of them out, look for fewer clusters."""
     if data.discover is None:
         return data, tokens.prepare(data, cache, base, given)
@@ -191,7 +192,7 @@ def _below(path: Path, base: Path) -> Path:
     return path if ".." in relative.parts else relative
 
 
-def _length(prepared: tokens.Tokens, most: int) -> int:
+def _length(prepared: Tokens, most: int) -> int:
     """Return the longest row, of ``most`` tokens, that leaves enough rows to judge by."""
     category, split, least = min(
         (

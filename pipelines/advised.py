@@ -61,12 +61,12 @@ def _of_run(folder: RunFolder) -> Advised:
     """Return a run's dense twin, as its newest checkpoint has it."""
     config = load_recipe(folder.resolved)
     copies.fetch_checkpoint(folder)
-    task = build_task(config, cache=runs.cache(), base=folder.base)
+    task = build_task(config, cache=runs.cache(), base=folder.base, shelf=runs.shelf("text"))
     return Advised(f"{folder.id} (dense)", load_from_run(folder.path, "dense").eval(), task, config, trained=True)
 
 
 def _of_recipe(name: str, config: RunConfig, base: Path) -> Advised:
-    task = build_task(config, cache=runs.cache(), base=base)
+    task = build_task(config, cache=runs.cache(), base=base, shelf=runs.shelf("text"))
     model = SplitModel(task.build(), task.categories, kinds=config.partition.units).eval()
     trained = isinstance(config.model, PretrainedModel)
     return Advised(f"recipe {name}" if trained else f"recipe {name}, untrained", model, task, config, trained)

@@ -19,7 +19,7 @@ from moeify.recipe.load import to_yaml
 from moeify.result import MEAN, Result
 from pipelines.kept_jobs import RECIPE, JobsFolder, by_seed, failed, hold, told
 from pipelines.pool import Broken, Payload, answered, run_pool
-from pipelines.runs import cache, cache_url
+from pipelines.runs import cache, shelf
 from pipelines.wording import nats
 
 
@@ -78,13 +78,13 @@ def compare(
 
     Raises ``RunBusyError`` where another process drives the comparison.
     """
-    twins_url = f"{url}/twins" if (url := cache_url()) else None
     places = Places(
         base.absolute(),
         cache(),
         results=folder.results,
         twins=cache() / "twins",
-        twins_url=twins_url,
+        shelf=shelf("text"),
+        twins_url=shelf("twins"),
         results_url=folder.results_url,
     )
     with hold(folder):

@@ -18,7 +18,7 @@ from pipelines.drawing import Drawing
 from pipelines.journal import Follower, JournalError, follow
 from pipelines.ray_cluster import RunFailedError, cluster, told
 from pipelines.restarts import fit_again
-from pipelines.runs import RunFolder, cache, hold
+from pipelines.runs import RunFolder, cache, hold, shelf
 from pipelines.stopping import asking, stoppable
 from pipelines.tracking import MlflowFollower
 from pipelines.url_journal import journal_of
@@ -159,7 +159,14 @@ def _order(folder: RunFolder, config: RunConfig, base: Path) -> dict[str, Any]:
     from pipelines.worker import Order
 
     url = folder.remote.place.url if folder.remote else None
-    order = Order(folder=folder.path.absolute(), base=base.absolute(), cache=cache(), config=config, url=url)
+    order = Order(
+        folder=folder.path.absolute(),
+        base=base.absolute(),
+        cache=cache(),
+        shelf=shelf("text"),
+        config=config,
+        url=url,
+    )
     return order.model_dump(mode="json")
 
 

@@ -99,8 +99,8 @@ def _named(config: RunConfig) -> Iterator[tuple[str, Path]]:
 
 def _files(config: RunConfig, base: Path) -> Iterator[tuple[Path, Path]]:
     """Yield every file that relative paths name: its name below ``base``, and where it is."""
-    from moeify.data import streamed
     from moeify.data.sources import files_in
+    from moeify.data.streamed_files import files_of, said_of
     from moeify.data.tables import parts_of
 
     if isinstance(config.data, TextData):
@@ -128,7 +128,7 @@ def _files(config: RunConfig, base: Path) -> Iterator[tuple[Path, Path]]:
                     near = tuple(file for file in each.files if _goes(Path(file)))
                     if near:
                         mine = each.model_copy(update={"files": near})
-                        found = streamed.files_of(mine, base, f"data.source.categories.{name}.files")
+                        found = (Path(file.told) for file in files_of(mine, base, said_of(name)))
                         yield from ((path.relative_to(base), path) for path in found)
     if isinstance(config.model, PretrainedModel) and _goes(folder := config.model.path):
         files = sorted(path for path in (base / folder).iterdir() if path.suffix in _CHECKPOINT)

@@ -39,7 +39,7 @@ def joint_on(folder: runs.RunFolder, steps: int) -> Callable[[SplitModel], Joine
 def _data_of(folder: runs.RunFolder, asks: str, way_out: str) -> tuple[RunConfig, Task]:
     config, way_out = load_recipe(folder.resolved), f"put it back, or {way_out}"
     try:
-        task = build_task(config, cache=runs.cache(), base=folder.base)
+        task = build_task(config, cache=runs.cache(), base=folder.base, shelf=runs.shelf("text"))
     except (OSError, ValueError) as error:
         said = one_line(error, None)
         raise ValueError(f"{asks} the data of run {folder.id}, which cannot be read: {said}; {way_out}") from None

@@ -168,17 +168,16 @@ def told_home(home: Path) -> str:
 def cache() -> Path:
     """Return the folder of what can be made again: ``MOEIFY_CACHE``, or ``~/.cache/moeify``.
 
-    Where ``MOEIFY_CACHE`` is a URL, that is for what machines can share; prepared data is read in place, row by row,
-    and stays on each of them.
+    Where ``MOEIFY_CACHE`` is a URL, that is a ``shelf`` for what machines can share.
     """
     asked = os.environ.get("MOEIFY_CACHE") or ""
     return Path("~/.cache/moeify" if not asked or is_url(asked) else asked).expanduser().absolute()
 
 
-def cache_url() -> str | None:
-    """Return the URL that ``MOEIFY_CACHE`` is, where it is one."""
+def shelf(kind: Literal["text", "twins"]) -> str | None:
+    """Return the URL where machines find what others of them prepared, where ``MOEIFY_CACHE`` is one."""
     asked = os.environ.get("MOEIFY_CACHE") or ""
-    return checked_url(asked) if is_url(asked) else None
+    return f"{checked_url(asked)}/{kind}" if is_url(asked) else None
 
 
 def new_id(name: str) -> str:

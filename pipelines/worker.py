@@ -25,7 +25,6 @@ from moeify.recipe.config import RunConfig
 from moeify.stopping import StoppedError
 from moeify.store import FolderStore, Store
 from moeify.storing import StorageError
-from moeify.task import Task
 from moeify.world import Group, Solo, World, shares_models
 from pipelines import homes
 from pipelines.copies import fetch_checkpoint, publish
@@ -45,6 +44,8 @@ class Order(BaseModel):
     """Where relative paths of the recipe start."""
     cache: Path
     """Of prepared data; a node fills its own."""
+    shelf: str | None = None
+    """URL where nodes share prepared text; None: they do not."""
     config: RunConfig
     url: str | None = None
     """Of the run, where its folder is a copy. What opens it is in each node's environment."""
@@ -162,10 +163,11 @@ def _failure_name(payload: Mapping[str, Any]) -> str:
 
 def _loop(order: Order, folder: RunFolder, world: World, tracker: Journal | _Silent) -> None:
     from moeify.loop import run  # here, since the driver reads this module too and needs none of this
+    from moeify.tasks.build import build_task
     from pipelines.examples import keep_or_warn
 
     tracker.emit(Phase(id="phase/prepare", time=time.time(), phase="prepare", round=0))
-    task = _prepare(order, world)
+    task = build_task(order.config, cache=order.cache, base=order.base, world=world, shelf=order.shelf)
     store = _store(folder, order.config.checkpoints.keep, tracker)
     result = run(order.config, task, world=world, store=store, tracker=tracker, stop=Watch(folder))
     if world.rank == 0:
@@ -190,18 +192,6 @@ def _store(folder: RunFolder, keep: int, tracker: Journal | _Silent) -> Store:
 
 def _refused() -> None:
     raise AssertionError("only rank 0 publishes checkpoints")
-
-
-def _prepare(order: Order, world: World) -> Task:
-    """Build the task: first on rank 0, which fills the cache, then on the others, which find it there."""
-    from moeify.tasks.build import build_task
-
-    def build() -> Task:
-        return build_task(order.config, cache=order.cache, base=order.base)
-
-    task = build() if world.rank == 0 else None
-    world.share(None)
-    return task or build()
 
 
 def _peer_is_gone(error: Exception) -> bool:

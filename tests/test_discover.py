@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from moeify.data.discover import Clusters, TooSmallError, cluster, report
 from moeify.data.documents import SPLITS, Split
-from moeify.data.tokens import Tokens, prepare, read
+from moeify.data.prepared import Tokens
+from moeify.data.tokens import prepare, read
 from moeify.recipe.config import RunConfig
 from moeify.recipe.data import Discover, TextData
 from moeify.recipe.load import RecipeError, parse_recipe, to_yaml

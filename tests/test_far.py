@@ -10,9 +10,11 @@ import fsspec
 import pytest
 from click.testing import CliRunner
 
+from moeify.data.streamed_files import files_of
 from moeify.far import near
 from moeify.place import Place
 from moeify.recipe.config import RunConfig
+from moeify.recipe.data import StreamedFiles
 from moeify.recipe.load import RecipeError, parse_recipe, to_yaml
 from moeify.recipe.where import url_of
 from moeify.storing import StorageError
@@ -129,11 +131,12 @@ def test_every_kind_of_source_may_name_urls(shelf: Place, fetched: list[str], tm
     table = near(recipe({"kind": "table", "path": f"{ROOT}/parts"}), tmp_path)
     assert (source_of(table)["path"] / "x.csv").read_text() == "parts/x.csv"
     files = [f"{ROOT}/deep/**/*.jsonl", f"{ROOT}/lines.jsonl", "here/*.jsonl"]
-    categories = {"far": {"files": files}, "near": {"files": ["b.jsonl"]}}
-    streamed = source_of(near(recipe({"kind": "streamed", "categories": categories}), tmp_path))["categories"]
-    *far, last = streamed["far"]["files"]
-    assert [Path(each).read_text() for each in far] == ["deep/one/a.jsonl", "deep/two/b.jsonl", "lines.jsonl"]
-    assert (last, streamed["near"]["files"]) == ("here/*.jsonl", ("b.jsonl",))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "d.jsonl").write_text("here/d.jsonl")
+    found = files_of(StreamedFiles.model_validate({"files": files}), tmp_path, "said")
+    assert "lines.jsonl" not in fetched  # by who reads it
+    texts = [file.near(tmp_path).read_text() for file in found]
+    assert texts == ["deep/one/a.jsonl", "deep/two/b.jsonl", "lines.jsonl", "here/d.jsonl"]
     assert "deep/two/c.csv" not in "".join(fetched)
     parts = {
         "below": {"kind": "jsonl", "path": "lines.jsonl"},
@@ -172,7 +175,7 @@ def test_what_is_not_there_is_told_by_where_the_recipe_names_it(
     shelf: Place, source: dict[str, Any], told: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"data\.source") as caught:
-        near(recipe(source), tmp_path)
+        build_task(recipe(source), cache=tmp_path, base=tmp_path)
     assert str(caught.value).startswith(told)
 
 
@@ -221,3 +224,20 @@ def test_a_run_reads_an_object_store_as_it_reads_files(tmp_path: Path, monkeypat
 
     found = json.loads((tmp_path / "runs" / RUN / "result.json").read_text())
     assert found["test_loss"] == run(near_by, task).test_loss
+
+
+def test_what_a_run_prepared_is_on_the_shelf_where_the_cache_is_a_url(
+    shelf: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_texts(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe({"kind": "jsonl", "path": "texts.jsonl"})))
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.setenv("MOEIFY_HOME", str(tmp_path / "runs"))
+    monkeypatch.setenv("MOEIFY_CACHE", f"{ROOT}/cache")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    done = CliRunner().invoke(main, ["run", str(tmp_path / "recipe.yaml"), "--local", "--quiet", "--id", RUN])
+    assert done.exit_code == 0, done.output
+    (index,) = (name for name in shelf.found() if name.endswith("index.json"))
+    (here,) = (tmp_path / "me" / ".cache" / "moeify" / "text").glob("*/index.json")
+    assert shelf.read(index) == here.read_bytes()
+    assert index == f"cache/text/{here.parent.name}/index.json"

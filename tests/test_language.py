@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moeify.data.tokens import Tokens
+from moeify.data.prepared import Tokens
 from moeify.models.build import logits
 from moeify.recipe.config import RunConfig
 from moeify.task import Task

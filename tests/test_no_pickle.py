@@ -16,7 +16,7 @@ from transformers import AutoConfig, dynamic_module_utils
 
 from attribution.files import CorruptTableError
 from attribution.files import load as load_table
-from moeify.data import tokens as tokens_of
+from moeify.data import prepared
 from moeify.data.images import load as load_images
 from moeify.data.tokens import prepare
 from moeify.models.pretrained import look
@@ -431,8 +431,8 @@ def test_prepared_data_that_holds_objects_is_prepared_anew(
     stream.unlink()  # which is mapped
     write(marker, stream)
     files = json.loads(index.read_text())["files"]
-    change_json(index, files={**files, stream.name: tokens_of._hash(stream)})
-    assert tokens_of._load(index.parent) is None
+    change_json(index, files={**files, stream.name: prepared._hash(stream)})
+    assert prepared._read(index.parent) is None
     after = prepare(data, tmp_path / "cache", tmp_path)
     assert stream.read_bytes() == whole
     assert np.array_equal(before.streams["train"][0], after.streams["train"][0])

@@ -5,6 +5,7 @@ import json
 import lzma
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ import pytest
 import zstandard
 from click.testing import CliRunner
 
-from moeify.data import sources, tokens
+from moeify.data import token_files
 from moeify.data.documents import SPLITS
-from moeify.data.streamed import Corpus, files_of
-from moeify.data.tokens import Tokens, prepare
+from moeify.data.prepared import Tokens
+from moeify.data.streamed import Corpus
+from moeify.data.streamed_files import File, files_of, fingerprint
+from moeify.data.tokens import prepare
 from moeify.recipe.data import StreamedFiles, StreamedText, TextData
 from pipelines.cli import main
 from tests.surveyed import text
@@ -93,7 +96,7 @@ def test_how_files_are_cut_and_packed_and_how_much_is_encoded_at_a_time_changes_
     write(base / "law" / "rest.jsonl.xz", [text(number) for number in range(30, 35)])
     write(base / "law" / "last.jsonl.zst", [text(number) for number in range(35, 40)])
     (base / "law" / "nothing.jsonl").touch()
-    monkeypatch.setattr(tokens, "_BATCH_BYTES", 500)
+    monkeypatch.setattr(token_files, "_BATCH_BYTES", 500)
     packed = {
         **BOTH,
         "law": {"files": ["law/all.jsonl.gz", "law/rest.jsonl.xz", "law/last.jsonl.zst", "law/nothing.jsonl"]},
@@ -127,14 +130,14 @@ def test_text_files_are_a_document_each(tmp_path: Path) -> None:
     assert sum(map(len, documents_of(found, 0).values())) == 40
 
 
-def test_what_is_read_first_for_the_tokenizer_does_not_count_as_read(base: Path) -> None:
+def test_what_the_tokenizer_is_trained_on_are_the_first_documents_of_the_train_split(base: Path) -> None:
     source = data(BOTH).source
     assert isinstance(source, StreamedText)
-    corpus = Corpus(source, base, validation=0.2, test=0.2)
-    head = corpus.head("law", 1)
-    assert len(head) == 1
-    assert head[0] in [document for split, document in corpus.documents("law") if split == "train"]
-    assert not list(corpus.documents("law"))
+    corpus = Corpus(source, base, base / "cache", validation=0.2, test=0.2)
+    found = [document for part in corpus.parts if part.category == 0 for _, document in corpus.documents(part)]
+    train = documents_of(prepare(data(BOTH), base / "cache", base), 0)["train"]
+    assert len(corpus.head(0, 1)) == 1
+    assert [each.text for each in corpus.head(0, 10**9)] == [each.text for each in found if each.text in train]
 
 
 def test_globs_mean_files_wherever_the_recipe_lies(base: Path) -> None:
@@ -143,14 +146,19 @@ def test_globs_mean_files_wherever_the_recipe_lies(base: Path) -> None:
     write(inside / "deep" / "deeper" / "b.jsonl", ["two"])
     for pattern in ("deep/**/*", str(base / "odd ?1?" / "**" / "*.jsonl")):
         part = StreamedFiles(files=(pattern,))
-        assert [path.name for path in files_of(part, inside, "files")] == ["a.jsonl", "b.jsonl"]
+        assert [Path(file.told).name for file in files_of(part, inside, "files")] == ["a.jsonl", "b.jsonl"]
+
+
+def marks(files: Sequence[File]) -> Iterator[str]:
+    yield from (file.mark() for file in files)
 
 
 def test_changed_files_are_other_data(base: Path) -> None:
     source = data(BOTH).source
-    before = sources.fingerprint(source, base)
+    assert isinstance(source, StreamedText)
+    before = fingerprint(source, base, marks)
     write(base / "letters.parquet", [text(number) for number in range(100, 141)], "body")
-    assert sources.fingerprint(source, base) != before
+    assert fingerprint(source, base, marks) != before
 
 
 def broken(base: Path, kind: str) -> dict[str, object]:
@@ -225,7 +233,7 @@ def test_bad_input_is_told_in_one_line(base: Path, kind: str, said: str) -> None
     assert "\n" not in str(raised.value)
     assert str(raised.value).startswith("data.source")
     left = [path for path in (base / "cache").glob("text/*") if path.is_dir()]
-    assert all(path.suffix == ".preparing" for path in left), "nothing half prepared counts as prepared"
+    assert all(path.suffix in (".preparing", ".parts") for path in left), "nothing half prepared counts as prepared"
 
 
 def test_what_is_missing_or_does_not_go_together_is_said(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moeify.data import tokens as tokens_of
 from moeify.data.documents import Document
-from moeify.data.tokens import END, Tokens, encode, prepare, train_tokenizer
+from moeify.data.prepared import Entry, Tokens
+from moeify.data.token_files import encode
+from moeify.data.tokens import END, prepare, train_tokenizer
 from moeify.recipe.data import JsonLines, TextData
 from tests.texts import write_texts
 
@@ -91,7 +94,7 @@ def test_transformers_reads_the_assets(tmp_path: Path) -> None:
 def test_a_second_call_reads_what_the_first_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(data(tmp_path), tmp_path / "cache", tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(tokens_of, "_publish", None)
+        patch.setattr(Entry, "publish", None)
         assert same(first, prepare(data(tmp_path), tmp_path / "cache", tmp_path))
         assert same(first, prepare(data(tmp_path, length=32), tmp_path / "cache", tmp_path))
     elsewhere = prepare(data(tmp_path), tmp_path / "other", tmp_path)
@@ -129,14 +132,14 @@ def test_a_damaged_entry_is_prepared_anew(tmp_path: Path, name: str) -> None:
 
 
 def test_of_several_that_start_at_once_one_prepares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    published: list[Path] = []
-    publish = tokens_of._publish
+    published: list[Entry] = []
+    publish = Entry.publish
 
-    def count(settings: TextData, base: Path, entry: Path, given: None) -> None:
+    def count(entry: Entry, *arguments: Any) -> Tokens:
         published.append(entry)
-        publish(settings, base, entry, given)
+        return publish(entry, *arguments)
 
-    monkeypatch.setattr(tokens_of, "_publish", count)
+    monkeypatch.setattr(Entry, "publish", count)
     settings, results = data(tmp_path), []
     threads = [
         threading.Thread(target=lambda: results.append(prepare(settings, tmp_path / "cache", tmp_path)))
@@ -156,7 +159,7 @@ def test_what_a_killed_process_left_does_not_matter(tmp_path: Path, monkeypatch:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokens_of, "_batches", die)
+        patch.setattr(tokens_of, "batches", die)
         with pytest.raises(KeyboardInterrupt):
             prepare(data(tmp_path), tmp_path / "cache", tmp_path)
     assert list((tmp_path / "cache" / "text").glob("*.preparing"))

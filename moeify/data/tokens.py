@@ -9,77 +9,80 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import tokenizers
-from filelock import FileLock
-from jaxtyping import UInt16, UInt32
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from moeify.data import corpora, documents, excerpts, labels, lines, sources, streamed, tables
+from moeify.data import (
+    corpora,
+    documents,
+    excerpts,
+    labels,
+    lines,
+    packing,
+    sources,
+    streamed,
+    streamed_files,
+    tables,
+    token_files,
+)
 from moeify.data.documents import SPLITS, Document, Split
 from moeify.data.given_tokenizer import GivenTokenizer
 from moeify.data.labels import UNLABELLED
+from moeify.data.prepared import Entry, Tokens
+from moeify.data.streamed_files import File
+from moeify.data.token_files import StreamFiles, batches, encode, ids_of, kind_of
 from moeify.recipe.data import Discover, StreamedText, TextData
+from moeify.world import Solo, World
 
 END = "<|end|>"
 """The token after every document. The same characters inside of a document are ordinary text."""
 SAMPLE_BYTES = 1_000_000
 """What the BPE sees of each category at most; of all the same, so that none shapes the vocabulary more."""
-Stream = UInt16[np.ndarray, " tokens"] | UInt32[np.ndarray, " tokens"]
-"""The wide one where a vocabulary has more than 65,536 tokens."""
 Placed = Iterable[tuple[Split, Document]]
 """Documents, and the split that each falls into."""
-_BATCH_BYTES = 4_000_000
-"""Of text that is encoded at a time."""
-_INDEX = "index.json"
 _ASSETS = ("tokenizer.json", "tokenizer_config.json")
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Each category's documents as one stream of tokens a split, documents ended by the end token."""
-
-    categories: tuple[str, ...]
-    streams: Mapping[Split, tuple[Stream, ...]]
-    """One a category; memory-mapped."""
-    sizes: Mapping[Split, tuple[int, ...]]
-    """Bytes of UTF-8 of the documents, one number a category."""
-    vocabulary: int
-    """Tokens that the tokenizer knows; less than asked for where the text has too few pairs to merge."""
-    end: int
-    """Id of the end token."""
-    assets: Mapping[str, bytes]
-    """The tokenizer's files, by name, as ``transformers.AutoTokenizer`` reads them; ``discovered.json`` where
-    categories were discovered."""
-
-
-def prepare(data: TextData, cache: Path, base: Path, given: GivenTokenizer | None = None) -> Tokens:
+def prepare(
+    data: TextData,
+    cache: Path,
+    base: Path,
+    given: GivenTokenizer | None = None,
+    *,
+    world: World | None = None,
+    shelf: str | None = None,
+) -> Tokens:
     """Return the data's tokens, from the cache where they are; several processes may prepare at once.
 
-    ``given``: the tokenizer; None: one is trained.
+    ``given``: the tokenizer; None: one is trained. ``world``: whose workers all call this at the same time, and of
+    files that are streamed each read their share. ``shelf``: URL of what machines prepared for each other.
 
     Raises:
         ValueError: The source cannot be read, or holds too little.
+        StorageError: The shelf cannot be reached, or there is no room.
     """
-    entry = cache / "text" / _key(data, base, given)
-    if (tokens := _load(entry)) is not None:
+    world = world or Solo()
+    entry = Entry(cache / "text" / _key(data, base, given, world), shelf)
+    if isinstance(data.source, StreamedText):
+        return _streamed(data, data.source, cache, base, given, entry, world)
+    if tokens := entry.tokens():
         return tokens
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(entry.with_suffix(".lock")):
-        if (tokens := _load(entry)) is None:
-            shutil.rmtree(entry, ignore_errors=True)  # What is there is damaged.
-            _publish(data, base, entry, given)
-            tokens = _load(entry)
-    assert tokens is not None
-    return tokens
+    with entry.lock:
+        if tokens := entry.found():
+            return tokens
+        parts, chosen, assets = _ready(data, base, given)
+
+        def write(work: Path) -> list[StreamFiles]:
+            return [_write(work, number, each, chosen) for number, each in enumerate(parts.values())]
+
+        return entry.publish(list(parts), chosen, assets, write)
 
 
 def read(data: TextData, base: Path) -> dict[str, list[Document]]:
@@ -90,54 +93,97 @@ def read(data: TextData, base: Path) -> dict[str, list[Document]]:
     return {category: [d for split in SPLITS for d in each[split]] for category, each in parts.items()}
 
 
-def _key(data: TextData, base: Path, given: GivenTokenizer | None) -> str:
+def _key(data: TextData, base: Path, given: GivenTokenizer | None, world: World) -> str:
     digest = hashlib.sha256(f"{data.model_dump_json(exclude={'length'})}\n{tokenizers.__version__}\n".encode())
     if given is not None:
         digest.update(f"{given.fingerprint}\n".encode())
-    text = (corpora.__file__, documents.__file__, excerpts.__file__, lines.__file__, sources.__file__)
-    for module in (*text, labels.__file__, tables.__file__, streamed.__file__, __file__):
-        digest.update(hashlib.sha256(Path(module).read_bytes()).digest())
+    text = (
+        corpora,
+        documents,
+        excerpts,
+        labels,
+        lines,
+        packing,
+        sources,
+        streamed,
+        streamed_files,
+        tables,
+        token_files,
+    )
+    for path in (*(module.__file__ for module in text), __file__):
+        digest.update(hashlib.sha256(Path(str(path)).read_bytes()).digest())
     if data.discover is not None:
         from moeify.data import discover
 
         digest.update(discover.fingerprint().encode())
-    digest.update(sources.fingerprint(data.source, base).encode())
+    if isinstance(data.source, StreamedText):
+        marks = partial(_marks, world=world)
+        digest.update(streamed_files.fingerprint(data.source, base, marks).encode())
+    else:
+        digest.update(sources.fingerprint(data.source, base).encode())
     return digest.hexdigest()[:32]
+
+
+def _marks(files: Sequence[File], world: World) -> Iterator[str]:
+    """Yield the marks of files, of which each worker looks at its share."""
+    found = world.gather([file.mark() for file in files[world.rank :: world.size]])
+    return (found[place % world.size][place // world.size] for place in range(len(files)))
 
 
 # --- preparing ----------------------------------------------------------------------------------------
 
 
-def _publish(data: TextData, base: Path, entry: Path, given: GivenTokenizer | None) -> None:
-    """Prepare the data beside ``entry`` and move it there; the caller holds the entry's lock."""
-    parts, chosen, assets = _ready(data, base, given)
-    work = entry.with_suffix(".preparing")
-    shutil.rmtree(work, ignore_errors=True)  # What a process left that was killed.
-    work.mkdir()
-    for name, content in assets.items():
-        (work / name).write_bytes(content)
-    sizes = [_write(work, number, name, each, chosen) for number, (name, each) in enumerate(parts.items())]
-    index = {
-        "categories": list(parts),
-        "vocabulary": chosen.tokenizer.get_vocab_size(),
-        "end": chosen.end,
-        "sizes": {split: [each[split] for each in sizes] for split in SPLITS},
-        "assets": list(assets),
-        "files": {path.name: _hash(path) for path in sorted(work.iterdir())},
-    }
-    (work / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-    work.rename(entry)
+def _streamed(
+    data: TextData,
+    source: StreamedText,
+    cache: Path,
+    base: Path,
+    given: GivenTokenizer | None,
+    entry: Entry,
+    world: World,
+) -> Tokens:
+    """Return the tokens of files that are streamed.
+
+    No lock is held while workers wait for each other: those of another run may hold the one that the next waits for.
+    """
+    with entry.lock if world.size == 1 else nullcontext():
+        with entry.lock:
+            found = entry.found()
+        everywhere = all(world.gather(found is not None))
+        if found and everywhere:
+            return found
+        corpus = streamed.Corpus(source, base, cache, validation=data.validation, test=data.test)
+        chosen = given or _agreed(corpus, data.vocabulary, world)
+        joins, kind = packing.pack(corpus, chosen, entry.parts, world), kind_of(chosen.tokenizer, chosen.end)
+        if joins:
+            with entry.lock:
+                if not entry.tokens():
+                    write = partial(packing.join, corpus, kind, entry.parts)
+                    entry.publish(corpus.categories, chosen, dict(chosen.assets), write)
+                shutil.rmtree(entry.parts, ignore_errors=True)
+        world.gather(None)
+        tokens = entry.tokens()
+    assert tokens is not None
+    return tokens
+
+
+def _agreed(corpus: streamed.Corpus, vocabulary: int, world: World) -> GivenTokenizer:
+    """Return the tokenizer that the first worker trained."""
+    trained = None
+    if world.rank == 0:
+        heads = [corpus.head(category, SAMPLE_BYTES) for category in range(len(corpus.categories))]
+        trained = _trained(heads, vocabulary)
+    known = (trained.tokenizer.to_str(), trained.end, dict(trained.assets)) if trained else ("", 0, {})
+    content, end, assets = world.share(known)
+    tokenizer = tokenizers.Tokenizer.from_str(content)
+    tokenizer.encode_special_tokens = True  # which its content does not say
+    return trained or GivenTokenizer(tokenizer, end, assets)
 
 
 def _ready(
     data: TextData, base: Path, given: GivenTokenizer | None
 ) -> tuple[Mapping[str, Placed], GivenTokenizer, dict[str, bytes]]:
     """Return each category's documents, to be read once and in this order, the tokenizer, and the files to keep."""
-    if isinstance(data.source, StreamedText):
-        corpus = streamed.Corpus(data.source, base, validation=data.validation, test=data.test)
-        names = corpus.categories
-        chosen = given or _trained([corpus.head(name, SAMPLE_BYTES) for name in names], data.vocabulary)
-        return {name: corpus.documents(name) for name in names}, chosen, dict(chosen.assets)
     if data.discover is None:
         parts = _documents(data, base)
         chosen = given or _trained([parts[category]["train"] for category in parts], data.vocabulary)
@@ -153,52 +199,15 @@ def _split_by_split(documents: Mapping[Split, Sequence[Document]]) -> Placed:
         yield from ((split, document) for document in documents[split])
 
 
-def _write(work: Path, number: int, name: str, documents: Placed, chosen: GivenTokenizer) -> dict[Split, int]:
-    """Encode a category's documents and write its streams, a batch at a time; return the splits' bytes of UTF-8."""
-    sizes: dict[Split, int] = dict.fromkeys(SPLITS, 0)
-    lengths: dict[Split, int] = dict.fromkeys(SPLITS, 0)
-    with ExitStack() as stack:
-        files = {split: stack.enter_context((work / _stream(split, number)).open("wb")) for split in SPLITS}
-        for split in SPLITS:
-            _head(files[split], chosen, 0)
-        for batch in _batches(documents):
+def _write(work: Path, number: int, documents: Placed, chosen: GivenTokenizer) -> StreamFiles:
+    """Encode a category's documents and write its streams, a batch at a time; return them, closed."""
+    with StreamFiles(work, number, kind_of(chosen.tokenizer, chosen.end)) as files:
+        for batch in batches(documents):
             for split in SPLITS:
                 if mine := [document for place, document in batch if place == split]:
                     stream = encode(chosen.tokenizer, chosen.end, mine)
-                    files[split].write(stream.data)
-                    sizes[split] += sum(document.size for document in mine)
-                    lengths[split] += len(stream)
-        for split in SPLITS:
-            if not lengths[split]:
-                raise ValueError(
-                    f"data.source: category {name!r} has no document for the {split} split; give it more documents, "
-                    f"or a larger share (data.validation, data.test)"
-                )
-            _head(files[split], chosen, lengths[split])
-    return sizes
-
-
-def _head(file: BinaryIO, chosen: GivenTokenizer, length: int) -> None:
-    """Write what an array's file begins with: as many bytes whatever the length (``numpy.lib.format``)."""
-    file.seek(0)
-    described = {
-        "descr": np.lib.format.dtype_to_descr(_kind(chosen.tokenizer, chosen.end)),
-        "fortran_order": False,
-        "shape": (length,),
-    }
-    np.lib.format.write_array_header_1_0(file, described)
-
-
-def _batches(documents: Placed) -> Iterator[list[tuple[Split, Document]]]:
-    batch, size = [], 0
-    for each in documents:
-        batch.append(each)
-        size += each[1].size
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+                    files.add(split, stream, sum(document.size for document in mine))
+    return files
 
 
 def _documents(data: TextData, base: Path) -> dict[str, dict[Split, list[Document]]]:
@@ -231,7 +240,7 @@ def _discovered(
         raise ValueError(f"data.source: {error}") from None
     chosen = given or _trained([split["train"]], data.vocabulary)
     tokenizer = chosen.tokenizer
-    ids = {name: _ids(tokenizer, split[name]) for name in SPLITS}
+    ids = {name: ids_of(tokenizer, split[name]) for name in SPLITS}
     clusters = discover.cluster(settings, ids, tokenizer.get_vocab_size())
     labels = {name: [label_of[id(document)] for document in split[name]] for name in SPLITS}
     report = discover.report(
@@ -290,22 +299,6 @@ def _sample(each: Sequence[Document], size: int) -> list[str]:
     return texts
 
 
-def encode(tokenizer: tokenizers.Tokenizer, end: int, each: Sequence[Document]) -> Stream:
-    """Return the documents as one stream, the ``end`` token after each."""
-    kind = _kind(tokenizer, end)
-    return np.concatenate([np.array([*ids, end], dtype=kind) for ids in _ids(tokenizer, each)])
-
-
-def _kind(tokenizer: tokenizers.Tokenizer, end: int) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
-    most = max(end, *tokenizer.get_vocab().values())
-    return np.dtype(np.uint16) if most <= np.iinfo(np.uint16).max else np.dtype(np.uint32)
-
-
-def _ids(tokenizer: tokenizers.Tokenizer, each: Sequence[Document]) -> list[list[int]]:
-    encoded = tokenizer.encode_batch_fast([document.text for document in each], add_special_tokens=False)
-    return [encoding.ids for encoding in encoded]
-
-
 def _assets(tokenizer: tokenizers.Tokenizer) -> dict[str, bytes]:
     from transformers import PreTrainedTokenizerFast
 
@@ -315,40 +308,3 @@ def _assets(tokenizer: tokenizers.Tokenizer) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         fast.save_pretrained(folder)
         return {name: Path(folder, name).read_bytes() for name in _ASSETS}
-
-
-# --- the cache ----------------------------------------------------------------------------------------
-
-
-def _stream(split: Split, number: int) -> str:
-    return f"{split}.{number}.npy"
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _load(entry: Path) -> Tokens | None:
-    """Return what was prepared, None where there is nothing or a file of it is not as it was written."""
-    try:
-        index = json.loads((entry / _INDEX).read_text(encoding="utf-8"))
-        if any(_hash(entry / name) != digest for name, digest in index["files"].items()):
-            return None
-        count = len(index["categories"])
-        return Tokens(
-            categories=tuple(index["categories"]),
-            streams={
-                split: tuple(
-                    np.load(entry / _stream(split, number), mmap_mode="r", allow_pickle=False)
-                    for number in range(count)
-                )
-                for split in SPLITS
-            },
-            sizes={split: tuple(index["sizes"][split]) for split in SPLITS},
-            vocabulary=index["vocabulary"],
-            end=index["end"],
-            assets={name: (entry / name).read_bytes() for name in index["assets"]},
-        )
-    except (OSError, ValueError, KeyError):
-        return None

@@ -127,9 +127,9 @@ class StreamedFiles(Closed):
 class StreamedText(Closed):
     """Files that memory need not hold, read through Hugging Face ``datasets`` (``pip install 'moeify[streamed]'``).
 
-    Documents go to tokens on disk some at a time, and workers map those into memory, so that each reads what its rows
-    ask for. The price: equal documents are left out, near duplicates stay, and a document's split follows from its own
-    hash, so that shares of splits are of documents, about.
+    Each worker reads its share of the files. Documents go to tokens on disk some at a time, and workers map those into
+    memory, so that each reads what its rows ask for. The price: equal documents are left out, near duplicates stay, and
+    a document's split follows from its own hash, so that shares of splits are of documents, about.
     """
 
     kind: Literal["streamed"]

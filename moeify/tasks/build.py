@@ -8,12 +8,17 @@ from moeify.recipe.config import RunConfig
 from moeify.recipe.data import DigitsData, GivenData, ImageData, TextData
 from moeify.recipe.model import PretrainedModel
 from moeify.task import Task
+from moeify.world import World
 
 
-def build_task(config: RunConfig, *, cache: Path, base: Path) -> Task:
+def build_task(
+    config: RunConfig, *, cache: Path, base: Path, world: World | None = None, shelf: str | None = None
+) -> Task:
     """Prepare the recipe's data and return its task; what was prepared before is read from ``cache``.
 
     ``base`` is the folder that the recipe's relative paths start at. What it names by URL is copied to ``cache`` first.
+    ``world``: whose workers all call this at the same time, to share the work. ``shelf``: URL where machines find the
+    text that others prepared.
 
     >>> from moeify.recipe.load import load_recipe
     >>> build_task(load_recipe(recipes / "digits.yaml"), cache=Path("cache"), base=Path(".")).unit
@@ -25,7 +30,8 @@ def build_task(config: RunConfig, *, cache: Path, base: Path) -> Task:
             from moeify.tasks.language import LanguageTask
             from moeify.tasks.masked import MaskedTask
 
-            task, model = LanguageTask.prepare(config, cache, base), config.model
+            task = LanguageTask.prepare(config, cache, base, world=world, shelf=shelf)
+            model = config.model
             if isinstance(model, PretrainedModel) and (checkpoint := task.checkpoint) and checkpoint.hides:
                 return MaskedTask(task, checkpoint, model.hidden)
             return task

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,13 +16,15 @@ from attribution.roots import categorical_root
 from moeify import rows as rows_of
 from moeify.data import given_tokenizer
 from moeify.data.documents import Split
-from moeify.data.tokens import Tokens, prepare
+from moeify.data.prepared import Tokens
+from moeify.data.tokens import prepare
 from moeify.models.build import build_llama
 from moeify.models.pretrained import Checkpoint, look
 from moeify.recipe.config import RunConfig
 from moeify.recipe.data import TextData
 from moeify.recipe.model import LlamaModel, PretrainedModel
 from moeify.task import Batch, HeldOut
+from moeify.world import World
 
 
 class LanguageTask:
@@ -51,21 +54,24 @@ class LanguageTask:
                     )
 
     @classmethod
-    def prepare(cls, config: RunConfig, cache: Path, base: Path) -> "LanguageTask":
+    def prepare(
+        cls, config: RunConfig, cache: Path, base: Path, *, world: World | None = None, shelf: str | None = None
+    ) -> "LanguageTask":
         """Read, split and tokenize the recipe's text, or take from ``cache`` what an earlier call prepared.
 
-        ``base`` is the folder that the recipe's relative paths start at.
+        ``base`` is the folder that the recipe's relative paths start at; ``world`` and ``shelf``: see ``data.tokens``.
         """
         if not isinstance(config.data, TextData):
             raise ValueError(f"a language task needs data.kind 'text', got {config.data.kind!r}")
+        ready = partial(prepare, config.data, cache, base, world=world, shelf=shelf)
         if not isinstance(config.model, PretrainedModel):
-            return cls(config, prepare(config.data, cache, base))
+            return cls(config, ready())
         checkpoint, length = look(base / config.model.path).text(), config.data.length
         if length > (most := checkpoint.positions()):
             raise ValueError(
                 f"data.length: got {length}, wanted at most {most}, the positions of {checkpoint.folder}; lower it"
             )
-        return cls(config, prepare(config.data, cache, base, given_tokenizer.of_checkpoint(checkpoint)), checkpoint)
+        return cls(config, ready(given_tokenizer.of_checkpoint(checkpoint)), checkpoint)
 
     def build(self) -> nn.Module:
         """Return a freshly initialised Llama, or the pretrained model, the same bits each time."""

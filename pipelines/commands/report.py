@@ -38,7 +38,7 @@ def command(run_: str, out: Path | None, examples: bool) -> None:
         if not config.evaluation.example_rows:
             raise ValueError(f"the recipe of {folder.id} asks for no examples: evaluation.example_rows is 0")
         copies.fetch_checkpoint(folder)
-        keep(folder, config, build_task(config, cache=runs.cache(), base=folder.base))
+        keep(folder, config, build_task(config, cache=runs.cache(), base=folder.base, shelf=runs.shelf("text")))
     written = write(folder, out)
     copies.publish(folder, folder.plots, folder.report, folder.portraits)
     click.echo(f"report:  {written}")

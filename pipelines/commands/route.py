@@ -54,7 +54,7 @@ def command(run_: str, kind: "Kind | None", threshold: float | None, as_json: bo
 
     config = load_recipe(folder.resolved)
     copies.fetch_checkpoint(folder)
-    task = build_task(config, cache=runs.cache(), base=folder.base)
+    task = build_task(config, cache=runs.cache(), base=folder.base, shelf=runs.shelf("text"))
     twins: dict[Twin, SplitModel] = {"dense": load_from_run(folder.path, "dense")}
     if "told" in arms_of_run(folder.path):
         twins["told"] = load_from_run(folder.path, "told")
