@@ -4,19 +4,23 @@ Every rank looks at the same sums and so comes to the same conclusion; a repeate
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from attribution.measure import Uncounted
+from attribution.subject import Probe
 from moeify.recipe.training import Training
 from moeify.shares import own
 from moeify.task import Batch, Task
 from moeify.world import World
 
+Taken = TypeVar("Taken", bound=Probe | Uncounted)
 _LEAST = 1.0
 """Nats per unit: a model that began below it is held to it, since small losses double by chance."""
 _WAY_OUT = (
@@ -140,16 +144,48 @@ def check_kept(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
 
 @contextmanager
 def memory(where: Callable[[], str]) -> Iterator[None]:
-    """Raise OutOfMemoryError, with where it happened, when the body asks for more memory than there is."""
+    """Raise OutOfMemoryError, with where it happened, when the body asks for more memory than there is.
+
+    One inside of another says more of it.
+    """
     try:
         yield
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(f"{where()}, {error}") from error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, OutOfMemoryError) or not _is_memory(error):
+        if not _is_memory(error):
             raise
         told = " ".join(str(error).split())[:160] or type(error).__name__
         raise OutOfMemoryError(
             f"{where()}: out of memory ({told}); free some, or lower the recipe's rows or raise cluster.workers"
         ) from error
+
+
+def memory_for(batch: Batch, task: Task) -> AbstractContextManager[None]:
+    """Do so with whose rows the body works on."""
+    return memory(lambda: _whose(batch, task))
+
+
+class AtHand:
+    """Whose rows were last taken of some batches; as text, for ``memory``'s ``where``."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._last: Probe | None = None
+
+    def of(self, batches: Iterable[Taken]) -> Iterator[Taken]:
+        """Yield the batches."""
+        for batch in batches:
+            self._last = batch.rows if isinstance(batch, Uncounted) else batch
+            yield batch
+
+    def __str__(self) -> str:
+        return _whose(self._last, self._task) if self._last else "before any row"
+
+
+def _whose(batch: Probe, task: Task) -> str:
+    counts = torch.bincount(batch.categories, minlength=len(task.categories)).tolist()
+    return f"rows of {', '.join(f'{name!r} ({n})' for name, n in zip(task.categories, counts, strict=True) if n)}"
 
 
 def _is_memory(error: Exception) -> bool:

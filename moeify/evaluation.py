@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
+from moeify.divergence import memory_for
 from moeify.events import RoundEnded, Stop
 from moeify.recipe.arms import Arm
 from moeify.recipe.config import Evaluation
@@ -52,9 +53,11 @@ def row_losses(model: SplitModel, task: Task, world: World, evaluation: Evaluati
         if not len(part.categories) and shares_models(world):
             model(*_one_of(batch))  # a pass takes every worker
         if len(part.categories):
-            outputs = model(part.inputs, part.categories)
-            nats_R[world.rank :: world.size] = task.nats(outputs, part.targets).cpu().double()
-            if (found := task.right(outputs, part.targets)) is not None:
+            with memory_for(part, task):
+                outputs = model(part.inputs, part.categories)
+                nats_R[world.rank :: world.size] = task.nats(outputs, part.targets).cpu().double()
+                found = task.right(outputs, part.targets)
+            if found is not None:
                 right_R[world.rank :: world.size] = found.cpu().double()
                 judged += 1
         nats.append(nats_R)

@@ -25,7 +25,7 @@ from attribution.measure import Uncounted
 from attribution.reading import at_readers, wide
 from attribution.subject import Probe, Subject
 from attribution.table import AttributionTable
-from moeify.divergence import memory
+from moeify.divergence import AtHand, memory
 from moeify.models.units import ConvUnits, FfnUnits, UnitSite, as_output, stream_of
 from moeify.recipe.partition import Compensation
 from moeify.routed.split_model import SplitModel
@@ -55,8 +55,9 @@ def cut(
     uncut = Uncut.of(model, proposal) if compensation and compensation.follow else None
     model.cut(proposal, table, compensation, optimizer)
     if compensation and uncut:
-        with memory(lambda: f"compensation that follows, worker {world.rank}"):
-            follow(model, uncut, task, batches, compensation.ridge, world)
+        at = AtHand(task)
+        with memory(lambda: f"compensation that follows, worker {world.rank}, {at}"):
+            follow(model, uncut, task, lambda: at.of(batches()), compensation.ridge, world)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from moeify.control import (
 )
 from moeify.device import OnDevice
 from moeify.distillation import Teacher, teaching
-from moeify.divergence import DivergedError, memory
+from moeify.divergence import AtHand, DivergedError, memory
 from moeify.evaluation import RowLosses, losses_without, row_losses, summarize, tax, tax_errors
 from moeify.events import MemoryTracker, Tracker
 from moeify.following import cut
@@ -359,14 +359,14 @@ class _Loop:
 
     def _measure(self, model: SplitModel, round_: int, relabel: Relabel = iter) -> AttributionTable:
         """Return the attribution of every unit to every category, of all workers' rows together."""
-        asked = self.config.attribution
+        asked, at, seed = self.config.attribution, AtHand(self.task), self.config.seed
         # In the model's own order, so that it moves no row: what is seen inside belongs to the row of the same place.
         batches = self.world.heeding(relabel(self._probes(round_)))
-        mine = (self._mine(batch.take(model.order(batch.categories))) for batch in batches)
+        mine = at.of(self._mine(batch.take(model.order(batch.categories))) for batch in batches)
         subject = subject_of(self.task, model.network, model.space.readers, model)
         settled = Stability(strongest_category, asked.settled, reduce=self.world.sum) if asked.settled else None
-        with model.masked(), memory(lambda: f"attribution of round {round_}, worker {self.world.rank}"):
-            table = measure(subject, mine, seed=self.config.seed, moments=Moments(asked.columns), stability=settled)
+        with model.masked(), memory(lambda: f"attribution of round {round_}, worker {self.world.rank}, {at}"):
+            table = measure(subject, mine, seed=seed, moments=Moments(asked.columns), stability=settled)
         self.world.sum(table.tensors())
         return table
 
@@ -386,9 +386,9 @@ class _Loop:
         split: HeldOut = "test" if moment == "test" else "validation"
         losses: dict[Arm, RowLosses] = {}
         for arm in arms:
-            model = self.state.arms[arm].model
+            known = self.state.arms[arm].model, self.task, self.world, self.config.evaluation
             with memory(partial("evaluation of {}, worker {}".format, arm, self.world.rank)):
-                losses[arm] = row_losses(model, self.task, self.world, self.config.evaluation, split)
+                losses[arm] = row_losses(*known, split)
             self.say.evaluated(arm, phase, moment, losses[arm].by_category(self.task))
         return losses
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from moeify.divergence import DivergedError, Health, check_gradient, check_loss, sums_by_category
+from moeify.divergence import DivergedError, Health, check_gradient, check_loss, memory_for, sums_by_category
 from moeify.exchange import Exchange, exchange
 from moeify.models.build import PRECISIONS
 from moeify.recipe.training import Training
@@ -216,7 +216,7 @@ def train(
         before = [buffer.clone() for buffer in gathered]
         nats = []
         for number, (part, apart, idle) in enumerate(passes, 1):
-            with exchanged.passing(last=number == len(passes)):
+            with memory_for(part, task), exchanged.passing(last=number == len(passes)):
                 nats_R, loss_R = losses(part, exchanged.run)
                 (loss_R.sum() * (not idle) / (len(rows.categories) * task.units_per_row)).backward()
             if apart:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from moeify.loop import run
 from moeify.recipe.config import RunConfig
 from moeify.routed.split_model import SplitModel
 from moeify.store import FolderStore, Store
-from moeify.task import Batch
+from moeify.task import Batch, HeldOut
 from moeify.training import Contestant, train
 from moeify.world import Group, Solo
 from pipelines import launch
@@ -185,10 +186,41 @@ def test_a_number_that_is_not_finite_is_never_kept() -> None:
         check_kept({"dense": {"w": torch.ones(1)}, "split": {"w": torch.tensor([1.0, math.nan])}})
 
 
-def test_memory_that_runs_out_is_named_and_the_run_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
-    config, store = toy_config(), FolderStore(tmp_path, 2)
-    with pytest.raises(OutOfMemoryError, match=r"^dense, step 20, worker 0: out of memory \(.*can't allocate memory"):
-        run(config, Trouble(config, kind="memory"), store=store)
+class Hungry(Trouble):
+    """Rows of category c take all memory, where the run is at ``place``."""
+
+    def __init__(self, config: RunConfig, place: str) -> None:
+        super().__init__(config, kind="memory", at=(20,) if place == "training" else ())
+        self.place = place
+
+    def _marked(self, batch: Batch) -> Batch:
+        targets = batch.targets.clone()
+        targets[batch.categories == 2, 0] = -1.0
+        return Batch(batch.inputs, targets, batch.categories, batch.ids)
+
+    def probe_batches(self, round_: int, rows: int, rows_at_once: int) -> Iterator[Batch]:
+        found = super().probe_batches(round_, rows, rows_at_once)
+        return map(self._marked, found) if self.place == "attribution" else found
+
+    def held_out_batches(self, split: HeldOut, rows: int, rows_at_once: int) -> Iterator[Batch]:
+        found = super().held_out_batches(split, rows, rows_at_once)
+        return map(self._marked, found) if self.place == "evaluation" else found
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("training", r"dense, step 20, worker 0, rows of 'a' \(2\), 'b' \(2\), 'c' \(2\), 'd' \(2\)"),
+        ("attribution", r"attribution of round 1, worker 0, rows of 'a' \(4\), 'b' \(4\), 'c' \(4\), 'd' \(4\)"),
+        ("evaluation", r"evaluation of dense, worker 0, rows of 'a' \(4\), 'b' \(4\), 'c' \(4\), 'd' \(4\)"),
+    ],
+)
+def test_memory_that_runs_out_is_named_by_step_and_categories_and_the_run_goes_on_from_the_last_checkpoint(
+    tmp_path: Path, place: str, said: str
+) -> None:
+    config, store = toy_config(training={**CONFIG["training"], "accumulate": 2}), FolderStore(tmp_path, 2)  # type: ignore[dict-item]
+    with pytest.raises(OutOfMemoryError, match=rf"^{said}: out of memory \(.*can't allocate memory"):
+        run(config, Hungry(config, place), store=store)
     resumed = run(config, ToyTask(config), store=store)
     assert outcome(resumed) == outcome(run(config, ToyTask(config)))
 
