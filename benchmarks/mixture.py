@@ -7,7 +7,7 @@ the dense twin is then trained as well. Test losses, nats per token, means over 
 (Student's t). router tax: of its own routers above labels, after the same training; over dense: above the dense twin,
 which had as many tokens. All runs in one process, one after the other; those that have ended are kept in ``--work``.
 
-About ten minutes on one thread; ``--quick`` runs a few steps of one seed.
+About twenty minutes on one thread; ``--quick`` runs a few steps of one seed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from moeify.routers.joint import Joint
 from moeify.split_folder import load_from_run
 from pipelines.find_recipe import shipped
 
-STEPS = (0, 64, 128)
+STEPS = (0, 64, 256)
 """Of the joint phase."""
 Losses = Mapping[str, float]
 """``label`` (routed by label), ``router`` (by its own routers) and ``dense`` (the dense twin): mean test losses."""

@@ -4,8 +4,10 @@ Routers that are distilled from labels in a frozen network (``moeify.routers.by_
 their label would, to experts that never saw such, and read states in which nothing had to be said of the category.
 Here every block routes by its own router while the whole network goes on learning: experts from the tokens that they
 get. Routers learn their tokens' labels still, and so, through what they read, does what lies before them: attention
-learns to carry the category. Network and dense twin each also learn from what they were before: the split model from
-what it says, and holds in its residual stream, along labels' routes.
+learns to carry the category. Network and dense twin each also learn from the mean of what they lately were: the split
+model from what that says, and holds in its residual stream, along labels' routes. So what it says by its own routes is
+drawn to what it says by labels', while both go on (after Tarvainen and Valpola, "Mean teachers are better role models",
+2017, arXiv 1703.01780).
 """
 
 import copy
@@ -30,12 +32,14 @@ from moeify.task import Batch, Redrawn, Task, tokens_read
 from moeify.training import Contestant, Lesson
 
 _SELF = Distillation(weight=0.5, stream=3.0)
-"""How much they learn from what they were; where there is no such stream, from what it says alone."""
+"""How much they learn from what they lately were; where there is no such stream, from what it says alone."""
 _RATE = 1.0
 """Of the recipe's learning rate; it warms up to it and falls as the recipe's does."""
 _RATE_ALONE = 0.3
 """The same where there is no such stream to hold a network back from forgetting."""
-_WEIGHT = 0.3
+_MEMORY = 50
+"""Steps after which what they were counts 1/e of what they are, about, in the mean that teaches them."""
+_WEIGHT = 0.1
 """Of a token's nats about its leaf, mean over sites, beside its nats about the next token (benchmarks/LOG.md)."""
 _SHARPEST = 10
 """Scores begin at the power of two, up to two to this, that foretells labels best."""
@@ -65,16 +69,18 @@ class Joint(Further):
             raise ValueError("joint training is for the whole split model, which serves all of the run's categories")
         distil = Distil(self.task, self.config)
         first, label = distil.start(model), distil.losses(model, None)
-        before = _Before(model, self.task, self.config)
-        training = self._training(_RATE if before.streams else _RATE_ALONE)
-        with teaching(before, model) as taught:
+        lately = _Lately(model, self.task, self.config)
+        training = self._training(_RATE if lately.streams else _RATE_ALONE)
+        with teaching(lately, model) as taught:
             assert taught, "a teacher teaches"
-            learner = _Learner(model, training, first)
+            learner = lately.learner = _Learner(model, training, first)
             learner.sharpen(self._rows().train_batch(0))
             self.train(learner, self._rows(), training, _Lesson(learner, taught))
         if dense is not None:
-            with teaching(_Before(dense, self.task, self.config), dense) as taught:
-                self.train(Contestant(dense, training), self._rows(), training, taught)
+            lately = _Lately(dense, self.task, self.config)
+            with teaching(lately, dense) as taught:
+                lately.learner = Contestant(dense, training)
+                self.train(lately.learner, self._rows(), training, taught)
         return Joined(
             learner.routers,
             JointReport(
@@ -93,17 +99,26 @@ class Joint(Further):
         return given.model_copy(update={"steps": self.steps, "learning_rate": rate * given.learning_rate})
 
 
-class _Before(Teacher):
-    """A model as it is now, each row along its category's route."""
+class _Lately(Teacher):
+    """The mean of what a model lately was, each row along its category's route: of its weights, a step ago and before,
+    each counting less with every later step."""
 
     def __init__(self, model: SplitModel, task: Task, config: RunConfig) -> None:
         self._model = copy.deepcopy(model)
         self._model.autocast = PRECISIONS[config.training.autocast]
         settings = _SELF if streams(model.network) else _SELF.model_copy(update={"stream": 0.0})
         super().__init__(self._model.network, settings, self._model.autocast, task.units_per_row)
+        self.learner: Contestant | None = None
+        """Whom it follows; None: nobody, it stays what it is."""
+        self._step = 0
 
+    @torch.no_grad()
     def outputs(self, rows: Batch) -> Tensor:
-        """Return what it says of rows."""
+        """Return what it says of rows; once for each step of the learner, it takes a part of the learner's weights."""
+        if self.learner is not None and self._step < self.learner.step:
+            for mean, now in zip(self._model.parameters(), self.learner.model.parameters(), strict=True):
+                mean.lerp_(now, 1.0 / _MEMORY)
+            self._step = self.learner.step
         return self._model(rows.inputs, rows.categories)
 
 
