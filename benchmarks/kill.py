@@ -1,10 +1,10 @@
 """Kill a run anywhere: it must end with the same bits, and a damaged checkpoint must never pass for a good one.
 
-Short runs of a shrunken digits recipe are SIGKILLed at moments drawn over the length of an undisturbed one, each a few
-times, and started again with the same command until they end. Five things are killed: the driver of a run in one
-process (``local``), the driver of a run on Ray (``driver``), a Ray Train worker (``worker``), a whole node of a Ray
-cluster with all that runs on it (``node``; another one joins, and the run must go on by itself), and the MLflow server
-that a run is tracked by, which is started again (``server``). A run is wrong unless it has the undisturbed run's
+Short runs of a shrunken digits recipe are SIGKILLed, each a few times, and started again with the same command until
+they end: at a random moment of every phase first, and then at moments drawn over a run's whole length. Five things are
+killed: the driver of a run in one process (``local``), the driver of a run on Ray (``driver``), a Ray Train worker
+(``worker``), a whole node of a Ray cluster with all that runs on it (``node``; another one joins, and the run must go
+on by itself), and the MLflow server that a run is tracked by, which is started again (``server``). A run is wrong unless it has the undisturbed run's
 
 - weights and optimizer state of all arms in the last checkpoint (hashes), partitions and rounds;
 - test losses and tree;
@@ -37,24 +37,22 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.aim import Aims, Length, phase_of, told, wait
 from benchmarks.damage import damage
 from benchmarks.killable import (
     LONGEST,
     Outcome,
     Runs,
     Tally,
-    Target,
     WrongError,
     alive,
     ended,
     in_process,
     judged,
     moeify_in,
-    phase_of,
     prepare,
     spawned,
     tail,
-    wait,
     workers_below,
 )
 from benchmarks.killed_nodes import storm_nodes
@@ -64,6 +62,9 @@ KILLS = 110
 RAY_SHARE, NODE_SHARE, SERVER_SHARE = 0.12, 0.04, 0.04
 """Shares of the kills that hit a run on Ray (half of them its driver, half a worker), a node, and MLflow's server."""
 PER_RUN = 5
+"""Kills of one run's drivers, ..."""
+WORKERS_PER_RUN = 3
+"""... and of its workers, at most."""
 MARK = "MOEIFY_BENCHMARK_KILL"
 """Environment variable that every process of the benchmark inherits."""
 
@@ -93,16 +94,19 @@ def main() -> None:
             calm = in_process(home)
             calm.check(1)
             calm.sync(1)
-            length, wanted = calm.length(1), calm.outcome(1)
-            _storm(calm, wanted, length, kills - ray - node - server, draw, tally, "local", first=10)
+            wanted, length = calm.outcome(1), Length.of(calm.folder(1), start=0.3, closing=1.5)
+            if local := kills - ray - node - server:
+                _storm(calm, wanted, local, Aims("local", length, tally, draw, every=not asked.quick), first=10)
             if server:
-                _storm_server(home, wanted, length, server, draw, tally)
+                _storm_server(home, wanted, server, Aims("server", length, tally, draw))
             corruptions, missed = damage(calm, wanted, draw, tally, quick=asked.quick)
         if ray:
             _storm_ray(home, ray, draw, tally)
         if node:
             storm_nodes(home, node, draw, tally)
         left_behind = _left_behind(token)
+    for target, phase in sorted(tally.lacking()):
+        print(f"no kill of {target} in {phase}", file=sys.stderr)
     rows: list[dict[str, str | int]] = [
         {"killed": target, "phase": phase, "kills": count} for (target, phase), count in sorted(tally.kills.items())
     ]
@@ -112,6 +116,7 @@ def main() -> None:
     figures = [
         Figure("kills", sum(tally.kills.values()), ">= 100 in full"),
         Figure("runs_wrong", sum(tally.wrong.values()), "0"),
+        Figure("phases_without_a_kill", len(tally.lacking()), "0 in full"),
         Figure("processes_left", left_behind, "0"),
         Figure("corruptions", corruptions, "every file, four ways and more"),
         Figure("corruptions_missed", missed, "0"),
@@ -122,35 +127,24 @@ def main() -> None:
 # --- killing --------------------------------------------------------------------------------------------
 
 
-def _storm(
-    runs: Runs,
-    wanted: Outcome,
-    length: float,
-    kills: int,
-    draw: random.Random,
-    tally: Tally,
-    target: Target,
-    first: int,
-) -> None:
-    """Kill drivers at random moments, ``PER_RUN`` times a run, until there were so many kills."""
+def _storm(runs: Runs, wanted: Outcome, kills: int, aims: Aims, first: int) -> None:
+    """Kill drivers, ``PER_RUN`` times a run, until there were so many kills and one in each phase."""
     number = first
-    while (left := kills - sum(n for (t, _), n in tally.kills.items() if t == target)) > 0:
+    while (left := max(kills - aims.tally.of(aims.target), len(aims.left()))) > 0:
         number += 1
-        with judged(runs, number, wanted, tally, target):
-            for _ in range(min(PER_RUN, left)):
-                began = time.monotonic()
-                process = runs.attempt(number)
-                wait(process, draw.uniform(0.0, length))
+        with judged(runs, number, wanted, aims.tally, aims.target):
+            for phase in aims.of_run(min(PER_RUN, left)):
+                since, process = told(runs.folder(number)), runs.attempt(number)
+                aims.wait(phase, process, runs.folder(number), since)
                 if not alive(process):
-                    length = min(length, time.monotonic() - began)  # the machine is less busy than it was
                     break
                 process.kill()
                 ended(process)
-                tally.kills[target, phase_of(runs.folder(number))] += 1
+                aims.tally.kills[aims.target, phase_of(runs.folder(number), since)] += 1
             runs.check(number)
 
 
-def _storm_server(home: Path, wanted: Outcome, length: float, kills: int, draw: random.Random, tally: Tally) -> None:
+def _storm_server(home: Path, wanted: Outcome, kills: int, aims: Aims) -> None:
     """Kill the MLflow server of a run, and start it again; once a run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -158,19 +152,20 @@ def _storm_server(home: Path, wanted: Outcome, length: float, kills: int, draw: 
     os.environ |= {"MLFLOW_TRACKING_URI": address, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
     database = home / "server.db"
     runs = Runs(home, home / "local.yaml", _tracked(address), database)
-    server = _server(database, address)
+    server, number = _server(database, address), 3000
     try:
-        for number in range(3000, 3000 + kills):
-            with judged(runs, number, wanted, tally, "server"):
+        while aims.tally.of("server") < kills or aims.left():
+            with judged(runs, number, wanted, aims.tally, "server"):
                 process = runs.attempt(number)
-                wait(process, draw.uniform(0.0, length))
-                phase = phase_of(runs.folder(number))
+                aims.wait(aims.of_run(1)[0], process, runs.folder(number), 0)
+                phase = phase_of(runs.folder(number), 0)
                 _kill_tree(server)
-                tally.kills["server", phase] += 1
-                time.sleep(draw.uniform(0.0, 2.0))
+                aims.tally.kills["server", phase] += 1
+                time.sleep(aims.draw.uniform(0.0, 2.0))
                 server = _server(database, address)
                 if (code := ended(process)) != 0:
                     raise WrongError(f"exit code {code}: {tail(home / 'told.txt')}")
+            number += 1
     finally:
         _kill_tree(server)
         del os.environ["MLFLOW_TRACKING_URI"]
@@ -219,34 +214,30 @@ def _kill_tree(process: subprocess.Popen[bytes]) -> None:
 
 
 def _storm_ray(home: Path, kills: int, draw: random.Random, tally: Tally) -> None:
-    """Kill the drivers of runs on Ray, and their workers in turn, while workers are there; two kills a run."""
+    """Kill the drivers of runs on Ray, each a few times a run; then workers, while the runs' drivers go on."""
     runs = Runs(home, home / "ray.yaml", spawned, home / "runs" / "mlflow.db", local=False)
     runs.check(0)
     runs.sync(0)
-    wanted, length = runs.outcome(0), runs.length(0)
-    number, before = 0, sum(tally.kills.values())
-    while sum(tally.kills.values()) - before < kills:
+    wanted = runs.outcome(0)
+    drivers = Aims("driver", Length.of(runs.folder(0), start=10.0, closing=1.5), tally, draw)
+    _storm(runs, wanted, kills // 2, drivers, first=0)
+    workers = Aims("worker", Length.of(runs.folder(0), start=2.0, closing=0.4), tally, draw)
+    number = 500
+    while tally.of("worker") < kills - kills // 2 or workers.left():
         number += 1
-        target: Target = "worker" if number % 2 else "driver"
-        with judged(runs, number, wanted, tally, target):
-            for _ in range(2):
-                process = runs.attempt(number)
-                while alive(process) and not workers_below(process.pid):
-                    time.sleep(0.05)
-                wait(process, draw.uniform(0.0, length))
-                victims = workers_below(process.pid)
-                if not alive(process) or not victims:
+        with judged(runs, number, wanted, tally, "worker"):
+            process, since = runs.attempt(number), 0
+            for phase in workers.of_run(WORKERS_PER_RUN):
+                wait(process, LONGEST, lambda: bool(workers_below(process.pid)))  # noqa: B023
+                workers.wait(phase, process, runs.folder(number), since)
+                if not alive(process) or not (victims := workers_below(process.pid)):
                     break
-                phase = phase_of(runs.folder(number))
-                if target == "driver":
-                    process.kill()
-                    ended(process)
-                else:
-                    draw.choice(victims).kill()
-                tally.kills[target, phase] += 1
-                if target == "worker" and (code := ended(process)) != 0:
-                    raise WrongError(f"exit code {code}: {tail(home / 'told.txt')}")
-            runs.check(number)
+                now, since = phase_of(runs.folder(number), since), told(runs.folder(number))
+                draw.choice(victims).kill()
+                tally.kills["worker", now] += 1
+                wait(process, 5.0, lambda: not any(each.is_running() for each in victims))
+            if (code := ended(process)) != 0:
+                raise WrongError(f"exit code {code}: {tail(home / 'told.txt')}")
 
 
 def _left_behind(token: str, seconds: float = 60.0) -> int:

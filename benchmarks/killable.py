@@ -51,6 +51,16 @@ class Tally:
     """By target and the phase that the journal told last."""
     runs: Counter[Target] = field(default_factory=Counter)
     wrong: Counter[Target] = field(default_factory=Counter)
+    asked: set[tuple[Target, str]] = field(default_factory=set)
+    """Targets and phases that there has to be a kill of."""
+
+    def of(self, target: Target) -> int:
+        """Return the kills of a target."""
+        return sum(count for (each, _), count in self.kills.items() if each == target)
+
+    def lacking(self) -> set[tuple[Target, str]]:
+        """Return the targets and phases that have no kill, and have to."""
+        return {each for each in self.asked if not self.kills[each]}
 
 
 @dataclass(frozen=True)
@@ -91,11 +101,6 @@ class Runs:
         """Let the run come to its end; raise where it does not."""
         if (code := ended(self.attempt(number))) != 0:
             raise WrongError(f"exit code {code}: {tail(self.home / 'told.txt')}")
-
-    def length(self, number: int) -> float:
-        """Return the seconds in which a finished run can be killed: from its first event to a while after its last."""
-        events, _ = read_events(self.folder(number).journal, 0)
-        return 1.3 * (events[-1].time - events[0].time) + 1.0
 
     def sync(self, number: int) -> None:
         """Deliver to MLflow what is left."""
@@ -229,26 +234,6 @@ def _points(database: Path, run: str) -> tuple[tuple[Any, ...], ...]:
 def tail(path: Path) -> str:
     """Return the end of what was said to a file, in one line."""
     return " ".join(path.read_text(encoding="utf-8", errors="replace").split())[-300:] if path.exists() else ""
-
-
-# --- what came out ---
-
-
-def wait(process: Attempt, seconds: float) -> None:
-    """Wait so long, or for the attempt's end."""
-    until = time.monotonic() + seconds
-    while alive(process) and time.monotonic() < until:
-        time.sleep(0.005)
-
-
-def phase_of(folder: RunFolder) -> str:
-    """Return the phase that a run's journal told last."""
-    with suppress(OSError, ValueError):
-        phases = [event.phase for event in read_events(folder.journal, 0)[0] if event.kind == "phase"]
-        if folder.result.exists():
-            return "closing"
-        return phases[-1] if phases else "start"
-    return "start"
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.aim import Aims, Length, phase_of, told
 from benchmarks.killable import (
     LONGEST,
     Attempt,
@@ -19,13 +20,13 @@ from benchmarks.killable import (
     alive,
     ended,
     judged,
-    phase_of,
     spawned,
     tail,
-    wait,
     workers_below,
 )
 
+_PER_RUN = 3
+"""Kills in one run, at most."""
 CORES = 2
 """That each node counts: one that is left alone can hold both workers of a run."""
 _SETTINGS = {
@@ -43,25 +44,27 @@ _STORE_BYTES = 100 * 10**6
 
 
 def storm_nodes(home: Path, kills: int, draw: random.Random, tally: Tally) -> None:
-    """Kill a node that holds a worker of a run, once a run, and let another join; the run must end by itself."""
+    """Kill nodes that hold workers of a run, a few in each, and let others join; the run must end by itself."""
     runs = Runs(home, home / "ray.yaml", spawned, home / "runs" / "mlflow.db", local=False)
     with _cluster() as cluster:
         if not runs.folder(0).result.exists():
             runs.check(0)
             runs.sync(0)
-        wanted, length = runs.outcome(0), runs.length(0)
-        number, before = 1000, sum(tally.kills.values())
-        while sum(tally.kills.values()) - before < kills:
+        wanted, number = runs.outcome(0), 1000
+        aims = Aims("node", Length.of(runs.folder(0), start=2.0, closing=0.4), tally, draw)
+        while tally.of("node") < kills or aims.left():
             number += 1
             with judged(runs, number, wanted, tally, "node"):
-                process = runs.attempt(number)
-                _await_worker(process, cluster)
-                wait(process, draw.uniform(0.0, length))
-                holding = [node for node in cluster.worker_nodes if workers_below(_raylet(node))]
-                if alive(process) and holding:
-                    phase, victim = phase_of(runs.folder(number)), draw.choice(sorted(holding, key=_raylet))
-                    _kill(cluster, victim)
-                    tally.kills["node", phase] += 1
+                process, since = runs.attempt(number), 0
+                for phase in aims.of_run(_PER_RUN):
+                    _await_worker(process, cluster)
+                    aims.wait(phase, process, runs.folder(number), since)
+                    holding = [node for node in cluster.worker_nodes if workers_below(_raylet(node))]
+                    if not alive(process) or not holding:
+                        break
+                    now, since = phase_of(runs.folder(number), since), told(runs.folder(number))
+                    _kill(cluster, draw.choice(sorted(holding, key=_raylet)))
+                    tally.kills["node", now] += 1
                     _add_node(cluster)
                 if (code := ended(process)) != 0:
                     raise WrongError(f"exit code {code}: {tail(home / 'told.txt')}")
