@@ -4,7 +4,8 @@ Short runs of a shrunken digits recipe are SIGKILLed, each a few times, and star
 they end: at a random moment of every phase first, and then at moments drawn over a run's whole length. Five things are
 killed: the driver of a run in one process (``local``), the driver of a run on Ray (``driver``), a Ray Train worker
 (``worker``), a whole node of a Ray cluster with all that runs on it (``node``; another one joins, and the run must go
-on by itself), and the MLflow server that a run is tracked by, which is started again (``server``). A run is wrong unless it has the undisturbed run's
+on by itself), and the MLflow server that a run is tracked by, which is started again (``server``). A run is wrong
+unless it has the undisturbed run's
 
 - weights and optimizer state of all arms in the last checkpoint (hashes), partitions and rounds;
 - test losses and tree;
