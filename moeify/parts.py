@@ -2,10 +2,12 @@
 
 A worker's file holds its share of every tensor, along the first axis, and the first worker's also what is not shared
 out. Readers join the shares, a tensor at a time, so that they need not know; neither need a run that goes on with
-another number of workers. It is not ``torch.distributed.checkpoint``, whose files say what is where in a pickle.
+another number of workers. ``torch.distributed.checkpoint`` says what is where in a pickle, or in the headers of its
+safetensors files, as these do: alone in a folder, those of a part are what its ``HuggingFaceStorageReader`` reads.
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,7 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from attribution.tensor_files import save_file
-from moeify.shares import own
+from moeify.shares import offset, own
 from moeify.storing import StorageError
 from moeify.world import World
 
@@ -48,9 +50,15 @@ def write_parts(draft: Path | None, tensors: Tensors, world: World) -> dict[str,
         name = f"{part}.{world.rank}-of-{world.size}.safetensors" if shared else f"{part}.safetensors"
         mine = {key: own(t) for key, t in held.items() if world.rank == 0 or isinstance(t, DTensor)}
         if shared or world.rank == 0:
-            save_file({key: tensor.detach().contiguous() for key, tensor in mine.items()}, draft / name)
+            known_to_torch = {"DCP_SHARDING_INFO": json.dumps(_offsets(held, mine))} if shared else None
+            save_file({key: tensor.detach().contiguous() for key, tensor in mine.items()}, draft / name, known_to_torch)
             files[name] = known(draft / name)
     return {name: each_known for each in world.gather(files) for name, each_known in each.items()}
+
+
+def _offsets(held: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return where the shares begin in the whole, as ``torch.distributed.checkpoint`` writes it."""
+    return {name: {"saved_offsets": list(offset(held[name]))} for name in sorted(mine)}
 
 
 class Part(Mapping[str, Tensor]):

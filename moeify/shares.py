@@ -17,6 +17,13 @@ def own(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def offset(tensor: Tensor) -> tuple[int, ...]:
+    """Return where in the whole tensor this worker's share begins, on each axis."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.dim()
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1]
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor, gathered where it is shared out."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -42,8 +49,8 @@ def like(tensor: Tensor, values: Tensor) -> Tensor:
 def _share(tensor: Tensor, values: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor) or isinstance(values, DTensor):
         return own(values)
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return values[tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))]
+    begins, shape = offset(tensor), own(tensor).shape
+    return values[tuple(slice(first, first + size) for first, size in zip(begins, shape, strict=True))]
 
 
 class Gathered(Mapping[str, Tensor]):

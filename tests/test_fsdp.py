@@ -11,9 +11,11 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from benchmarks.gloo import run_together
 from moeify.distillation import Teacher, teaching
@@ -224,6 +226,30 @@ def test_each_worker_writes_its_half_and_readers_need_not_know(folder: Path) -> 
     assert {name for name in joined if name.startswith("parameter/")} == {f"parameter/{name}" for name in parameters}
     for name, parameter in parameters.items():
         assert torch.equal(joined[f"parameter/{name}"], parameter), name
+
+
+def resharded(rank: int, folder: Path) -> None:
+    """Read a part as torch.distributed.checkpoint does, into the halves of two workers."""
+    store = FolderStore(folder / "fsdp", 2)
+    newest = store.newest()
+    assert newest is not None
+    wanted = {name: store.tensors(newest.name, "split")[name] for name in store.tensors(newest.name, "split")}
+    mesh = init_device_mesh("cpu", (2,))
+    into = {name: distribute_tensor(torch.zeros_like(t), mesh) if t.dim() else t * 0 for name, t in wanted.items()}
+    dcp.load(into, storage_reader=dcp.HuggingFaceStorageReader(str(folder / "torch")))
+    for name, tensor in into.items():
+        assert torch.equal(whole(tensor), wanted[name]), name
+
+
+def test_torchs_own_checkpoints_read_the_files_into_other_shares(folder: Path) -> None:
+    store = FolderStore(folder / "fsdp", 2)
+    newest = store.newest()
+    assert newest is not None
+    (folder / "torch").mkdir()
+    for path in (folder / "fsdp" / "checkpoints" / newest.name).glob("split.*.safetensors"):
+        shutil.copy(path, folder / "torch")
+    (folder / "meet").unlink(missing_ok=True)  # where the fixture's workers met
+    run_together(resharded, folder)
 
 
 def test_a_run_goes_on_with_another_number_of_workers(folder: Path, tmp_path: Path) -> None:
