@@ -19,20 +19,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from moeify.data import (
-    corpora,
-    documents,
-    excerpts,
-    labels,
-    lines,
-    packing,
-    prepared,
-    sources,
-    streamed,
-    streamed_files,
-    tables,
-    token_files,
-)
+from moeify.data import documents, packing, sources, streamed, streamed_files
 from moeify.data.documents import SPLITS, Document, Split
 from moeify.data.given_tokenizer import GivenTokenizer
 from moeify.data.labels import UNLABELLED
@@ -98,22 +85,8 @@ def _key(data: TextData, base: Path, given: GivenTokenizer | None, world: World)
     digest = hashlib.sha256(f"{data.model_dump_json(exclude={'length'})}\n{tokenizers.__version__}\n".encode())
     if given is not None:
         digest.update(f"{given.fingerprint}\n".encode())
-    text = (
-        corpora,
-        documents,
-        excerpts,
-        labels,
-        lines,
-        packing,
-        prepared,
-        sources,
-        streamed,
-        streamed_files,
-        tables,
-        token_files,
-    )
-    for path in (*(module.__file__ for module in text), __file__):
-        digest.update(hashlib.sha256(Path(str(path)).read_bytes()).digest())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
     if data.discover is not None:
         from moeify.data import discover
 
