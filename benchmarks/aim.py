@@ -2,8 +2,8 @@
 
 The phases are those that an undisturbed run tells in its journal, and two that none tells: ``start``, before an attempt
 has told anything, and ``closing``, once the result is there. An aim follows the journal until a phase is told, and
-lets a random part of the phase's length go by. What it hit is what the journal says at the kill, so it may miss, and
-is repeated; a phase that no aim has hit stays without a kill, and is counted.
+lets a random part of the phase's length go by. What it hit is what the journal says at the kill, so it may come too
+late, and is repeated, each time for an earlier part; a phase that no aim has hit stays without a kill, and is counted.
 """
 
 import random
@@ -77,7 +77,7 @@ class Aims:
         self.tried[phase] += 1
         while alive(process) and phase_of(folder, since) != phase:
             time.sleep(_POLL)
-        return wait(process, self.draw.uniform(0.0, self.length.phases[phase]))
+        return wait(process, self.draw.uniform(0.0, self.length.phases[phase] / 2 ** (self.tried[phase] - 1)))
 
 
 def wait(process: Attempt, seconds: float, until: Callable[[], bool] = lambda: False) -> None:
