@@ -159,9 +159,9 @@ def _storm_server(home: Path, wanted: Outcome, kills: int, aims: Aims) -> None:
             with judged(runs, number, wanted, aims.tally, "server"):
                 process = runs.attempt(number)
                 aims.wait(aims.of_run(1)[0], process, runs.folder(number), 0)
-                phase = phase_of(runs.folder(number), 0)
+                phase, needed = phase_of(runs.folder(number), 0), alive(process)
                 _kill_tree(server)
-                aims.tally.kills["server", phase] += 1
+                aims.tally.kills["server", phase] += needed
                 time.sleep(aims.draw.uniform(0.0, 2.0))
                 server = _server(database, address)
                 if (code := ended(process)) != 0:
@@ -234,8 +234,9 @@ def _storm_ray(home: Path, kills: int, draw: random.Random, tally: Tally) -> Non
                 if not alive(process) or not (victims := workers_below(process.pid)):
                     break
                 now, since = phase_of(runs.folder(number), since), told(runs.folder(number))
-                draw.choice(victims).kill()
-                tally.kills["worker", now] += 1
+                with suppress(psutil.NoSuchProcess):
+                    draw.choice(victims).kill()
+                    tally.kills["worker", now] += 1
                 wait(process, 5.0, lambda: not any(each.is_running() for each in victims))
             if (code := ended(process)) != 0:
                 raise WrongError(f"exit code {code}: {tail(home / 'told.txt')}")

@@ -30,7 +30,7 @@ from moeify.recipe.data import (
 )
 from moeify.recipe.model import PretrainedModel
 from moeify.recipe.where import url_of
-from moeify.storing import storing
+from moeify.storing import StorageError, storing
 
 
 def near(config: RunConfig, cache: Path) -> RunConfig:
@@ -116,5 +116,10 @@ def copied(place: Place, there: Mapping[str, Item], cache: Path) -> Path:
                     target = draft.joinpath(*PurePosixPath(name).parts)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     place.download(name, target)
+                now = place.found() if len(there) > 1 else {name: place.item(name) for name in there}
+                if changed := [name for name, item in there.items() if name not in now or now[name].mark != item.mark]:
+                    raise StorageError(
+                        f"{place.url}/{changed[0]} was written anew while it was fetched; begin again when it is done"
+                    )
                 draft.rename(folder)
     return folder

@@ -23,7 +23,7 @@ from moeify.world import Solo
 from pipelines import studies
 from pipelines.kept_jobs import JobsFolder, by_seed, failed, hold, told
 from pipelines.pool import Broken, Payload, answered, run_here, run_pool
-from pipelines.runs import cache
+from pipelines.runs import cache, shelf
 from pipelines.studies import study
 from pipelines.studies.catalogue import find_study
 from pipelines.studies.study import Arm, ArmJob, Bench, Measures, Size, Study, changed
@@ -162,7 +162,7 @@ def run_arm(order: ArmOrder) -> EndedArm:
     """Run a job in this process, unless its measures are there. ValueError where data are at fault."""
     (arm,) = [each for each in find_study(order.study).arms(order.size) if each.name == order.job.arm]
     config = changed(arm.config, seed=order.job.seed)
-    task = build_task(config, cache=order.cache, base=Path.cwd())
+    task = build_task(config, cache=order.cache, base=Path.cwd(), shelf=shelf("text"))
     content = f"{config.model_dump_json()} {fingerprint(config, task, Solo())} {code()} {_code_of(arm)}"
     file = f"{order.job}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
     if known := _understood(order.kept.read(file)):

@@ -118,6 +118,23 @@ def test_half_of_a_folder_is_never_taken_for_it(shelf: Place, tmp_path: Path, mo
     assert [path.name for path in (tmp_path / "far").iterdir() if path.name[0] == "."] == []
 
 
+def test_an_object_that_is_written_while_it_is_fetched_is_not_kept(
+    shelf: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real = recipe({"kind": "jsonl", "path": f"{ROOT}/texts.jsonl"}), Place.download
+    shelf.write("texts.jsonl", b"one")
+
+    def download(place: Place, path: str, target: Path) -> None:
+        shelf.write("texts.jsonl", b"another")
+        real(place, path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Place, "download", download)
+        with pytest.raises(StorageError, match=r"texts\.jsonl was written anew while it was fetched"):
+            near(config, tmp_path)
+    assert source_of(near(config, tmp_path))["path"].read_bytes() == b"another"
+
+
 def test_every_kind_of_source_may_name_urls(shelf: Place, fetched: list[str], tmp_path: Path) -> None:
     for name in (
         "parts/x.csv",

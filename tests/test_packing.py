@@ -1,7 +1,9 @@
 """A streamed corpus that workers pack, on one machine and on two: each reads its share, and no bit changes."""
 
 import json
+import shutil
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gloo import run_together
-from moeify.data import packing, streamed, token_files
+from moeify.data import packing, streamed, token_files, tokens
 from moeify.data.documents import SPLITS
 from moeify.data.prepared import Entry, Tokens
 from moeify.data.tokens import prepare
@@ -109,9 +111,8 @@ def test_two_workers_read_a_share_each_and_have_what_one_has(base: Path, caches:
     assert first == ["0.jsonl", "2.jsonl", "4.jsonl"]
     assert second == ["1.jsonl", "3.jsonl", "all.parquet"]
     for cache in set(caches):
-        assert [path.name for path in (base / cache / "text").iterdir() if path.suffix != ".lock"] == [
-            path.name for path in (base / cache / "text").iterdir() if (path / "index.json").is_file()
-        ], "nothing of the parts is left"
+        left = [path for path in (base / cache / "text").iterdir() if path.suffix != ".lock"]
+        assert [(path / "index.json").is_file() for path in left] == [True], "nothing of the parts is left"
 
 
 @pytest.mark.parametrize("size", [3, 8])
@@ -152,6 +153,69 @@ def test_a_worker_that_finds_bad_input_says_so_and_leaves_nothing_that_counts(ba
     with pytest.raises(ValueError, match=r"law/3\.jsonl.*row 1: 'text' is int"):
         prepare(data(BOTH), base / "cache", base)
     assert not list((base / "cache").glob("text/*/index.json"))
+
+
+def test_parts_stay_while_anybody_needs_them(tmp_path: Path) -> None:
+    one, other = Entry(tmp_path / "text" / "a"), Entry(tmp_path / "text" / "a")
+    (tmp_path / "text" / "a").mkdir()
+    (tmp_path / "text" / "a" / "index.json").write_text("{}")
+    with one.parts_kept():
+        one.parts.mkdir()
+        with other.parts_kept():
+            pass
+        assert one.parts.is_dir()
+        (one.parts.with_suffix(".users") / "killed.lock").touch()  # nobody holds it
+    assert not one.parts.exists()
+    assert not one.parts.with_suffix(".users").exists()
+
+
+def test_workers_hear_of_each_other_while_one_works_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_SILENCE", 0.01)
+    board, barrier, heard = [None] * 2, threading.Barrier(2, timeout=60), list[int]()
+
+    class Counted(Beside):
+        def gather(self, value: T) -> list[T]:
+            heard.append(self.rank)
+            return super().gather(value)
+
+    def one(rank: int) -> int:
+        return packing.in_step(Counted(rank, board, barrier), lambda: time.sleep(0.5 * rank) or rank)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(one, range(2))) == [0, 1]
+    assert heard.count(0) == heard.count(1) > 5
+
+
+def test_workers_go_by_one_list_of_the_files(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    once, listed = prepare(data(BOTH), base / "alone", base), list[int]()
+    real = tokens.all_files
+
+    def more_by_the_minute(*arguments: Any) -> Any:
+        found = real(*arguments)
+        listed.append(len(found["law"]))
+        write(base / "law" / f"{5 + len(listed)}.jsonl", [text(300)])
+        return found
+
+    monkeypatch.setattr(tokens, "all_files", more_by_the_minute)
+    assert all(same(once, each) for each in together(2, data(BOTH), base, [base / "one", base / "other"]))
+    assert listed == [5]
+
+
+def test_what_another_machine_has_is_not_packed_again(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches, known = [base / "one", base / "other"], packed(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "join", _dies)
+        with pytest.raises((KeyboardInterrupt, threading.BrokenBarrierError)):
+            together(2, data(BOTH), base, caches)
+    assert sorted(known) == FILES
+    shutil.rmtree(caches[1])
+    found = together(2, data(BOTH), base, caches)
+    assert sorted(known) == FILES
+    assert all(same(prepare(data(BOTH), base / "alone", base), each) for each in found)
+
+
+def _dies(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 # --- behind URLs --------------------------------------------------------------------------------------
@@ -199,14 +263,19 @@ def test_what_one_machine_prepared_others_find_on_the_shelf(
         assert same(once, prepare(data(BOTH), base / "other", base, shelf=far.url))
         assert all(same(once, each) for each in together(2, data(BOTH), base, [base / "a", base / "b"], far.url))
     (name,) = (name for name in far.found() if name.endswith("train.0.npy"))
+    index = name.replace("train.0.npy", "index.json")
+    far.remove([index])  # as it would be, had the process been killed that sent it
+    assert same(once, prepare(data(BOTH), base / "one", base, shelf=far.url))
+    assert index in far.found()
     whole = far.read(name)
     far.write(name, whole[:-1])
     assert same(once, prepare(data(BOTH), base / "third", base, shelf=far.url)), "what is damaged is prepared anew"
     assert far.read(name) == whole
-    index = json.loads(far.read(name.replace("train.0.npy", "index.json")))
-    index["files"] = {**index["files"], "../../secret": index["files"]["train.0.npy"]}
-    far.write(name.replace("train.0.npy", "index.json"), json.dumps(index).encode())
-    assert same(once, prepare(data(BOTH), base / "fourth", base, shelf=far.url))
+    known = json.loads(far.read(index))
+    known["files"] = {**known["files"], "../../secret": known["files"]["train.0.npy"]}
+    for number, spoilt in enumerate([known, {"files": [], "categories": []}, {**known, "vocabulary": "many"}, []]):
+        far.write(index, json.dumps(spoilt).encode())
+        assert same(once, prepare(data(BOTH), base / f"later {number}", base, shelf=far.url))
 
 
 def test_text_that_is_not_streamed_is_shared_too(tmp_path: Path, far: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ import json
 import lzma
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from moeify.data import token_files
 from moeify.data.documents import SPLITS
 from moeify.data.prepared import Tokens
 from moeify.data.streamed import Corpus
-from moeify.data.streamed_files import File, files_of, fingerprint
+from moeify.data.streamed_files import File, all_files, files_of
 from moeify.data.tokens import prepare
 from moeify.recipe.data import StreamedFiles, StreamedText, TextData
 from pipelines.cli import main
@@ -133,7 +132,7 @@ def test_text_files_are_a_document_each(tmp_path: Path) -> None:
 def test_what_the_tokenizer_is_trained_on_are_the_first_documents_of_the_train_split(base: Path) -> None:
     source = data(BOTH).source
     assert isinstance(source, StreamedText)
-    corpus = Corpus(source, base, base / "cache", validation=0.2, test=0.2)
+    corpus = Corpus(source, all_files(source, base), base / "cache", validation=0.2, test=0.2)
     found = [document for part in corpus.parts if part.category == 0 for _, document in corpus.documents(part)]
     train = documents_of(prepare(data(BOTH), base / "cache", base), 0)["train"]
     assert len(corpus.head(0, 1)) == 1
@@ -149,16 +148,55 @@ def test_globs_mean_files_wherever_the_recipe_lies(base: Path) -> None:
         assert [Path(file.told).name for file in files_of(part, inside, "files")] == ["a.jsonl", "b.jsonl"]
 
 
-def marks(files: Sequence[File]) -> Iterator[str]:
-    yield from (file.mark() for file in files)
+def entries(base: Path) -> int:
+    return len(list((base / "cache" / "text").glob("*/index.json")))
 
 
-def test_changed_files_are_other_data(base: Path) -> None:
-    source = data(BOTH).source
-    assert isinstance(source, StreamedText)
-    before = fingerprint(source, base, marks)
+def test_changed_files_are_other_data_and_so_are_other_readers(base: Path) -> None:
+    prepare(data(BOTH), base / "cache", base)
     write(base / "letters.parquet", [text(number) for number in range(100, 141)], "body")
-    assert fingerprint(source, base, marks) != before
+    prepare(data(BOTH), base / "cache", base)
+    assert entries(base) == 2
+    for kind in ("law", "letters"):
+        (base / "rows" / kind).mkdir(parents=True)
+        lines = "\n".join(["text", *(f"{kind} row {number}" for number in range(40))])
+        for part in range(20):
+            (base / "rows" / kind / f"{part}.csv").write_text(f"{lines}\n{kind} {part}\n")
+    both = {kind: {"files": [f"rows/{kind}/*"]} for kind in ("law", "letters")}
+    rows = prepare(data(both), base / "cache", base)
+    for path in list((base / "rows").glob("*/*.csv")):
+        path.rename(path.with_suffix(".txt"))
+    whole = prepare(data(both), base / "cache", base)
+    assert sum(map(len, documents_of(rows, 0).values())) == 60
+    assert sum(map(len, documents_of(whole, 0).values())) == 20
+    assert entries(base) == 4
+
+
+def test_names_that_look_like_globs_are_names(tmp_path: Path) -> None:
+    base = tmp_path / "h [2024]"
+    for kind in ("law", "letters"):
+        (base / kind).mkdir(parents=True)
+        for number in range(40):
+            (base / kind / f"a{number}.txt").write_text(f"{kind} {text(number)}")
+        (base / kind / "a[1].txt").write_text(f"{kind}: what no glob finds")
+    both = {kind: {"files": [f"{kind}/*.txt"]} for kind in ("law", "letters")}
+    found = set.union(*documents_of(prepare(data(both), tmp_path / "cache", base), 0).values())
+    assert len(found) == 41
+    assert "law: what no glob finds" in found
+
+
+def test_a_file_that_changes_while_it_is_read_is_told(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = File.mark
+
+    def marked(file: File) -> str:
+        found = real(file)
+        if file.told.endswith("b.jsonl"):
+            write(Path(file.told), [text(number) for number in range(20, 41)])
+        return found
+
+    monkeypatch.setattr(File, "mark", marked)
+    with pytest.raises(ValueError, match=r"b\.jsonl was changed since the files were listed"):
+        prepare(data(BOTH), base / "cache", base)
 
 
 def broken(base: Path, kind: str) -> dict[str, object]:
@@ -233,7 +271,9 @@ def test_bad_input_is_told_in_one_line(base: Path, kind: str, said: str) -> None
     assert "\n" not in str(raised.value)
     assert str(raised.value).startswith("data.source")
     left = [path for path in (base / "cache").glob("text/*") if path.is_dir()]
-    assert all(path.suffix in (".preparing", ".parts") for path in left), "nothing half prepared counts as prepared"
+    assert all(path.suffix in (".preparing", ".parts", ".users") for path in left), (
+        "nothing half prepared counts as prepared"
+    )
 
 
 def test_what_is_missing_or_does_not_go_together_is_said(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,12 @@ the first one: what comes out is the same bytes however many workers packed it.
 """
 
 import secrets
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from jaxtyping import UInt64
@@ -24,6 +26,9 @@ from moeify.world import World
 
 _SENT_BYTES = 16_000_000
 """That a worker hands over at a time."""
+_SILENCE = 5.0
+"""Seconds."""
+T = TypeVar("T")
 _TOKENS = 4_000_000
 """That are joined at a time."""
 Table = UInt64[np.ndarray, "documents 3"]
@@ -31,28 +36,44 @@ Table = UInt64[np.ndarray, "documents 3"]
 
 
 def pack(corpus: Corpus, chosen: GivenTokenizer, folder: Path, world: World) -> bool:
-    """Have all parts below ``folder``, on every machine; every worker calls this. Return whether this one is to join.
-
-    Workers wait for each other after each part, so that none is long ahead of another.
-    """
+    """Have all parts below ``folder``, on every machine; every worker calls this. Return whether it is to join them."""
     folder.mkdir(parents=True, exist_ok=True)
     beside = world.gather(_first_beside(folder, world))
     kind = kind_of(chosen.tokenizer, chosen.end)
     for first in range(0, len(corpus.parts), world.size):
         these = range(first, min(first + world.size, len(corpus.parts)))
-        lacking = set().union(*world.gather([number for number in these if not _is_whole(folder, number, kind)]))
-        mine = sorted(lacking & {first + world.rank})
-        for number in mine:
-            _pack_part(corpus, number, chosen, folder)
-        if len(set(beside)) > 1:
-            _hand_over(mine, folder, world)
+        held = world.gather({number for number in these if _is_whole(folder, number, kind)})
+        by = {n: next((rank for rank, each in enumerate(held) if n in each), n - first) for n in these}
+        mine = [n for n in these if by[n] == world.rank]
+        packed = partial(_pack_parts, corpus, [n for n in mine if n not in held[world.rank]], chosen, folder)
+        in_step(world, packed)
+        elsewhere = [[n for n in these if each != beside[by[n]]] for each in beside]
+        lacked = [set(far) - each for far, each in zip(elsewhere, held, strict=True)]
+        if sent := set().union(*lacked):
+            wanted = lacked[world.rank] if beside[world.rank] == world.rank else set()
+            _hand_over(sorted(sent.intersection(mine)), wanted, folder, world)
     world.gather(None)
     return beside[world.rank] == world.rank
 
 
+def in_step(world: World, work: Callable[[], T]) -> T:
+    """Do a worker's own work, however long it takes; every worker calls this.
+
+    Workers tell each other every few seconds that they are there: who waits for long in silence is taken for dead.
+    """
+    if world.size == 1:
+        return work()
+    with ThreadPoolExecutor(1) as pool:
+        doing = pool.submit(work)
+        while not all(world.gather(bool(wait([doing], _SILENCE).done) and not doing.exception())):
+            if doing.done():
+                doing.result()  # what it raised leaves here
+        return doing.result()
+
+
 def join(corpus: Corpus, kind: Kind, folder: Path, target: Path) -> list[StreamFiles]:
     """Write the streams of all categories to ``target`` from the parts in ``folder``; return them, closed."""
-    first_seen = _first_seen([_table(folder, number)[:, 0] for number in range(len(corpus.parts))])
+    first_seen = _first_seen([_table(folder, number)[:, 0].copy() for number in range(len(corpus.parts))])
     joined = []
     for category in range(len(corpus.categories)):
         with StreamFiles(target, category, kind) as files:
@@ -68,18 +89,24 @@ def join(corpus: Corpus, kind: Kind, folder: Path, target: Path) -> list[StreamF
 # --- a part -------------------------------------------------------------------------------------------
 
 
+def _pack_parts(corpus: Corpus, numbers: Sequence[int], chosen: GivenTokenizer, folder: Path) -> None:
+    for number in numbers:
+        _pack_part(corpus, number, chosen, folder)
+
+
 def _pack_part(corpus: Corpus, number: int, chosen: GivenTokenizer, folder: Path) -> None:
     kind = kind_of(chosen.tokenizer, chosen.end)
-    rows: list[tuple[int, int, int]] = []
+    tables = [np.empty((0, 3), dtype=np.uint64)]
     tokens, table = _files(folder, number)
     with _written(tokens) as file:
         for batch in batches(corpus.documents(corpus.parts[number])):
-            texts = [document for _, document in batch]
-            for (hashed, document), ids in zip(batch, ids_of(chosen.tokenizer, texts), strict=True):
+            encoded = ids_of(chosen.tokenizer, [document for _, document in batch])
+            rows = [(hashed, len(ids) + 1, each.size) for (hashed, each), ids in zip(batch, encoded, strict=True)]
+            tables.append(np.array(rows, dtype=np.uint64))
+            for ids in encoded:
                 file.write(np.array([*ids, chosen.end], dtype=kind).data)
-                rows.append((hashed, len(ids) + 1, document.size))
     with _written(table) as file:
-        np.save(file, np.array(rows, dtype=np.uint64).reshape(-1, 3), allow_pickle=False)
+        np.save(file, np.concatenate(tables), allow_pickle=False)
 
 
 def _is_whole(folder: Path, number: int, kind: Kind) -> bool:
@@ -125,15 +152,15 @@ def _first_beside(folder: Path, world: World) -> int:
     return first
 
 
-def _hand_over(mine: Collection[int], folder: Path, world: World) -> None:
-    """Send all others the parts that were packed here, some megabytes at a time, and write theirs."""
+def _hand_over(mine: Collection[int], wanted: Collection[int], folder: Path, world: World) -> None:
+    """Send the others these parts, some megabytes at a time, and write what is wanted of theirs."""
     sent = ((path.name, piece) for number in mine for path in _files(folder, number) for piece in _pieces(path))
-    ours = {path.name for number in mine for path in _files(folder, number)}
+    names = {path.name for number in wanted for path in _files(folder, number)}
     with ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
         while any(pieces := world.gather(next(sent, None))):
             for name, piece in filter(None, pieces):
-                if name not in ours:
+                if name in names:
                     if name not in files:
                         files[name] = stack.enter_context(_written(folder / name))
                     files[name].write(piece)

@@ -5,14 +5,15 @@ An entry's name is a hash of all that it depends on, so it is never out of date;
 
 import hashlib
 import json
+import secrets
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from moeify.data.documents import SPLITS, Split
 from moeify.data.given_tokenizer import GivenTokenizer
@@ -64,11 +65,44 @@ class Entry:
             return tokens
         shutil.rmtree(self._path, ignore_errors=True)  # What is there is damaged.
         if self._far and _INDEX in self._far.names():
-            with tempfile.TemporaryDirectory(dir=self._path.parent, prefix=".fetched-") as draft:
-                fetch(self._far, Path(draft, "entry"))
-                if _read(Path(draft, "entry")):
-                    Path(draft, "entry").rename(self._path)
+            draft = self._path.with_suffix(".fetched")
+            shutil.rmtree(draft, ignore_errors=True)  # What a process left that was killed.
+            fetch(self._far, draft)
+            if _read(draft):
+                draft.rename(self._path)
+            shutil.rmtree(draft, ignore_errors=True)
         return self.tokens()
+
+    def looked_up(self) -> Tokens | None:
+        """Do so without the lock where it is here, and with it where it may have to be fetched."""
+        if (tokens := self.tokens()) is not None:
+            return tokens
+        with self.lock:
+            return self.found()
+
+    def send(self) -> None:
+        """Put it on the shelf where it is not there, whole or not at all."""
+        if self._far and _INDEX not in self._far.names():
+            for path in sorted(self._path.iterdir(), key=lambda path: path.name == _INDEX):  # what makes it one is last
+                self._far.upload(path.name, path)
+
+    @contextmanager
+    def parts_kept(self) -> Iterator[None]:
+        """Keep ``parts`` while the body lasts; whoever is the last to need them removes them, if the entry is there."""
+        users = self._path.with_suffix(".users")
+        mine = FileLock(users / f"{secrets.token_hex(8)}.lock")
+        with self.lock:
+            users.mkdir(exist_ok=True)
+            mine.acquire()
+        try:
+            yield
+        finally:
+            with self.lock:
+                mine.release()
+                Path(mine.lock_file).unlink(missing_ok=True)
+                if (self._path / _INDEX).exists() and not any(map(_is_held, users.iterdir())):
+                    shutil.rmtree(self.parts, ignore_errors=True)
+                    shutil.rmtree(users, ignore_errors=True)
 
     def publish(
         self,
@@ -105,12 +139,19 @@ class Entry:
             }
             (work / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
             work.rename(self._path)
-        if self._far:
-            for name in (*hashes, _INDEX):  # what makes it one comes last
-                self._far.upload(name, self._path / name)
+        if self._far and _INDEX in self._far.names():
+            self._far.remove([_INDEX])  # of an entry that is damaged, or this one would not be in its place
         tokens = self.tokens()
         assert tokens is not None
         return tokens
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def _hash(path: Path) -> str:
@@ -127,16 +168,19 @@ def _read(entry: Path) -> Tokens | None:
         streams = {split: [stream_name(split, number) for number in range(count)] for split in SPLITS}
         if not {*index["assets"], *(name for names in streams.values() for name in names)} <= files.keys():
             return None
+        found = {
+            split: tuple(np.load(entry / name, mmap_mode="r", allow_pickle=False) for name in names)
+            for split, names in streams.items()
+        }
+        if not all(each.ndim == 1 and each.dtype in (np.uint16, np.uint32) for part in found.values() for each in part):
+            return None
         return Tokens(
             categories=tuple(index["categories"]),
-            streams={
-                split: tuple(np.load(entry / name, mmap_mode="r", allow_pickle=False) for name in names)
-                for split, names in streams.items()
-            },
+            streams=found,
             sizes={split: tuple(index["sizes"][split]) for split in SPLITS},
-            vocabulary=index["vocabulary"],
-            end=index["end"],
+            vocabulary=int(index["vocabulary"]),
+            end=int(index["end"]),
             assets={name: (entry / name).read_bytes() for name in index["assets"]},
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
         return None

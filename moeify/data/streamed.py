@@ -5,9 +5,10 @@ comes with. Since documents are not kept, what can be known of each is a hash: i
 it was there before.
 """
 
+import glob
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain
@@ -18,7 +19,7 @@ import numpy as np
 from jaxtyping import UInt64
 
 from moeify.data.documents import SPLITS, Document, Split, misnamed
-from moeify.data.streamed_files import File, all_files, said_of
+from moeify.data.streamed_files import File, said_of
 from moeify.recipe.data import StreamedText
 
 _PART_BYTES = 4_000_000
@@ -36,12 +37,20 @@ class Part:
 
 
 class Corpus:
-    """The documents of a source, in the order of categories and files, in parts that are read on their own.
+    """The documents of a source's files, in the order of categories and files, in parts that are read on their own.
 
-    Raises ValueError, one line, where ``datasets`` is missing, or a category has a bad name or no such files.
+    Raises ValueError, one line, where ``datasets`` is missing, or a category has a bad name.
     """
 
-    def __init__(self, source: StreamedText, base: Path, cache: Path, *, validation: float, test: float) -> None:
+    def __init__(
+        self,
+        source: StreamedText,
+        files: Mapping[str, Sequence[File]],
+        cache: Path,
+        *,
+        validation: float,
+        test: float,
+    ) -> None:
         if find_spec("datasets") is None:
             raise ValueError(
                 "data.source.kind: streamed needs the datasets package, which is not here: "
@@ -55,8 +64,8 @@ class Corpus:
         self._columns = [part.text for part in source.categories.values()]
         self._cache = cache
         self._held_out = test, test + validation
-        files = all_files(source, base).values()
-        self.parts = tuple(Part(number, lot) for number, each in enumerate(files) for lot in _cut(each))
+        lots = ((number, lot) for number, name in enumerate(self.categories) for lot in _cut(files[name]))
+        self.parts = tuple(Part(*each) for each in lots)
         """All files, each in one part."""
 
     def documents(self, part: Part) -> Iterator[tuple[int, Document]]:
@@ -118,7 +127,8 @@ def _rows(files: Sequence[File], cache: Path, said: str) -> Iterator[tuple[File,
     import datasets
 
     more = {"sample_by": "document"} if files[0].reader == "text" else {}
-    asked = {"data_files": [str(file.near(cache)) for file in files], "split": "train", "streaming": True, **more}
+    paths = [glob.escape(str(file.near(cache))) for file in files]  # which datasets takes for globs
+    asked = {"data_files": paths, "split": "train", "streaming": True, **more}
     file = files[0]  # whose first rows say what columns there are
     with tempfile.TemporaryDirectory() as scratch:
         try:

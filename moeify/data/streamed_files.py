@@ -1,11 +1,11 @@
 """The files of a streamed corpus, on this machine or behind a URL: which they are, and what says that they changed.
 
-They are listed by every worker and read by one each, so that no machine fetches what others read.
+They are listed once, for all workers, and read by one each, so that no machine fetches what others read.
 """
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
@@ -27,15 +27,23 @@ class File:
     told: str
     """Its path or URL."""
     bytes: int
-    far: tuple[Place, str, Item] | None = None
-    """Where it is, and what its store says of it; None: on this machine."""
+    changed: int = 0
+    """When, in nanoseconds, where it is on this machine."""
+    far: tuple[str, str, Item] | None = None
+    """URL of the folder where it is, its name there, and what the store says of it; None: it is on this machine."""
 
     def near(self, cache: Path) -> Path:
-        """Return where it can be read, fetched to ``cache`` where it has to be and is not."""
-        if self.far is None:
-            return Path(self.told)
-        place, name, item = self.far
-        return copied(place, {name: item}, cache) / name
+        """Return where it can be read, fetched to ``cache`` where it has to be and is not.
+
+        ValueError where it is another one by now; StorageError also where its store is away.
+        """
+        if self.far is not None:
+            url, name, item = self.far
+            return copied(Place(url), {name: item}, cache) / name
+        found = Path(self.told).stat()
+        if (found.st_size, found.st_mtime_ns) != (self.bytes, self.changed):
+            raise ValueError(f"{self.told} was changed since the files were listed; begin again when all are there")
+        return Path(self.told)
 
     def mark(self) -> str:
         """Return a hash of what it holds, or what its store says for one, which is not fetched for that."""
@@ -80,14 +88,6 @@ def all_files(source: StreamedText, base: Path) -> dict[str, list[File]]:
     return {name: files_of(part, base, said_of(name)) for name, part in source.categories.items()}
 
 
-def fingerprint(source: StreamedText, base: Path, share: Callable[[Sequence[File]], Iterator[str]]) -> str:
-    """Return a hash of everything that would be read; ``share`` gives the marks of files."""
-    files = [(category, file) for category, each in all_files(source, base).items() for file in each]
-    marks = share([file for _, file in files])
-    known = (f"{category}\0{mark}\n" for (category, _), mark in zip(files, marks, strict=True))
-    return hashlib.sha256("".join(known).encode()).hexdigest()
-
-
 def said_of(category: str) -> str:
     """Return where a recipe names a category's files."""
     return f"data.source.categories.{category}.files"
@@ -98,7 +98,8 @@ def _near(base: Path, pattern: str, said: str) -> Iterator[File]:
     if not paths:
         raise ValueError(f"{said}: no file matches {pattern!r}; a relative path starts at the recipe's folder")
     for path in paths:
-        yield File(str(path), existing(path, said).stat().st_size)
+        found = existing(path, said).stat()
+        yield File(str(path), found.st_size, found.st_mtime_ns)
 
 
 def _matching(base: Path, pattern: str, said: str) -> list[Path]:
@@ -131,7 +132,7 @@ def _far(base: Path, pattern: str, said: str) -> Iterator[File]:
     if not there:
         raise ValueError(f"{said}: no object matches {pattern!r}")
     for path, item in sorted(there.items()):
-        yield File(f"{place.url}/{path}", item.bytes, (place, path, item))
+        yield File(f"{place.url}/{path}", item.bytes, far=(place.url, path, item))
 
 
 def _regular(glob: str) -> str:

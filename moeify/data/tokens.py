@@ -5,11 +5,10 @@ the packages that prepare and the code that does. So an entry is never out of da
 """
 
 import hashlib
+import importlib.metadata
 import json
-import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,12 +18,13 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from moeify.data import documents, packing, sources, streamed, streamed_files
+from moeify.data import documents, packing, sources, streamed
 from moeify.data.documents import SPLITS, Document, Split
 from moeify.data.given_tokenizer import GivenTokenizer
 from moeify.data.labels import UNLABELLED
+from moeify.data.packing import in_step
 from moeify.data.prepared import Entry, Tokens
-from moeify.data.streamed_files import File
+from moeify.data.streamed_files import File, all_files
 from moeify.data.token_files import StreamFiles, batches, encode, ids_of, kind_of
 from moeify.recipe.data import Discover, StreamedText, TextData
 from moeify.world import Solo, World
@@ -57,20 +57,16 @@ def prepare(
         StorageError: The shelf cannot be reached, or there is no room.
     """
     world = world or Solo()
-    entry = Entry(cache / "text" / _key(data, base, given, world), shelf)
     if isinstance(data.source, StreamedText):
-        return _streamed(data, data.source, cache, base, given, entry, world)
-    if tokens := entry.tokens():
-        return tokens
-    with entry.lock:
-        if tokens := entry.found():
-            return tokens
-        parts, chosen, assets = _ready(data, base, given)
-
-        def write(work: Path) -> list[StreamFiles]:
-            return [_write(work, number, each, chosen) for number, each in enumerate(parts.values())]
-
-        return entry.publish(list(parts), chosen, assets, write)
+        return _streamed(data, data.source, cache, base, given, world, shelf)
+    entry = Entry(cache / "text" / _key(data, given, sources.fingerprint(data.source, base)), shelf)
+    tokens = entry.tokens()
+    if tokens is None:
+        with entry.lock:
+            tokens = entry.found() or _published(entry, data, base, given)
+    if world.rank == 0:
+        entry.send()
+    return tokens
 
 
 def read(data: TextData, base: Path) -> dict[str, list[Document]]:
@@ -81,8 +77,10 @@ def read(data: TextData, base: Path) -> dict[str, list[Document]]:
     return {category: [d for split in SPLITS for d in each[split]] for category, each in parts.items()}
 
 
-def _key(data: TextData, base: Path, given: GivenTokenizer | None, world: World) -> str:
-    digest = hashlib.sha256(f"{data.model_dump_json(exclude={'length'})}\n{tokenizers.__version__}\n".encode())
+def _key(data: TextData, given: GivenTokenizer | None, content: str) -> str:
+    digest = hashlib.sha256(
+        f"{data.model_dump_json(exclude={'length'})}\n{tokenizers.__version__}\n{content}\n".encode()
+    )
     if given is not None:
         digest.update(f"{given.fingerprint}\n".encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
@@ -91,21 +89,19 @@ def _key(data: TextData, base: Path, given: GivenTokenizer | None, world: World)
         from moeify.data import discover
 
         digest.update(discover.fingerprint().encode())
-    if isinstance(data.source, StreamedText):
-        marks = partial(_marks, world=world)
-        digest.update(streamed_files.fingerprint(data.source, base, marks).encode())
-    else:
-        digest.update(sources.fingerprint(data.source, base).encode())
     return digest.hexdigest()[:32]
 
 
-def _marks(files: Sequence[File], world: World) -> Iterator[str]:
-    """Yield the marks of files, of which each worker looks at its share."""
-    found = world.gather([file.mark() for file in files[world.rank :: world.size]])
-    return (found[place % world.size][place // world.size] for place in range(len(files)))
-
-
 # --- preparing ----------------------------------------------------------------------------------------
+
+
+def _published(entry: Entry, data: TextData, base: Path, given: GivenTokenizer | None) -> Tokens:
+    parts, chosen, assets = _ready(data, base, given)
+
+    def write(work: Path) -> list[StreamFiles]:
+        return [_write(work, number, each, chosen) for number, each in enumerate(parts.values())]
+
+    return entry.publish(list(parts), chosen, assets, write)
 
 
 def _streamed(
@@ -114,40 +110,60 @@ def _streamed(
     cache: Path,
     base: Path,
     given: GivenTokenizer | None,
-    entry: Entry,
     world: World,
+    shelf: str | None,
 ) -> Tokens:
     """Return the tokens of files that are streamed.
 
-    No lock is held while workers wait for each other: those of another run may hold the one that the next waits for.
+    A lock is held by who joins the parts or fetches them joined, and never while workers wait for each other. Of
+    several processes that begin at once each packs what the others have not yet.
     """
-    with entry.lock if world.size == 1 else nullcontext():
-        with entry.lock:
-            found = entry.found()
-        everywhere = all(world.gather(found is not None))
-        if found and everywhere:
-            return found
-        corpus = streamed.Corpus(source, base, cache, validation=data.validation, test=data.test)
-        chosen = given or _agreed(corpus, data.vocabulary, world)
-        joins, kind = packing.pack(corpus, chosen, entry.parts, world), kind_of(chosen.tokenizer, chosen.end)
-        if joins:
-            with entry.lock:
-                if not entry.tokens():
-                    write = partial(packing.join, corpus, kind, entry.parts)
-                    entry.publish(corpus.categories, chosen, dict(chosen.assets), write)
-                shutil.rmtree(entry.parts, ignore_errors=True)
-        world.gather(None)
-        tokens = entry.tokens()
-    assert tokens is not None
-    return tokens
+    files = world.share(all_files(source, base) if world.rank == 0 else {})
+    corpus = streamed.Corpus(source, files, cache, validation=data.validation, test=data.test)
+    entry = Entry(cache / "text" / _key(data, given, _content(files, world)), shelf)
+    found = in_step(world, entry.looked_up)
+    everywhere = all(world.gather(found is not None))
+    if found is None or not everywhere:
+        with entry.parts_kept():
+            chosen = given or _agreed(corpus, data.vocabulary, world)
+            joins = packing.pack(corpus, chosen, entry.parts, world)
+            in_step(world, partial(_joined, entry, corpus, chosen) if joins else entry.tokens)
+            world.gather(None)
+            found = in_step(world, entry.tokens)
+    assert found is not None
+    if world.rank == 0:
+        entry.send()
+    return found
+
+
+def _content(files: Mapping[str, Sequence[File]], world: World) -> str:
+    """Return a hash of what would be read, and by what; of the files each worker looks at its share."""
+    named = [(category, file) for category, each in files.items() for file in each]
+    marks = world.gather(in_step(world, lambda: [file.mark() for _, file in named[world.rank :: world.size]]))
+    known = [
+        (category, file.reader, marks[place % world.size][place // world.size])
+        for place, (category, file) in enumerate(named)
+    ]
+    versions = [importlib.metadata.version(name) for name in ("datasets", "pyarrow")]
+    return hashlib.sha256(json.dumps([versions, known]).encode()).hexdigest()
+
+
+def _joined(entry: Entry, corpus: streamed.Corpus, chosen: GivenTokenizer) -> None:
+    """Publish the entry from its parts, where nobody else has."""
+    with entry.lock:
+        if entry.tokens() is None:
+            write = partial(packing.join, corpus, kind_of(chosen.tokenizer, chosen.end), entry.parts)
+            entry.publish(corpus.categories, chosen, dict(chosen.assets), write)
 
 
 def _agreed(corpus: streamed.Corpus, vocabulary: int, world: World) -> GivenTokenizer:
     """Return the tokenizer that the first worker trained."""
-    trained = None
-    if world.rank == 0:
-        heads = [corpus.head(category, SAMPLE_BYTES) for category in range(len(corpus.categories))]
-        trained = _trained(heads, vocabulary)
+
+    def train() -> GivenTokenizer | None:
+        heads = (corpus.head(category, SAMPLE_BYTES) for category in range(len(corpus.categories)))
+        return _trained(list(heads), vocabulary) if world.rank == 0 else None
+
+    trained = in_step(world, train)
     known = (trained.tokenizer.to_str(), trained.end, dict(trained.assets)) if trained else ("", 0, {})
     content, end, assets = world.share(known)
     tokenizer = tokenizers.Tokenizer.from_str(content)
