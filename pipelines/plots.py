@@ -165,9 +165,10 @@ def budget_of(folder: RunFolder, rounds: Sequence[RoundEnded]) -> float | None:
 
 
 def recipe_budget(folder: RunFolder) -> dict[str, Any] | None:
-    """Return the recipe's budget as it is written there; None without one."""
+    """Return the recipe's budget as it is written there; None without one, and where what is there is none."""
     recipe = strict_yaml.read(folder.resolved.read_text(encoding="utf-8"))
-    return recipe.get("budget") if isinstance(recipe, dict) else None
+    budget = recipe.get("budget") if isinstance(recipe, dict) else None
+    return budget if isinstance(budget, dict) and isinstance(budget.get("tax"), str | int | float) else None
 
 
 def _told(rounds: Sequence[RoundEnded], end: Result | None) -> tuple[float, str] | None:

@@ -194,7 +194,15 @@ def test_drawing_needs_no_display_and_no_global_figure(folder: RunFolder, monkey
 
 @pytest.mark.parametrize(
     ("budget", "line"),
-    [("null", None), ("{tax: 0.02}", 0.02), ("{tax: 1 %}", 0.05), ("{tax: 0.02, per: category}", None)],
+    [
+        ("[0.05]", None),
+        ("{per: mean}", None),
+        ("{tax: [1]}", None),
+        ("null", None),
+        ("{tax: 0.02}", 0.02),
+        ("{tax: 1 %}", 0.05),
+        ("{tax: 0.02, per: category}", None),
+    ],
 )
 def test_the_budgets_line_is_where_rounds_are_judged(tmp_path: Path, budget: str, line: float | None) -> None:
     folder = fake_run(tmp_path)

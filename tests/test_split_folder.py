@@ -62,6 +62,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
         lambda body: body["facts"].update(categories=7),
         lambda body: body["facts"]["partition"].update(nodes=[1]),
         lambda body: body["facts"]["partition"]["nodes"][0].update(parent="x"),
+        lambda body: body["facts"]["partition"]["nodes"][0].update(name=0.5),
         lambda body: body["facts"]["partition"].update(widths={"layers.0.ffn": ["1"]}),
     ],
 )

@@ -125,6 +125,8 @@ class Partition:
     def from_json(cls, data: Mapping[str, Any]) -> "Partition":
         """Return the partition that ``as_json`` described; ValueError where it does not hold together."""
         nodes = tuple(Node(n["name"], n["parent"], tuple(n["categories"])) for n in data["nodes"])
+        if odd := [name for node in nodes for name in (node.name, *node.categories) if not isinstance(name, str)]:
+            raise ValueError(f"experts and categories have names of text, got {odd[0]!r}")
         return cls(ExpertTree(nodes), {site: tuple(widths) for site, widths in data["widths"].items()})
 
     def _total(self, costs: Costs | None) -> int:
