@@ -3,6 +3,7 @@
 Nothing of a private cluster is written outside a temporary folder. The token that lets processes into it lives there.
 """
 
+import gc
 import os
 import secrets
 import shutil
@@ -98,7 +99,7 @@ def cluster(wanted: Cluster, *, keep_logs: Path) -> Iterator[None]:
                 _check_room(wanted)
                 yield
             finally:
-                ray.shutdown()
+                _shut_down()
         else:
             with _private_cluster(wanted, keep_logs):
                 yield
@@ -106,7 +107,6 @@ def cluster(wanted: Cluster, *, keep_logs: Path) -> Iterator[None]:
 
 @contextmanager
 def _private_cluster(wanted: Cluster, keep_logs: Path) -> Iterator[None]:
-    import ray
 
     place = Path(tempfile.gettempdir() if len(tempfile.gettempdir()) <= _LONGEST_TEMPORARY else "/tmp")
     clear_leftovers(place)
@@ -132,7 +132,7 @@ def _private_cluster(wanted: Cluster, keep_logs: Path) -> Iterator[None]:
                     _check_room(wanted)
                 yield
             finally:
-                ray.shutdown()
+                _shut_down()
     except (RunFailedError, RayStartError):
         shutil.rmtree(keep_logs, ignore_errors=True)
         with suppress(OSError):
@@ -141,6 +141,21 @@ def _private_cluster(wanted: Cluster, keep_logs: Path) -> Iterator[None]:
     finally:
         claim.release()
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _shut_down() -> None:
+    """Shut Ray down, its garbage first, and collect none meanwhile: a reference to an object of Ray's that another
+    thread lets go of while it shuts down has Ray end the whole process, with exit code 1 and no word of the run."""
+    import ray
+
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @contextmanager
@@ -168,7 +183,7 @@ def _start(**settings: Any) -> None:
         except Exception as error:
             if _SLOW not in str(error):
                 raise
-            ray.shutdown()
+            _shut_down()
             ray.init(**settings)
 
 
