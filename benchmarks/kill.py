@@ -139,9 +139,10 @@ def _storm(runs: Runs, wanted: Outcome, kills: int, aims: Aims, first: int) -> N
                 aims.wait(phase, process, runs.folder(number), since)
                 if not alive(process):
                     break
+                now = phase_of(runs.folder(number), since)  # workers on Ray outlive their driver by a moment
                 process.kill()
                 ended(process)
-                aims.tally.kills[aims.target, phase_of(runs.folder(number), since)] += 1
+                aims.tally.kills[aims.target, now] += 1
             runs.check(number)
 
 

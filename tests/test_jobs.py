@@ -30,7 +30,7 @@ class CountedTask(ToyTask):
 
 @pytest.fixture
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
-    def build_task(config: RunConfig, *, cache: Path, base: Path) -> ToyTask:
+    def build_task(config: RunConfig, *, cache: Path, base: Path, shelf: str | None) -> ToyTask:
         return CountedTask(config)
 
     monkeypatch.setattr(jobs, "build_task", build_task)
