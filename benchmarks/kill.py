@@ -33,6 +33,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from benchmarks.aim import Aims, Length, phase_of, told, wait
 from benchmarks.damage import damage
 from benchmarks.killable import (
     LONGEST,
+    Attempt,
     Outcome,
     Runs,
     Tally,
@@ -230,7 +232,7 @@ def _storm_ray(home: Path, kills: int, draw: random.Random, tally: Tally) -> Non
         with judged(runs, number, wanted, tally, "worker"):
             process, since = runs.attempt(number), 0
             for phase in workers.of_run(WORKERS_PER_RUN):
-                wait(process, LONGEST, lambda: bool(workers_below(process.pid)))  # noqa: B023
+                wait(process, LONGEST, partial(_has_workers, process))
                 workers.wait(phase, process, runs.folder(number), since)
                 if not alive(process) or not (victims := workers_below(process.pid)):
                     break
@@ -238,9 +240,17 @@ def _storm_ray(home: Path, kills: int, draw: random.Random, tally: Tally) -> Non
                 with suppress(psutil.NoSuchProcess):
                     draw.choice(victims).kill()
                     tally.kills["worker", now] += 1
-                wait(process, 5.0, lambda: not any(each.is_running() for each in victims))
+                wait(process, 5.0, partial(_are_gone, victims))
             if (code := ended(process)) != 0:
                 raise WrongError(f"exit code {code}: {tail(home / 'told.txt')}")
+
+
+def _has_workers(process: Attempt) -> bool:
+    return bool(workers_below(process.pid))
+
+
+def _are_gone(processes: Sequence[psutil.Process]) -> bool:
+    return not any(each.is_running() for each in processes)
 
 
 def _left_behind(token: str, seconds: float = 60.0) -> int:

@@ -27,7 +27,7 @@ from moeify.world import World
 _SENT_BYTES = 16_000_000
 """That a worker hands over at a time."""
 _SILENCE = 5.0
-"""Seconds."""
+"""Seconds between two signs of life."""
 T = TypeVar("T")
 _TOKENS = 4_000_000
 """That are joined at a time."""
@@ -43,15 +43,16 @@ def pack(corpus: Corpus, chosen: GivenTokenizer, folder: Path, world: World) -> 
     for first in range(0, len(corpus.parts), world.size):
         these = range(first, min(first + world.size, len(corpus.parts)))
         held = world.gather({number for number in these if _is_whole(folder, number, kind)})
-        by = {n: next((rank for rank, each in enumerate(held) if n in each), n - first) for n in these}
-        mine = [n for n in these if by[n] == world.rank]
-        packed = partial(_pack_parts, corpus, [n for n in mine if n not in held[world.rank]], chosen, folder)
-        in_step(world, packed)
-        elsewhere = [[n for n in these if each != beside[by[n]]] for each in beside]
-        lacked = [set(far) - each for far, each in zip(elsewhere, held, strict=True)]
-        if sent := set().union(*lacked):
-            wanted = lacked[world.rank] if beside[world.rank] == world.rank else set()
-            _hand_over(sorted(sent.intersection(mine)), wanted, folder, world)
+        giver = {n: next((rank for rank, each in enumerate(held) if n in each), n - first) for n in these}
+        given = [n for n in these if giver[n] == world.rank]
+        in_step(world, partial(_pack_parts, corpus, [n for n in given if n not in held[world.rank]], chosen, folder))
+        wanted = [  # by each worker: what it had not, nor sees where it was packed
+            {n for n in these if n not in had and mine != beside[giver[n]]}
+            for mine, had in zip(beside, held, strict=True)
+        ]
+        if sent := set().union(*wanted):
+            written = wanted[world.rank] if beside[world.rank] == world.rank else set()
+            _hand_over(sorted(sent.intersection(given)), written, folder, world)
     world.gather(None)
     return beside[world.rank] == world.rank
 
@@ -59,7 +60,8 @@ def pack(corpus: Corpus, chosen: GivenTokenizer, folder: Path, world: World) -> 
 def in_step(world: World, work: Callable[[], T]) -> T:
     """Do a worker's own work, however long it takes; every worker calls this.
 
-    Workers tell each other every few seconds that they are there: who waits for long in silence is taken for dead.
+    None goes on before all are done. Meanwhile they tell each other every few seconds that they are there: a group's
+    collectives give up on who is silent for long.
     """
     if world.size == 1:
         return work()

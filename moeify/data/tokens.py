@@ -127,8 +127,7 @@ def _streamed(
         with entry.parts_kept():
             chosen = given or _agreed(corpus, data.vocabulary, world)
             joins = packing.pack(corpus, chosen, entry.parts, world)
-            in_step(world, partial(_joined, entry, corpus, chosen) if joins else entry.tokens)
-            world.gather(None)
+            in_step(world, partial(_joined, entry, corpus, chosen) if joins else lambda: None)
             found = in_step(world, entry.tokens)
     assert found is not None
     if world.rank == 0:
