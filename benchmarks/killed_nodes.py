@@ -5,12 +5,13 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from benchmarks.aim import Aims, Length, phase_of, told
+from benchmarks.aim import Aims, Length, outlived, phase_of
 from benchmarks.killable import (
     LONGEST,
     Attempt,
@@ -59,13 +60,15 @@ def storm_nodes(home: Path, kills: int, draw: random.Random, tally: Tally) -> No
                 for phase in aims.of_run(_PER_RUN):
                     _await_worker(process, cluster)
                     aims.wait(phase, process, runs.folder(number), since)
-                    holding = [node for node in cluster.worker_nodes if workers_below(_raylet(node))]
+                    workers_on = {node: workers_below(_raylet(node)) for node in cluster.worker_nodes}
+                    holding = sorted((node for node, workers in workers_on.items() if workers), key=_raylet)
+                    now = phase_of(runs.folder(number), since)
                     if not alive(process) or not holding:
                         break
-                    now, since = phase_of(runs.folder(number), since), told(runs.folder(number))
-                    _kill(cluster, draw.choice(sorted(holding, key=_raylet)))
+                    _kill(cluster, draw.choice(holding))
                     tally.kills["node", now] += 1
                     _add_node(cluster)
+                    since = outlived(process, [*chain(*workers_on.values())], runs.folder(number))
                 if (code := ended(process)) != 0:
                     raise WrongError(f"exit code {code}: {tail(home / 'told.txt')}")
 

@@ -1,17 +1,20 @@
 """Kills are aimed: what a journal tells of a run says when it is in a phase, and each phase gets its kill."""
 
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from benchmarks import aim
-from benchmarks.aim import CLOSING, START, Aims, Length, phase_of, told
+from benchmarks.aim import CLOSING, START, Aims, Length, outlived, past, phase_of, told
 from benchmarks.killable import Tally
-from moeify.events import Finished, Phase
+from moeify.events import Artifact, Finished, Phase
 from pipelines.journal import line_of
 from pipelines.runs import RunFolder
 
@@ -20,6 +23,7 @@ class Attempt:
     """What is waited for, until it is over."""
 
     going = True
+    pid = os.getpid()
 
     def is_alive(self) -> bool:
         return self.going
@@ -61,6 +65,38 @@ def test_a_run_is_in_the_phase_that_it_told_last_once_it_goes_on(folder: RunFold
     assert phase_of(folder, since) == CLOSING
 
 
+def test_a_resumed_run_is_prepared_until_it_tells_more(folder: RunFolder) -> None:
+    tell(folder, "prepare", 0)
+    tell(folder, "train", 1)
+    since = told(folder)
+    resumed = Phase(id="resumed/00000010/2.5", time=2.5, phase="prepare", round=0, note="going on")
+    with folder.journal.open("ab") as file:
+        file.write(line_of(resumed))
+    assert phase_of(folder, since) == "prepare"
+    with folder.journal.open("ab") as file:
+        file.write(line_of(Artifact(id="artifact/page", time=3.0, path="page")))
+    assert phase_of(folder, since) == "train"  # which it does not tell again
+
+
+def test_what_outlived_workers_tell_is_not_of_the_next_attempt(folder: RunFolder) -> None:
+    tell(folder, "train", 0)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as worker:
+        ended = threading.Timer(0.2, lambda: (tell(folder, "evaluate", 1), worker.kill()))
+        ended.start()
+        since = outlived(Attempt(), [psutil.Process(worker.pid)], folder)  # type: ignore[arg-type]
+        ended.join()
+    assert since == told(folder)
+    assert phase_of(folder, since) == START
+
+
+def test_a_run_that_has_its_result_is_past_every_phase_though_not_past_killing(folder: RunFolder) -> None:
+    assert not past("train", folder)
+    folder.result.write_text("{}")
+    assert past("train", folder)
+    assert past(CLOSING, folder)
+    assert not past(None, folder)
+
+
 def test_every_phase_is_aimed_at_until_it_was_hit_or_given_up(folder: RunFolder) -> None:
     tally = Tally()
     aims = Aims("worker", undisturbed(folder), tally, random.Random(0))
@@ -86,19 +122,32 @@ def test_where_not_every_phase_is_asked_for_any_moment_will_do(folder: RunFolder
     assert tally.lacking() == set()
 
 
-def test_an_aim_waits_for_its_phase(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    length = undisturbed(folder)
+class Drawn(random.Random):
+    """Draws the lower end, and keeps the upper."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.upper: list[float] = []
+
+    def uniform(self, a: float, b: float) -> float:
+        self.upper.append(b)
+        return a
+
+
+def test_an_aim_waits_for_its_phase_and_is_repeated_earlier(folder: RunFolder) -> None:
+    length, draw = undisturbed(folder), Drawn()
     folder.journal.unlink()
-    waited: list[float] = []
-    monkeypatch.setattr(aim, "wait", lambda _, seconds: waited.append(seconds))
-    aims = Aims("local", length, Tally(), random.Random(0))
+    aims = Aims("local", length, Tally(), draw)
     waiting = threading.Thread(target=aims.wait, args=("evaluate", Attempt(), folder, 0))
     waiting.start()
     for when, phase in enumerate(["prepare", "train"]):
         tell(folder, phase, when)
         time.sleep(0.05)
-        assert not waited
+        assert waiting.is_alive()
     tell(folder, "evaluate", 2)
     waiting.join(timeout=30)
-    assert len(waited) == 1
-    assert 0 <= waited[0] <= length.phases["evaluate"]
+    assert not waiting.is_alive()
+    aims.wait("evaluate", Attempt(), folder, 0)  # type: ignore[arg-type]
+    aims.wait(START, Attempt(), folder, 0)  # type: ignore[arg-type]
+    aims.wait(None, Attempt(), folder, 0)  # type: ignore[arg-type]
+    assert draw.upper == [length.phases["evaluate"], length.phases["evaluate"] / 2, length.phases[START], length.whole]
