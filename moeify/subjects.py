@@ -43,13 +43,16 @@ class Probed:
     """Site -> expert of each unit, of the sites that have been split."""
 
 
-def of_run(folder: Path, config: RunConfig, arm: Arm, *, cache: Path, base: Path, rows: int) -> Probed:
+def of_run(
+    folder: Path, config: RunConfig, arm: Arm, *, cache: Path, base: Path, rows: int, shelf: str | None = None
+) -> Probed:
     """Return an arm of a run as its newest checkpoint has it, with ``rows`` train rows of each category.
 
-    A split model runs masked, so that units off a category's route count for nothing there.
+    A split model runs masked, so that units off a category's route count for nothing there. ``shelf``: see
+    ``moeify.tasks.build.build_task``.
     """
     model = load_from_run(folder, arm)
-    task = build_task(config, cache=cache, base=base)
+    task = build_task(config, cache=cache, base=base, shelf=shelf)
     batches = []
     for batch in task.probe_batches(0, rows, config.attribution.rows_at_once):
         batch = batch.take(model.order(batch.categories))

@@ -100,7 +100,13 @@ def _probed(
     there = arms_of_run(folder.path)
     arm = arm or ("split" if "split" in there else "dense")
     probed = of_run(
-        folder.path, config, arm, cache=runs.cache(), base=folder.base, rows=rows or config.attribution.rows
+        folder.path,
+        config,
+        arm,
+        cache=runs.cache(),
+        base=folder.base,
+        rows=rows or config.attribution.rows,
+        shelf=runs.shelf("text"),
     )
     removed = config.rounds[-1].separation
     return f"{folder.id} ({arm})", probed, config, folder.path / "attribution" / arm, removed, folder
