@@ -16,7 +16,7 @@ and leaves no half checkpoint and no process behind. Then every file of a checkp
 removed in turn: that must be seen and told, the checkpoint before it used, and a run resumed from there must end with
 the same bits.
 
-The full benchmark kills more than a hundred times (``--kills N``) and takes about half an hour on two idle cores;
+The full benchmark kills more than a hundred times (``--kills N``) and takes about an hour on two idle cores;
 --quick kills a few times in one process.
 """
 
