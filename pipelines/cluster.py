@@ -23,7 +23,7 @@ import psutil
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipelines.mlflow_store import artifact_root
+from pipelines.mlflow_store import artifact_root, lay_out
 from pipelines.ray_cluster import LOOPBACK
 from pipelines.runs import told_home
 
@@ -124,6 +124,7 @@ def up(home: Path, nodes: int, cores: int | None = None, gpus: int = 0) -> Local
         if (known := _read(place)) and any(map(_alive, known.processes)):
             raise ValueError(f"a cluster is up at {known.api}; end it with 'moeify cluster down'")
         _clear(place, known)
+        lay_out(f"sqlite:///{(home / 'mlflow.db').absolute()}", home)
         (place / "token").touch(mode=0o600)
         (place / "token").write_text(secrets.token_hex(32), encoding="ascii")
         ports = _free_ports()

@@ -6,7 +6,7 @@ One worker group lives through the whole run, so Ray's start is paid once.
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
@@ -77,9 +77,14 @@ def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, A
     from pipelines.rendezvous import NodeTorchConfig
     from pipelines.worker import failure_of, failure_path, guarded
 
-    def settled() -> bool:
+    def settled(raised: Mapping[int, Exception]) -> bool:
         with suppress(StorageError):
-            return failure_of(payload) is not None
+            if failure_of(payload) is not None:
+                return True
+        if not folder.remote:  # behind a URL it may be there again; a full disk takes not even the failure
+            for error in raised.values():
+                if isinstance(error, StorageError):
+                    raise error
         return False
 
     class Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types

@@ -75,9 +75,40 @@ def address(uri: str, experiment: str, run: str) -> str:
 @contextmanager
 def first_contact(home: Path) -> Iterator["MlflowClient"]:
     """Give a client to make experiments and runs with, to one process at a time: each might lay out the database."""
-    mlflow = open_mlflow()
+    mlflow, uri = open_mlflow(), tracking_uri(home)
+    lay_out(uri, home)
     with FileLock(home / ".mlflow.lock", timeout=60):
-        yield mlflow.MlflowClient(tracking_uri=tracking_uri(home))
+        yield mlflow.MlflowClient(tracking_uri=uri)
+
+
+def lay_out(uri: str, home: Path) -> None:
+    """Make a database that is a file and is not there yet, whole or not at all.
+
+    MLflow makes its tables one by one, and never again opens a database that a kill or a full disk left without some.
+    Raises DeliveryError where it cannot be made.
+    """
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:////") or "?" in uri or _holds_something(path):
+        return
+    open_mlflow()
+    from mlflow.store.db.utils import _initialize_tables  # of which 'mlflow db upgrade' consists
+    from sqlalchemy import NullPool, create_engine
+    from sqlalchemy.exc import SQLAlchemyError
+
+    draft = path.with_name(f".{path.name}.draft")
+    with FileLock(home / ".mlflow.lock", timeout=60):
+        if not _holds_something(path):
+            draft.unlink(missing_ok=True)
+            try:
+                _initialize_tables(create_engine(f"sqlite:///{draft}", poolclass=NullPool))
+            except SQLAlchemyError as error:
+                draft.unlink(missing_ok=True)
+                raise DeliveryError(f"MLflow cannot make its database {path} ({one_line(error, 200)})") from error
+            draft.replace(path)
+
+
+def _holds_something(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def experiment_named(client: "MlflowClient", name: str, home: Path, way_out: str) -> str:
@@ -150,10 +181,11 @@ def told_as_delivery_error(home: Path, what_stays: str) -> Iterator[None]:
     open_mlflow()
     from mlflow.exceptions import MlflowException
     from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except (MlflowException, RequestException) as error:
+    except (MlflowException, RequestException, SQLAlchemyError) as error:
         why = one_line(error, 200)
         raise DeliveryError(f"MLflow at {public(tracking_uri(home))} did not take it ({why}); {what_stays}") from error
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipelines.mlflow_store import SETTINGS, artifact_root, tracking_uri
+from pipelines.mlflow_store import SETTINGS, artifact_root, lay_out, tracking_uri
 from pipelines.one_line import public
 from pipelines.runs import RunFolder
 from pipelines.stopping import stoppable
@@ -57,6 +57,7 @@ def served(home: Path, port: int | None) -> Iterator[tuple[str, Callable[[], Non
     port = _free_port(port)
     address = f"http://127.0.0.1:{port}"
     uri = tracking_uri(home)
+    lay_out(uri, home)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
     command += ["--default-artifact-root", artifact_root(home)] if uri.startswith("sqlite") else []
     command += ["--host", "127.0.0.1", "--port", str(port)]

@@ -1,11 +1,13 @@
 """Groups of Ray Train workers that ended before their work did, started again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def fit_again(trainer: Callable[[], Any], retries: int, settled: Callable[[], bool]) -> None:
-    """Fit a trainer, and another one where a worker died or raised, ``retries`` times; not once ``settled()``.
+def fit_again(trainer: Callable[[], Any], retries: int, settled: Callable[[Mapping[int, Exception]], bool]) -> None:
+    """Fit a trainer, and another one where a worker died or raised, ``retries`` times; not once that is ``settled``.
+
+    ``settled`` is given what each worker raised, by rank, and may raise itself.
 
     Trainers must not retry themselves: Ray Train would, whatever a worker raised. And it takes a death while the group
     is being set up for a failure of its own (``ControllerError``), gives up, and loses sight of what the group holds.
@@ -18,8 +20,8 @@ def fit_again(trainer: Callable[[], Any], retries: int, settled: Callable[[], bo
         try:
             trainer().fit()
             return
-        except WorkerGroupError:
-            if settled():
+        except WorkerGroupError as error:
+            if settled(error.worker_failures):
                 return
             if not left:
                 raise

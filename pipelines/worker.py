@@ -24,7 +24,6 @@ from moeify.place import Place
 from moeify.recipe.config import RunConfig
 from moeify.stopping import StoppedError
 from moeify.store import FolderStore, Store
-from moeify.storing import StorageError
 from moeify.world import Group, Solo, World, shares_models
 from pipelines import homes
 from pipelines.copies import fetch_checkpoint, publish
@@ -125,8 +124,8 @@ def work(payload: dict[str, Any]) -> None:
 def guarded(worker: Callable[[dict[str, Any]], None], payload: dict[str, Any]) -> None:
     """Call ``worker(payload)``, and leave an error that would come again as a ``Failure`` before it is raised.
 
-    It is left in ``payload["folder"]``, or behind the run's URL; not where that storage is away, nor of a peer that is
-    gone or of memory, which another attempt may mend. Raising, not returning, is what ends the others: they wait for
+    It is left in ``payload["folder"]``, or behind the run's URL; not where that takes nothing more, nor of a peer that
+    is gone or of memory, which another attempt may mend. Raising, not returning, is what ends the others: they wait for
     this rank in a collective until Ray takes the group down. Closing the group here would not free them all: a model's
     mesh keeps it open, and so does ``torch.distributed.nn.functional``, by its default arguments.
     """
@@ -136,7 +135,7 @@ def guarded(worker: Callable[[dict[str, Any]], None], payload: dict[str, Any]) -
         return
     except Exception as error:
         if not isinstance(error, OutOfMemoryError) and not _peer_is_gone(error):
-            with suppress(StorageError):
+            with suppress(OSError):
                 leave(payload, error)
         raise
 
@@ -150,11 +149,12 @@ def leave(payload: Mapping[str, Any], error: Exception) -> None:
         return
     path = failure_path(Path(payload["folder"]))
     draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.write_text(content, encoding="utf-8")
-    if path.exists():
-        draft.unlink()
-    else:
-        draft.replace(path)
+    try:
+        draft.write_text(content, encoding="utf-8")
+        if not path.exists():
+            draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _failure_name(payload: Mapping[str, Any]) -> str:

@@ -109,11 +109,10 @@ def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _lay_out(database: Path) -> Path:
-    from pipelines.mlflow_store import open_mlflow
+    from pipelines.mlflow_store import lay_out
 
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        mlflow = open_mlflow()
-        mlflow.MlflowClient(f"sqlite:///{database}").search_experiments()
+        lay_out(f"sqlite:///{database}", database.parent)
     return database

@@ -18,6 +18,7 @@ from moeify.events import Failed
 from moeify.recipe.config import Cluster, RunConfig
 from moeify.recipe.load import to_yaml
 from moeify.split_folder import load_from_run
+from moeify.storing import StorageError
 from pipelines import launch, ray_cluster, restarts
 from pipelines.cli import main
 from pipelines.journal import JournalTracker, read_events
@@ -369,7 +370,7 @@ class TestOnOneCluster:
                 raise WorkerGroupError("2 workers died", {0: RuntimeError()})
 
         with pytest.raises(WorkerGroupError) if raises else nullcontext():
-            restarts.fit_again(Dies, 2, lambda: len(fits) == settled_at)
+            restarts.fit_again(Dies, 2, lambda _: len(fits) == settled_at)
         assert len(fits) == tries
 
     def test_what_a_lost_group_of_workers_held_is_given_back(self) -> None:
@@ -400,6 +401,29 @@ class TestOnOneCluster:
         assert str(caught.value) == "category 'python' has 3 bytes; wanted 2 MB"
         assert "in worker" in caught.value.__notes__[0]
         assert (folder.path / "attempts-0").read_text() == (folder.path / "attempts-1").read_text() == "x"
+
+    def test_a_disk_that_takes_not_even_the_failure_ends_the_run_in_its_own_words(self, folder: RunFolder) -> None:
+        def worker(payload: dict[str, Any]) -> None:
+            import resource
+
+            from moeify.storing import storing
+            from moeify.world import Group
+
+            world = Group()
+            with Path(payload["folder"], f"attempts-{world.rank}").open("a") as file:
+                file.write("x")
+            world.share(None)
+            if world.rank == 0:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+                path = Path(payload["folder"], "kept")
+                with storing(path):
+                    path.write_text("a checkpoint")
+            world.share(None)
+
+        with pytest.raises(StorageError, match="kept cannot be written: File too large; what was kept before"):
+            fit(folder, Cluster(workers=2, threads=1, retries=2), worker, {"folder": str(folder.path)})
+        assert (folder.path / "attempts-0").read_text() == (folder.path / "attempts-1").read_text() == "x"
+        assert not list(folder.path.glob("failure.json*"))
 
     def test_a_worker_without_memory_is_started_again_and_named_as_that_does_not_help(self, folder: RunFolder) -> None:
         def worker(payload: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 import json
 import os
+import resource
 import shutil
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +33,7 @@ from pipelines import doctor
 from pipelines.cli import main
 from pipelines.journal import JournalTracker, follow, left_behind, read_events
 from pipelines.mlflow_models import loader_of
-from pipelines.mlflow_store import DeliveryError, open_mlflow
+from pipelines.mlflow_store import DeliveryError, lay_out, open_mlflow
 from pipelines.mlflow_terms import final_points, flat, points_of, summary
 from pipelines.runs import RunBusyError, RunFolder, hold, status
 from pipelines.tracking import MlflowFollower, Progress, deliver, where_to_look
@@ -475,6 +477,35 @@ def test_a_server_that_is_away_is_told_in_one_line(folder: RunFolder, monkeypatc
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(DeliveryError, match=f"^MLflow at {uri} did not take it"):
         deliver(folder, recipe())
+
+
+def test_a_database_is_laid_out_whole_or_not_at_all(tmp_path: Path) -> None:
+    uri, draft = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / ".mlflow.db.draft"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(DeliveryError, match=f"^MLflow cannot make its database {tmp_path}/mlflow.db "):
+            lay_out(uri, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "mlflow.db").exists()
+    draft.write_bytes(b"half a table")  # of one who was killed
+    lay_out(uri, tmp_path)
+    assert not draft.exists()
+    assert [each.name for each in client(tmp_path).search_experiments()] == ["Default"]
+    before = (tmp_path / "mlflow.db").stat()
+    lay_out(uri, tmp_path)
+    assert (tmp_path / "mlflow.db").stat().st_ino == before.st_ino
+
+
+def test_a_database_that_lacks_tables_is_told_in_one_line(folder: RunFolder) -> None:
+    database = folder.path.parent / "mlflow.db"
+    database.unlink()
+    with sqlite3.connect(database) as half:
+        half.execute("CREATE TABLE secrets (id INTEGER)")
+    with pytest.raises(DeliveryError, match=r"did not take it \(.*table secrets already exists") as caught:
+        deliver(folder, recipe())
+    assert "\n" not in str(caught.value)
 
 
 def test_the_password_of_a_server_stands_in_no_warning_and_no_error(
