@@ -183,10 +183,15 @@ def test_torch_comes_from_the_index_that_is_given_and_for_cuda_from_where_all_co
 
 
 def test_every_package_that_is_asked_for_is_pinned_within_its_range() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    described = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = described["project"]
     lines = (DOCKER / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     pins["torch"] = values(stages()[1], "ARG")["TORCH"]
-    for asked in (*project["dependencies"], *project["optional-dependencies"]["service"]):
+    (install,) = [rest for name, rest in stages()[1] if name == "RUN" and ".[" in rest]
+    extras = re.findall(r"\w+", install.partition(".[")[2])
+    assert {"service", "streamed", "gs"} <= {*extras}
+    more = [asked for extra in extras for asked in project["optional-dependencies"][extra]]
+    for asked in (*project["dependencies"], *more, *described["build-system"]["requires"]):
         requirement = Requirement(asked)
         assert pins[requirement.name.lower()] in requirement.specifier, asked

@@ -23,6 +23,7 @@ GENERATION = "generation_config.json"
 """How text is written."""
 _PREPROCESSING = "preprocessor_config.json"
 _SHARDS = "model.safetensors.index.json"
+_OWN_CODE = "code of the checkpoint's own (auto_map), which is never run"
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,15 @@ class Checkpoint:
         """Return the tokenizer of ``transformers``; ValueError where there is none."""
         from transformers import AutoTokenizer
 
-        with _one_line(self.folder, "holds no tokenizer that can be read"):
-            return AutoTokenizer.from_pretrained(self.folder, **_SAFE)
+        try:
+            with _one_line(self.folder, "holds no tokenizer that can be read"):
+                return AutoTokenizer.from_pretrained(self.folder, **_SAFE)
+        except ValueError as error:
+            if not _names_code(self.folder / "tokenizer_config.json"):
+                raise
+            raise ValueError(
+                f"{self.folder} has a tokenizer that is {_OWN_CODE}; wanted a tokenizer.json, or a class of transformers"
+            ) from error
 
 
 def look(folder: Path) -> Checkpoint:
@@ -156,8 +164,9 @@ def look(folder: Path) -> Checkpoint:
     found = next((each for each in TRANSFORMERS if each.network in classes), transformer_named(family))
     if found is None or (classes and found.network not in classes):
         named = ", ".join(map(str, classes)) or "nothing"
+        code = f", {_OWN_CODE}" if "auto_map" in config else ""
         raise ValueError(
-            f"{folder} cannot be read: model_type {family!r}, architectures {named}; "
+            f"{folder} cannot be read: model_type {family!r}, architectures {named}{code}; "
             f"wanted one of {', '.join(each.network for each in TRANSFORMERS)}"
         )
     if not any(folder.glob("*.safetensors")):
@@ -167,6 +176,14 @@ def look(folder: Path) -> Checkpoint:
     if other := next((name for name in _weight_files(folder, config) if not name.endswith(".safetensors")), None):
         raise ValueError(f"{folder} names {other!r:.60} as a file of weights, which is never read; wanted safetensors")
     return Checkpoint(folder, found)
+
+
+def _names_code(path: Path) -> bool:
+    """Whether a configuration says which modules of its folder are to be imported."""
+    try:
+        return "auto_map" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _weight_files(folder: Path, config: dict[str, Any]) -> Iterator[str]:
