@@ -148,7 +148,7 @@ class Checkpoint:
             if not _names_code(self.folder / "tokenizer_config.json"):
                 raise
             raise ValueError(
-                f"{self.folder} has a tokenizer that is {_OWN_CODE}; wanted a tokenizer.json, or a class of transformers"
+                f"{self.folder} has a tokenizer that is {_OWN_CODE}; wanted tokenizer.json, or a class of transformers"
             ) from error
 
 
