@@ -124,6 +124,42 @@ def test_what_would_make_it_fit_is_what_is_not_set_yet(
     assert max(map(len, text.splitlines())) <= 80
 
 
+@pytest.mark.parametrize(
+    ("hidden", "layers", "heads", "ffn", "billions"), [(2048, 22, 32, 5632, 1.26), (4096, 32, 32, 11_008, 6.74)]
+)
+def test_what_a_model_of_billions_takes_on_eight_gpus_is_said_at_once(
+    recipe: str, hidden: int, layers: int, heads: int, ffn: int, billions: float
+) -> None:
+    large = {
+        "vocabulary: 300, length: 16": "vocabulary: 32000, length: 2048",
+        "hidden: 16, layers: 1, heads: 2": f"hidden: {hidden}, layers: {layers}, heads: {heads}",
+        "ffn: 32": f"ffn: {ffn}, tie_embeddings: false",
+        "test_rows: 2, rows_at_once: 2": "test_rows: 2, rows_at_once: 8",
+        "{steps: 10, rows: 4}": "{steps: 1000, rows: 512, accumulate: 32, autocast: bfloat16}",
+        "{rows: 4, rows_at_once: 4}": "{rows: 64, rows_at_once: 8}",
+        "{train: 2, recover: 2, separation: 0.3}": "{train: 400, recover: 200, separation: 0.3}",
+        "rounds:": "controls: []\ncluster: {workers: 8, gpus: 1, parallel: {kind: fsdp}}\nrounds:",
+    }
+    text = JSONL
+    for before, after in large.items():
+        assert before in text
+        text = text.replace(before, after)
+    Path(recipe).write_text(text)
+    code, said = asked(recipe, "--categories", "4", "--gpus", "8xH100", "--json")
+    assert code == 0, said
+    plan = json.loads(said)
+    assert plan["parameters"] / 1e9 == pytest.approx(billions, rel=0.01)
+    tokens, embedded = 1000 * 512 * 2048, 32_000 * hidden
+    each = 6 * (plan["parameters"] - embedded) + 12 * layers * hidden * 2048 // 2  # Kaplan et al. 2020, causal
+    train = {row["what"]: row for row in plan["work"]}["train the dense twin"]
+    assert train["flops"] == pytest.approx(tokens * each, rel=0.02)
+    assert train["seconds"] == pytest.approx(train["flops"] / plan["flops_per_second"])
+    memory = plan["memory"]
+    shared = 4 * plan["parameters"] / 8
+    assert 2 * shared < memory["parameters"] < 3 * shared  # two arms, and the whole of one layer
+    assert memory["optimizer"] == pytest.approx(4 * shared)
+
+
 def test_this_machine_is_measured_when_asked(recipe: str) -> None:
     code, text = asked(recipe, "--categories", "2", "--here", "--json")
     assert code == 0
