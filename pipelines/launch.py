@@ -19,9 +19,11 @@ from pipelines.journal import Follower, JournalError, follow
 from pipelines.ray_cluster import RunFailedError, cluster, told
 from pipelines.restarts import fit_again
 from pipelines.runs import RunFolder, cache, hold, shelf
+from pipelines.standing import last_heard
 from pipelines.stopping import asking, stoppable
 from pipelines.tracking import MlflowFollower
 from pipelines.url_journal import journal_of
+from pipelines.wording import counted
 
 if TYPE_CHECKING:
     from pipelines.worker import Failure
@@ -119,9 +121,11 @@ def fit(folder: RunFolder, wanted: Cluster, worker: Worker, payload: dict[str, A
         with stoppable():  # once more: Ray has set its handlers since
             fit_again(trainer, wanted.retries, settled)
     except TrainingFailedError as error:
+        again = f", and died again on each of {counted(wanted.retries, 'restart')}" if wanted.retries else ""
         raise RunFailedError(
-            f"the workers of {folder.id} died, and died again on each of {wanted.retries} restarts "
-            f"({told(error)}); 'moeify resume {folder.id}' goes on from the last checkpoint"
+            f"the workers of {folder.id} died{again} ({told(error)}); "
+            f"last heard of: {last_heard(folder) or 'nothing'}; "
+            f"'moeify resume {folder.id}' goes on from the last checkpoint"
         ) from error
     except RayError as error:  # not a worker's end: that of what watches the workers, or of the cluster
         raise RunFailedError(

@@ -301,8 +301,25 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 def told(error: BaseException) -> str:
-    """Return what Ray says of workers that died, or what one that had no memory left says itself."""
-    for failure in getattr(error, "worker_failures", {}).values():
+    """Return what Ray says of workers that died, or what one that had no memory left says itself.
+
+    Where one was killed, the others raise too, of a peer that is gone: that is not what happened.
+    """
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
+    for failure in failures.values():
         if isinstance(failure, MemoryError):
             return str(failure)
+    for rank, failure in failures.items():
+        if (death := getattr(failure, "health_check_failure", None)) is not None:
+            return f"worker {rank}: {_death(death)}"
+    return one_line(error)
+
+
+def _death(error: Exception) -> str:
+    """Return how a worker's process ended, of which Ray says more than fits a line."""
+    said = str(error)
+    if "NODE_OUT_OF_MEMORY" in said or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory; Ray ended it before its machine would have"
+    if "SYSTEM_ERROR" in said:
+        return "it was killed, as a machine does that is out of memory (see its dmesg), or crashed"
     return one_line(error)

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from moeify.events import Failed
+from moeify.events import Event, Failed
 from moeify.recipe.config import RunConfig
 from moeify.recipe.load import load_recipe
 from pipelines.copies import refresh
@@ -28,10 +28,7 @@ _REMOTE_POLL_SECONDS = 2.0
 def standing(folder: RunFolder) -> dict[str, Any]:
     """Return run, status, where it is, the fraction 0..1 of the work that is done, the seconds that are left where that
     is known, and why it failed if it did."""
-    events, _ = read_events(folder.journal, 0)
-    state = RunState(recipe_of(folder))
-    for event in events:
-        state.take(event)
+    events, state = _read(folder)
     now = status(folder)
     reason = events[-1].reason if events and isinstance(events[-1], Failed) and now == "failed" else None
     return {
@@ -45,6 +42,20 @@ def standing(folder: RunFolder) -> dict[str, Any]:
         "reason": reason,
         "folder": folder.address,
     }
+
+
+def last_heard(folder: RunFolder) -> str:
+    """Return where the run was when its journal ends; empty where it has told nothing."""
+    events, state = _read(folder)
+    return " · ".join(filter(None, (state.phase_line(), state.step_line()))) if events else ""
+
+
+def _read(folder: RunFolder) -> tuple[list[Event], RunState]:
+    events, _ = read_events(folder.journal, 0)
+    state = RunState(recipe_of(folder))
+    for event in events:
+        state.take(event)
+    return events, state
 
 
 def recipe_of(folder: RunFolder) -> RunConfig | None:

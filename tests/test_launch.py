@@ -14,14 +14,14 @@ import pytest
 from click.testing import CliRunner
 from filelock import FileLock
 
-from moeify.events import Failed
+from moeify.events import Failed, Phase, Step
 from moeify.recipe.config import Cluster, RunConfig
 from moeify.recipe.load import to_yaml
 from moeify.split_folder import load_from_run
 from moeify.storing import StorageError
 from pipelines import launch, ray_cluster, restarts
 from pipelines.cli import main
-from pipelines.journal import JournalTracker, read_events
+from pipelines.journal import JournalTracker, line_of, read_events
 from pipelines.launch import fit, in_process
 from pipelines.ray_cluster import RayStartError, RunFailedError, cluster
 from pipelines.runs import RunBusyError, RunFolder, hold, status
@@ -424,6 +424,28 @@ class TestOnOneCluster:
             fit(folder, Cluster(workers=2, threads=1, retries=2), worker, {"folder": str(folder.path)})
         assert (folder.path / "attempts-0").read_text() == (folder.path / "attempts-1").read_text() == "x"
         assert not list(folder.path.glob("failure.json*"))
+
+    def test_a_worker_that_is_killed_each_time_is_named_with_where_the_run_was(self, folder: RunFolder) -> None:
+        def worker(payload: dict[str, Any]) -> None:
+            from moeify.world import Group
+
+            world = Group()
+            world.share(None)
+            if world.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            world.share(None)
+
+        place: dict[str, Any] = {"arm": "split", "round": 2, "step": 7, "work": 0.5}
+        phase = Phase(id="phase/2/recover", time=1.0, phase="recover", round=2)
+        step = Step(id="step/split/7", time=2.0, **place, loss={"0": 1.0}, learning_rate=0.1, units_per_second=3.0)
+        folder.journal.write_bytes(line_of(phase) + line_of(step))
+        with pytest.raises(RunFailedError) as caught:
+            fit(folder, Cluster(workers=2, threads=1, retries=0), worker, {"folder": str(folder.path)})
+        assert str(caught.value) == (
+            f"the workers of {folder.id} died (worker 1: it was killed, as a machine does that is out of memory (see "
+            f"its dmesg), or crashed); last heard of: round 2 · recover · split step 7 · loss 1.000 · 3 units/s; "
+            f"'moeify resume {folder.id}' goes on from the last checkpoint"
+        )
 
     def test_a_worker_without_memory_is_started_again_and_named_as_that_does_not_help(self, folder: RunFolder) -> None:
         def worker(payload: dict[str, Any]) -> None:
