@@ -17,7 +17,7 @@ removed in turn: that must be seen and told, the checkpoint before it used, and 
 the same bits.
 
 The full benchmark kills more than a hundred times (``--kills N``) and takes about an hour on two idle cores;
---quick kills a few times in one process.
+--quick kills a few times in one process, at any moment; with --only what is named there.
 """
 
 import multiprocessing
@@ -92,6 +92,7 @@ def main() -> None:
         if asked.only:
             wanted_of = {kind: kills * (asked.only == kind) for kind in shares}
         ray, node, server = wanted_of.values()
+        every = not asked.quick
         corruptions = missed = 0
         if asked.only not in ("ray", "node"):
             calm = in_process(home)
@@ -99,14 +100,14 @@ def main() -> None:
             calm.sync(1)
             wanted, length = calm.outcome(1), Length.of(calm.folder(1), start=0.3, closing=1.5)
             if local := kills - ray - node - server:
-                _storm(calm, wanted, local, Aims("local", length, tally, draw, every=not asked.quick), first=10)
+                _storm(calm, wanted, local, Aims("local", length, tally, draw, every), first=10)
             if server:
-                _storm_server(home, wanted, server, Aims("server", length, tally, draw))
+                _storm_server(home, wanted, server, Aims("server", length, tally, draw, every))
             corruptions, missed = damage(calm, wanted, draw, tally, quick=asked.quick)
         if ray:
-            _storm_ray(home, ray, draw, tally)
+            _storm_ray(home, ray, draw, tally, every=every)
         if node:
-            storm_nodes(home, node, draw, tally)
+            storm_nodes(home, node, draw, tally, every=every)
         left_behind = _left_behind(token)
     for target, phase in sorted(tally.lacking()):
         print(f"no kill of {target} in {phase}", file=sys.stderr)
@@ -222,15 +223,15 @@ def _kill_tree(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _storm_ray(home: Path, kills: int, draw: random.Random, tally: Tally) -> None:
+def _storm_ray(home: Path, kills: int, draw: random.Random, tally: Tally, *, every: bool) -> None:
     """Kill the drivers of runs on Ray, each a few times a run; then workers, while the runs' drivers go on."""
     runs = Runs(home, home / "ray.yaml", spawned, home / "runs" / "mlflow.db", local=False)
     runs.check(0)
     runs.sync(0)
     wanted = runs.outcome(0)
-    drivers = Aims("driver", Length.of(runs.folder(0), start=10.0, closing=1.5), tally, draw)
+    drivers = Aims("driver", Length.of(runs.folder(0), start=10.0, closing=1.5), tally, draw, every)
     _storm(runs, wanted, kills // 2, drivers, first=0)
-    workers = Aims("worker", Length.of(runs.folder(0), start=2.0, closing=0.4), tally, draw)
+    workers = Aims("worker", Length.of(runs.folder(0), start=2.0, closing=0.4), tally, draw, every)
     number = 500
     while tally.of("worker") < kills - kills // 2 or workers.left():
         number += 1

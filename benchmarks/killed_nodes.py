@@ -44,7 +44,7 @@ _SETTINGS = {
 _STORE_BYTES = 100 * 10**6
 
 
-def storm_nodes(home: Path, kills: int, draw: random.Random, tally: Tally) -> None:
+def storm_nodes(home: Path, kills: int, draw: random.Random, tally: Tally, *, every: bool) -> None:
     """Kill nodes that hold workers of a run, a few in each, and let others join; the run must end by itself."""
     runs = Runs(home, home / "ray.yaml", spawned, home / "runs" / "mlflow.db", local=False)
     with _cluster() as cluster:
@@ -52,7 +52,7 @@ def storm_nodes(home: Path, kills: int, draw: random.Random, tally: Tally) -> No
             runs.check(0)
             runs.sync(0)
         wanted, number = runs.outcome(0), 1000
-        aims = Aims("node", Length.of(runs.folder(0), start=2.0, closing=0.4), tally, draw)
+        aims = Aims("node", Length.of(runs.folder(0), start=2.0, closing=0.4), tally, draw, every)
         while tally.of("node") < kills or aims.left():
             number += 1
             with judged(runs, number, wanted, tally, "node"):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,21 @@ PARAMETERS = [
 ]
 
 
+def quickly(name: str, place: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    """Run a benchmark in its quick form; return its JSON, and what it prints."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MOEIFY_HOME": str(place / "runs")}
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", str(place / "figures.json"), *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1000,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((place / "figures.json").read_text()), done.stdout
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_benchmark_finds_what_it_imports(name: str) -> None:
     importlib.import_module(f"benchmarks.{name}")
@@ -34,19 +50,19 @@ def test_a_benchmark_finds_what_it_imports(name: str) -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_benchmark_prints_its_figures_and_writes_them(name: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MOEIFY_HOME": str(tmp_path / "runs")}
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", str(tmp_path / "figures.json")],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "figures.json").read_text())
+    found, told = quickly(name, tmp_path)
     assert (found["benchmark"], found["quick"]) == (name, True)
     assert found["rows"]
     for figure, value in found["summary"].items():
         assert math.isfinite(value)
-        assert f"\n{name}.{figure} = " in done.stdout
+        assert f"\n{name}.{figure} = " in told
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("target", ["server", "ray", "node"])
+def test_whatever_is_killed_a_run_ends_with_the_same_bits(target: str, tmp_path: Path) -> None:
+    found, _ = quickly("kill", tmp_path, "--only", target, "--kills", "2")
+    assert found["summary"]["kills"] >= 2
+    assert found["summary"]["runs_wrong"] == found["summary"]["processes_left"] == 0
